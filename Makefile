@@ -1,0 +1,61 @@
+# make serve, make test: the two commands of the README. Everything is installed into .venv by plain pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find quire -type f -not -name '*.pyc' -not -name '*.so')
+MODEL ?= embedded
+
+.PHONY: help serve test test-oracle lint format bench clean preflight
+
+help:
+	@echo "make serve        install into $(VENV) and serve the embedded model on 127.0.0.1:8000 (MODEL=folder for another)"
+	@echo "make test         install what the tests need and run them"
+	@echo "make test-oracle  the checks against transformers and torch"
+	@echo "make lint         ruff and mypy"
+	@echo "make clean        remove $(VENV) and build folders"
+
+preflight:
+	@command -v $(PYTHON) >/dev/null || { echo "Python is missing: install Python 3.11 or newer (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) is too old: install Python 3.11 or newer, or name one with make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing: install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h")).close()' 2>/dev/null || { echo "Python's headers are missing: install them (Debian, Ubuntu: apt-get install python3-dev)"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "A C++ compiler is missing: install one (Debian, Ubuntu: apt-get install g++)"; exit 1; }
+
+$(BIN)/python: | preflight
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(SOURCES) | preflight $(BIN)/python
+	@echo "Installing Quire into $(VENV) (compiles one module, about a minute) ..."
+	@$(PIP) .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	@$(PIP) '.[test]'
+	@touch $@
+
+$(VENV)/.oracle: $(VENV)/.tested
+	@$(PIP) 'torch==2.13.0'
+	@$(PIP) '.[oracle]'
+	@touch $@
+
+$(VENV)/.linted: $(VENV)/.installed
+	@$(PIP) 'ruff>=0.8' 'mypy>=1.13'
+	@touch $@
+
+serve: $(VENV)/.installed
+	@exec $(BIN)/quire serve $(MODEL)
+
+test: $(VENV)/.tested
+	$(BIN)/pytest --ignore=tests/oracle
+
+test-oracle: $(VENV)/.oracle
+	$(BIN)/pytest tests/oracle
+
+lint: $(VENV)/.linted
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build

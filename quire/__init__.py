@@ -1,0 +1,28 @@
+"""Quire: a server for language models whose KV cache is paged.
+
+``from quire import LLM, SamplingParams`` is the offline API; both are imported when they are first used, so that
+``import quire`` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+if TYPE_CHECKING:
+    from quire.llm import LLM
+    from quire.sampling_params import SamplingParams
+
+
+def __getattr__(name: str) -> object:
+    if name == "LLM":
+        from quire.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from quire.sampling_params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'quire' has no attribute {name!r}")

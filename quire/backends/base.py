@@ -1,0 +1,44 @@
+"""The Backend protocol, and the one place that opens a backend for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from quire.config import EngineConfig
+from quire.core.plan import StepPlan, StepResult
+from quire.errors import ConfigError
+from quire.models.spec import TransformerSpec
+
+
+class Backend(Protocol):
+    """Executes step plans on a device. Holds the weights, the KV pool and a table of ``max_num_seqs`` rows."""
+
+    spec: TransformerSpec
+    folder: Path
+    """Of the model; the tokenizer is there too."""
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    """Most tokens of a sequence: the model's context or the user's smaller limit."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Blocks until its tokens are known. Raises EngineError only when the device is unusable."""
+        ...
+
+
+Report = Callable[[str, float], None]
+"""Called after each phase of loading with its name and seconds."""
+
+
+def open_backend(config: EngineConfig, report: Report | None = None) -> Backend:
+    """Load ``config.model`` onto ``config.device`` and allocate its KV pool.
+
+    Raises ModelLoadError (folder, files, tensors), ConfigError (options), CapacityError (the pool holds no request).
+    """
+    if config.device == "cpu":
+        from quire.backends.cpu.backend import CpuBackend
+
+        return CpuBackend.open(config, report)
+    raise ConfigError(f"device {config.device!r} is not supported; supported: cpu")

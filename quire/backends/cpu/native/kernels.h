@@ -1,0 +1,165 @@
+// What every kernel takes, and the table through which it is called.
+//
+// The files gemm, attention, norms, elementwise, reduce and limits are compiled once per instruction set, each time
+// in a namespace of its own (see simd.h). Nothing but plain structs of pointers crosses the border, and no template or
+// inline function from here may be emitted by two of those compilations: the linker would merge them, and a machine
+// without AVX-512 could end up in AVX-512 code.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace quire {
+
+struct f16 { uint16_t bits; };
+struct bf16 { uint16_t bits; };
+
+enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+
+// Weights in the order in which the inner loop reads them: [ceil(n / panel)][k][panel], the last panel padded with 0.
+struct Panels {
+    const void* data;
+    DType dtype;
+    int64_t n, k, panel;
+};
+
+struct LinearArgs {
+    Panels w;
+    const float* x;      // [m, k], rows x_stride floats apart
+    float* out;          // [m, n], rows out_stride floats apart
+    const float* bias;   // [n] or null
+    int64_t m, x_stride, out_stride;
+    bool accumulate;     // out += instead of out =
+};
+
+// Rows are [m][heads][dim], with strides in floats; heads is 1 for a plain matrix.
+struct NormArgs {
+    const float* x;
+    float* out;
+    const float* weight;
+    const float* bias;   // layer norm only, may be null
+    int64_t m, heads, dim, x_stride, x_head_stride, out_stride, out_head_stride;
+    float eps;
+    bool centre;         // layer norm: subtract the mean
+};
+
+struct RotaryArgs {
+    float* x;            // [m][heads][head_dim], in place
+    const int32_t* positions;
+    const float* cos;    // [max_pos][half]
+    const float* sin;
+    int64_t m, heads, half, x_stride, x_head_stride;
+};
+
+struct ActivationArgs {
+    const float* x;      // [m, f], or [m, 2f] (gate, up) when gated
+    float* out;          // [m, f]
+    int64_t m, f, x_stride, out_stride;
+    Activation kind;
+    bool gated;
+};
+
+struct EmbedArgs {
+    const int32_t* ids;
+    const void* table;   // [v, dim]
+    float* out;          // [m, dim]
+    int64_t m, dim, table_stride, out_stride;
+    DType dtype;
+    float scale;
+    bool add;            // out += row instead of out = row * scale
+};
+
+struct ConvertArgs {
+    const void* x;
+    void* out;
+    int64_t n;
+    DType from, to;
+};
+
+// Which tokens run: token i of sequence s (query_start[s] <= i < query_start[s + 1]) has the absolute position
+// start[s] + i - query_start[s], and its KV lies in the blocks that row rows[s] of the block tables names.
+struct Ragged {
+    const int32_t* block_tables;
+    const int32_t* rows;
+    const int32_t* query_start;
+    const int32_t* start;
+    int64_t seqs, table_stride;
+};
+
+// One layer: k is [num_blocks][kv_heads][head_dim][block_size], v is [num_blocks][kv_heads][block_size][head_dim].
+struct Cache {
+    void* k;
+    void* v;
+    DType dtype;
+    int64_t kv_heads, head_dim, block_size;
+};
+
+struct WriteKvArgs {
+    Ragged seq;
+    Cache cache;
+    const float* k;      // [tokens][kv_heads][head_dim]
+    const float* v;
+    int64_t tokens, k_stride, k_head_stride, v_stride, v_head_stride;
+};
+
+// A few queries of one sequence against one KV head, over the splits [split_begin, split_end) of the positions.
+struct AttentionWork {
+    int32_t seq, kv_head, query, count, split_begin, split_end;
+    float* partial;      // null: this work sees all splits, and writes the output itself
+};
+
+struct AttentionArgs {
+    Ragged seq;
+    Cache cache;
+    const float* q;      // [tokens][heads][head_dim]
+    float* out;          // [tokens][heads * head_dim]
+    int64_t tokens, heads, q_stride, q_head_stride, out_stride, window;
+    float scale;
+    const AttentionWork* works;
+    int64_t num_works;
+};
+
+// Part of the arithmetic: changing either changes the bytes of every attention output.
+constexpr int64_t kKeyTile = 64;   // keys whose scores are rescaled together, aligned to absolute positions
+constexpr int64_t kSplit = 512;    // positions after which partial results are merged, aligned likewise
+
+// Floats of one row of a partial result: maximum, sum, then the accumulators padded to whole cache lines.
+inline constexpr int64_t partial_floats(int64_t head_dim) { return 16 + (head_dim + 15) / 16 * 16; }
+
+struct RowScan { float max; int32_t bad; };   // bad: a NaN or +inf was seen
+
+struct Kernels {
+    const char* name;
+    int64_t panel;       // columns of a weight panel
+    void (*linear)(const LinearArgs&);
+    void (*norm)(const NormArgs&);
+    void (*rotary)(const RotaryArgs&);
+    void (*activation)(const ActivationArgs&);
+    void (*embed)(const EmbedArgs&);
+    void (*convert)(const ConvertArgs&);
+    void (*write_kv)(const WriteKvArgs&);
+    void (*attention)(const AttentionArgs&);         // runs args.works
+    void (*attention_merge)(const AttentionArgs&, const AttentionWork* splits, int64_t n);
+    // Sampler primitives over one row of logits.
+    RowScan (*scan)(const float* z, int64_t n);
+    // w = exp((z - max) / temperature); sums[c] = sum over the c-th run of kSumRun values; returns their total.
+    double (*exp_row)(const float* z, int64_t n, float max, float temperature, float* w, double* sums);
+    int64_t (*count_greater)(const float* z, int64_t n, float than);
+    // Ids with z >= low (in ascending order) into ids; at most n.
+    int64_t (*select_at_least)(const float* z, int64_t n, float low, int32_t* ids);
+    int64_t (*find_equal)(const float* z, int64_t n, float value);   // first index, or -1
+    void (*run_maxima)(const float* z, int64_t n, float* maxima);    // of each run of kMaxRun values
+    // Limits of the machine.
+    double (*read_sum)(const float* p, int64_t n);
+    double (*fma_loop)(int64_t iterations);          // does fma_flops flops an iteration
+    int64_t fma_flops;
+};
+
+constexpr int64_t kSumRun = 1024;
+constexpr int64_t kMaxRun = 64;
+
+namespace portable { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+
+}  // namespace quire

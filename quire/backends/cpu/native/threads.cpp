@@ -1,0 +1,217 @@
+// The pool: workers spin for a moment after a region, because the next one usually follows within microseconds, and
+// then sleep. The caller waits only for workers that have joined: one that never woke up can't hold it back. The same
+// rule makes a forked child safe, which has no workers at all.
+#include "threads.h"
+
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace quire {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+thread_local bool inside_region = false;
+
+class Pool {
+public:
+    void resize(int n) {
+        std::lock_guard lock(region_);
+        stop_.store(true);
+        wake();
+        for (auto& worker : workers_) worker.join();
+        workers_.clear();
+        stop_.store(false);
+        for (int i = 1; i < n; ++i) workers_.emplace_back([this, seen = generation_.load()] { serve(seen); });
+        size_.store(n);
+    }
+
+    int size() const { return size_.load(std::memory_order_relaxed); }
+
+    void run(int64_t n, TaskFn fn, const void* context) {
+        std::lock_guard lock(region_);
+        n_ = n, fn_ = fn, context_ = context;
+        counter_.store(0, std::memory_order_relaxed);
+        gate_.store(0, std::memory_order_release);
+        wake();
+        inside_region = true;
+        work();
+        inside_region = false;
+        // From here on nobody joins; who has joined is in its last task.
+        gate_.fetch_or(kClosed, std::memory_order_acq_rel);
+        for (int spins = 0; gate_.load(std::memory_order_acquire) != kClosed; ++spins)
+            spins < 4096 ? pause() : static_cast<void>(sched_yield());
+    }
+
+private:
+    static constexpr uint32_t kClosed = 1u << 31;
+    static constexpr auto kSpin = std::chrono::microseconds(50);
+
+    void wake() {
+        generation_.fetch_add(1, std::memory_order_acq_rel);
+        generation_.notify_all();
+    }
+
+    bool join() {
+        uint32_t gate = gate_.load(std::memory_order_acquire);
+        while (!(gate & kClosed))
+            if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) return true;
+        return false;
+    }
+
+    void serve(uint32_t seen) {
+        inside_region = true;   // a task that opens a region runs it by itself
+        for (;;) {
+            const auto until = std::chrono::steady_clock::now() + kSpin;
+            while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
+                for (int i = 0; i < 16; ++i) pause();
+            generation_.wait(seen, std::memory_order_acquire);
+            seen = generation_.load(std::memory_order_acquire);
+            if (stop_.load()) return;
+            if (!join()) continue;
+            work();
+            gate_.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    // A thread claims a task ahead, to prefetch for it, except near the end where that would take work from others.
+    void work() {
+        const int64_t n = n_, threads = size(), ahead = n - 4 * threads;
+        int64_t task = counter_.fetch_add(1, std::memory_order_relaxed);
+        while (task < n) {
+            if (task < ahead) {
+                const int64_t next = counter_.fetch_add(1, std::memory_order_relaxed);
+                fn_(context_, task, next < n ? next : -1);
+                task = next;
+            } else {
+                fn_(context_, task, task + threads < n ? task + threads : -1);
+                task = counter_.fetch_add(1, std::memory_order_relaxed);
+            }
+        }
+    }
+
+    std::mutex region_;                          // one region at a time
+    std::vector<std::thread> workers_;
+    std::atomic<int> size_{1};
+    std::atomic<bool> stop_{false};
+    alignas(64) std::atomic<uint32_t> generation_{0};
+    alignas(64) std::atomic<uint32_t> gate_{kClosed};   // kClosed, or the number of workers inside the region
+    alignas(64) std::atomic<int64_t> counter_{0};
+    int64_t n_ = 0;
+    TaskFn fn_ = nullptr;
+    const void* context_ = nullptr;
+};
+
+// Never destroyed: at exit the workers are asleep or die with the process, and nothing waits for them.
+Pool& pool() {
+    static Pool* instance = [] {
+        auto* p = new Pool;
+        p->resize(default_num_threads());
+        return p;
+    }();
+    return *instance;
+}
+
+bool read_numbers(const char* path, const char* format, long long& a, long long& b) {
+    std::FILE* file = std::fopen(path, "r");
+    if (!file) return false;
+    const int got = std::fscanf(file, format, &a, &b);
+    std::fclose(file);
+    return got >= 1;
+}
+
+// CPUs that the cgroup's quota is worth, rounded up; 0 where there is no quota.
+int cgroup_cpus() {
+    long long quota = -1, period = 100000, unused = 0;
+    if (read_numbers("/sys/fs/cgroup/cpu.max", "%lld %lld", quota, period)) {
+        // version 2; the word "max" does not parse, and means no quota
+    } else if (read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%lld", quota, unused)) {
+        read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%lld", period, unused);
+    }
+    if (quota <= 0 || period <= 0) return 0;
+    return static_cast<int>((quota + period - 1) / period);
+}
+
+struct Buffer {
+    void* data = nullptr;
+    size_t bytes = 0;
+    ~Buffer() { std::free(data); }
+};
+thread_local Buffer scratch[kScratchSlots];
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+}  // namespace
+
+void run_tasks(int64_t n, TaskFn fn, const void* context) {
+    if (n <= 0) return;
+    if (n == 1 || inside_region || pool().size() == 1) {
+        for (int64_t task = 0; task < n; ++task) fn(context, task, task + 1 < n ? task + 1 : -1);
+        return;
+    }
+    pool().run(n, fn, context);
+}
+
+int num_threads() { return pool().size(); }
+void set_num_threads(int n) { pool().resize(n); }
+
+int default_num_threads() {
+    int cpus = 0;
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
+    if (cpus <= 0) cpus = static_cast<int>(std::thread::hardware_concurrency());
+    const int quota = cgroup_cpus();
+    if (quota > 0 && quota < cpus) cpus = quota;
+    return cpus < 1 ? 1 : cpus > kMaxThreads ? kMaxThreads : cpus;
+}
+
+void* thread_scratch(Scratch slot, size_t bytes) {
+    Buffer& buffer = scratch[slot];
+    if (buffer.bytes < bytes) {
+        std::free(buffer.data);
+        buffer.bytes = (bytes + 4095) / 4096 * 4096;
+        buffer.data = std::aligned_alloc(4096, buffer.bytes);
+        if (!buffer.data) {
+            buffer.bytes = 0;
+            throw std::bad_alloc();
+        }
+        std::memset(buffer.data, 0, buffer.bytes);
+    }
+    return buffer.data;
+}
+
+void* allocate_large(size_t bytes) {
+    // Only the pages that are written cost memory, so the alignment is free.
+    const size_t mapped = bytes + kHugePage + sizeof(void*);
+    void* base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) throw std::bad_alloc();
+    const auto address = reinterpret_cast<uintptr_t>(base);
+    const uintptr_t aligned = (address + kHugePage - 1) & ~(kHugePage - 1);
+    if (aligned > address) munmap(base, aligned - address);
+    const size_t tail = address + mapped - (aligned + ((bytes + 4095) & ~size_t{4095}));
+    if (tail >= 4096) munmap(reinterpret_cast<void*>(aligned + ((bytes + 4095) & ~size_t{4095})), tail & ~size_t{4095});
+    madvise(reinterpret_cast<void*>(aligned), bytes, MADV_HUGEPAGE);
+    return reinterpret_cast<void*>(aligned);
+}
+
+void free_large(void* p, size_t bytes) {
+    if (p) munmap(p, (bytes + 4095) & ~size_t{4095});
+}
+
+}  // namespace quire

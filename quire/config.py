@@ -1,0 +1,157 @@
+"""Configuration: frozen dataclasses, composed, resolved once. The fields here are the only source of --help.
+
+Precedence: configuration file < environment (QUIRE_<FIELD>) < command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quire.errors import ConfigError
+
+EMBEDDED_MODEL = "embedded"
+"""Name of the small model that ships with the package."""
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
+          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"2GiB"``, ``"512MiB"``, ``"1.5GB"`` or a plain number → bytes. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"{text!r} is not a size: write for example 2GiB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None, low: int | None = None, high: int | None = None,
+           metavar: str | None = None) -> Any:  # fmt: skip
+    """A configuration field: its default, its help text, and what is allowed."""
+    meta = {"help": help, "choices": choices, "low": low, "high": high, "metavar": metavar}
+    return field(default=default, metadata=meta)
+
+
+class _Checked:
+    """Checks every field against its ``option`` when the object is made."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value, meta = getattr(self, f.name), f.metadata
+            flag = "--" + f.name.replace("_", "-")
+            if value is None:
+                continue
+            if (choices := meta.get("choices")) and value not in choices:
+                raise ConfigError(f"{flag} {value!r} is not supported; choose from: {', '.join(map(str, choices))}", param=f.name)
+            low, high = meta.get("low"), meta.get("high")
+            if low is None and high is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{flag} must be an integer, got {value!r}", param=f.name)
+            if (low is not None and value < low) or (high is not None and value > high):
+                bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise ConfigError(f"{flag} must be {bounds}, got {value}", param=f.name)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig(_Checked):
+    """What an engine needs to know: the model, its memory, and the limits of a step."""
+
+    model: str = field(default=EMBEDDED_MODEL, metadata={})
+    device: str = option("cpu", "where the model runs", choices=("cpu",))
+    dtype: str = option("auto", "width of the weights; auto keeps the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
+    max_model_len: int | None = option(None, "longest sequence in tokens, prompt and output together (default: the model's context)", low=1)
+    block_size: int = option(16, "token positions in a block of KV memory", choices=(4, 8, 16, 32, 64, 128, 256))
+    kv_dtype: str = option("float16", "width of the KV cache", choices=("float16", "float32"))
+    kv_memory: str = option("2GiB", "memory for the KV cache, e.g. 2GiB or 512MiB", metavar="SIZE")
+    max_num_batched_tokens: int = option(512, "most token positions computed in a step; longer prompts are computed in chunks", low=1, high=1 << 20)
+    max_num_seqs: int = option(64, "most sequences that run at the same time", low=1, high=4096)
+    threads: int | None = option(None, "threads that compute (default: the cores that this process may use)", low=1, high=1024)
+    seed: int = option(0, "seeds the requests that bring no seed of their own (offline API)", low=0, high=(1 << 63) - 1)
+    kv_debug: bool = field(default=False, metadata={"help": "fill fresh KV blocks with NaN, to find reads of memory that was never written"})
+
+    @property
+    def kv_bytes(self) -> int:
+        return parse_bytes(self.kv_memory)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig(_Checked):
+    """What the HTTP server needs to know besides the engine."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
+    served_model_name: str | None = option(None, "model name in the API (default: the folder's name)", metavar="NAME")
+    max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
+    max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """One ``--flag`` for each field of the configuration classes; absent flags are left out of the namespace."""
+    for cls in classes:
+        for f in fields(cls):
+            if "help" not in f.metadata:
+                continue
+            meta, flag = f.metadata, "--" + f.name.replace("_", "-")
+            if f.type == "bool":
+                parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=meta["help"])
+                continue
+            default = "" if f.default is None or f.default is MISSING else f" (default: {f.default})"
+            metavar = meta.get("metavar") or ("|".join(map(str, meta["choices"])) if meta.get("choices") else ("N" if "int" in str(f.type) else "TEXT"))
+            parser.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=meta["help"].replace("%", "%%") + default)
+
+
+def _convert(name: str, declared: str, value: Any, source: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    if declared == "bool":
+        if value.lower() in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+            return value.lower() in ("1", "true", "yes", "on")
+        raise ConfigError(f"{source} must be true or false, got {value!r}", param=name)
+    if "int" in declared:
+        try:
+            return int(value)
+        except ValueError:
+            raise ConfigError(f"{source} must be an integer, got {value!r}", param=name) from None
+    return value
+
+
+def read_config_file(path: str | None) -> dict[str, Any]:
+    """A TOML file of ``name = value`` lines (dashes or underscores). Raises ConfigError."""
+    if path is None:
+        return {}
+    import tomllib
+
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"can't read the configuration file {path}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"the configuration file {path} is not valid TOML: {e}") from None
+    return {name.replace("-", "_"): value for name, value in table.items()}
+
+
+def resolve(classes: tuple[type, ...], arguments: Mapping[str, Any], file: Mapping[str, Any] | None = None,
+            environ: Mapping[str, str] | None = None) -> list[Any]:  # fmt: skip
+    """Build one object of each class from file < environment < arguments. Raises ConfigError, naming the source."""
+    environ = os.environ if environ is None else environ
+    file = dict(file or {})
+    known = {f.name for cls in classes for f in fields(cls)}
+    if unknown := sorted(set(file) - known):
+        raise ConfigError(f"unknown option in the configuration file: {unknown[0]}; known: {', '.join(sorted(known))}", param=unknown[0])
+    built = []
+    for cls in classes:
+        values: dict[str, Any] = {}
+        for f in fields(cls):
+            env = f"QUIRE_{f.name.upper()}"
+            for source, label in ((file, f.name), (environ, env), (arguments, "--" + f.name.replace("_", "-"))):
+                key = env if source is environ else f.name
+                if key in source:
+                    values[f.name] = _convert(f.name, str(f.type), source[key], label)
+        built.append(cls(**values))
+    return built

@@ -1,0 +1,69 @@
+"""StepPlan and StepResult: the one value that goes to the device, and the one that comes back.
+
+A running sequence has a *row* in the backend's tables: its tokens, its block table, its sampling parameters. A plan says
+what changed since the last one, so a step costs in proportion to the number of running sequences, not to their lengths.
+The backend appends a sampled token to its row itself; the next plan does not repeat it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from quire.outputs import TokenLogprobs
+from quire.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class RowStart:
+    """A sequence takes a row (for the first time, or again after a preemption). Overwrites all that the row held."""
+
+    row: int
+    tokens: list[int]
+    """Every token known so far: prompt, then generated ones. The backend copies them."""
+    num_prompt: int
+    """The first ``num_prompt`` of ``tokens`` are the prompt (penalties treat output apart)."""
+    params: SamplingParams
+    seed: int
+    """0 <= seed < 2**64. Draws are keyed by (seed, position), so a resumed row draws what it would have drawn."""
+    stop_ids: tuple[int, ...]
+    """End-of-text and stop token ids: banned while fewer than ``params.min_tokens`` tokens were generated."""
+
+
+@dataclass(slots=True)
+class RowWork:
+    """Compute the positions ``start <= p < start + count`` of a row: write their KV, attend, maybe sample."""
+
+    row: int
+    start: int
+    count: int
+    new_blocks: list[int]
+    """Block ids appended to the row's block table before the step; they cover position ``start + count - 1``."""
+    sample: bool
+    """Sample the token at position ``start + count`` from the logits of the last computed position."""
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step. The backend applies ``starts``, then ``copies``, then computes ``work`` in order."""
+
+    starts: list[RowStart] = field(default_factory=list)
+    work: list[RowWork] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source block, destination block), done before any write of the step."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions computed in this step."""
+        return sum(w.count for w in self.work)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the device gives back: one entry for each RowWork with ``sample`` set, in the plan's order."""
+
+    tokens: list[int] = field(default_factory=list)
+    """Sampled token ids; -1 where the row failed."""
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """None where the row's parameters ask for none."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """Row → what went wrong (non-finite logits). Only that row's request ends."""

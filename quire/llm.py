@@ -1,0 +1,194 @@
+"""The offline API: ``LLM(model).generate(prompts, params)``. Names are vLLM's where the thing is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any, TypedDict
+
+from quire.backends.base import Backend, open_backend
+from quire.config import EMBEDDED_MODEL, EngineConfig
+from quire.core.engine import Engine
+from quire.core.sequence import Request
+from quire.errors import EngineError, InvalidRequestError
+from quire.outputs import Choice, RequestOutput, Usage
+from quire.sampling_params import SamplingParams
+from quire.text.output import OutputAssembler
+from quire.text.tokenizer import Tokenizer
+
+PROGRESS_AFTER_S = 1.0
+"""A progress bar appears on work that takes longer than this."""
+
+
+class TokensPrompt(TypedDict):
+    """A prompt that is already tokenized."""
+
+    prompt_token_ids: list[int]
+
+
+Prompt = str | TokensPrompt
+
+
+class LLM:
+    """A model, its KV pool and an engine in this process.
+
+    ``model`` is a folder in Hugging Face format, or ``"embedded"``. The other parameters are those of EngineConfig.
+    Raises ModelLoadError, ConfigError or CapacityError.
+    """
+
+    def __init__(self, model: str | Path = EMBEDDED_MODEL, **options: Any) -> None:
+        known = EngineConfig.__dataclass_fields__
+        for name in options:
+            if name not in known:
+                raise TypeError(f"LLM() has no parameter {name!r}; it has: {', '.join(known)}")
+        self._open(EngineConfig(model=str(model), **options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        llm = cls.__new__(cls)
+        llm._open(config)
+        return llm
+
+    def _open(self, config: EngineConfig) -> None:
+        self.config = config
+        self.backend: Backend = open_backend(config)
+        self.tokenizer = Tokenizer.load(self.backend.folder)
+        self.engine = Engine(self.backend, config)
+        self._requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; outputs come in the order of the prompts.
+
+        ``sampling_params``: one for all, or one for each prompt. ``use_tqdm``: show progress on long work (vLLM's name).
+        Everything is checked before anything runs. Raises InvalidRequestError.
+        """
+        todo = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
+        each = self._params(sampling_params, len(todo))
+        requests = [self._request(prompt, p) for prompt, p in zip(todo, each, strict=True)]
+        outputs = {
+            request.request_id: RequestOutput(
+                request.request_id, prompt if isinstance(prompt, str) else None, request.prompt_token_ids, [], Usage(len(request.prompt_token_ids))
+            )
+            for prompt, request in zip(todo, requests, strict=True)
+        }
+        for request_id, choice in self._run(requests, use_tqdm):
+            output = outputs[request_id]
+            output.outputs.append(choice)
+            output.usage.completion_tokens += len(choice.token_ids)
+        for output in outputs.values():
+            output.outputs.sort(key=lambda choice: choice.index)
+        return list(outputs.values())
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Complete one prompt (``params.n`` is 1); yields text as it comes. Closing the iterator frees its blocks."""
+        request = self._request(prompt, params or SamplingParams())
+        if request.params.n != 1:
+            raise InvalidRequestError(f"stream() gives one sample, got n={request.params.n}: use generate()", param="n")
+        assembler = OutputAssembler(self.tokenizer, request.params)
+        self.engine.add(request)
+        try:
+            while self.engine.has_work and not assembler.finished:
+                for output in self.engine.step():
+                    delta = assembler.feed(output)
+                    if delta.text:
+                        yield delta.text
+                    if output.finish_reason == "error":
+                        raise EngineError(str(output.stop_reason))
+        finally:
+            self.engine.abort(request.request_id)
+
+    def _run(self, requests: list[Request], use_tqdm: bool) -> Iterator[tuple[str, Choice]]:
+        """Run all requests to their end; yields (request id, choice) as samples finish."""
+        assemblers = {(r.request_id, i): OutputAssembler(self.tokenizer, r.params) for r in requests for i in range(r.params.n)}
+        progress = _Progress(len(assemblers), use_tqdm)
+        try:
+            for request in requests:
+                self.engine.add(request)
+            while assemblers:
+                generated = 0
+                for output in self.engine.step():
+                    key = (output.request_id, output.index)
+                    assembler = assemblers.get(key)
+                    if assembler is None:  # ended by a stop string while a sibling sample goes on
+                        continue
+                    if output.finish_reason == "error":
+                        raise EngineError(f"request {output.request_id}: {output.stop_reason}")
+                    assembler.feed(output)
+                    generated += len(output.token_ids)
+                    if assembler.finished:
+                        del assemblers[key]
+                        if output.finish_reason is None:
+                            self.engine.abort(output.request_id, output.index)
+                        yield output.request_id, assembler.choice(output.index)
+                progress.update(len(assemblers), generated)
+        finally:
+            progress.close()
+            for request in requests:
+                self.engine.abort(request.request_id)
+
+    def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * count
+        if len(params) != count:
+            raise InvalidRequestError(f"{count} prompts but {len(params)} SamplingParams: give one, or one for each prompt", param="sampling_params")
+        return list(params)
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+            tokens = list(prompt["prompt_token_ids"])
+            if not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
+                raise InvalidRequestError("prompt_token_ids must be integers", param="prompt")
+        else:
+            raise InvalidRequestError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {prompt!r:.60}", param="prompt")
+        self.engine.limits.check(tokens, params)
+        number = self._requests
+        self._requests += 1
+        seed = params.seed if params.seed is not None else _derived_seed(self.config.seed, number)
+        return Request(str(number), tokens, params, seed % (1 << 64), self.backend.spec.eos_token_ids)
+
+
+def _derived_seed(seed: int, number: int) -> int:
+    """Seed of the ``number``-th request that brought none: the same script with the same ``LLM(seed=)`` repeats itself."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "little")
+
+
+class _Progress:
+    """A progress bar on stderr, made only when the work turns out to be long."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self._total = total
+        self._enabled = enabled and sys.stderr.isatty()
+        self._start = monotonic()
+        self._tokens = 0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def update(self, left: int, tokens: int) -> None:
+        self._tokens += tokens
+        elapsed = monotonic() - self._start
+        if not self._enabled or elapsed < PROGRESS_AFTER_S:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("Generating", total=self._total, rate=0.0)
+            self._bar.start()
+        self._bar.update(self._task, completed=self._total - left, rate=self._tokens / elapsed)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,66 @@
+"""The architectures that Quire knows: config.json → TransformerSpec, canonical tensor names → checkpoint names.
+
+A new architecture is one small file with a ``FAMILIES`` tuple, listed below. Whatever a family does not compute it must
+refuse by name: a model that loads and answers wrongly is worse than one that does not load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from quire.errors import ModelLoadError
+from quire.models.families import gpt2, llama, mistral, opt, qwen
+from quire.models.families.base import Config, Family, Source
+from quire.models.spec import TransformerSpec
+
+__all__ = ["FAMILIES", "Family", "Source", "find_family", "spec_from_config"]
+
+FAMILIES: dict[str, Family] = {
+    family.architecture: family for module in (llama, mistral, qwen, gpt2, opt) for family in module.FAMILIES
+}  # fmt: skip
+"""Architecture name → family."""
+
+
+def find_family(values: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The family of a configuration: by ``architectures``, or by ``model_type`` where it has none. Raises ModelLoadError."""
+    supported = ", ".join(sorted(FAMILIES))
+    names = values.get("architectures")
+    if names:
+        name = names[0] if isinstance(names, list) else names
+        if isinstance(name, str) and name in FAMILIES:
+            return FAMILIES[name]
+        raise ModelLoadError(f"{where}: architecture {name!r} is not supported; supported: {supported}")
+    kind = values.get("model_type")
+    for family in FAMILIES.values():
+        if family.model_type == kind:
+            return family
+    raise ModelLoadError(f"{where}: no 'architectures', and model_type {kind!r} is not supported; supported: {supported}")
+
+
+def spec_from_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None, where: str = "config.json") -> TransformerSpec:
+    """TransformerSpec of a parsed config.json, as transformers 4 or 5 writes it.
+
+    generation: the parsed generation_config.json; its end-of-text ids come first, those of config.json are added.
+    Raises ModelLoadError, naming ``where`` and the field, for whatever is missing, malformed or not supported.
+    """
+    family = find_family(values, where)
+    config = Config(values, where)
+    config.unsupported(quantization_config=None)
+    spec = family.read(config)
+    generated = Config(generation or {}, where.replace("config.json", "generation_config.json"))
+    eos = dict.fromkeys((*_token_ids(generated, "eos_token_id"), *_token_ids(config, "eos_token_id")))
+    bos = (*_token_ids(generated, "bos_token_id"), *_token_ids(config, "bos_token_id"), None)
+    # An id outside the vocabulary (a small model saved with its class's defaults) can't be generated: nothing to stop at.
+    known = tuple(i for i in eos if i < spec.vocab_size)
+    return replace(spec, eos_token_ids=known, bos_token_id=bos[0] if bos[0] is not None and bos[0] < spec.vocab_size else None)
+
+
+def _token_ids(config: Config, name: str) -> tuple[int, ...]:
+    value = config.values.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int):
+            config.refuse(f"{name!r} must be a token id or a list of them, got {value!r}")
+    return tuple(i for i in ids if i >= 0)  # some files write -1 for "none"

@@ -1,0 +1,191 @@
+"""TransformerSpec: one decoder-only transformer, described by data.
+
+Every backend, the planner and the simulator read this and nothing else of a model's configuration. A variant is a
+field here, not a class. Memory and FLOP formulas live here, once.
+
+Canonical tensor names (``{i}`` counts layers from 0; linears are [out, in], as in PyTorch):
+
+    embed.weight [vocab, embed_size]        positions.weight [max_positions + position_offset, hidden]   (learned only)
+    embed_in.weight [hidden, embed_size]    embed_out.weight [embed_size, hidden]                        (embed_size != hidden only)
+    layers.{i}.attn_norm.weight|bias        layers.{i}.mlp_norm.weight|bias
+    layers.{i}.q|k|v|o.weight|bias          layers.{i}.q_norm|k_norm.weight [head_dim]                   (head_norm only)
+    layers.{i}.gate|up|down.weight|bias     (gate only where gated)
+    final_norm.weight|bias                  lm_head.weight [vocab, embed_size]                           (untied only)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(slots=True, frozen=True)
+class RopeSpec:
+    """Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout as in GPT-NeoX and Llama."""
+
+    theta: float = 10000.0
+    rotary_dim: int = 0
+    """Leading dimensions of a head that are rotated; even."""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 0
+
+    def inverse_frequencies(self) -> list[float]:
+        """``rotary_dim / 2`` angular frequencies in radians per position, scaling applied.
+
+        ``llama3``: wavelengths beyond ``original_max_positions / low_freq_factor`` are stretched by ``factor``, those below
+        ``original_max_positions / high_freq_factor`` kept, the ones between interpolated (Llama 3.1 model card and code).
+        """
+        from math import pi
+
+        freqs = [self.theta ** (-2 * i / self.rotary_dim) for i in range(self.rotary_dim // 2)]
+        if self.scaling == "linear":
+            return [f / self.factor for f in freqs]
+        if self.scaling == "llama3":
+            scaled = []
+            for f in freqs:
+                turns = self.original_max_positions * f / (2 * pi)  # full turns within the original context
+                smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+                smooth = min(1.0, max(0.0, smooth))
+                scaled.append(f * (smooth + (1 - smooth) / self.factor))
+            return scaled
+        return freqs
+
+
+@dataclass(slots=True, frozen=True)
+class TransformerSpec:
+    """Shapes and variants of one decoder-only transformer."""
+
+    architecture: str
+    """The class name in the checkpoint's config.json, e.g. ``LlamaForCausalLM``."""
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    """The model's context, in tokens."""
+
+    norm: Norm = "rms"
+    norm_eps: float = 1e-5
+    norm_first: bool = True
+    """Pre-norm (every family here) or post-norm (OPT-350m: norms after the residual additions)."""
+    final_norm: bool = True
+    norm_bias: bool = False
+    head_norm: bool = False
+    """RMS norm of each query and key head before rotary (Qwen3)."""
+    activation: Activation = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    rope: RopeSpec | None = None
+    """None: learned absolute positions."""
+    position_offset: int = 0
+    """Learned positions: row of position p is p + position_offset (OPT: 2)."""
+    windows: tuple[int, ...] = ()
+    """Sliding window of each layer in tokens, 0 for full attention; empty: all full. A query sees the last ``window`` keys, itself included."""
+    tied: bool = False
+    """lm_head is the embedding."""
+    embed_size: int = 0
+    """Width of the embedding where it differs from hidden_size (OPT-350m); 0: hidden_size."""
+    attention_scale: float = 0.0
+    """Factor on query-key products; 0: 1 / sqrt(head_dim)."""
+    dtype: str = "float32"
+    """Of the checkpoint: float32, float16 or bfloat16."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        return self.attention_scale or self.head_dim**-0.5
+
+    @property
+    def embedding_size(self) -> int:
+        return self.embed_size or self.hidden_size
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name → shape, for every tensor that the model has."""
+        h, e, f, d = self.hidden_size, self.embedding_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_heads * d, self.num_kv_heads * d
+        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, e)}
+
+        def linear(name: str, out: int, inp: int, bias: bool) -> None:
+            shapes[f"{name}.weight"] = (out, inp)
+            if bias:
+                shapes[f"{name}.bias"] = (out,)
+
+        def norm(name: str) -> None:
+            shapes[f"{name}.weight"] = (h,)
+            if self.norm_bias:
+                shapes[f"{name}.bias"] = (h,)
+
+        if self.rope is None:
+            shapes["positions.weight"] = (self.max_positions + self.position_offset, h)
+        if e != h:
+            linear("embed_in", h, e, False)
+            linear("embed_out", e, h, False)
+        for i in range(self.num_layers):
+            at = f"layers.{i}"
+            norm(f"{at}.attn_norm")
+            for name, out in (("q", q), ("k", kv), ("v", kv)):
+                linear(f"{at}.{name}", out, h, self.qkv_bias)
+            linear(f"{at}.o", h, q, self.o_bias)
+            if self.head_norm:
+                shapes[f"{at}.q_norm.weight"] = shapes[f"{at}.k_norm.weight"] = (d,)
+            norm(f"{at}.mlp_norm")
+            if self.gated:
+                linear(f"{at}.gate", f, h, self.mlp_bias)
+            linear(f"{at}.up", f, h, self.mlp_bias)
+            linear(f"{at}.down", h, f, self.mlp_bias)
+        if self.final_norm:
+            norm("final_norm")
+        if not self.tied:
+            linear("lm_head", self.vocab_size, e, False)
+        return shapes
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied lm_head counted once."""
+        total = 0
+        for shape in self.tensor_shapes().values():
+            size = 1
+            for n in shape:
+                size *= n
+            total += size
+        return total
+
+    def weight_bytes(self, dtype: str | None = None) -> int:
+        """Bytes of all weights at one width."""
+        return self.num_parameters() * DTYPE_BYTES[dtype or self.dtype]
+
+    def kv_bytes_per_token(self, kv_dtype: str) -> int:
+        """Bytes of KV cache for one token position, all layers, keys and values."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[kv_dtype]
+
+    def matmul_parameters(self) -> int:
+        """Parameters that one computed position multiplies by, without lm_head."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
+        return self.num_layers * (self.hidden_size * (2 * q + 2 * kv) + mlp)
+
+    def flops(self, num_tokens: int, context_sum: int, num_sampled: int) -> int:
+        """Floating-point operations of a step.
+
+        num_tokens: positions computed. context_sum: sum over them of the keys that each attends to. num_sampled: rows of
+        logits. Two operations per multiply-add; norms and activations are left out (below 1 %).
+        """
+        linear = 2 * num_tokens * self.matmul_parameters()
+        attention = 4 * self.num_layers * self.num_heads * self.head_dim * context_sum
+        return linear + attention + 2 * num_sampled * self.vocab_size * self.embedding_size

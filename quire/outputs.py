@@ -1,0 +1,85 @@
+"""What a request gives back: text, tokens, log-probabilities, why it ended, and what it took.
+
+``SequenceOutput`` is what the engine says after a step, in tokens; ``RequestOutput`` what the user gets, with text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, frozen=True)
+class Logprob:
+    """Log-probability of one token at one position, from the model's unmodified logits."""
+
+    logprob: float
+    """Natural logarithm."""
+    rank: int
+    """1 for the most likely token."""
+    decoded_token: str = ""
+
+
+@dataclass(slots=True)
+class Choice:
+    """One sample of a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    """For each generated token: token id → Logprob; the chosen token comes first. None unless asked for."""
+    finish_reason: str | None = None
+    """``stop``, ``length``, ``abort`` or ``error``; None while it runs."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it; None for the end-of-text token."""
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens that a request took."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A finished request, in the order in which prompts were given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[Choice]
+    usage: Usage = field(default_factory=Usage)
+    finished: bool = True
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities of one sampled position, from the unmodified logits."""
+
+    token: tuple[float, int]
+    """(log-probability, rank from 1) of the chosen token."""
+    top: list[tuple[int, float]]
+    """(token id, log-probability), most likely first, lower id first among equals; ``params.logprobs`` of them."""
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What one step adds to one sequence."""
+
+    request_id: str
+    index: int
+    """Which of the request's ``n`` sequences."""
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of ``token_ids``; None unless asked for."""
+    finish_reason: str | None = None
+    """``stop``, ``length``, ``abort`` or ``error`` in the sequence's last output; None before."""
+    stop_reason: int | str | None = None
+    """The stop token id that ended it; the message where finish_reason is ``error``."""

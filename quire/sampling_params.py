@@ -1,0 +1,142 @@
+"""SamplingParams: how the tokens of one request are chosen. Validated here and nowhere else.
+
+Names and defaults are vLLM's, so that scripts move over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from quire.errors import InvalidRequestError
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_TOKENS = 1 << 30
+MAX_SEED = (1 << 64) - 1
+
+
+def _number(name: str, value: object, low: float, high: float, hint: str = "") -> float:
+    """``value`` as a float within [low, high]; refuses booleans, strings, NaN and infinities."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequestError(f"{name} must be a number, got {value!r:.60}", param=name)
+    # A comparison of an int with a float is exact in Python, so a huge int can't overflow here.
+    if not (low <= value <= high):  # NaN fails this too
+        bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise InvalidRequestError(f"{name} must be {bounds}, got {value!r:.60}{hint}", param=name)
+    return float(value)
+
+
+def _integer(name: str, value: object, low: int, high: int, hint: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(f"{name} must be an integer, got {value!r:.60}", param=name)
+    if not (low <= value <= high):
+        raise InvalidRequestError(f"{name} must be from {low} to {high}, got {value!r:.60}{hint}", param=name)
+    return value
+
+
+def _sized(name: str, values: Sequence[object], limit: int) -> None:
+    if len(values) > limit:
+        raise InvalidRequestError(f"{name} has {len(values)} entries; at most {limit} are allowed", param=name)
+
+
+@dataclass(slots=True, frozen=True)
+class SamplingParams:
+    """Sampling parameters of one request.
+
+    The order in which they act on a row of logits: logit_bias and min_tokens, repetition/frequency/presence penalties,
+    temperature, min_p, top_k, top_p, then one draw keyed by (seed, position).
+
+    Raises InvalidRequestError, naming the parameter, the value and what is allowed.
+    """
+
+    n: int = 1
+    """Number of samples for the prompt."""
+    temperature: float = 1.0
+    """0 is greedy: the most likely token, the lowest id among equals."""
+    top_p: float = 1.0
+    """The smallest set of most likely tokens whose probability reaches top_p is kept; in (0, 1]."""
+    top_k: int = 0
+    """Number of most likely tokens kept; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Tokens less likely than min_p times the most likely one are dropped."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    """Token id → value added to its logit, -100 to 100."""
+    seed: int | None = None
+    """None: the engine gives the request one at admission."""
+    max_tokens: int | None = 16
+    """Most tokens to generate for each sample; None: as many as the context holds."""
+    min_tokens: int = 0
+    """End-of-text and stop tokens can't be chosen before this many tokens."""
+    stop: tuple[str, ...] | list[str] | str | None = ()
+    """Strings that end the output when they appear in it; they may span tokens."""
+    stop_token_ids: tuple[int, ...] | list[int] | None = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Number of most likely tokens to report for each position besides the chosen one; None reports nothing."""
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    stop_strings: tuple[str, ...] = field(init=False, default=(), repr=False)
+    """``stop``, normalised to a tuple."""
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        _integer("n", self.n, 1, MAX_N)
+        put("temperature", _number("temperature", self.temperature, 0.0, 100.0, ": 0 is greedy, 1 leaves the model's own distribution"))
+        put("top_p", _number("top_p", self.top_p, 0.0, 1.0, ": 1 keeps every token"))
+        if self.top_p == 0.0:
+            raise InvalidRequestError("top_p must be above 0, got 0: use temperature=0 for greedy decoding", param="top_p")
+        _integer("top_k", self.top_k, -1, MAX_TOKENS, ": 0 or -1 keeps every token")
+        put("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, ": 1 is off"))
+        if self.seed is not None:
+            _integer("seed", self.seed, -(1 << 63), MAX_SEED)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(f"min_tokens {self.min_tokens} > max_tokens {self.max_tokens}: lower min_tokens or raise max_tokens", param="min_tokens")
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        put("stop_token_ids", self._token_ids())
+        put("logit_bias", self._bias())
+        put("stop_strings", self._stops())
+        put("stop", self.stop_strings)
+
+    def _token_ids(self) -> tuple[int, ...]:
+        ids = self.stop_token_ids or ()
+        if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
+            raise InvalidRequestError(f"stop_token_ids must be a list of integers, got {ids!r:.60}", param="stop_token_ids")
+        _sized("stop_token_ids", ids, MAX_STOP_TOKEN_IDS)
+        return tuple(_integer("stop_token_ids", i, 0, (1 << 31) - 1) for i in ids)
+
+    def _bias(self) -> dict[int, float] | None:
+        if not self.logit_bias:
+            return None
+        _sized("logit_bias", list(self.logit_bias), MAX_LOGIT_BIAS)
+        return {
+            _integer("logit_bias", token, 0, (1 << 31) - 1): _number("logit_bias", value, -100.0, 100.0)
+            for token, value in self.logit_bias.items()
+        }
+
+    def _stops(self) -> tuple[str, ...]:
+        stops: Sequence[object] = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        _sized("stop", stops, MAX_STOP_STRINGS)
+        for s in stops:
+            if not isinstance(s, str) or not s:
+                raise InvalidRequestError(f"stop must hold non-empty strings, got {s!r:.60}", param="stop")
+            if len(s) > MAX_STOP_CHARS:
+                raise InvalidRequestError(f"a stop string has {len(s)} characters; at most {MAX_STOP_CHARS} are allowed", param="stop")
+        return tuple(s for s in stops if isinstance(s, str))

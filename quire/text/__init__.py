@@ -1,0 +1,1 @@
+"""Between text and tokens: tokenizer, incremental detokenizer, chat templates, stop strings."""

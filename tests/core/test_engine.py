@@ -1,0 +1,195 @@
+"""The engine on a backend without a model: requests end once, outputs do not depend on company, nothing leaks."""
+
+from __future__ import annotations
+
+import pytest
+
+from core.fake_backend import FakeBackend, expected_output
+from quire.config import EngineConfig
+from quire.core.engine import Engine
+from quire.core.sequence import Request, derive_seed
+from quire.errors import CapacityError, ContextLengthError, InvalidRequestError
+from quire.outputs import SequenceOutput
+from quire.sampling_params import SamplingParams
+
+
+def make(backend: FakeBackend | None = None, **options: int) -> Engine:
+    return Engine(backend or FakeBackend(), EngineConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 8, **options}))
+
+
+def request(name: str, prompt: list[int], seed: int = 0, eos: tuple[int, ...] = (), **params: object) -> Request:
+    return Request(name, prompt, SamplingParams(**params), seed, eos)
+
+
+def drain(engine: Engine) -> dict[tuple[str, int], list[SequenceOutput]]:
+    outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault((output.request_id, output.index), []).append(output)
+        engine.check()
+    return outputs
+
+
+def tokens(outputs: list[SequenceOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def test_one_request_ends_at_max_tokens() -> None:
+    engine = make()
+    engine.add(request("a", [1, 2, 3], seed=7, max_tokens=5))
+    outputs = drain(engine)[("a", 0)]
+    assert tokens(outputs) == expected_output([1, 2, 3], 7, 5)
+    assert [o.finish_reason for o in outputs] == [None] * 4 + ["length"]
+    assert engine.stats().kv.used_blocks == 0
+
+
+def test_long_prompts_are_chunked_by_the_budget_and_mixed_with_decodes() -> None:
+    backend = FakeBackend()
+    engine = make(backend)
+    engine.add(request("short", [1], max_tokens=12))
+    engine.step()
+    engine.add(request("long", list(range(20)), max_tokens=2))
+    drain(engine)
+    counts = [[w.count for w in plan.work] for plan in backend.plans]
+    assert counts[:5] == [[1], [1, 7], [1, 7], [1, 6], [1, 1]]
+
+
+def test_the_budget_bounds_every_step() -> None:
+    backend = FakeBackend(num_blocks=64)
+    engine = make(backend, max_num_batched_tokens=5, max_num_seqs=8)
+    for i in range(12):
+        engine.add(request(str(i), [i] * (1 + i), max_tokens=4))
+    drain(engine)
+    assert max(plan.num_tokens for plan in backend.plans) == 5
+    assert max(len(plan.work) for plan in backend.plans) <= 8
+
+
+def test_preempted_requests_give_what_they_would_have_given() -> None:
+    prompts = [[i, i + 1, i + 2] for i in range(8)]
+    engine = make(FakeBackend(num_blocks=8), max_num_seqs=8)
+    for i, prompt in enumerate(prompts):
+        engine.add(request(str(i), prompt, seed=i, max_tokens=20))
+    outputs = drain(engine)
+    stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.tokens_recomputed > 0
+    for i, prompt in enumerate(prompts):
+        assert tokens(outputs[(str(i), 0)]) == expected_output(prompt, i, 20)
+
+
+def test_the_oldest_is_never_preempted() -> None:
+    engine = make(FakeBackend(num_blocks=8), max_num_seqs=8)
+    for i in range(8):
+        engine.add(request(str(i), [i], max_tokens=30))
+    order = [output.request_id for outputs in [drain(engine)] for key in outputs for output in outputs[key][-1:]]
+    assert order[0] == "0"
+
+
+def test_eos_stop_tokens_ignore_eos_and_min_tokens() -> None:
+    path = expected_output([5], 0, 10)
+    third = path[2]
+    assert third not in path[:2]
+
+    def run(eos: tuple[int, ...] = (), **params: object) -> SequenceOutput:
+        engine = make()
+        engine.add(request("a", [5], eos=eos, max_tokens=10, **params))
+        outputs = drain(engine)[("a", 0)]
+        outputs[-1].token_ids = tokens(outputs)
+        return outputs[-1]
+
+    by_eos = run(eos=(third,))
+    assert (by_eos.finish_reason, by_eos.stop_reason, by_eos.token_ids) == ("stop", None, path[:3])
+    by_token = run(stop_token_ids=[third])
+    assert (by_token.finish_reason, by_token.stop_reason, by_token.token_ids) == ("stop", third, path[:3])
+    assert run(eos=(third,), ignore_eos=True).token_ids == path
+    assert run(eos=(third,), min_tokens=4).token_ids[:4] == path[:4]
+
+
+def test_n_samples_have_seeds_of_their_own() -> None:
+    engine = make(FakeBackend(num_blocks=32))
+    engine.add(request("a", [1, 2], seed=3, n=3, max_tokens=4))
+    outputs = drain(engine)
+    for index in range(3):
+        assert tokens(outputs[("a", index)]) == expected_output([1, 2], derive_seed(3, index), 4)
+
+
+def test_abort_frees_at_once_wherever_the_request_is() -> None:
+    engine = make(max_num_seqs=1)
+    engine.add(request("running", [1] * 6, max_tokens=9))
+    engine.add(request("waiting", [2] * 6, max_tokens=9))
+    engine.step()
+    assert engine.stats().kv.used_blocks == 2
+    assert [o.finish_reason for o in engine.abort("running")] == ["abort"]
+    assert engine.stats().kv.used_blocks == 0
+    assert [o.finish_reason for o in engine.abort("waiting")] == ["abort"]
+    assert engine.abort("waiting") == []
+    assert engine.abort("never") == []
+    assert not engine.has_work
+    engine.check()
+
+
+def test_abort_of_one_sample_leaves_the_others() -> None:
+    engine = make(FakeBackend(num_blocks=32))
+    engine.add(request("a", [1, 2], n=2, max_tokens=4))
+    engine.step()
+    assert [o.index for o in engine.abort("a", 0)] == [0]
+    assert set(drain(engine)) == {("a", 1)}
+
+
+def test_a_failing_row_ends_its_own_request_only() -> None:
+    backend = FakeBackend()
+    engine = make(backend)
+    engine.add(request("bad", [1], max_tokens=4))
+    engine.add(request("good", [2], max_tokens=4))
+    backend.fail_rows.add(0)
+    outputs = drain(engine)
+    assert outputs[("bad", 0)][-1].finish_reason == "error"
+    assert "finite" in str(outputs[("bad", 0)][-1].stop_reason)
+    assert tokens(outputs[("good", 0)]) == expected_output([2], 0, 4)
+
+
+def test_max_tokens_none_fills_the_context() -> None:
+    engine = make()
+    engine.add(request("a", [1] * 5, max_tokens=None))
+    assert len(tokens(drain(engine)[("a", 0)])) == 32 - 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error", "says"),
+    [
+        ([], {}, InvalidRequestError, "empty"),
+        ([1] * 32, {"max_tokens": 1}, ContextLengthError, "32"),
+        ([1] * 30, {"max_tokens": 4}, ContextLengthError, "at most 2"),
+        ([50], {}, InvalidRequestError, "0 to 49"),
+        ([-1], {}, InvalidRequestError, "-1"),
+        ([1], {"stop_token_ids": [50]}, InvalidRequestError, "stop_token_ids"),
+        ([1], {"logit_bias": {50: 1.0}}, InvalidRequestError, "logit_bias"),
+    ],
+)
+def test_what_can_not_run_is_refused_with_the_numbers(prompt: list[int], params: dict[str, object], error: type[Exception], says: str) -> None:
+    engine = make()
+    with pytest.raises(error, match=says):
+        engine.add(request("a", prompt, **params))
+    assert not engine.has_work
+
+
+def test_a_request_id_is_unique_among_the_living() -> None:
+    engine = make()
+    engine.add(request("a", [1]))
+    with pytest.raises(InvalidRequestError, match="already in use"):
+        engine.add(request("a", [1]))
+    drain(engine)
+    engine.add(request("a", [1]))
+
+
+def test_a_pool_that_can_not_hold_one_request_is_refused() -> None:
+    with pytest.raises(CapacityError, match="28 token positions .* 32: raise --kv-memory, or lower --max-model-len to at most 28"):
+        make(FakeBackend(num_blocks=7))
+
+
+def test_kv_stats_count_positions_and_empty_tails() -> None:
+    engine = make()
+    engine.add(request("a", [1] * 6, max_tokens=4))
+    engine.step()
+    kv = engine.stats().kv
+    assert (kv.used_blocks, kv.positions_used, kv.positions_allocated, kv.empty_tail) == (2, 6, 8, 2)
