@@ -69,11 +69,15 @@ class EngineConfig(_Checked):
     block_size: int = option(16, "token positions in a block of KV memory", choices=(4, 8, 16, 32, 64, 128, 256))
     kv_dtype: str = option("float16", "width of the KV cache", choices=("float16", "float32"))
     kv_memory: str = option("2GiB", "memory for the KV cache, e.g. 2GiB or 512MiB", metavar="SIZE")
-    max_num_batched_tokens: int = option(512, "most token positions computed in a step; longer prompts are computed in chunks", low=1, high=1 << 20)
+    max_num_batched_tokens: int = option(
+        512, "most token positions computed in a step; longer prompts are computed in chunks", low=1, high=1 << 20
+    )
     max_num_seqs: int = option(64, "most sequences that run at the same time", low=1, high=4096)
     threads: int | None = option(None, "threads that compute (default: the cores that this process may use)", low=1, high=1024)
     seed: int = option(0, "seeds the requests that bring no seed of their own (offline API)", low=0, high=(1 << 63) - 1)
-    kv_debug: bool = field(default=False, metadata={"help": "fill fresh KV blocks with NaN, to find reads of memory that was never written"})
+    kv_debug: bool = field(
+        default=False, metadata={"help": "fill fresh KV blocks with NaN, to find reads of memory that was never written"}
+    )
 
     @property
     def kv_bytes(self) -> int:
@@ -102,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:
                 parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=meta["help"])
                 continue
             default = "" if f.default is None or f.default is MISSING else f" (default: {f.default})"
-            metavar = meta.get("metavar") or ("|".join(map(str, meta["choices"])) if meta.get("choices") else ("N" if "int" in str(f.type) else "TEXT"))
+            metavar = meta.get("metavar") or (
+                "|".join(map(str, meta["choices"])) if meta.get("choices") else ("N" if "int" in str(f.type) else "TEXT")
+            )
             parser.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=meta["help"].replace("%", "%%") + default)
 
 

@@ -76,7 +76,11 @@ class LLM:
         requests = [self._request(prompt, p) for prompt, p in zip(todo, each, strict=True)]
         outputs = {
             request.request_id: RequestOutput(
-                request.request_id, prompt if isinstance(prompt, str) else None, request.prompt_token_ids, [], Usage(len(request.prompt_token_ids))
+                request.request_id,
+                prompt if isinstance(prompt, str) else None,
+                request.prompt_token_ids,
+                [],
+                Usage(len(request.prompt_token_ids)),
             )
             for prompt, request in zip(todo, requests, strict=True)
         }
@@ -139,7 +143,9 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * count
         if len(params) != count:
-            raise InvalidRequestError(f"{count} prompts but {len(params)} SamplingParams: give one, or one for each prompt", param="sampling_params")
+            raise InvalidRequestError(
+                f"{count} prompts but {len(params)} SamplingParams: give one, or one for each prompt", param="sampling_params"
+            )
         return list(params)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
@@ -183,7 +189,13 @@ class _Progress:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]:.0f} tokens/s"),
+                TimeElapsedColumn(),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task("Generating", total=self._total, rate=0.0)
             self._bar.start()

@@ -107,7 +107,9 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidRequestError(f"min_tokens {self.min_tokens} > max_tokens {self.max_tokens}: lower min_tokens or raise max_tokens", param="min_tokens")
+            raise InvalidRequestError(
+                f"min_tokens {self.min_tokens} > max_tokens {self.max_tokens}: lower min_tokens or raise max_tokens", param="min_tokens"
+            )
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         put("stop_token_ids", self._token_ids())

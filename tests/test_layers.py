@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "workload": set(),
     "core": set(),
     "__init__": {"llm", "sampling_params"},
-    **{name: BASE for name in BASE},
+    **dict.fromkeys(BASE, BASE),
 }
 STANDARD_LIBRARY_ONLY = {"core", *BASE, "workload"}
 CORE_MAY_NOT_USE = {"time", "datetime", "random", "os", "io", "socket", "threading", "asyncio", "pathlib", "subprocess"}

@@ -25,8 +25,8 @@ import math
 import platform
 import re
 import statistics
-import sys
 import sysconfig
+import textwrap
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -351,6 +351,7 @@ def train(args: argparse.Namespace) -> None:
     next_eval = state["seconds"] + args.eval_minutes * 60
     next_save = state["seconds"] + args.first_save_minutes * 60
     running: list[float] = []
+    length, norm = args.length, 0.0
 
     def save() -> None:
         part = checkpoint.with_suffix(".part")
@@ -416,6 +417,7 @@ def export(out: Path, folder: Path) -> None:
     saved = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
     weights = {name: t.to(torch.bfloat16).contiguous() for name, t in saved.items()}
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER,
@@ -451,6 +453,124 @@ def load_exported(folder: Path) -> Llama:
 
 
 # ---------------------------------------------------------------- report
+
+class NGram:
+    """Interpolated absolute discounting up to trigrams: each order takes a discount off
+    its counts and gives that mass to the order below, down to a uniform distribution."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tables = []
+        for order in (1, 2, 3):
+            keys, counts = np.unique(self.keys(tokens, order), return_counts=True)
+            heads, inverse, kinds = np.unique(keys // VOCAB, return_inverse=True, return_counts=True)
+            self.tables.append((keys, counts, heads, np.bincount(inverse, counts), kinds))
+
+    @staticmethod
+    def keys(tokens: np.ndarray, order: int) -> np.ndarray:
+        """One number per predicted token (all but the first) and its context."""
+        padded = np.concatenate([[EOS], tokens])
+        return sum(padded[2 - i: len(padded) - i] * VOCAB**i for i in range(order))
+
+    def losses(self, tokens: np.ndarray, discounts: list[float]) -> np.ndarray:
+        """Loss in nats per predicted token, of the order that `discounts` is long."""
+        p = np.full(len(tokens) - 1, 1 / VOCAB)
+        for order, discount in enumerate(discounts, start=1):
+            keys, counts, heads, totals, kinds = self.tables[order - 1]
+            query = self.keys(tokens, order)
+
+            def look(table: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+                at = np.minimum(np.searchsorted(table, wanted), len(table) - 1)
+                return np.where(table[at] == wanted, values[at], 0)
+
+            count, total = look(keys, counts, query), look(heads, totals, query // VOCAB)
+            rest = discount * look(heads, kinds, query // VOCAB)
+            mixed = (np.maximum(count - discount, 0) + rest * p) / np.maximum(total, 1)
+            p = np.where(total > 0, mixed, p)
+        return -np.log(p)
+
+    @classmethod
+    def fitted(cls, docs: list[np.ndarray], more: list[np.ndarray]) -> tuple[NGram, list[float]]:
+        """Trained on both, the discounts chosen on every tenth document of `docs`."""
+        tune = np.concatenate(docs[::10])
+        part = cls(np.concatenate([d for i, d in enumerate(docs) if i % 10] + more))
+        chosen: list[float] = []
+        for _ in range(3):
+            grid = [chosen + [d / 20] for d in range(2, 20)]
+            chosen = min(grid, key=lambda g: part.losses(tune, g).mean())
+        return cls(np.concatenate(docs + more)), chosen
+
+
+def first_block(text: str) -> str | None:
+    """The leading top-level statement of a completion; None if nothing follows its header."""
+    lines = text.split("\n")[:-1] if not text.endswith("\n") else text.split("\n")
+    for at, line in enumerate(lines[1:], start=1):
+        if line and not line[0].isspace():
+            lines = lines[:at]
+            break
+    return "\n".join(lines) + "\n" if any(line.strip() for line in lines[1:]) else None
+
+
+def parses(text: str) -> bool:
+    block = first_block(text)
+    try:
+        ast.parse(block or "(")
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def function_headers(texts: list[str], count: int) -> list[str]:
+    """Headers of functions (`def ...:`), spread evenly over the held-out files."""
+    headers = []
+    for text in texts:
+        lines = text.splitlines(keepends=True)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
+                header = textwrap.dedent("".join(lines[node.lineno - 1: node.body[0].lineno - 1]))
+                if header.rstrip().endswith(":") and header.count("\n") == 1:
+                    headers.append(header.rstrip())
+    return headers[:: max(1, len(headers) // count)][:count]
+
+
+def report(out: Path) -> None:
+    """Print, in Markdown, how good OUT/model is; the figures go to report.json as well."""
+    tok, data, info = load_data(out)
+    model = load_exported(out / "model")
+    valid = np.concatenate([*data["valid"], [EOS]])
+    per_byte = 1 / math.log(2) / info["bytes"]["valid"]
+    figures: dict[str, object] = {"tokens": info["tokens"], "predicted": len(valid) - 1}
+
+    def row(name: str, loss: np.ndarray) -> None:
+        figures[name] = [float(loss.mean()), float(loss.sum() * per_byte)]
+        print(f"| {name} | {loss.mean():.3f} | {math.exp(loss.mean()):.1f} | {loss.sum() * per_byte:.3f} |")
+
+    print("| Predictor | nats/token | perplexity | bits/byte |\n|---|---:|---:|---:|")
+    for name, more in (("library", []), ("library + tests", data["tests"])):
+        ngram, discounts = NGram.fitted(data["train"], more)
+        figures[f"discounts, {name}"] = discounts
+        row(f"bigram, {name}", ngram.losses(valid, discounts[:2]))
+        row(f"trigram, {name}", ngram.losses(valid, discounts))
+    loss = losses(model, valid, CONTEXT)
+    row("embedded model, windows of 2,048", loss)
+    row("embedded model, windows of 512", losses(model, valid, 512))
+    print("\n| Position in the window | nats/token |\n|---|---:|")
+    position = np.arange(len(loss)) % CONTEXT
+    for low, high in ((0, 64), (64, 128), (128, 256), (256, 512), (512, 1024), (1024, 1536), (1536, 2048)):
+        mean = float(loss[(position >= low) & (position < high)].mean())
+        figures[f"position {low}"] = mean
+        print(f"| {low:,} to {high - 1:,} | {mean:.3f} |")
+    headers = function_headers([tok.decode(doc[1:].tolist()) for doc in data["valid"]], 50)
+    print(f"\n| Temperature | completions of {len(headers)} held-out function headers that parse |\n|---|---:|")
+    for temperature in (0.0, 0.2, 0.8):
+        good = sum(parses(h + complete(model, tok, h, 96, temperature, seed))
+                   for seed, h in enumerate(headers))
+        figures[f"parses at {temperature}"] = good / len(headers)
+        print(f"| {temperature} | {good} of {len(headers)} |", flush=True)
+    for prompt in PROMPTS:
+        for temperature in (0.0, 0.2, 0.8):
+            text = complete(model, tok, prompt, 96, temperature)
+            print(f"\nPrompt {json.dumps(prompt)}, temperature {temperature}:\n\n```python\n{prompt}{text}\n```")
+    (out / "report.json").write_text(json.dumps(figures, indent=1))
 
 
 def main() -> None:

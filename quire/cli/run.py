@@ -8,7 +8,7 @@ import sys
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "run",
         help="complete a prompt in the terminal",
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             _complete(llm, line.rstrip("\n"), params)
 
 
-def _complete(llm: "LLM", prompt: str, params: "SamplingParams") -> None:  # noqa: F821
+def _complete(llm: LLM, prompt: str, params: SamplingParams) -> None:  # noqa: F821
     sys.stdout.write(prompt)
     for piece in llm.stream(prompt, params):
         sys.stdout.write(piece)

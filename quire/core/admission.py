@@ -22,7 +22,9 @@ class RequestLimits:
             raise InvalidRequestError("the prompt is empty: it must hold at least one token", param="prompt")
         for token in prompt_token_ids:
             if not 0 <= token < self.vocab_size:
-                raise InvalidRequestError(f"prompt token id {token} is out of range: the vocabulary has ids 0 to {self.vocab_size - 1}", param="prompt")
+                raise InvalidRequestError(
+                    f"prompt token id {token} is out of range: the vocabulary has ids 0 to {self.vocab_size - 1}", param="prompt"
+                )
         if prompt >= context:
             raise ContextLengthError(
                 f"the prompt has {prompt:,} tokens, but the context is {context:,}, output included: shorten the prompt to at most "
@@ -37,11 +39,16 @@ class RequestLimits:
                 param="max_tokens",
             )
         if params.min_tokens > room:
-            raise ContextLengthError(f"prompt {prompt:,} + min_tokens {params.min_tokens:,} > context {context:,}: lower min_tokens to at most {room:,}", param="min_tokens")
+            raise ContextLengthError(
+                f"prompt {prompt:,} + min_tokens {params.min_tokens:,} > context {context:,}: lower min_tokens to at most {room:,}",
+                param="min_tokens",
+            )
         for name, ids in (("stop_token_ids", params.stop_token_ids or ()), ("logit_bias", params.logit_bias or ())):
             for token in ids:
                 if token >= self.vocab_size:
-                    raise InvalidRequestError(f"{name}: token id {token} is out of range: the vocabulary has ids 0 to {self.vocab_size - 1}", param=name)
+                    raise InvalidRequestError(
+                        f"{name}: token id {token} is out of range: the vocabulary has ids 0 to {self.vocab_size - 1}", param=name
+                    )
 
     def max_tokens(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """Tokens that a checked request may generate for each sequence."""

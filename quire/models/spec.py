@@ -93,7 +93,8 @@ class TransformerSpec:
     position_offset: int = 0
     """Learned positions: row of position p is p + position_offset (OPT: 2)."""
     windows: tuple[int, ...] = ()
-    """Sliding window of each layer in tokens, 0 for full attention; empty: all full. A query sees the last ``window`` keys, itself included."""
+    """Sliding window of each layer in tokens, 0 for full attention; empty: all full. A query sees the last ``window`` keys,
+    itself included."""
     tied: bool = False
     """lm_head is the embedding."""
     embed_size: int = 0

@@ -166,7 +166,9 @@ def test_max_tokens_none_fills_the_context() -> None:
         ([1], {"logit_bias": {50: 1.0}}, InvalidRequestError, "logit_bias"),
     ],
 )
-def test_what_can_not_run_is_refused_with_the_numbers(prompt: list[int], params: dict[str, object], error: type[Exception], says: str) -> None:
+def test_what_can_not_run_is_refused_with_the_numbers(
+    prompt: list[int], params: dict[str, object], error: type[Exception], says: str
+) -> None:
     engine = make()
     with pytest.raises(error, match=says):
         engine.add(request("a", prompt, **params))

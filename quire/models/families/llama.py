@@ -21,7 +21,11 @@ LAYER = {
 }
 BUFFERS = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
-_ROPE_KEYS = {"none": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+_ROPE_KEYS = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def read_rope(config: Config, head_dim: int) -> RopeSpec:
@@ -85,6 +89,7 @@ def read_decoder(
             config.refuse(f"'hidden_size' {hidden} is not a multiple of 'num_attention_heads' {heads}, and there is no 'head_dim'")
         head_dim = hidden // heads
     positions = config.integer("max_position_embeddings", max_positions, high=MAX_POSITIONS)
+    windows = tuple(0 if w >= positions else w for w in windows)  # a window as long as the context hides nothing
     return TransformerSpec(
         architecture=architecture,
         vocab_size=config.integer("vocab_size"),
@@ -104,8 +109,7 @@ def read_decoder(
         o_bias=o_bias,
         mlp_bias=mlp_bias,
         rope=read_rope(config, head_dim),
-        # A window as long as the context hides nothing.
-        windows=tuple(0 if w >= positions else w for w in windows) if any(w < positions for w in windows if w) else (),
+        windows=windows if any(windows) else (),
         tied=config.flag("tie_word_embeddings", False),
         dtype=config.dtype(),
     )
@@ -118,9 +122,7 @@ def decoder_sources(spec: TransformerSpec) -> dict[str, Source]:
 def _read(config: Config) -> TransformerSpec:
     config.unsupported(sliding_window=None)
     bias = config.flag("attention_bias", False)
-    return read_decoder(
-        config, "LlamaForCausalLM", max_positions=2048, qkv_bias=bias, o_bias=bias, mlp_bias=config.flag("mlp_bias", False)
-    )
+    return read_decoder(config, "LlamaForCausalLM", max_positions=2048, qkv_bias=bias, o_bias=bias, mlp_bias=config.flag("mlp_bias", False))
 
 
 FAMILIES = (Family("LlamaForCausalLM", "llama", _read, decoder_sources, ("model.",), BUFFERS),)

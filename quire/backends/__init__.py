@@ -1,0 +1,1 @@
+"""Backends execute step plans on a device."""

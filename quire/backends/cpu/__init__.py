@@ -1,0 +1,1 @@
+"""The CPU backend: our own C++ kernels, no PyTorch."""

@@ -1,0 +1,382 @@
+// Paged attention: prefill, a chunk of it and decode are one kernel, because a query at position p is always computed
+// the same way: over tiles of kKeyTile keys at fixed absolute positions, the maximum and the sum rescaled once a tile,
+// and partial results merged every kSplit positions, in ascending order, whether or not threads shared the splits.
+// Within a tile a score is a chain over the dimensions, and an output a chain over the row's own valid keys: what the
+// neighbouring rows see, how large blocks are, and what unused memory holds can't reach it, not even as the sign of a 0.
+//
+// The rows of a task are a few queries x all query heads of one KV head; they share the loads of K and V. With few
+// rows the cache is read in place. With many, or where a block is narrower than a vector, a tile is first gathered
+// into float32 scratch, which changes no arithmetic.
+#include "simd.h"
+#include "threads.h"
+
+namespace quire::QUIRE_NS {
+namespace {
+
+constexpr int kVecs = 4;
+constexpr int kRows = kWidth == 16 ? 6 : 3;            // rows in a register tile
+constexpr int kTile = static_cast<int>(kKeyTile);
+constexpr int kTileVecs = kTile / kWidth;
+constexpr int64_t kGatherRows = 2 * kRows + 1;         // from here on gathering pays
+
+// K of a tile: the vector v of dimension d is at at[v] + d * stride. V of a tile: the key t is at key[t].
+template <class T> struct KeyTile { const T* at[kTileVecs]; int64_t stride; };
+template <class T> struct ValueTile { const T* key[kTile]; };
+
+// scores[r][0..kVecs * kWidth) for MT rows of q; every lane is a chain over the dimensions.
+template <int MT, class T>
+void scores(const float* q, int64_t dim, const T* const* at, int64_t stride, float* out) {
+    vf acc[MT][kVecs];
+    for (int m = 0; m < MT; ++m)
+        for (int j = 0; j < kVecs; ++j) acc[m][j] = zero();
+    const T *k0 = at[0], *k1 = at[1], *k2 = at[2], *k3 = at[3];
+    for (int64_t d = 0; d < dim; ++d) {
+        const vf kv[kVecs] = {load(k0 + d * stride), load(k1 + d * stride), load(k2 + d * stride), load(k3 + d * stride)};
+#pragma GCC unroll 6
+        for (int m = 0; m < MT; ++m) {
+            const vf qv = set1(q[m * dim + d]);
+#pragma GCC unroll 4
+            for (int j = 0; j < kVecs; ++j) acc[m][j] = fma(qv, kv[j], acc[m][j]);
+        }
+    }
+    for (int m = 0; m < MT; ++m)
+        for (int j = 0; j < kVecs; ++j) store(out + m * kTile + j * kWidth, acc[m][j]);
+}
+
+// acc[r] += p[r][t] * V[t] for t in [from, to), ascending, over NV vectors of columns.
+template <int MT, int NV, class T>
+void values(const float* p, const T* const* key, int64_t column, int from, int to, float* acc, int64_t acc_stride) {
+    vf sum[MT][NV];
+#pragma GCC unroll 6
+    for (int m = 0; m < MT; ++m)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) sum[m][j] = load(acc + m * acc_stride + j * kWidth);
+    for (int t = from; t < to; ++t) {
+        vf vv[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) vv[j] = load(key[t] + column + j * kWidth);
+#pragma GCC unroll 6
+        for (int m = 0; m < MT; ++m) {
+            const vf pv = set1(p[m * kTile + t]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) sum[m][j] = fma(pv, vv[j], sum[m][j]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < MT; ++m)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) store(acc + m * acc_stride + j * kWidth, sum[m][j]);
+}
+
+template <class T>
+void scores_rows(int mt, const float* q, int64_t dim, const T* const* at, int64_t stride, float* out) {
+    switch (mt) {
+        case 1: return scores<1>(q, dim, at, stride, out);
+        case 2: return scores<2>(q, dim, at, stride, out);
+        case 3: return scores<3>(q, dim, at, stride, out);
+#if defined(QUIRE_ISA_avx512)
+        case 4: return scores<4>(q, dim, at, stride, out);
+        case 5: return scores<5>(q, dim, at, stride, out);
+        case 6: return scores<6>(q, dim, at, stride, out);
+#endif
+    }
+}
+
+template <int MT, class T>
+void values_columns(const float* p, const T* const* key, int from, int to, float* acc, int64_t stride, int64_t padded) {
+    int64_t c = 0;
+    for (; c + kVecs * kWidth <= padded; c += kVecs * kWidth) values<MT, kVecs>(p, key, c, from, to, acc + c, stride);
+    switch ((padded - c) / kWidth) {
+        case 1: return values<MT, 1>(p, key, c, from, to, acc + c, stride);
+        case 2: return values<MT, 2>(p, key, c, from, to, acc + c, stride);
+        case 3: return values<MT, 3>(p, key, c, from, to, acc + c, stride);
+    }
+}
+
+template <class T>
+void values_rows(int mt, const float* p, const T* const* key, int from, int to, float* acc, int64_t stride, int64_t padded) {
+    switch (mt) {
+        case 1: return values_columns<1>(p, key, from, to, acc, stride, padded);
+        case 2: return values_columns<2>(p, key, from, to, acc, stride, padded);
+        case 3: return values_columns<3>(p, key, from, to, acc, stride, padded);
+#if defined(QUIRE_ISA_avx512)
+        case 4: return values_columns<4>(p, key, from, to, acc, stride, padded);
+        case 5: return values_columns<5>(p, key, from, to, acc, stride, padded);
+        case 6: return values_columns<6>(p, key, from, to, acc, stride, padded);
+#endif
+    }
+}
+
+// Online softmax over one tile of one row: keys [from, to) are valid. Scores become probabilities relative to the new
+// maximum; what was accumulated is rescaled if the maximum moved. Invalid lanes are chosen away, never multiplied.
+void soften(float* s, int from, int to, float scale, float& most, float& sum, float* acc, int64_t padded) {
+    vf x[kTileVecs], top = set1(-__builtin_inff());
+    for (int j = 0; j < kTileVecs; ++j) {
+        x[j] = mul(load(s + j * kWidth), set1(scale));
+        x[j] = select(lanes_between(from - j * kWidth, to - j * kWidth), x[j], set1(-__builtin_inff()));
+        top = max(x[j], top);
+    }
+    const float before = most, tile_most = reduce_max(top);
+    if (tile_most > before) {
+        most = tile_most;
+        if (sum != 0) {
+            const float c = exp1(before - most);
+            sum *= c;
+            for (int64_t i = 0; i < padded; i += kWidth) store(acc + i, mul(load(acc + i), set1(c)));
+        }
+    }
+    vf total = zero();
+    for (int j = 0; j < kTileVecs; ++j) {
+        const vf p = select(lanes_between(from - j * kWidth, to - j * kWidth), exp(sub(x[j], set1(most))), zero());
+        store(s + j * kWidth, p);
+        total = add(total, p);
+    }
+    sum += reduce_add(total);
+}
+
+// Adds the partial result of a later split to an earlier one; a sum of 0 means that the row saw no key there.
+void merge(float* into, const float* from, int64_t padded) {
+    if (from[1] == 0) return;
+    if (into[1] == 0) {
+        std::memcpy(into, from, static_cast<size_t>(16 + padded) * sizeof(float));
+        return;
+    }
+    const float most = from[0] > into[0] ? from[0] : into[0];
+    const float a = exp1(into[0] - most), b = exp1(from[0] - most);
+    into[0] = most;
+    into[1] = fma1(from[1], b, into[1] * a);
+    for (int64_t i = 16; i < 16 + padded; i += kWidth)
+        store(into + i, fma(load(from + i), set1(b), mul(load(into + i), set1(a))));
+}
+
+// One task: `rows` rows against the KV head, with everything it needs in this thread's scratch.
+template <class T> struct Task {
+    const AttentionArgs& a;
+    const AttentionWork& w;
+    const int64_t group = a.heads / a.cache.kv_heads, rows = w.count * group;
+    const int64_t dim = a.cache.head_dim, padded = (dim + kWidth - 1) / kWidth * kWidth;
+    const int64_t row_floats = partial_floats(dim), block = a.cache.block_size;
+    const int64_t position = a.seq.start[w.seq] + w.query - a.seq.query_start[w.seq];   // of the first query
+    const int32_t* table = a.seq.block_tables + a.seq.rows[w.seq] * a.seq.table_stride;
+    const T* k_cache = static_cast<const T*>(a.cache.k) + w.kv_head * dim * block;
+    const T* v_cache = static_cast<const T*>(a.cache.v) + w.kv_head * dim * block;
+    const int64_t block_floats = a.cache.kv_heads * dim * block;
+    float *q, *s, *state, *merged, *k_wide, *v_wide;
+
+    void allocate(bool several) {
+        const int64_t states = rows * row_floats;
+        const int64_t floats[6] = {rows * dim, rows * kTile, states, several ? states : 0, dim * kTile, kTile * padded};
+        int64_t total = 0;
+        for (int64_t n : floats) total += (n + 15) / 16 * 16;
+        float* p = static_cast<float*>(thread_scratch(kScratchAttention, static_cast<size_t>(total) * sizeof(float)));
+        float** to[6] = {&q, &s, &state, &merged, &k_wide, &v_wide};
+        for (int i = 0; i < 6; ++i) *to[i] = p, p += (floats[i] + 15) / 16 * 16;
+    }
+
+    // The keys of a row are [first_key, last_key].
+    int64_t last_key(int64_t row) const { return position + row / group; }
+    int64_t first_key(int64_t row) const {
+        const int64_t last = last_key(row);
+        return a.window > 0 && last >= a.window ? last - a.window + 1 : 0;
+    }
+
+    void run() {
+        const bool several = !w.partial && w.split_end - w.split_begin > 1;
+        allocate(several);
+        for (int64_t row = 0; row < rows; ++row)
+            std::memcpy(q + row * dim,
+                        a.q + (w.query + row / group) * a.q_stride + (w.kv_head * group + row % group) * a.q_head_stride,
+                        static_cast<size_t>(dim) * sizeof(float));
+        float* result = several ? merged : state;
+        clear(result);
+        for (int64_t split = w.split_begin; split < w.split_end; ++split) {
+            if (several) clear(state);
+            const int64_t low = first_key(0), high = last_key(rows - 1) + 1;
+            const int64_t begin = low > split * kSplit ? low : split * kSplit;
+            const int64_t end = high < (split + 1) * kSplit ? high : (split + 1) * kSplit;
+            for (int64_t tile = begin / kTile; tile * kTile < end; ++tile) step(tile * kTile, low, high);
+            if (several)
+                for (int64_t row = 0; row < rows; ++row) merge(merged + row * row_floats, state + row * row_floats, padded);
+        }
+        if (w.partial) {
+            std::memcpy(w.partial, state, static_cast<size_t>(rows * row_floats) * sizeof(float));
+        } else {
+            for (int64_t row = 0; row < rows; ++row) write(row, result + row * row_floats);
+        }
+    }
+
+    void clear(float* states) const {
+        for (int64_t row = 0; row < rows; ++row) {
+            float* p = states + row * row_floats;
+            p[0] = -__builtin_inff();
+            p[1] = 0;
+            std::memset(p + 16, 0, static_cast<size_t>(row_floats - 16) * sizeof(float));
+        }
+    }
+
+    void write(int64_t row, const float* p) const {
+        float* out = a.out + (w.query + row / group) * a.out_stride + (w.kv_head * group + row % group) * dim;
+        const float inverse = 1.0f / p[1];
+        for (int64_t i = 0; i < dim; i += kWidth) {
+            const int left = static_cast<int>(dim - i < kWidth ? dim - i : kWidth);
+            store_n(out + i, mul(load_n(p + 16 + i, left), set1(inverse)), left);
+        }
+    }
+
+    // One tile of keys, the first of them at position `base`; the task as a whole sees [low, high).
+    void step(int64_t base, int64_t low, int64_t high) {
+        const int from = static_cast<int>(low > base ? low - base : 0);
+        const int to = static_cast<int>(high < base + kTile ? high - base : kTile);
+        // Rows are ordered by position, so those that see anything here are consecutive.
+        int64_t r0 = 0, r1 = rows;
+        while (r0 < r1 && last_key(r0) < base) ++r0;
+        while (r1 > r0 && first_key(r1 - 1) >= base + kTile) --r1;
+        const bool many = rows >= kGatherRows;
+        if (!many) prefetch_next(base, high);
+        if (many || block < kWidth) {
+            gather_keys(base, from, to);
+            KeyTile<float> keys{{}, kTile};
+            for (int j = 0; j < kTileVecs; ++j) keys.at[j] = k_wide + j * kWidth;
+            score_rows(keys, r0, r1, from, to);
+        } else {
+            KeyTile<T> keys{{}, block};
+            for (int j = 0; j < kTileVecs; ++j) {   // vectors without a valid key repeat one that has some
+                const int v = j < from / kWidth ? from / kWidth : j > (to - 1) / kWidth ? (to - 1) / kWidth : j;
+                const int64_t key = base + v * kWidth;
+                keys.at[j] = k_cache + table[key / block] * block_floats + key % block;
+            }
+            score_rows(keys, r0, r1, from, to);
+        }
+        for (int64_t row = r0; row < r1; ++row) {
+            float* p = state + row * row_floats;
+            soften(s + row * kTile, begin_of(row, base), end_of(row, base), a.scale, p[0], p[1], p + 16, padded);
+        }
+        if (many || padded != dim) {
+            gather_values(base, from, to);
+            ValueTile<float> tile;
+            for (int t = 0; t < kTile; ++t) tile.key[t] = v_wide + t * padded;
+            value_rows(tile, base, r0, r1);
+        } else {
+            ValueTile<T> tile;
+            for (int t = from; t < to; ++t) {
+                const int64_t key = base + t;
+                tile.key[t] = v_cache + table[key / block] * block_floats + key % block * dim;
+            }
+            value_rows(tile, base, r0, r1);
+        }
+    }
+
+    int begin_of(int64_t row, int64_t base) const {
+        const int64_t first = first_key(row);
+        return static_cast<int>(first > base ? first - base : 0);
+    }
+    int end_of(int64_t row, int64_t base) const {
+        const int64_t end = last_key(row) + 1;
+        return static_cast<int>(end < base + kTile ? end - base : kTile);
+    }
+
+    template <class U> void score_rows(const KeyTile<U>& keys, int64_t r0, int64_t r1, int from, int to) {
+        for (int64_t row = r0; row < r1;) {
+            const int mt = static_cast<int>(r1 - row < kRows ? r1 - row : kRows);
+            for (int j = from / kWidth / kVecs * kVecs; j * kWidth < to; j += kVecs)
+                scores_rows<U>(mt, q + row * dim, dim, keys.at + j, keys.stride, s + row * kTile + j * kWidth);
+            row += mt;
+        }
+    }
+
+    // The keys that all rows of a register tile see go together; what only some see, row by row, in ascending order.
+    template <class U> void value_rows(const ValueTile<U>& tile, int64_t base, int64_t r0, int64_t r1) {
+        for (int64_t row = r0; row < r1;) {
+            const int mt = static_cast<int>(r1 - row < kRows ? r1 - row : kRows);
+            const float* p = s + row * kTile;
+            float* acc = state + row * row_floats + 16;
+            const int from = begin_of(row + mt - 1, base), to = end_of(row, base);
+            if (from < to && begin_of(row, base) == from && end_of(row + mt - 1, base) == to) {
+                values_rows<U>(mt, p, tile.key, from, to, acc, row_floats, padded);
+            } else {
+                for (int m = 0; m < mt; ++m) {
+                    const int mine = begin_of(row + m, base), end = from < to ? from : end_of(row + m, base);
+                    if (mine < end) values_rows<U>(1, p + m * kTile, tile.key, mine, end, acc + m * row_floats, row_floats, padded);
+                }
+                if (from < to) {
+                    values_rows<U>(mt, p, tile.key, from, to, acc, row_floats, padded);
+                    for (int m = 0; m < mt; ++m) {
+                        const int end = end_of(row + m, base);
+                        if (to < end) values_rows<U>(1, p + m * kTile, tile.key, to, end, acc + m * row_floats, row_floats, padded);
+                    }
+                }
+            }
+            row += mt;
+        }
+    }
+
+    void gather_keys(int64_t base, int from, int to) {
+        const int64_t run = block < kTile ? block : kTile;     // keys of a tile that lie together
+        for (int64_t t = from / run * run; t < to; t += run) {
+            const T* k = k_cache + table[(base + t) / block] * block_floats + (base + t) % block;
+            for (int64_t d = 0; d < dim; ++d) {
+                float* wide = k_wide + d * kTile + t;
+                if (run >= kWidth) {
+                    for (int64_t i = 0; i < run; i += kWidth) store(wide + i, load(k + d * block + i));
+                } else {
+                    store_n(wide, load_n(k + d * block, static_cast<int>(run)), static_cast<int>(run));
+                }
+            }
+        }
+    }
+
+    void gather_values(int64_t base, int from, int to) {
+        for (int64_t t = from; t < to; ++t) {
+            const T* v = v_cache + table[(base + t) / block] * block_floats + (base + t) % block * dim;
+            for (int64_t i = 0; i < dim; i += kWidth)
+                store(v_wide + t * padded + i, load_n(v + i, static_cast<int>(dim - i < kWidth ? dim - i : kWidth)));
+        }
+    }
+
+    void prefetch_next(int64_t base, int64_t high) const {
+        const int64_t start = base + kTile, end = start + kTile < high ? start + kTile : high;
+        const int64_t run = block < kTile ? block : kTile;
+        for (int64_t key = start; key < end; key += run) {
+            const T* k = k_cache + table[key / block] * block_floats + key % block;
+            const T* v = v_cache + table[key / block] * block_floats + key % block * dim;
+            const char* vb = reinterpret_cast<const char*>(v);
+            for (int64_t at = 0; at < run * dim * static_cast<int64_t>(sizeof(T)); at += 64) prefetch_l2(vb + at);
+            if (run == block) {
+                const char* kb = reinterpret_cast<const char*>(k);
+                for (int64_t at = 0; at < run * dim * static_cast<int64_t>(sizeof(T)); at += 64) prefetch_l2(kb + at);
+            } else {
+                for (int64_t d = 0; d < dim; ++d)
+                    for (int64_t at = 0; at < run * static_cast<int64_t>(sizeof(T)); at += 64)
+                        prefetch_l2(reinterpret_cast<const char*>(k + d * block) + at);
+            }
+        }
+    }
+};
+
+template <class T> void task(const void* context, int64_t index, int64_t) {
+    const AttentionArgs& a = *static_cast<const AttentionArgs*>(context);
+    Task<T> t{a, a.works[index]};
+    t.run();
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& a) {
+    switch (a.cache.dtype) {
+        case DType::f32: return run_tasks(a.num_works, task<float>, &a);
+        case DType::f16: return run_tasks(a.num_works, task<f16>, &a);
+        case DType::bf16: return run_tasks(a.num_works, task<bf16>, &a);
+    }
+}
+
+// Puts together the splits of the same rows, given in ascending order, and writes the output.
+void attention_merge(const AttentionArgs& a, const AttentionWork* splits, int64_t n) {
+    const Task<float> t{a, splits[0]};
+    for (int64_t row = 0; row < t.rows; ++row) {
+        float* into = splits[0].partial + row * t.row_floats;
+        for (int64_t i = 1; i < n; ++i) merge(into, splits[i].partial + row * t.row_floats, t.padded);
+        t.write(row, into);
+    }
+}
+
+}  // namespace quire::QUIRE_NS

@@ -1,0 +1,109 @@
+// The passes over a row of logits that the sampler is made of, and the loops that measure the machine.
+#include "simd.h"
+
+namespace quire::QUIRE_NS {
+
+RowScan scan(const float* z, int64_t n) {
+    vf most = set1(-__builtin_inff());
+    uint32_t bad = 0;
+    constexpr uint32_t kAll = (1u << kWidth) - 1;
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+        const vf x = load(z + i);
+        most = max(x, most);
+        bad |= bits(below_inf(x)) ^ kAll;
+    }
+    float top = reduce_max(most);
+    for (; i < n; ++i) {
+        bad |= !(z[i] < __builtin_inff());
+        top = z[i] > top ? z[i] : top;
+    }
+    return {top, bad != 0};
+}
+
+double exp_row(const float* z, int64_t n, float most, float temperature, float* w, double* sums) {
+    double total = 0;
+    const vf shift = set1(most), t = set1(temperature);
+    for (int64_t start = 0, run = 0; start < n; start += kSumRun, ++run) {
+        const int64_t end = start + kSumRun < n ? start + kSumRun : n;
+        vf sum = zero();
+        for (int64_t i = start; i < end; i += kWidth) {
+            const int left = static_cast<int>(end - i < kWidth ? end - i : kWidth);
+            const vf e = exp(div(sub(load_n(z + i, left), shift), t));
+            const vf kept = left == kWidth ? e : select(lanes_between(0, left), e, zero());
+            sum = add(sum, kept);
+            if (w) store_n(w + i, kept, left);
+        }
+        const double run_sum = reduce_add(sum);
+        if (sums) sums[run] = run_sum;
+        total += run_sum;
+    }
+    return total;
+}
+
+int64_t count_greater(const float* z, int64_t n, float than) {
+    int64_t count = 0, i = 0;
+    const vf bound = set1(than);
+    for (; i + kWidth <= n; i += kWidth) count += __builtin_popcount(bits(greater(load(z + i), bound)));
+    for (; i < n; ++i) count += z[i] > than;
+    return count;
+}
+
+int64_t select_at_least(const float* z, int64_t n, float low, int32_t* ids) {
+    int64_t count = 0, i = 0;
+    const vf bound = set1(low);
+    for (; i + kWidth <= n; i += kWidth)
+        for (uint32_t m = bits(at_least(load(z + i), bound)); m; m &= m - 1)
+            ids[count++] = static_cast<int32_t>(i + __builtin_ctz(m));
+    for (; i < n; ++i)
+        if (z[i] >= low) ids[count++] = static_cast<int32_t>(i);
+    return count;
+}
+
+int64_t find_equal(const float* z, int64_t n, float value) {
+    int64_t i = 0;
+    const vf v = set1(value);
+    for (; i + kWidth <= n; i += kWidth)
+        if (const uint32_t m = bits(equal(load(z + i), v))) return i + __builtin_ctz(m);
+    for (; i < n; ++i)
+        if (z[i] == value) return i;
+    return -1;
+}
+
+void run_maxima(const float* z, int64_t n, float* maxima) {
+    for (int64_t start = 0; start < n; start += kMaxRun) {
+        const int64_t end = start + kMaxRun < n ? start + kMaxRun : n;
+        vf most = set1(-__builtin_inff());
+        int64_t i = start;
+        for (; i + kWidth <= end; i += kWidth) most = max(load(z + i), most);
+        float top = reduce_max(most);
+        for (; i < end; ++i) top = z[i] > top ? z[i] : top;
+        *maxima++ = top;
+    }
+}
+
+double read_sum(const float* p, int64_t n) {
+    vf sum[8];
+    for (vf& s : sum) s = zero();
+    for (int64_t i = 0; i + 8 * kWidth <= n; i += 8 * kWidth)
+        for (int j = 0; j < 8; ++j) sum[j] = add(sum[j], load(p + i + j * kWidth));
+    double total = 0;
+    for (vf& s : sum) total += reduce_add(s);
+    return total;
+}
+
+constexpr int kChains = 12;   // enough to hide the latency of an FMA, few enough for 16 registers
+
+double fma_loop(int64_t iterations) {
+    vf c[kChains];
+    for (int i = 0; i < kChains; ++i) c[i] = set1(0.1f * static_cast<float>(i));
+    const vf a = set1(0.999f), b = set1(1e-6f);
+    for (int64_t k = 0; k < iterations; ++k)
+#pragma GCC unroll 12
+        for (int i = 0; i < kChains; ++i) c[i] = fma(c[i], a, b);
+    double total = 0;
+    for (vf& x : c) total += reduce_add(x);
+    return total;
+}
+
+}  // namespace quire::QUIRE_NS

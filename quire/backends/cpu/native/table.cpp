@@ -1,0 +1,50 @@
+// The kernels of one instruction set, as a table.
+#include "simd.h"
+
+namespace quire::QUIRE_NS {
+
+void linear(const LinearArgs&);
+void norm(const NormArgs&);
+void rotary(const RotaryArgs&);
+void activation(const ActivationArgs&);
+void embed(const EmbedArgs&);
+void convert(const ConvertArgs&);
+void write_kv(const WriteKvArgs&);
+void attention(const AttentionArgs&);
+void attention_merge(const AttentionArgs&, const AttentionWork*, int64_t);
+RowScan scan(const float*, int64_t);
+double exp_row(const float*, int64_t, float, float, float*, double*);
+int64_t count_greater(const float*, int64_t, float);
+int64_t select_at_least(const float*, int64_t, float, int32_t*);
+int64_t find_equal(const float*, int64_t, float);
+void run_maxima(const float*, int64_t, float*);
+double read_sum(const float*, int64_t);
+double fma_loop(int64_t);
+
+#define QUIRE_STRING_(x) #x
+#define QUIRE_STRING(x) QUIRE_STRING_(x)
+
+const Kernels kernels = {
+    .name = QUIRE_STRING(QUIRE_NS),
+    .panel = 4 * kWidth,
+    .linear = linear,
+    .norm = norm,
+    .rotary = rotary,
+    .activation = activation,
+    .embed = embed,
+    .convert = convert,
+    .write_kv = write_kv,
+    .attention = attention,
+    .attention_merge = attention_merge,
+    .scan = scan,
+    .exp_row = exp_row,
+    .count_greater = count_greater,
+    .select_at_least = select_at_least,
+    .find_equal = find_equal,
+    .run_maxima = run_maxima,
+    .read_sum = read_sum,
+    .fma_loop = fma_loop,
+    .fma_flops = 2 * 12 * kWidth,
+};
+
+}  // namespace quire::QUIRE_NS

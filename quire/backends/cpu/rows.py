@@ -1,0 +1,82 @@
+"""The backend's rows: tokens, block tables and sampling parameters of the running sequences, as arrays.
+
+A plan names rows and what is new for them; these tables hold the rest, so that a step costs in proportion to the rows that
+run in it, not to the lengths of their sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.core.plan import RowStart, RowWork
+
+I32 = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class Batch:
+    """The positions that one step computes: S rows, T positions in all."""
+
+    rows: I32
+    """[S] row of each sequence in the plan's order."""
+    query_start: I32
+    """[S + 1] first of its positions among the T."""
+    start: I32
+    """[S] absolute position of its first one."""
+    positions: I32
+    """[T] absolute positions."""
+    ids: I32
+    """[T] tokens at those positions."""
+    block_tables: I32
+    """[rows, blocks] the tables of all rows."""
+    logit_rows: I32
+    """[samples] which of the T positions' hidden states become logits."""
+
+
+class Rows:
+    """Tables of ``num_rows`` rows of at most ``max_len`` tokens."""
+
+    def __init__(self, num_rows: int, max_len: int, block_size: int) -> None:
+        # Zeroed memory is not touched before it is written: long contexts cost nothing until they are used.
+        self.tokens = np.zeros((num_rows, max_len + 1), np.int32)
+        self.lengths = np.zeros(num_rows, np.int64)
+        self.num_prompt = np.zeros(num_rows, np.int64)
+        self.block_tables = np.zeros((num_rows, -(-max_len // block_size)), np.int32)
+        self.block_counts = [0] * num_rows
+        self.starts: list[RowStart | None] = [None] * num_rows
+
+    def begin(self, start: RowStart) -> None:
+        """A sequence takes a row."""
+        row, count = start.row, len(start.tokens)
+        self.tokens[row, :count] = start.tokens
+        self.lengths[row] = count
+        self.num_prompt[row] = start.num_prompt
+        self.block_counts[row] = 0
+        self.starts[row] = start
+
+    def batch(self, work: list[RowWork]) -> Batch:
+        """Append the plan's new blocks and lay out its positions."""
+        for w in work:
+            if w.new_blocks:
+                held = self.block_counts[w.row]
+                self.block_counts[w.row] = held + len(w.new_blocks)
+                self.block_tables[w.row, held : held + len(w.new_blocks)] = w.new_blocks
+        rows = np.array([w.row for w in work], np.int32)
+        start = np.array([w.start for w in work], np.int32)
+        counts = np.array([w.count for w in work], np.int32)
+        query_start = np.zeros(len(work) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(start - query_start[:-1], counts)
+        ids = self.tokens[np.repeat(rows, counts), positions]
+        last = query_start[1:] - 1
+        logit_rows = last[np.array([w.sample for w in work], bool)]
+        return Batch(rows, query_start, start, positions, ids, self.block_tables, logit_rows)
+
+    def append(self, rows: I32, tokens: npt.NDArray[Any]) -> None:
+        """Each of ``rows`` grew by one sampled token."""
+        self.tokens[rows, self.lengths[rows]] = tokens
+        self.lengths[rows] += 1

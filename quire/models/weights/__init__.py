@@ -1,0 +1,8 @@
+"""Loading a model folder: config.json → TransformerSpec, safetensors files → canonical tensors, mapped and not copied."""
+
+from __future__ import annotations
+
+from quire.models.weights.checkpoint import Model, load_model, load_spec, read_headers, resolve_model
+from quire.models.weights.safetensors import TensorInfo
+
+__all__ = ["Model", "TensorInfo", "load_model", "load_spec", "read_headers", "resolve_model"]

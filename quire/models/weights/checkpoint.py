@@ -1,0 +1,212 @@
+"""A model folder in Hugging Face format: which files it has, and its tensors under their canonical names."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.config import EMBEDDED_MODEL
+from quire.errors import ModelLoadError
+from quire.models.families import Family, Source, find_family, spec_from_config
+from quire.models.spec import TransformerSpec
+from quire.models.weights.safetensors import SUPPORTED, TensorInfo, map_file, read_header, view
+
+_HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SHOWN: Final = 4  # tensors named in one message
+
+
+@dataclass(slots=True)
+class Model:
+    """A model folder, opened: what it is, and its tensors as views of the mapped files."""
+
+    spec: TransformerSpec
+    folder: Path
+    tensors: Mapping[str, npt.NDArray[Any]]
+    """Canonical name → array, in the dtype that is stored (float32, float16, ml_dtypes.bfloat16), read-only, not always
+    contiguous (GPT-2's linears are transposed views)."""
+    files: list[mmap.mmap]
+
+    def close(self) -> None:
+        """Forget the tensors. A file is unmapped when the last array that shows it is gone."""
+        self.tensors = {}
+        for mapped in self.files:
+            with suppress(BufferError):  # somebody still holds a view; the mapping goes with it
+                mapped.close()
+        self.files = []
+
+
+def resolve_model(name: str | Path) -> Path:
+    """The folder of a model: the packaged one for ``"embedded"``, else the path itself. Raises ModelLoadError."""
+    if name == EMBEDDED_MODEL:
+        return Path(__file__).parent.parent / "embedded"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelLoadError(f"{path} is a file: give the folder that holds it, with config.json and the tokenizer")
+    if _HUB_NAME.fullmatch(str(name)):
+        folder = str(name).rpartition("/")[2]
+        raise ModelLoadError(
+            f"{name} is not a folder here. If it is a model on the Hugging Face Hub, download it first "
+            f"(hf download {name} --local-dir {folder}), then give that folder: {folder}"
+        )
+    raise ModelLoadError(f"there is no folder {path}: give a model folder in Hugging Face format, or {EMBEDDED_MODEL!r}")
+
+
+def load_spec(folder: str | Path) -> TransformerSpec:
+    """The spec of a model folder, from config.json and generation_config.json alone; the weights need not be there.
+
+    Raises ModelLoadError.
+    """
+    folder = resolve_model(folder)
+    return _read_config(folder)[1]
+
+
+def read_headers(folder: str | Path) -> dict[str, TensorInfo]:
+    """Checkpoint name → tensor info for all files of a model folder, from their headers alone. Raises ModelLoadError."""
+    folder = resolve_model(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return read_header(single)
+    if not index.exists():
+        _refuse_without_weights(folder)
+    table = _read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ModelLoadError(f"{index} has no 'weight_map' from tensor names to files")
+    headers: dict[str, TensorInfo] = {}
+    for name in dict.fromkeys(table.values()):
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise ModelLoadError(f"{index} names the file {name!r}, which is not a file name in its own folder")
+        file = folder / name
+        if not file.exists():
+            missing = sum(value == name for value in table.values())
+            raise ModelLoadError(f"{file} is missing: {index.name} expects {missing} tensors in it; download it again")
+        for tensor, info in read_header(file).items():
+            if tensor in headers:
+                raise ModelLoadError(f"tensor {tensor!r} is both in {headers[tensor].file} and in {file}")
+            headers[tensor] = info
+    for tensor, name in table.items():
+        if tensor not in headers or headers[tensor].file.name != name:
+            raise ModelLoadError(f"{index} places the tensor {tensor!r} in {name}, which does not have it")
+    return headers
+
+
+def load_model(folder: str | Path) -> Model:
+    """Open a model folder: read its configuration, check every tensor's name, dtype and shape, and map the files.
+
+    folder: a path, or ``"embedded"``. ``spec.dtype`` becomes the dtype that most weights are stored in, whatever
+    config.json says. Raises ModelLoadError, naming the file, field or tensor.
+    """
+    folder = resolve_model(folder)
+    family, spec = _read_config(folder)
+    infos, sources = _match(folder, family, spec, read_headers(folder))
+    stored: Counter[str] = Counter()
+    for info in infos.values():
+        stored[SUPPORTED[info.dtype]] += info.nbytes
+    spec = replace(spec, dtype=stored.most_common(1)[0][0])
+    maps = {file: map_file(file) for file in dict.fromkeys(info.file for info in infos.values())}
+    tensors = {}
+    for name, source in sources.items():
+        array = view(maps[infos[source.name].file], infos[source.name])
+        if source.transpose:
+            array = array.T
+        tensors[name] = array if source.rows is None else array[slice(*source.rows)]
+    if spec.tied and "lm_head.weight" in infos and "lm_head.weight" not in {s.name for s in sources.values()}:
+        head = view(maps[infos["lm_head.weight"].file], infos["lm_head.weight"])
+        _check_tied(folder, tensors["embed.weight"], head)
+    return Model(spec, folder, tensors, list(maps.values()))
+
+
+def _match(
+    folder: Path, family: Family, spec: TransformerSpec, headers: Mapping[str, TensorInfo]
+) -> tuple[dict[str, TensorInfo], dict[str, Source]]:
+    """Check the checkpoint's tensors against the spec: name without prefix → info, canonical name → source."""
+    infos: dict[str, TensorInfo] = {}
+    for full, info in headers.items():
+        name = family.strip(full)
+        if re.fullmatch(family.buffers, name):
+            continue
+        if name in infos:
+            raise ModelLoadError(f"{folder}: the tensor {name!r} is there twice, with and without the prefix of {full!r}")
+        infos[name] = info
+    shapes, sources = spec.tensor_shapes(), family.sources(spec)
+    embed = sources["embed.weight"].name
+    if spec.tied and embed not in infos and "lm_head.weight" in infos:
+        # Tied tensors are stored once, and either name may be the one that was kept.
+        sources["embed.weight"] = replace(sources["embed.weight"], name="lm_head.weight")
+
+    wanted = {source.name: source.stored_shape(shapes[name]) for name, source in sources.items()}
+    if spec.tied and "lm_head.weight" in infos:
+        wanted["lm_head.weight"] = wanted[sources["embed.weight"].name]
+    if missing := [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in infos]:
+        raise ModelLoadError(f"{folder} lacks {_some(missing, 'tensor')} that {spec.architecture} with this config.json has")
+    if extra := [f"{name} {list(info.shape)} ({info.file.name})" for name, info in infos.items() if name not in wanted]:
+        raise ModelLoadError(f"{folder} has {_some(extra, 'tensor')} that {spec.architecture} with this config.json does not have")
+    for name, shape in wanted.items():
+        info = infos[name]
+        if info.shape != shape:
+            raise ModelLoadError(f"{info.file}: tensor {name} has the shape {list(info.shape)}, config.json asks for {list(shape)}")
+        if info.dtype not in SUPPORTED:
+            raise ModelLoadError(f"{info.file}: tensor {name} has the dtype {info.dtype}; supported: {', '.join(SUPPORTED)}")
+    return infos, sources
+
+
+def _check_tied(folder: Path, embed: npt.NDArray[Any], head: npt.NDArray[Any]) -> None:
+    """Both are stored although one is the other. Versions of transformers differ in which they take: they must be equal."""
+    for i in range(0, len(embed), 4096):
+        if embed.dtype != head.dtype or not np.array_equal(embed[i : i + 4096], head[i : i + 4096]):
+            raise ModelLoadError(
+                f"{folder}: config.json ties lm_head to the embedding, but lm_head.weight is stored and differs from it; "
+                'set "tie_word_embeddings": false in config.json to use it, or remove the tensor'
+            )
+
+
+def _some(names: list[str], noun: str) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({', '.join(names[:_SHOWN])}{more})"
+
+
+def _read_config(folder: Path) -> tuple[Family, TransformerSpec]:
+    file = folder / "config.json"
+    if not file.exists():
+        hint = " (it holds an adapter: merge it into its base model first)" if (folder / "adapter_config.json").exists() else ""
+        raise ModelLoadError(f"{folder} has no config.json: it is not a model folder in Hugging Face format{hint}")
+    values = _read_json(file)
+    generation = folder / "generation_config.json"
+    family = find_family(values, str(file))
+    return family, spec_from_config(values, _read_json(generation) if generation.exists() else None, str(file))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ModelLoadError(f"{file} can't be read: {e.strerror or e}") from None
+    except (ValueError, RecursionError) as e:
+        raise ModelLoadError(f"{file} is not valid JSON: {e}") from None
+    if not isinstance(values, dict):
+        raise ModelLoadError(f"{file} is not a JSON object")
+    return values
+
+
+def _refuse_without_weights(folder: Path) -> NoReturn:
+    others = sorted(
+        f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".safetensors", ".msgpack", ".h5")
+    )
+    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in others):
+        raise ModelLoadError(
+            f"{folder} has {others[0]} but no model.safetensors: pickled weights can run code and are never loaded. Convert them, "
+            "for example with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    found = f" (found: {', '.join(others[:_SHOWN])})" if others else ""
+    raise ModelLoadError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{found}")

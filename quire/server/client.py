@@ -1,0 +1,189 @@
+"""EngineClient: the engine as asyncio code sees it.
+
+Everything here runs on the event loop's thread, but for ``_post``, which the engine's thread calls once a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from types import TracebackType
+
+from quire.core.admission import RequestLimits
+from quire.core.sequence import Request
+from quire.core.stats import EngineStats
+from quire.errors import EngineError
+from quire.outputs import SequenceOutput
+from quire.server.errors import UnavailableError
+from quire.server.engine_loop import EngineLoop, SteppedEngine
+from quire.server.messages import Abort, Add, Died, FromEngine, GetStats, Outputs, Stats
+
+CLOSING = "the server is shutting down"
+
+
+class Stream:
+    """What the engine makes of some requests. Leaving the ``with`` block ends all of them that have not ended.
+
+    Outputs that nobody has fetched wait here, and are fetched together: a slow reader gets fewer, larger pieces, and what
+    waits for it is bounded by the tokens that its requests may generate.
+    """
+
+    def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
+        self._client = client
+        self._requests = requests
+        self._open = {(r.request_id, i) for r in requests for i in range(r.params.n)}
+        self._arrived: list[SequenceOutput] = []
+        self._news = asyncio.Event()
+        self._failure: str | None = None
+
+    def __enter__(self) -> Stream:
+        self._client._submit(self, self._requests)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._client._leave(self._requests, {request_id for request_id, _ in self._open})
+
+    @property
+    def finished(self) -> bool:
+        """Every sequence has ended, and everything was fetched."""
+        return not self._open and not self._arrived
+
+    def end(self, request_id: str, index: int) -> None:
+        """Nothing more is wanted of one sequence (a stop string was found in its text): free its blocks now."""
+        if (request_id, index) in self._open:
+            self._open.discard((request_id, index))
+            self._client._abort(request_id, index)
+
+    async def fetch(self, timeout: float | None = None) -> list[SequenceOutput]:
+        """All that has arrived since the last call, at least one output; empty after ``timeout`` seconds without any.
+
+        Raises UnavailableError where the engine died or the server is stopping.
+        """
+        if not self._arrived and self._failure is None:
+            self._news.clear()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._news.wait()
+            except TimeoutError:
+                return []
+        if not self._arrived and self._failure is not None:
+            raise UnavailableError(self._failure)
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _deliver(self, output: SequenceOutput) -> None:
+        key = (output.request_id, output.index)
+        if key not in self._open:  # ended by its reader
+            return
+        if output.finish_reason is not None:
+            self._open.discard(key)
+        self._arrived.append(output)
+        self._news.set()
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+        self._news.set()
+
+
+class EngineClient:
+    """Sends requests to an engine and brings back what it makes of them."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self.limits = limits
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._engine: EngineLoop | None = None
+        self._streams: dict[str, Stream] = {}
+        self._tickets = itertools.count()
+        self._asked: dict[int, asyncio.Future[EngineStats]] = {}
+        self.dead: str | None = None
+        """Why nothing can be generated any more; None while all is well."""
+        self.closing = False
+
+    def start(self, engine: SteppedEngine) -> None:
+        """Start the engine's loop. Call on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._engine = EngineLoop(engine, self._post)
+        self._engine.start()
+
+    def close(self) -> None:
+        """Take no new requests; those in flight end with an error now."""
+        self.closing = True
+        self._fail_all(CLOSING)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End the engine's loop, after its current step."""
+        if self._engine is not None:
+            self._engine.stop(timeout)
+
+    def submit(self, requests: Sequence[Request]) -> Stream:
+        """Use as ``with client.submit(requests) as stream``. Request ids must be unique among those in flight."""
+        return Stream(self, requests)
+
+    async def stats(self, timeout: float = 5.0) -> EngineStats:
+        """The engine's counters, after all that was sent before.
+
+        Raises UnavailableError where it died, EngineError where its current step takes longer than ``timeout`` seconds.
+        """
+        ticket = next(self._tickets)
+        answer = self._asked[ticket] = asyncio.get_running_loop().create_future()
+        try:
+            self.check()
+            assert self._engine is not None
+            self._engine.send(GetStats(ticket))
+            async with asyncio.timeout(timeout):
+                return await answer
+        except TimeoutError:
+            raise EngineError(f"the engine did not answer within {timeout:g} seconds: its current step takes longer") from None
+        finally:
+            del self._asked[ticket]
+
+    def check(self) -> None:
+        """Raises UnavailableError where nothing can be generated any more."""
+        if self.dead is not None or self.closing or self._engine is None:
+            raise UnavailableError(self.dead or (CLOSING if self.closing else "the engine has not started"))
+
+    def _submit(self, stream: Stream, requests: Sequence[Request]) -> None:
+        self.check()
+        assert self._engine is not None
+        for request in requests:
+            self._streams[request.request_id] = stream
+            self._engine.send(Add(request))
+
+    def _leave(self, requests: Sequence[Request], unfinished: set[str]) -> None:
+        for request in requests:
+            self._streams.pop(request.request_id, None)
+        for request_id in unfinished:
+            self._abort(request_id, None)
+
+    def _abort(self, request_id: str, index: int | None) -> None:
+        if self._engine is not None:
+            self._engine.send(Abort(request_id, index))
+
+    def _post(self, message: FromEngine) -> None:
+        """Called on the engine's thread."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._receive, message)
+        except RuntimeError:  # the event loop has closed: the process is ending
+            pass
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case Outputs(outputs):
+                for output in outputs:
+                    if (stream := self._streams.get(output.request_id)) is not None:
+                        stream._deliver(output)
+            case Stats(ticket, stats):
+                if (answer := self._asked.get(ticket)) is not None and not answer.done():
+                    answer.set_result(stats)
+            case Died(reason):
+                self.dead = reason
+                self._fail_all(reason)
+
+    def _fail_all(self, reason: str) -> None:
+        for stream in self._streams.values():
+            stream._fail(reason)
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(UnavailableError(reason))

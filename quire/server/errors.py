@@ -1,0 +1,105 @@
+"""Errors as the API's clients expect them: ``{"error": {"message", "type", "param", "code"}}``, with the right status.
+
+Only a QuireError's own message ever reaches a client. Anything else is logged, and answered with a fixed sentence: no
+traceback, no path, no representation of an object.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from fastapi.responses import Response
+
+from quire.errors import QuireError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+
+INTERNAL = "internal error; the server's log has the details"
+
+
+class UnavailableError(QuireError):
+    """Nothing can be generated at the moment: the engine died, or the server is shutting down."""
+
+    code = "unavailable"
+    status = 503
+
+
+class NotFoundError(QuireError):
+    code = "not_found"
+    status = 404
+
+
+class MethodNotAllowedError(QuireError):
+    code = "method_not_allowed"
+    status = 405
+
+
+class TimedOutError(QuireError):
+    code = "request_timeout"
+    status = 408
+
+
+class TooLargeError(QuireError):
+    code = "request_too_large"
+    status = 413
+
+
+class MediaTypeError(QuireError):
+    code = "unsupported_media_type"
+    status = 415
+
+
+class ClientGoneError(Exception):
+    """The client has hung up: there is nobody to answer."""
+
+
+def error_object(error: QuireError) -> dict[str, dict[str, str | None]]:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_bytes(error: QuireError) -> bytes:
+    return json.dumps(error_object(error), ensure_ascii=False).encode("utf-8", "replace")
+
+
+def error_response(error: QuireError) -> Response:
+    headers = {}
+    if error.status not in (408, 429, 503):
+        headers["x-should-retry"] = "false"  # the same request would get the same answer
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # part of the body may still be on its way
+    return Response(error_bytes(error), status_code=error.status, media_type="application/json", headers=headers)
+
+
+def install(app: FastAPI, endpoints: list[str]) -> None:
+    """Answer every error of the application in the API's form. ``endpoints`` are named where a path is unknown."""
+    from starlette.exceptions import HTTPException
+
+    async def quire_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, QuireError)
+        return error_response(error)
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        where = f"{request.method} {request.url.path[:200]}"
+        if error.status_code == 404:
+            return error_response(NotFoundError(f"{where} does not exist here; this server has {', '.join(endpoints)}"))
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            response = error_response(MethodNotAllowedError(f"{where} is not allowed; use {allowed}"))
+            response.headers["allow"] = allowed
+            return response
+        return error_response(QuireError(INTERNAL))
+
+    async def internal_error(_: Request, error: Exception) -> Response:
+        return error_response(QuireError(INTERNAL))
+
+    async def client_gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # goes nowhere
+
+    app.add_exception_handler(QuireError, quire_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ClientGoneError, client_gone)
+    app.add_exception_handler(Exception, internal_error)

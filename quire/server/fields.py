@@ -1,0 +1,88 @@
+"""Which fields of a request are known, which are ignored, which are refused; and from a JSON object to a schema.
+
+Nothing is dropped silently that would change the result. A field that clients send and that changes nothing here is
+ignored; one that would change the result and is not supported is refused, unless it has a value that asks for nothing;
+one that nobody knows is most likely a typing error, and is refused too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from quire.errors import InvalidRequestError
+
+IGNORED = frozenset((
+    "user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "session_id",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "cache_salt",  # nothing is cached across requests
+    "prediction", "parallel_tool_calls", "include_reasoning", "return_prompt_text", "stream_interval",
+))  # fmt: skip
+"""Sent by clients; without influence on the tokens that come back."""
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    # OpenAI's own
+    "tools": (), "tool_choice": ("none", "auto"), "functions": (), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "moderation": (), "web_search_options": (),
+    "reasoning_effort": ("none",), "verbosity": ("medium",), "suffix": ("",),
+    # vLLM's
+    "use_beam_search": (False,), "length_penalty": (1.0,), "early_stopping": (False,), "prompt_logprobs": (), "logprob_token_ids": (),
+    "allowed_token_ids": (), "bad_words": ([],), "truncate_prompt_tokens": (), "truncation_side": ("right",), "thinking_token_budget": (),
+    "spaces_between_special_tokens": (True,), "documents": ([],), "chat_template": (), "mm_processor_kwargs": (), "media_io_kwargs": (),
+    "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structural_tag": (),
+    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "priority": (0,), "return_tokens_as_token_ids": (False,),
+    "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (), "prompt_embeds": (), "logits_processors": (),
+}  # fmt: skip
+"""Known to clients, not supported yet → values that ask for nothing, besides null."""
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+_EXPECTED = {
+    "float_type": "a number", "int_type": "an integer", "bool_type": "true or false", "string_type": "a string",
+    "list_type": "a list", "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object",
+}  # fmt: skip
+
+
+def parse(schema: type[Schema], body: dict[str, Any]) -> Schema:
+    """Check the names and the types of a request's fields. Raises InvalidRequestError with the field's name."""
+    known = schema.model_fields
+    for name, value in body.items():
+        if name in known or name in IGNORED or value is None:
+            continue
+        if name in REFUSED:
+            if value not in REFUSED[name]:
+                raise InvalidRequestError(f"{name} is not supported by this server: leave it out", param=name)
+            continue
+        raise InvalidRequestError(f"unknown field {name[:80]!r}: {_hint(name, list(known))}", param=name[:80])
+    try:
+        return schema.model_validate({name: value for name, value in body.items() if name in known})
+    except ValidationError as e:
+        raise _readable(e) from None
+
+
+def _hint(name: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
+    if close := get_close_matches(name[:80], known, n=1):
+        return f"did you mean {close[0]}?"
+    return f"known are {', '.join(known)}"
+
+
+def _readable(error: ValidationError) -> InvalidRequestError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = ".".join(str(part) for part in first["loc"])[:80]
+    if first["type"] == "missing":
+        return InvalidRequestError(f"{param} is required", param=param)
+    if expected := _EXPECTED.get(first["type"]):
+        return InvalidRequestError(f"{param} must be {expected}, got {shown(first['input'])}", param=param)
+    return InvalidRequestError(f"{param}: {first['msg']}, got {shown(first['input'])}", param=param)
+
+
+def shown(value: object) -> str:
+    """A value of a request, cut to a length that fits a sentence."""
+    import json
+
+    if isinstance(value, list | dict) and len(value) > 8:
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value):,}"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:60] + "…"

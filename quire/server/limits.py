@@ -1,0 +1,110 @@
+"""What is checked before a request's body means anything: its type, its size, its encoding, its syntax."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from quire.errors import ContextLengthError, InvalidRequestError
+from quire.server.errors import ClientGoneError, MediaTypeError, TimedOutError, TooLargeError
+
+BODY_TIMEOUT_S = 60.0
+"""A body must have arrived after this time."""
+DISCARD_FACTOR = 8
+"""How much of a body beyond the limit is read and thrown away, in limits: a client that is still writing when the
+connection closes would see a broken connection instead of the answer."""
+DISCARD_TIMEOUT_S = 10.0
+MAX_BYTES_PER_TOKEN = 128
+"""No prompt of the model's context has more text than this for each token. Tokens of real vocabularies are up to 128
+spaces long, 4 bytes on average; text beyond the bound is refused without tokenizing it."""
+MIN_TEXT_BYTES = 1 << 20
+"""/tokenize counts at least this much text, however short the context is."""
+MAX_SEQUENCES = 1024
+"""Prompts times ``n`` in one request."""
+
+
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The request's body as a JSON object. Raises the error to answer with."""
+    kind = request.headers.get("content-type", "")
+    if kind.split(";")[0].strip().lower() != "application/json":
+        raise MediaTypeError(f"the content type must be application/json, got {kind[:80]!r}: send the header 'Content-Type: application/json'")
+    return _parse(await _read(request, max_bytes))
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_bytes:
+        if request.headers.get("expect", "").lower() != "100-continue":  # such a client sends nothing unless told to
+            await _discard(request, max_bytes)
+        raise TooLargeError(f"the request body has {int(declared[:20]):,} bytes; at most {max_bytes:,} are allowed: send less, or serve with a larger --max-body-bytes")
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > max_bytes:
+                    break
+    except ClientDisconnect:
+        raise ClientGoneError from None
+    except TimeoutError:
+        raise TimedOutError(f"the request body did not arrive within {BODY_TIMEOUT_S:g} seconds ({size:,} bytes did)") from None
+    if size > max_bytes:
+        parts.clear()
+        await _discard(request, max_bytes)
+        raise TooLargeError(f"the request body has more than {max_bytes:,} bytes, which is what this server allows: send less, or serve with a larger --max-body-bytes")
+    return b"".join(parts)
+
+
+async def _discard(request: Request, max_bytes: int) -> None:
+    size = 0
+    try:
+        async with asyncio.timeout(DISCARD_TIMEOUT_S):
+            while size < DISCARD_FACTOR * max_bytes:
+                message = await request.receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        pass
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    from pydantic_core import from_json
+
+    if not body:
+        raise InvalidRequestError("the request body is empty: send a JSON object")
+    try:
+        body.decode()
+    except UnicodeDecodeError as e:
+        raise InvalidRequestError(f"the request body is not valid UTF-8: byte {e.start:,} of {len(body):,} can't be decoded") from None
+    try:
+        # NaN and Infinity are let through here, so that the check of the parameter can name it.
+        value = from_json(body, allow_inf_nan=True)
+    except ValueError as e:
+        raise InvalidRequestError(f"the request body is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"the request body must be a JSON object, got {kind_of(value)}")
+    return value
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in the words of JSON."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names[type(value)]
+
+
+def check_text_size(text: str, max_model_len: int, param: str) -> None:
+    """Refuse, before it is tokenized, a text that can't fit the context."""
+    size, most = len(text.encode()), MAX_BYTES_PER_TOKEN * max_model_len
+    if size > most:
+        raise ContextLengthError(
+            f"the prompt has {size:,} bytes of text, more than a context of {max_model_len:,} tokens can hold ({MAX_BYTES_PER_TOKEN} bytes for each, "
+            f"{most:,} in all): shorten the prompt, or serve with a longer --max-model-len if the model allows it",
+            param=param,
+        )

@@ -1,0 +1,89 @@
+"""From a request's fields to SamplingParams and a seed."""
+
+from __future__ import annotations
+
+import os
+
+from quire.core.admission import RequestLimits
+from quire.errors import InvalidRequestError
+from quire.sampling_params import SamplingParams
+from quire.server.fields import shown
+from quire.server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
+
+DEFAULT_MAX_TOKENS = 16
+"""Of /v1/completions, as in OpenAI's API."""
+
+_SAME_NAME = (
+    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "min_tokens",
+    "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+)  # fmt: skip
+
+
+def completion_params(body: CompletionRequest) -> SamplingParams:
+    """Raises InvalidRequestError."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise InvalidRequestError(f"best_of {body.best_of} is not supported where it differs from n {body.n or 1}: leave it out", param="best_of")
+    if body.echo and body.logprobs is not None:
+        raise InvalidRequestError("echo together with logprobs is not supported: leave one of them out", param="echo")
+    max_tokens = body.max_tokens
+    if max_tokens is None:  # the context may hold fewer; see ``for_prompt``
+        max_tokens = max(DEFAULT_MAX_TOKENS, body.min_tokens or 0)
+    return _params(body, max_tokens, body.logprobs)
+
+
+def chat_params(body: ChatCompletionRequest) -> SamplingParams:
+    """Raises InvalidRequestError."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequestError(f"top_logprobs {body.top_logprobs} needs logprobs to be true", param="top_logprobs")
+    max_tokens, name = body.max_tokens, "max_tokens"
+    if body.max_completion_tokens is not None:
+        max_tokens, name = body.max_completion_tokens, "max_completion_tokens"
+    try:
+        return _params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    except InvalidRequestError as e:
+        renamed = {"max_tokens": name, "logprobs": "top_logprobs"}.get(e.param or "", e.param)
+        raise InvalidRequestError(e.message.replace(e.param or "", renamed or "", 1), param=renamed) from None
+
+
+def _params(body: GenerationRequest, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError("stream_options needs stream to be true", param="stream_options")
+    values = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
+    return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, stop=_stop(body.stop), logit_bias=_bias(body.logit_bias))
+
+
+def _stop(value: object) -> list[str]:
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    for item in values:
+        if not isinstance(item, str):
+            raise InvalidRequestError(f"stop must be a string or a list of strings, got {shown(value)}", param="stop")
+    return values
+
+
+def _bias(value: dict[str, float] | None) -> dict[int, float] | None:
+    if value is None:
+        return None
+    for key in value:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise InvalidRequestError(f"logit_bias: {key[:40]!r} is not a token id", param="logit_bias")
+    return {int(key): bias for key, bias in value.items()}
+
+
+def fit_default(params: SamplingParams, body: GenerationRequest, longest_prompt: int, limits: RequestLimits) -> SamplingParams:
+    """A default of max_tokens gives way where the context has less room; a number that the client chose never does."""
+    room = limits.max_model_len - longest_prompt
+    if body.max_tokens is not None or params.max_tokens is None or not max(1, params.min_tokens) <= room < params.max_tokens:
+        return params
+    from dataclasses import fields, replace
+
+    assert all(f.init or f.name == "stop_strings" for f in fields(params))
+    return replace(params, max_tokens=room)
+
+
+def draw_seed(params: SamplingParams) -> int:
+    """0 <= seed < 2**64: the request's own, or a random one."""
+    if params.seed is not None:
+        return params.seed % (1 << 64)
+    return int.from_bytes(os.urandom(8), "little")

@@ -1,0 +1,107 @@
+"""The fields of requests. The types are checked here; ranges are SamplingParams' business, and checked there.
+
+Every field may be null, which means its default. ``Any`` with a JSON schema stands where a field has several forms that
+are told apart by hand, so that an error can name the form that was meant.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+_STOP = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+_PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+_CONTENT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}},
+    ]
+}
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"enum": ["developer", "system", "user", "assistant"]}, "content": _CONTENT, "name": {"type": "string"}},
+}
+
+Prompt = Annotated[Any, WithJsonSchema(_PROMPT)]
+Stop = Annotated[Any, WithJsonSchema(_STOP)]
+Message = Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]
+
+
+class _Body(BaseModel):
+    # strict: "5" is not a number here, and true is not 1. Unknown fields are refused by quire.server.fields.
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = Field(None, description="send one more chunk at the end, with the usage and no choices")
+    continuous_usage_stats: bool | None = Field(None, description="send the usage so far with every chunk")
+    include_obfuscation: bool | None = Field(None, description="accepted and ignored")
+
+
+class GenerationRequest(_Body):
+    """What /v1/completions and /v1/chat/completions have in common."""
+
+    model: str | None = Field(None, description="id from /v1/models; may be left out, since one model is served")
+    n: int | None = Field(None, description="samples for each prompt")
+    temperature: float | None = Field(None, description="0 is greedy")
+    top_p: float | None = Field(None, description="in (0, 1]")
+    top_k: int | None = Field(None, description="0 or -1 keeps every token")
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = Field(None, description="1 is off")
+    logit_bias: dict[str, float] | None = Field(None, description="token id → value added to its logit, -100 to 100")
+    seed: int | None = Field(None, description="the same request with the same seed gives the same output")
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: Stop = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = Field(None, description="let the tokenizer add its special tokens to text prompts")
+    return_token_ids: bool | None = Field(None, description="return token ids beside the text")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompt = Field(description="text, token ids, or a list of either")
+    echo: bool | None = Field(None, description="put the prompt before the output")
+    logprobs: int | None = Field(None, description="report this many most likely tokens for each position")
+    best_of: int | None = Field(None, description="must equal n")
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: list[Message]
+    max_completion_tokens: int | None = Field(None, description="newer name of max_tokens; default: what the context leaves")
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = Field(None, description="end the prompt with the start of an assistant message (default: true)")
+    continue_final_message: bool | None = Field(None, description="go on with the last message instead of answering it")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="more variables for the model's chat template")
+
+
+class TokenizeRequest(_Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = Field(None, description="default: true for prompt, false for messages")
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(_Body):
+    model: str | None = None
+    tokens: list[int]

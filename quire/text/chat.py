@@ -1,0 +1,214 @@
+"""Chat templates: messages → the prompt of a model, in a sandbox.
+
+A template is data that came with a model: Jinja in an immutable sandbox, with the globals and filters that templates are
+written for (those of transformers' ``apply_chat_template``), and plain JSON values to look at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from quire.errors import InvalidRequestError, ModelLoadError
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = Mapping[str, Any]
+"""A message as in the OpenAI API: ``role``, ``content`` (a string, or a list of ``{"type": "text", "text": ...}``), ..."""
+
+ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+MAX_RENDERED_CHARS = 16 << 20
+"""A template must not turn a small request into a huge prompt."""
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_CONTINUE_HERE = "\x02continue\x03 "
+"""Marks the end of the last message while it is rendered; ends in a space, to see whether the template trims."""
+
+
+class ChatTemplates:
+    """The chat templates of a model: ``default``, and perhaps others such as ``tool_use``. Compiled at first use."""
+
+    __slots__ = ("_compiled", "_sources", "_variables")
+
+    def __init__(self, sources: Mapping[str, str], variables: Mapping[str, str]) -> None:
+        """sources: name → template, at least one. variables: special tokens that templates refer to (``bos_token`` ...)."""
+        self._sources = dict(sources)
+        self._variables = dict(variables)
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool,
+               variables: Mapping[str, Any]) -> str:  # fmt: skip
+        """The prompt. Raises InvalidRequestError (messages, or the template for them), ModelLoadError (syntax of the template)."""
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message continues the last message and add_generation_prompt begins a new one: set at most one of them",
+                param="continue_final_message",
+            )
+        name = self._choose(variables)
+        chat = [_message(i, m, self._sources[name]) for i, m in enumerate(_checked_list(messages))]
+        if continue_final_message:
+            if not isinstance(chat[-1].get("content"), str):
+                raise InvalidRequestError("continue_final_message needs text content in the last message", param="continue_final_message")
+            chat[-1]["content"] += _CONTINUE_HERE
+        known = {"tools": None, "documents": None, **self._variables, **_plain(variables, "chat_template_kwargs")}
+        text = self._render(name, {**known, "messages": chat, "add_generation_prompt": add_generation_prompt})
+        return _cut(text) if continue_final_message else text
+
+    def _choose(self, variables: Mapping[str, Any]) -> str:
+        if variables.get("tools") and "tool_use" in self._sources:
+            return "tool_use"
+        return "default" if "default" in self._sources else next(iter(self._sources))
+
+    def _render(self, name: str, variables: Mapping[str, Any]) -> str:
+        import jinja2
+
+        template = self._compiled.get(name)
+        if template is None:
+            try:
+                template = self._compiled[name] = _environment().from_string(self._sources[name])
+            except jinja2.TemplateError as e:
+                raise ModelLoadError(f"the model's chat template is not valid: {e}") from None
+        parts, size = [], 0
+        try:
+            for part in template.generate(variables):
+                size += len(part)
+                if size > MAX_RENDERED_CHARS:
+                    raise InvalidRequestError(f"the chat template makes a prompt of more than {MAX_RENDERED_CHARS:,} characters", param="messages")
+                parts.append(part)
+        except InvalidRequestError:
+            raise
+        except Exception as e:  # a template is a program: it can fail in any way
+            raise InvalidRequestError(f"the model's chat template does not accept this conversation: {e}", param="messages") from None
+        return "".join(parts)
+
+
+def _cut(text: str) -> str:
+    """The prompt up to the end of the last message."""
+    mark = _CONTINUE_HERE.strip()
+    at = text.rfind(mark)
+    if at < 0:
+        raise InvalidRequestError(
+            "the model's chat template leaves out the content of the last message, so it can't be continued: send it without "
+            "continue_final_message",
+            param="continue_final_message",
+        )
+    kept = text[:at]
+    # Where the template trims messages it has trimmed the mark's own space, and would have trimmed what stands before it.
+    return kept if text.startswith(_CONTINUE_HERE, at) else kept.rstrip()
+
+
+def _checked_list(messages: Sequence[Message]) -> Sequence[Message]:
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise InvalidRequestError(f"messages must be a list, got {messages!r:.60}", param="messages")
+    if not messages:
+        raise InvalidRequestError("messages is empty: it must hold at least one message", param="messages")
+    return messages
+
+
+def _message(index: int, message: Message, template: str) -> dict[str, Any]:
+    """A checked copy of a message, in the form that templates are written for."""
+    at = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise InvalidRequestError(f"{at} must be an object with role and content, got {message!r:.60}", param=at)
+    # Templates handle an absent key; a null they would spell out as "None".
+    made: dict[str, Any] = {k: v for k, v in _plain(message, at).items() if v is not None}
+    role = made.get("role")
+    if role not in ROLES:
+        raise InvalidRequestError(f"{at}.role must be one of {', '.join(ROLES)}; got {role!r:.60}", param=f"{at}.role")
+    if role == "developer" and "developer" not in template:
+        made["role"] = "system"  # the newer name of the same role; most templates know only the older one
+    if "content" in made:
+        made["content"] = _content(f"{at}.content", made["content"])
+    elif role != "assistant":
+        raise InvalidRequestError(f"{at}.content is missing", param=f"{at}.content")
+    if reasoning := next((made[key] for key in _REASONING if made.get(key)), None):
+        made["reasoning_content"] = reasoning
+        made.setdefault("thinking", reasoning)
+    if calls := made.get("tool_calls"):
+        made["tool_calls"] = _tool_calls(f"{at}.tool_calls", calls)
+    return made
+
+
+def _content(at: str, content: Any) -> str:
+    """The text of a message's content; text parts are joined by line breaks."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequestError(f"{at} must be a string or a list of parts, got {content!r:.60}", param=at)
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part, str):
+            texts.append(part)
+        elif kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise InvalidRequestError(f"{at}[{i}] has type {kind!r:.60}: this model reads text only, so parts must be of type 'text'", param=at)
+    return "\n".join(texts)
+
+
+def _tool_calls(at: str, calls: Any) -> list[Any]:
+    """Tool calls with their arguments as objects: the API has them as JSON text, templates want to walk them."""
+    if not isinstance(calls, list):
+        raise InvalidRequestError(f"{at} must be a list, got {calls!r:.60}", param=at)
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise InvalidRequestError(f"{at}[{i}].function must be an object", param=at)
+        if isinstance(arguments := function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(arguments or "{}")
+            except ValueError as e:
+                raise InvalidRequestError(f"{at}[{i}].function.arguments is not JSON: {e}", param=at) from None
+    return calls
+
+
+def _plain(value: Any, at: str) -> Any:
+    """A copy made of plain JSON types, so that a template meets no object with methods of its own."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, at) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, at) for v in value]
+    raise InvalidRequestError(f"{at} holds a {type(value).__name__}: only JSON values are allowed", param=at)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """The sandbox, made at first use: Jinja takes a while to import."""
+    from datetime import datetime
+
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}`` marks the assistant's text for training; its content is rendered as it stands."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
+               sort_keys: bool = False) -> str:  # fmt: skip
+        """Jinja's own filter escapes HTML, and a prompt is not HTML."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment

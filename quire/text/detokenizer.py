@@ -1,0 +1,63 @@
+"""Incremental detokenizing: one token in, the text that it completes out.
+
+A token's bytes do not depend on its neighbours (see ``pieces``), so the text of a sequence is its bytes read as UTF-8.
+What is held back is therefore at most the first three bytes of a character, and the cost of a token is constant.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from quire.text.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """The text of one sequence, piece by piece. The pieces joined are ``tokenizer.decode`` of all tokens.
+
+    prompt: the tokens before the first one pushed. They give no text, but tell whether the pushed ones begin a text: with
+    a sentencepiece vocabulary, the first word of a text loses its leading space, and a continuation must keep it.
+
+    Ids that the tokenizer does not know (a model may have more embedding rows than tokens) have no text.
+    """
+
+    __slots__ = ("_skipped", "_started", "_strip_left", "_tokenizer", "_utf8")
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt: Iterable[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.rules.errors)
+        self._started = False
+        self._strip_left = tokenizer.rules.strip_count
+        for token_id in prompt:
+            self.push(token_id)
+            if self._started and not self._strip_left:
+                break
+        self._utf8.reset()
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, possibly empty."""
+        if token_id in self._skipped:
+            return ""
+        piece = self._tokenizer.piece(token_id)
+        if piece is None:
+            return ""
+        if not self._started:
+            self._started = True
+            piece = self._tokenizer.head_piece(token_id)
+        text = self._utf8.decode(piece)
+        return self._strip(text) if self._strip_left else text
+
+    def finish(self) -> str:
+        """The rest: U+FFFD for a character that was never completed."""
+        text = self._utf8.decode(b"", True)
+        return self._strip(text) if self._strip_left else text
+
+    def _strip(self, text: str) -> str:
+        while text and self._strip_left:
+            if not text.startswith(self._tokenizer.rules.strip):
+                self._strip_left = 0
+                break
+            text = text[1:]
+            self._strip_left -= 1
+        return text

@@ -1,0 +1,109 @@
+"""OutputAssembler: a sequence's tokens → what its client sees. Text, stop strings, log-probabilities, why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from quire.core.plan import TokenLogprobs
+from quire.core.sequence import SequenceOutput
+from quire.outputs import Choice, Logprob
+from quire.sampling_params import SamplingParams
+from quire.text.detokenizer import Detokenizer
+from quire.text.stop import StopChecker
+from quire.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one step adds to what a client has seen of a sequence."""
+
+    text: str = ""
+    """May be empty: a part of a character, or what may become a stop string, is held back."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    """For each of ``token_ids``: token id → Logprob, the chosen token first. None unless asked for."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class OutputAssembler:
+    """One for each sequence. Feed it every SequenceOutput in order.
+
+    A stop string that is found ends the sequence here (``finished``); the engine knows nothing of text, so the caller then
+    aborts the request there. Without a tokenizer there is no text, and stop strings can't be found.
+
+    prompt_token_ids: give them where the output continues the prompt's text (completions), so that a leading space is
+    kept (see Detokenizer); leave them out where the output is a text of its own (a chat message).
+    """
+
+    __slots__ = ("_detokenizer", "_finish_reason", "_logprobs", "_params", "_stop", "_stop_reason", "_texts", "_tokenizer", "token_ids")
+
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Iterable[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._params = params
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.skip_special_tokens, prompt_token_ids)
+        self._stop = StopChecker(params.stop_strings, params.include_stop_str_in_output) if params.stop_strings else None
+        self._texts: list[str] = []
+        self.token_ids: list[int] = []
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._finish_reason: str | None = None
+        self._stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self._finish_reason is not None
+
+    def feed(self, output: SequenceOutput) -> Delta:
+        """What the client gets for this step. Anything after the end is ignored."""
+        if self.finished:
+            return Delta(logprobs=None if self._logprobs is None else [])
+        texts, count = [], 0
+        for count, token in enumerate(output.token_ids, start=1):  # noqa: B007
+            ends = output.finish_reason == "stop" and count == len(output.token_ids)
+            self.token_ids.append(token)
+            # The end-of-text or stop token that ends a sequence has no text, unless stops are asked for in the output.
+            if self._detokenizer is not None and (not ends or self._params.include_stop_str_in_output):
+                texts.append(self._check(self._detokenizer.push(token)))
+                if self.finished:
+                    break
+        if output.finish_reason is not None and not self.finished:
+            texts.append(self._end(output.finish_reason, output.stop_reason))
+        delta = Delta("".join(texts), output.token_ids[:count], None, self._finish_reason, self._stop_reason)
+        if self._logprobs is not None:
+            delta.logprobs = [self._convert(token, lp) for token, lp in zip(delta.token_ids, output.logprobs or (), strict=False)]
+            self._logprobs += delta.logprobs
+        if delta.text:
+            self._texts.append(delta.text)
+        return delta
+
+    def choice(self, index: int) -> Choice:
+        """Everything so far."""
+        return Choice(index, "".join(self._texts), self.token_ids, self._logprobs, self._finish_reason, self._stop_reason)
+
+    def _check(self, text: str) -> str:
+        if self._stop is None:
+            return text
+        # As for end-of-text tokens, the first min_tokens tokens can't complete a stop string.
+        text = self._stop.push(text, allowed=len(self.token_ids) > self._params.min_tokens)
+        if self._stop.matched is not None:
+            self._finish_reason, self._stop_reason = "stop", self._stop.matched
+        return text
+
+    def _end(self, finish_reason: str, stop_reason: int | str | None) -> str:
+        rest = self._check(self._detokenizer.finish()) if self._detokenizer is not None else ""
+        if not self.finished:  # the rest may complete a stop string that holds U+FFFD
+            self._finish_reason, self._stop_reason = finish_reason, stop_reason
+            rest += self._stop.flush() if self._stop is not None else ""
+        return rest
+
+    def _convert(self, token: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
+        def text(token_id: int) -> str:
+            return "" if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+        value, rank = logprobs.token
+        made = {token: Logprob(value, rank, text(token))}
+        for rank, (top, value) in enumerate(logprobs.top, start=1):
+            if top not in made:
+                made[top] = Logprob(value, rank, text(top))
+        return made

@@ -1,0 +1,143 @@
+"""Small random models of every family, as transformers builds and saves them.
+
+The weights are drawn strongly, norms and biases included, so that a wrong axis, a forgotten bias or a window that is one
+token too long shows in the logits instead of hiding below rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 97
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: fields of the family's config class."""
+
+    name: str
+    kind: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "opt": (OPTConfig, OPTForCausalLM),
+}
+_SHARED = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 56, "max_position_embeddings": 256}
+_BASE: dict[str, dict[str, Any]] = {
+    "llama": _SHARED,
+    "mistral": _SHARED,
+    "qwen2": _SHARED,
+    "qwen3": _SHARED,
+    "gpt2": {"n_layer": 2, "n_embd": 48, "n_positions": 256},
+    "opt": {"num_hidden_layers": 2, "hidden_size": 48, "ffn_dim": 56, "max_position_embeddings": 256},
+}
+
+
+def _heads(q: int, kv: int, **fields: Any) -> dict[str, Any]:
+    return {"num_attention_heads": q, "num_key_value_heads": kv, **fields}
+
+
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 32}  # fmt: skip
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_THREE = {"num_hidden_layers": 3}
+
+CASES = [
+    Case("llama-mha-3-heads", "llama", _heads(3, 3)),
+    Case("llama-gqa-tied-eps", "llama", _heads(6, 2, tie_word_embeddings=True, rms_norm_eps=0.1)),
+    Case("llama-5-heads-mqa", "llama", _heads(5, 1, hidden_size=40)),
+    Case("llama-head-dim-biases", "llama", _heads(4, 2, head_dim=20, attention_bias=True, mlp_bias=True)),
+    Case("llama-rope-llama3", "llama", _heads(3, 1, rope_parameters=_LLAMA3)),
+    Case("llama-rope-linear", "llama", _heads(4, 4, rope_parameters=_LINEAR)),
+    Case("llama-gelu", "llama", _heads(2, 2, hidden_act="gelu")),
+    Case("mistral-window", "mistral", _heads(6, 3, sliding_window=7)),
+    Case("mistral-full-head-dim", "mistral", _heads(3, 1, sliding_window=None, head_dim=24)),
+    Case("qwen2-tied", "qwen2", _heads(6, 2, tie_word_embeddings=True)),
+    Case("qwen2-some-windows", "qwen2", _heads(3, 3, use_sliding_window=True, sliding_window=9, max_window_layers=1, **_THREE)),
+    Case("qwen2-layer-types", "qwen2", _heads(4, 1, use_sliding_window=True, sliding_window=5, **_THREE,
+         layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    Case("qwen3-head-dim", "qwen3", _heads(5, 5, head_dim=16, hidden_size=40)),
+    Case("qwen3-gqa-biases-tied", "qwen3", _heads(6, 3, head_dim=32, attention_bias=True, tie_word_embeddings=True)),
+    Case("gpt2-3-heads", "gpt2", {"n_head": 3}),
+    Case("gpt2-inner-untied-unscaled", "gpt2", {"n_head": 4, "n_inner": 72, "tie_word_embeddings": False, "scale_attn_weights": False,
+         "activation_function": "gelu"}),
+    Case("opt-pre-norm", "opt", {"num_attention_heads": 3}),
+    Case("opt-post-norm-projected", "opt", {"num_attention_heads": 4, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    Case("opt-no-bias-untied-gelu", "opt", {"num_attention_heads": 6, "enable_bias": False, "tie_word_embeddings": False,
+         "activation_function": "gelu"}),
+    Case("opt-no-final-norm", "opt", {"num_attention_heads": 2, "_remove_final_layer_norm": True}),
+]  # fmt: skip
+
+
+def build(case: Case) -> PreTrainedModel:
+    """The model in float32, evaluation mode, eager attention. The same case always gives the same weights."""
+    config_class, model_class = _CLASSES[case.kind]
+    fields = {"vocab_size": VOCAB, **_BASE[case.kind], **case.fields}
+    config = config_class(**fields, bos_token_id=1, eos_token_id=[2, 3], pad_token_id=0, attn_implementation="eager")
+    model: PreTrainedModel = model_class(config).eval()
+    generator = torch.Generator().manual_seed(sum(case.name.encode()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            elif parameter.ndim == 1:  # a norm
+                parameter.copy_(1.0 + 0.3 * noise)
+            elif any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
+                parameter.copy_(noise)
+            else:
+                fan_in = parameter.shape[0] if case.kind == "gpt2" else parameter.shape[1]
+                parameter.copy_(1.5 * noise / fan_in**0.5)
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, [2, 3]
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random token ids, special ones left out."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randint(4, VOCAB, (length,), generator=generator).tolist()
+
+
+def logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """[len(tokens), vocab], float32, the whole sequence at once."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0]
+
+
+def greedy(model: PreTrainedModel, tokens: list[int], count: int) -> tuple[list[int], torch.Tensor]:
+    """``count`` greedy tokens, end-of-text ignored, and the logits [count, vocab] that chose them. Without a cache."""
+    tokens, start, rows = list(tokens), len(tokens), []
+    for _ in range(count):
+        rows.append(logits(model, tokens)[-1])
+        tokens.append(int(rows[-1].argmax()))
+    return tokens[start:], torch.stack(rows)

@@ -1,0 +1,113 @@
+"""The whole of a decoder in numpy float64: slow, obvious, and independent of every backend.
+
+It reads what a backend reads, a TransformerSpec and canonical tensors, and computes whole sequences without a cache. Where
+it agrees with transformers (tests/oracle), spec, family and loader are right; where a backend agrees with it, the backend is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.models.spec import RopeSpec, TransformerSpec
+
+Array = npt.NDArray[np.float64]
+
+
+class ReferenceModel:
+    """tensors: canonical name → array of any float dtype; all arithmetic is float64."""
+
+    def __init__(self, spec: TransformerSpec, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.spec = spec
+        self.tensors = {name: np.asarray(array, dtype=np.float64) for name, array in tensors.items()}
+
+    def logits(self, tokens: Sequence[int]) -> Array:
+        """[len(tokens), vocab]: row p scores the token at position p + 1."""
+        spec, t = self.spec, self.tensors
+        x = t["embed.weight"][list(tokens)]
+        if "embed_in.weight" in t:
+            x = self._linear("embed_in", x)
+        if spec.rope is None:
+            x = x + t["positions.weight"][spec.position_offset :][: len(tokens)]
+        for i in range(spec.num_layers):
+            at = f"layers.{i}"
+            if spec.norm_first:
+                x = x + self._attention(i, self._norm(f"{at}.attn_norm", x))
+                x = x + self._mlp(at, self._norm(f"{at}.mlp_norm", x))
+            else:
+                x = self._norm(f"{at}.attn_norm", x + self._attention(i, x))
+                x = self._norm(f"{at}.mlp_norm", x + self._mlp(at, x))
+        if spec.final_norm:
+            x = self._norm("final_norm", x)
+        if "embed_out.weight" in t:
+            x = self._linear("embed_out", x)
+        return x @ t["embed.weight" if spec.tied else "lm_head.weight"].T
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """``count`` tokens after the prompt, the lowest id among equals; end-of-text is a token like any other."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.logits(tokens)[-1].argmax()))
+        return tokens[len(prompt) :]
+
+    def _linear(self, name: str, x: Array) -> Array:
+        y = x @ self.tensors[f"{name}.weight"].T
+        return y + self.tensors[f"{name}.bias"] if f"{name}.bias" in self.tensors else y
+
+    def _norm(self, name: str, x: Array) -> Array:
+        weight, eps = self.tensors[f"{name}.weight"], self.spec.norm_eps
+        if self.spec.norm == "rms" or name.endswith(("q_norm", "k_norm")):
+            return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight + self.tensors.get(f"{name}.bias", 0.0)
+
+    def _attention(self, layer: int, x: Array) -> Array:
+        spec, at, n = self.spec, f"layers.{layer}", len(x)
+        q = self._linear(f"{at}.q", x).reshape(n, spec.num_heads, spec.head_dim)
+        k = self._linear(f"{at}.k", x).reshape(n, spec.num_kv_heads, spec.head_dim)
+        v = self._linear(f"{at}.v", x).reshape(n, spec.num_kv_heads, spec.head_dim)
+        if spec.head_norm:
+            q, k = self._norm(f"{at}.q_norm", q), self._norm(f"{at}.k_norm", k)
+        if spec.rope is not None:
+            q, k = rotate(spec.rope, q), rotate(spec.rope, k)
+        group = spec.num_heads // spec.num_kv_heads
+        k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
+        scores = np.einsum("qhd,khd->hqk", q, k) * spec.scale
+        position = np.arange(n)
+        distance = position[:, None] - position[None, :]
+        hidden = distance < 0
+        if window := spec.window(layer):
+            hidden |= distance >= window
+        scores[:, hidden] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return self._linear(f"{at}.o", np.einsum("hqk,khd->qhd", weights, v).reshape(n, -1))
+
+    def _mlp(self, at: str, x: Array) -> Array:
+        up = self._linear(f"{at}.up", x)
+        y = activate(self.spec.activation, self._linear(f"{at}.gate", x)) * up if self.spec.gated else activate(self.spec.activation, up)
+        return self._linear(f"{at}.down", y)
+
+
+def rotate(rope: RopeSpec, x: Array) -> Array:
+    """x [tokens, heads, head_dim], token p at position p; dimensions i and i + rotary_dim / 2 turn together."""
+    half = rope.rotary_dim // 2
+    angles = np.arange(len(x))[:, None] * np.array(rope.inverse_frequencies())
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
+
+
+def activate(name: str, x: Array) -> Array:
+    if name == "relu":
+        return np.maximum(x, 0.0)
+    if name == "silu":
+        return x / (1.0 + np.exp(-x))
+    if name == "gelu":
+        return x * 0.5 * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
+    assert name == "gelu_tanh"
+    return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))

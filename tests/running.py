@@ -1,0 +1,51 @@
+"""Run requests on a real engine, without text: what the tests of numbers and bytes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quire.backends.base import open_backend
+from quire.config import EngineConfig
+from quire.core.engine import Engine
+from quire.core.sequence import Request
+from quire.core.stats import EngineStats
+
+
+@dataclass
+class Output:
+    """All of one sequence that must not depend on its company."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[Any, ...]] = field(default_factory=list)
+    """(log-probability, rank, top) of each token; floats compare bit for bit."""
+    finish_reason: str | None = None
+    stop_reason: Any = None
+
+
+@dataclass
+class Run:
+    outputs: dict[tuple[str, int], Output]
+    stats: EngineStats
+
+
+def open_engine(folder: Path | str, **options: Any) -> Engine:
+    config = EngineConfig(model=str(folder), **{"kv_memory": "16MiB", **options})
+    return Engine(open_backend(config), config)
+
+
+def run(engine: Engine, requests: list[Request]) -> Run:
+    """Run ``requests`` to their end, ``check()`` after each step, and prove that nothing is left."""
+    for request in requests:
+        engine.add(request)
+    outputs: dict[tuple[str, int], Output] = {}
+    while engine.has_work:
+        for step in engine.step():
+            output = outputs.setdefault((step.request_id, step.index), Output())
+            output.token_ids += step.token_ids
+            output.logprobs += [(*entry.token, tuple(entry.top)) for entry in step.logprobs or []]
+            output.finish_reason, output.stop_reason = step.finish_reason, step.stop_reason
+        engine.check()
+    assert engine.stats().kv.used_blocks == 0
+    return Run(outputs, engine.stats())
