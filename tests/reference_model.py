@@ -111,3 +111,9 @@ def activate(name: str, x: Array) -> Array:
         return x * 0.5 * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
     assert name == "gelu_tanh"
     return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """The largest difference, relative to the largest expected logit of its row. Infinite where something is not finite."""
+    error = np.abs(found.astype(np.float64) - expected).max(-1) / np.abs(expected).max(-1)
+    return float(error.max()) if np.isfinite(error).all() else float("inf")

@@ -63,7 +63,7 @@ def make_config(shape: str, dtype: str) -> dict[str, Any]:
 def make_merges() -> Iterator[tuple[str, str]]:
     """Byte-pair merges, best first: letters paired by their frequency in English, then triples, then words' beginnings.
 
-    A space is "Ġ" in the byte-level alphabet. English comes out at about three characters a token, a little more than half
+    A space is "Ġ" in the byte-level alphabet. English comes out at a little over two characters a token, about half
     of what a trained vocabulary reaches.
     """
     letters = "etaoinshrdlcumwfgypbvkjxqz"
@@ -129,7 +129,9 @@ def write_weights(out: Path, config: dict[str, Any], dtype: str, seed: int) -> i
             left = math.prod(shape)
             while left:
                 count = min(left, CHUNK)
-                values = np.ones(count, np.float32) if "norm" in canonical else draw.standard_normal(count, np.float32) * np.float32(INIT_SCALE)
+                values = (
+                    np.ones(count, np.float32) if "norm" in canonical else draw.standard_normal(count, np.float32) * np.float32(INIT_SCALE)
+                )
                 file.write(as_dtype(values, dtype).tobytes())
                 left -= count
     partial.replace(out / "model.safetensors")

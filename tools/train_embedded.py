@@ -31,6 +31,7 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ SPLIT = (
     r"(?:\r?\n)+[ \t]*|[^\r\n\p{L}\p{N}_]?[\p{L}_]+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}_]+|[^\S\r\n]+(?!\S)|\s+"
 )
+SKIP_FOLDERS = {"site-packages", "__pycache__", "data", "lib-dynload", "pydoc_data"}
+TEST_FOLDERS = {"test", "tests", "idle_test"}
 # Plain text, as the model continues code and knows no roles.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -73,20 +76,16 @@ def is_literal_heavy(text: str, tree: ast.Module) -> bool:
     return len(text) > 4096 and statements * 400 < len(text)
 
 
-def read_stdlib() -> tuple[dict[str, list[tuple[str, str]]], dict]:
+def read_stdlib() -> tuple[dict[str, list[tuple[str, str]]], dict[str, Any]]:
     """Read the library: {"train", "tests", "valid"} -> (path, text) pairs, and a summary."""
     root = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "__pycache__", "data", "lib-dynload", "pydoc_data"}
     groups: dict[str, list[tuple[str, str]]] = {"train": [], "tests": [], "valid": []}
-    dropped = {"unreadable": 0, "table": 0, "duplicate": 0, "test_of_valid": 0,
-               "valid_near_copy": 0}
+    dropped = {"unreadable": 0, "table": 0, "duplicate": 0, "test_of_valid": 0, "valid_near_copy": 0}
     tables: list[str] = []
     seen: set[str] = set()
     for path in sorted(root.rglob("*.py")):
         rel = path.relative_to(root)
-        if skip & set(rel.parts) or rel.name.startswith("_sysconfigdata"):
-            continue
-        if any(part.startswith("config-") for part in rel.parts):
+        if SKIP_FOLDERS & set(rel.parts) or rel.name.startswith("_sysconfigdata") or rel.parts[0].startswith("config-"):
             continue
         try:
             text = path.read_bytes().decode("utf-8")
@@ -105,7 +104,7 @@ def read_stdlib() -> tuple[dict[str, list[tuple[str, str]]], dict]:
         seen.add(digest)
         name = rel.as_posix()
         bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000
-        if {"test", "tests", "idle_test"} & set(rel.parts) or rel.name.startswith("test_"):
+        if TEST_FOLDERS & set(rel.parts) or rel.name.startswith("test_"):
             groups["tests"].append((name, text))
         elif bucket < 40 and len(text) >= 2048:
             groups["valid"].append((name, text))
@@ -156,7 +155,7 @@ def encode(tok: Tokenizer, docs: list[tuple[str, str]]) -> list[np.ndarray]:
     return [np.array([EOS, *e.ids], dtype=np.int64) for e in out]
 
 
-def load_data(out: Path) -> tuple[Tokenizer, dict[str, list[np.ndarray]], dict]:
+def load_data(out: Path) -> tuple[Tokenizer, dict[str, list[np.ndarray]], dict[str, Any]]:
     """Read and encode the library; the tokenizer is made once and kept in `out`."""
     groups, info = read_stdlib()
     path = out / "tokenizer.json"
@@ -175,7 +174,6 @@ class Stream:
     def __init__(self, docs: list[np.ndarray], rng: np.random.Generator) -> None:
         self.docs, self.rng, self.length = docs, rng, 0
         self.queue: list[np.ndarray] = []
-        self.taken = 0
 
     def next(self, length: int) -> np.ndarray:
         if length != self.length or not self.queue:
@@ -185,7 +183,6 @@ class Stream:
             count = (len(joined) - 1) // length
             self.queue = [joined[i * length: (i + 1) * length + 1]
                           for i in self.rng.permutation(count)]
-        self.taken += length
         return self.queue.pop()
 
 
@@ -302,10 +299,8 @@ def complete(model: Llama, tok: Tokenizer, prompt: str, count: int = 96,
     start = len(ids)
     while len(ids) - start < count:
         logits = model(torch.tensor([ids[-CONTEXT:]]))[0, -1].float()
-        if temperature > 0:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=gen))
-        else:
-            token = int(logits.argmax())
+        probs = (logits / temperature).softmax(-1) if temperature > 0 else None
+        token = int(logits.argmax() if probs is None else torch.multinomial(probs, 1, generator=gen))
         if token == EOS:
             break
         ids.append(token)
@@ -332,7 +327,7 @@ def train(args: argparse.Namespace) -> None:
         torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=0.05, momentum=0.95),
         torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
     base = [args.muon_lr, args.adam_lr]
-    state = {"step": 0, "seconds": 0.0, "tokens": 0, "library": 0}
+    state = {"step": 0, "seconds": 0.0, "tokens": 0, "library": 0}  # "library": tokens that were not from tests
     checkpoint = out / "checkpoint.pt"
     if args.resume:
         saved = torch.load(checkpoint, weights_only=True)
@@ -351,7 +346,7 @@ def train(args: argparse.Namespace) -> None:
     next_eval = state["seconds"] + args.eval_minutes * 60
     next_save = state["seconds"] + args.first_save_minutes * 60
     running: list[float] = []
-    length, norm = args.length, 0.0
+    length, norm = args.length, torch.tensor(0.0)
 
     def save() -> None:
         part = checkpoint.with_suffix(".part")
@@ -495,7 +490,7 @@ class NGram:
         part = cls(np.concatenate([d for i, d in enumerate(docs) if i % 10] + more))
         chosen: list[float] = []
         for _ in range(3):
-            grid = [chosen + [d / 20] for d in range(2, 20)]
+            grid = [[*chosen, d / 20] for d in range(2, 20)]
             chosen = min(grid, key=lambda g: part.losses(tune, g).mean())
         return cls(np.concatenate(docs + more)), chosen
 
@@ -566,6 +561,10 @@ def report(out: Path) -> None:
                    for seed, h in enumerate(headers))
         figures[f"parses at {temperature}"] = good / len(headers)
         print(f"| {temperature} | {good} of {len(headers)} |", flush=True)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    print("\n| minute | tokens, millions | learning rate | training loss | validation loss |\n|---:|---:|---:|---:|---:|")
+    for line in [*log[:-1:max(1, len(log) // 16)], log[-1]]:
+        print(f"| {line['minutes']:.0f} | {line['tokens'] / 1e6:.2f} | {line['rate']:.2f} | {line['train']:.3f} | {line['valid']:.3f} |")
     for prompt in PROMPTS:
         for temperature in (0.0, 0.2, 0.8):
             text = complete(model, tok, prompt, 96, temperature)

@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
-                        help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the small model that ships with Quire)")  # fmt: skip
+                        help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
     parser.add_argument("-p", "--prompt", help="text to complete; \\n is not special, use your shell's $'...'")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")

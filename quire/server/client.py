@@ -6,6 +6,7 @@ Everything here runs on the event loop's thread, but for ``_post``, which the en
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,8 +16,8 @@ from quire.core.sequence import Request
 from quire.core.stats import EngineStats
 from quire.errors import EngineError
 from quire.outputs import SequenceOutput
-from quire.server.errors import UnavailableError
 from quire.server.engine_loop import EngineLoop, SteppedEngine
+from quire.server.errors import UnavailableError
 from quire.server.messages import Abort, Add, Died, FromEngine, GetStats, Outputs, Stats
 
 CLOSING = "the server is shutting down"
@@ -132,7 +133,8 @@ class EngineClient:
             assert self._engine is not None
             self._engine.send(GetStats(ticket))
             async with asyncio.timeout(timeout):
-                return await answer
+                stats: EngineStats = await answer
+                return stats
         except TimeoutError:
             raise EngineError(f"the engine did not answer within {timeout:g} seconds: its current step takes longer") from None
         finally:
@@ -163,10 +165,8 @@ class EngineClient:
     def _post(self, message: FromEngine) -> None:
         """Called on the engine's thread."""
         assert self._loop is not None
-        try:
+        with contextlib.suppress(RuntimeError):  # the event loop has closed: the process is ending
             self._loop.call_soon_threadsafe(self._receive, message)
-        except RuntimeError:  # the event loop has closed: the process is ending
-            pass
 
     def _receive(self, message: FromEngine) -> None:
         match message:

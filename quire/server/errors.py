@@ -51,6 +51,11 @@ class MediaTypeError(QuireError):
     status = 415
 
 
+class HeadersTooLargeError(QuireError):
+    code = "headers_too_large"
+    status = 431
+
+
 class ClientGoneError(Exception):
     """The client has hung up: there is nobody to answer."""
 

@@ -30,7 +30,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (), "bad_words": ([],), "truncate_prompt_tokens": (), "truncation_side": ("right",), "thinking_token_budget": (),
     "spaces_between_special_tokens": (True,), "documents": ([],), "chat_template": (), "mm_processor_kwargs": (), "media_io_kwargs": (),
     "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structural_tag": (),
-    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "priority": (0,), "return_tokens_as_token_ids": (False,),
+    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "priority": (0,), "echo": (False,),
+    "return_tokens_as_token_ids": (False,),
     "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (), "prompt_embeds": (), "logits_processors": (),
 }  # fmt: skip
 """Known to clients, not supported yet → values that ask for nothing, besides null."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from fastapi import Request
@@ -30,7 +31,7 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """The request's body as a JSON object. Raises the error to answer with."""
     kind = request.headers.get("content-type", "")
     if kind.split(";")[0].strip().lower() != "application/json":
-        raise MediaTypeError(f"the content type must be application/json, got {kind[:80]!r}: send the header 'Content-Type: application/json'")
+        raise MediaTypeError(f"the content type must be application/json, got {kind[:80]!r}: send 'Content-Type: application/json'")
     return _parse(await _read(request, max_bytes))
 
 
@@ -39,7 +40,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_bytes:
         if request.headers.get("expect", "").lower() != "100-continue":  # such a client sends nothing unless told to
             await _discard(request, max_bytes)
-        raise TooLargeError(f"the request body has {int(declared[:20]):,} bytes; at most {max_bytes:,} are allowed: send less, or serve with a larger --max-body-bytes")
+        raise _too_large(f"{int(declared[:20]):,}", max_bytes)
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -55,21 +56,25 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     if size > max_bytes:
         parts.clear()
         await _discard(request, max_bytes)
-        raise TooLargeError(f"the request body has more than {max_bytes:,} bytes, which is what this server allows: send less, or serve with a larger --max-body-bytes")
+        raise _too_large(f"more than {max_bytes:,}", max_bytes)
     return b"".join(parts)
+
+
+def _too_large(size: str, most: int) -> TooLargeError:
+    return TooLargeError(
+        f"the request body has {size} bytes; at most {most:,} are allowed: send less, or serve with a larger --max-body-bytes"
+    )
 
 
 async def _discard(request: Request, max_bytes: int) -> None:
     size = 0
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARD_TIMEOUT_S):
             while size < DISCARD_FACTOR * max_bytes:
                 message = await request.receive()
                 size += len(message.get("body", b""))
                 if not message.get("more_body", False):
                     return
-    except TimeoutError:
-        pass
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -99,12 +104,16 @@ def kind_of(value: object) -> str:
     return names[type(value)]
 
 
-def check_text_size(text: str, max_model_len: int, param: str) -> None:
-    """Refuse, before it is tokenized, a text that can't fit the context."""
-    size, most = len(text.encode()), MAX_BYTES_PER_TOKEN * max_model_len
-    if size > most:
+def max_text_bytes(max_model_len: int) -> int:
+    """The longest text that is tokenized for a context of this length."""
+    return MAX_BYTES_PER_TOKEN * max_model_len
+
+
+def check_text_size(text: str, most: int, param: str) -> None:
+    """Refuse, before it is tokenized, a text of more than ``most`` bytes."""
+    if (size := len(text.encode())) > most:
         raise ContextLengthError(
-            f"the prompt has {size:,} bytes of text, more than a context of {max_model_len:,} tokens can hold ({MAX_BYTES_PER_TOKEN} bytes for each, "
-            f"{most:,} in all): shorten the prompt, or serve with a longer --max-model-len if the model allows it",
+            f"the prompt has {size:,} bytes of text; at most {most:,} are looked at, {MAX_BYTES_PER_TOKEN} for each token of the context: "
+            "shorten the prompt, or serve with a longer --max-model-len if the model allows it",
             param=param,
         )

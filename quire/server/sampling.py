@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from quire.core.admission import RequestLimits
 from quire.errors import InvalidRequestError
@@ -22,11 +23,11 @@ _SAME_NAME = (
 def completion_params(body: CompletionRequest) -> SamplingParams:
     """Raises InvalidRequestError."""
     if body.best_of is not None and body.best_of != (body.n or 1):
-        raise InvalidRequestError(f"best_of {body.best_of} is not supported where it differs from n {body.n or 1}: leave it out", param="best_of")
+        raise InvalidRequestError(f"best_of {body.best_of} must equal n {body.n or 1}: leave it out", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequestError("echo together with logprobs is not supported: leave one of them out", param="echo")
     max_tokens = body.max_tokens
-    if max_tokens is None:  # the context may hold fewer; see ``for_prompt``
+    if max_tokens is None:  # the context may hold fewer; see ``fit_default``
         max_tokens = max(DEFAULT_MAX_TOKENS, body.min_tokens or 0)
     return _params(body, max_tokens, body.logprobs)
 
@@ -55,11 +56,11 @@ def _params(body: GenerationRequest, max_tokens: int | None, logprobs: int | Non
 def _stop(value: object) -> list[str]:
     if value is None:
         return []
-    values = value if isinstance(value, list) else [value]
-    for item in values:
-        if not isinstance(item, str):
-            raise InvalidRequestError(f"stop must be a string or a list of strings, got {shown(value)}", param="stop")
-    return values
+    values: list[object] = value if isinstance(value, list) else [value]
+    stops = [item for item in values if isinstance(item, str)]
+    if len(stops) < len(values):
+        raise InvalidRequestError(f"stop must be a string or a list of strings, got {shown(value)}", param="stop")
+    return stops
 
 
 def _bias(value: dict[str, float] | None) -> dict[int, float] | None:
@@ -71,14 +72,11 @@ def _bias(value: dict[str, float] | None) -> dict[int, float] | None:
     return {int(key): bias for key, bias in value.items()}
 
 
-def fit_default(params: SamplingParams, body: GenerationRequest, longest_prompt: int, limits: RequestLimits) -> SamplingParams:
+def fit_default(params: SamplingParams, body: CompletionRequest, prompt_tokens: int, limits: RequestLimits) -> SamplingParams:
     """A default of max_tokens gives way where the context has less room; a number that the client chose never does."""
-    room = limits.max_model_len - longest_prompt
+    room = limits.max_model_len - prompt_tokens
     if body.max_tokens is not None or params.max_tokens is None or not max(1, params.min_tokens) <= room < params.max_tokens:
         return params
-    from dataclasses import fields, replace
-
-    assert all(f.init or f.name == "stop_strings" for f in fields(params))
     return replace(params, max_tokens=room)
 
 

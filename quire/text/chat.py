@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 """A message as in the OpenAI API: ``role``, ``content`` (a string, or a list of ``{"type": "text", "text": ...}``), ..."""
 
-ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+ROLES = ("developer", "system", "user", "assistant", "tool")
 MAX_RENDERED_CHARS = 16 << 20
 """A template must not turn a small request into a huge prompt."""
 
@@ -48,7 +48,9 @@ class ChatTemplates:
                 param="continue_final_message",
             )
         name = self._choose(variables)
-        chat = [_message(i, m, self._sources[name]) for i, m in enumerate(_checked_list(messages))]
+        if isinstance(messages, str | bytes | Mapping) or not messages:
+            raise InvalidRequestError(f"messages must be a list of at least one message, got {messages!r:.60}", param="messages")
+        chat = [_message(i, m, self._sources[name]) for i, m in enumerate(messages)]
         if continue_final_message:
             if not isinstance(chat[-1].get("content"), str):
                 raise InvalidRequestError("continue_final_message needs text content in the last message", param="continue_final_message")
@@ -76,7 +78,9 @@ class ChatTemplates:
             for part in template.generate(variables):
                 size += len(part)
                 if size > MAX_RENDERED_CHARS:
-                    raise InvalidRequestError(f"the chat template makes a prompt of more than {MAX_RENDERED_CHARS:,} characters", param="messages")
+                    raise InvalidRequestError(
+                        f"the chat template makes a prompt of more than {MAX_RENDERED_CHARS:,} characters", param="messages"
+                    )
                 parts.append(part)
         except InvalidRequestError:
             raise
@@ -100,15 +104,7 @@ def _cut(text: str) -> str:
     return kept if text.startswith(_CONTINUE_HERE, at) else kept.rstrip()
 
 
-def _checked_list(messages: Sequence[Message]) -> Sequence[Message]:
-    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
-        raise InvalidRequestError(f"messages must be a list, got {messages!r:.60}", param="messages")
-    if not messages:
-        raise InvalidRequestError("messages is empty: it must hold at least one message", param="messages")
-    return messages
-
-
-def _message(index: int, message: Message, template: str) -> dict[str, Any]:
+def _message(index: int, message: object, template: str) -> dict[str, Any]:
     """A checked copy of a message, in the form that templates are written for."""
     at = f"messages[{index}]"
     if not isinstance(message, Mapping):
@@ -146,7 +142,9 @@ def _content(at: str, content: Any) -> str:
         elif kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            raise InvalidRequestError(f"{at}[{i}] has type {kind!r:.60}: this model reads text only, so parts must be of type 'text'", param=at)
+            raise InvalidRequestError(
+                f"{at}[{i}] has type {kind!r:.60}: this model reads text only, so parts must be of type 'text'", param=at
+            )
     return "\n".join(texts)
 
 
@@ -191,7 +189,7 @@ def _environment() -> jinja2.Environment:
     class Generation(Extension):
         """``{% generation %}`` marks the assistant's text for training; its content is rendered as it stands."""
 
-        tags = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from quire.core.plan import TokenLogprobs
-from quire.core.sequence import SequenceOutput
-from quire.outputs import Choice, Logprob
+from quire.outputs import Choice, Logprob, SequenceOutput, TokenLogprobs
 from quire.sampling_params import SamplingParams
 from quire.text.detokenizer import Detokenizer
 from quire.text.stop import StopChecker
@@ -37,7 +35,18 @@ class OutputAssembler:
     kept (see Detokenizer); leave them out where the output is a text of its own (a chat message).
     """
 
-    __slots__ = ("_detokenizer", "_finish_reason", "_logprobs", "_params", "_stop", "_stop_reason", "_texts", "_tokenizer", "token_ids")
+    __slots__ = (
+        "_detokenizer",
+        "_finish_reason",
+        "_logprobs",
+        "_params",
+        "_stop",
+        "_stop_reason",
+        "_texts",
+        "_tokenizer",
+        "finished",
+        "token_ids",
+    )
 
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
@@ -49,17 +58,14 @@ class OutputAssembler:
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._finish_reason: str | None = None
         self._stop_reason: int | str | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self._finish_reason is not None
+        self.finished = False
 
     def feed(self, output: SequenceOutput) -> Delta:
         """What the client gets for this step. Anything after the end is ignored."""
         if self.finished:
             return Delta(logprobs=None if self._logprobs is None else [])
         texts, count = [], 0
-        for count, token in enumerate(output.token_ids, start=1):  # noqa: B007
+        for count, token in enumerate(output.token_ids, start=1):
             ends = output.finish_reason == "stop" and count == len(output.token_ids)
             self.token_ids.append(token)
             # The end-of-text or stop token that ends a sequence has no text, unless stops are asked for in the output.
@@ -87,15 +93,18 @@ class OutputAssembler:
         # As for end-of-text tokens, the first min_tokens tokens can't complete a stop string.
         text = self._stop.push(text, allowed=len(self.token_ids) > self._params.min_tokens)
         if self._stop.matched is not None:
-            self._finish_reason, self._stop_reason = "stop", self._stop.matched
+            self._finish("stop", self._stop.matched)
         return text
 
     def _end(self, finish_reason: str, stop_reason: int | str | None) -> str:
         rest = self._check(self._detokenizer.finish()) if self._detokenizer is not None else ""
         if not self.finished:  # the rest may complete a stop string that holds U+FFFD
-            self._finish_reason, self._stop_reason = finish_reason, stop_reason
+            self._finish(finish_reason, stop_reason)
             rest += self._stop.flush() if self._stop is not None else ""
         return rest
+
+    def _finish(self, finish_reason: str, stop_reason: int | str | None) -> None:
+        self._finish_reason, self._stop_reason, self.finished = finish_reason, stop_reason, True
 
     def _convert(self, token: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
         def text(token_id: int) -> str:

@@ -118,7 +118,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; invalid UTF-8 becomes U+FFFD. Raises InvalidRequestError for an id that is not in the vocabulary."""
-        pieces = []
+        pieces: list[bytes] = []
         for i in ids:
             piece = self.piece(i)
             if piece is None:

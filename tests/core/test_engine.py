@@ -185,7 +185,7 @@ def test_a_request_id_is_unique_among_the_living() -> None:
 
 
 def test_a_pool_that_can_not_hold_one_request_is_refused() -> None:
-    with pytest.raises(CapacityError, match="28 token positions .* 32: raise --kv-memory, or lower --max-model-len to at most 28"):
+    with pytest.raises(CapacityError, match=r"28 token positions .* 32: raise --kv-memory, or lower --max-model-len to at most 28"):
         make(FakeBackend(num_blocks=7))
 
 

@@ -28,6 +28,10 @@ from transformers import (
 )
 
 VOCAB = 97
+TOLERANCE = 1e-4
+"""Of logits, relative to the largest of the row."""
+MARGIN = 2e-3
+"""Wanted of greedy decisions, see ``greedy``."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +62,31 @@ _BASE: dict[str, dict[str, Any]] = {
 }
 
 
-def _heads(q: int, kv: int, **fields: Any) -> dict[str, Any]:
+def heads(q: int, kv: int, **fields: Any) -> dict[str, Any]:
     return {"num_attention_heads": q, "num_key_value_heads": kv, **fields}
 
 
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 32}  # fmt: skip
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _THREE = {"num_hidden_layers": 3}
 
 CASES = [
-    Case("llama-mha-3-heads", "llama", _heads(3, 3)),
-    Case("llama-gqa-tied-eps", "llama", _heads(6, 2, tie_word_embeddings=True, rms_norm_eps=0.1)),
-    Case("llama-5-heads-mqa", "llama", _heads(5, 1, hidden_size=40)),
-    Case("llama-head-dim-biases", "llama", _heads(4, 2, head_dim=20, attention_bias=True, mlp_bias=True)),
-    Case("llama-rope-llama3", "llama", _heads(3, 1, rope_parameters=_LLAMA3)),
-    Case("llama-rope-linear", "llama", _heads(4, 4, rope_parameters=_LINEAR)),
-    Case("llama-gelu", "llama", _heads(2, 2, hidden_act="gelu")),
-    Case("mistral-window", "mistral", _heads(6, 3, sliding_window=7)),
-    Case("mistral-full-head-dim", "mistral", _heads(3, 1, sliding_window=None, head_dim=24)),
-    Case("qwen2-tied", "qwen2", _heads(6, 2, tie_word_embeddings=True)),
-    Case("qwen2-some-windows", "qwen2", _heads(3, 3, use_sliding_window=True, sliding_window=9, max_window_layers=1, **_THREE)),
-    Case("qwen2-layer-types", "qwen2", _heads(4, 1, use_sliding_window=True, sliding_window=5, **_THREE,
+    Case("llama-mha-3-heads", "llama", heads(3, 3)),
+    Case("llama-gqa-tied-eps", "llama", heads(6, 2, tie_word_embeddings=True, rms_norm_eps=0.1)),
+    Case("llama-5-heads-mqa", "llama", heads(5, 1, hidden_size=40)),
+    Case("llama-head-dim-biases", "llama", heads(4, 2, head_dim=20, attention_bias=True, mlp_bias=True)),
+    Case("llama-rope-llama3", "llama", heads(3, 1, rope_parameters=LLAMA3)),
+    Case("llama-rope-linear", "llama", heads(4, 4, rope_parameters=_LINEAR)),
+    Case("llama-gelu", "llama", heads(2, 2, hidden_act="gelu")),
+    Case("mistral-window", "mistral", heads(6, 3, sliding_window=7)),
+    Case("mistral-full-head-dim", "mistral", heads(3, 1, sliding_window=None, head_dim=24)),
+    Case("qwen2-tied", "qwen2", heads(6, 2, tie_word_embeddings=True)),
+    Case("qwen2-some-windows", "qwen2", heads(3, 3, use_sliding_window=True, sliding_window=9, max_window_layers=1, **_THREE)),
+    Case("qwen2-layer-types", "qwen2", heads(4, 1, use_sliding_window=True, sliding_window=5, **_THREE,
          layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
-    Case("qwen3-head-dim", "qwen3", _heads(5, 5, head_dim=16, hidden_size=40)),
-    Case("qwen3-gqa-biases-tied", "qwen3", _heads(6, 3, head_dim=32, attention_bias=True, tie_word_embeddings=True)),
+    Case("qwen3-head-dim", "qwen3", heads(5, 5, head_dim=16, hidden_size=40)),
+    Case("qwen3-gqa-biases-tied", "qwen3", heads(6, 3, head_dim=32, attention_bias=True, tie_word_embeddings=True)),
     Case("gpt2-3-heads", "gpt2", {"n_head": 3}),
     Case("gpt2-inner-untied-unscaled", "gpt2", {"n_head": 4, "n_inner": 72, "tie_word_embeddings": False, "scale_attn_weights": False,
          "activation_function": "gelu"}),
@@ -101,6 +105,8 @@ def build(case: Case) -> PreTrainedModel:
     config = config_class(**fields, bos_token_id=1, eos_token_id=[2, 3], pad_token_id=0, attn_implementation="eager")
     model: PreTrainedModel = model_class(config).eval()
     generator = torch.Generator().manual_seed(sum(case.name.encode()))
+    # A strong tied embedding would make the model repeat its input, and hide the layers.
+    embedding = 0.25 if config.tie_word_embeddings else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -108,8 +114,10 @@ def build(case: Case) -> PreTrainedModel:
                 parameter.copy_(0.3 * noise)
             elif parameter.ndim == 1:  # a norm
                 parameter.copy_(1.0 + 0.3 * noise)
-            elif any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
+            elif "embed_positions" in name or "wpe" in name:
                 parameter.copy_(noise)
+            elif any(part in name for part in ("embed_tokens", "wte", "lm_head")):
+                parameter.copy_(embedding * noise)
             else:
                 fan_in = parameter.shape[0] if case.kind == "gpt2" else parameter.shape[1]
                 parameter.copy_(1.5 * noise / fan_in**0.5)
@@ -134,10 +142,29 @@ def logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
         return model(torch.tensor([tokens])).logits[0]
 
 
-def greedy(model: PreTrainedModel, tokens: list[int], count: int) -> tuple[list[int], torch.Tensor]:
-    """``count`` greedy tokens, end-of-text ignored, and the logits [count, vocab] that chose them. Without a cache."""
-    tokens, start, rows = list(tokens), len(tokens), []
+def greedy(model: PreTrainedModel, tokens: list[int], count: int) -> tuple[list[int], float]:
+    """``count`` greedy tokens, computed without a cache, end-of-text ignored; and the closest decision among them.
+
+    That margin is the difference between the best and the second logit, relative to the largest: where it is above the
+    tolerance on logits, the tokens must be equal.
+    """
+    tokens, start, margin = list(tokens), len(tokens), float("inf")
     for _ in range(count):
-        rows.append(logits(model, tokens)[-1])
-        tokens.append(int(rows[-1].argmax()))
-    return tokens[start:], torch.stack(rows)
+        row = logits(model, tokens)[-1]
+        best = row.topk(2).values
+        margin = min(margin, float((best[0] - best[1]) / row.abs().max()))
+        tokens.append(int(row.argmax()))
+    return tokens[start:], margin
+
+
+def decisive_prompt(model: PreTrainedModel, length: int, count: int) -> tuple[list[int], list[int]]:
+    """A prompt and its ``count`` greedy tokens, none of which is a near tie."""
+    best: tuple[float, list[int], list[int]] = (0.0, [], [])
+    for seed in range(20):
+        tokens = prompt(length, seed)
+        chosen, margin = greedy(model, tokens, count)
+        best = max(best, (margin, tokens, chosen))
+        if margin > MARGIN:
+            break
+    assert best[0] > TOLERANCE, f"no prompt without near ties: {best[0]}"
+    return best[1], best[2]

@@ -89,8 +89,8 @@ class Decoder:
         self._tensors = tensors
         self._weight_dtype = weight_dtype
         d = spec.head_dim
-        self.embed = native.table(self._matrix("embed.weight"))
-        self.positions = native.table(self._matrix("positions.weight")) if spec.rope is None else None
+        self.embed = self._matrix("embed.weight")
+        self.positions = self._matrix("positions.weight") if spec.rope is None else None
         if spec.embedding_size != spec.hidden_size:
             self.embed_in, self.embed_out = self._linear("embed_in"), self._linear("embed_out")
         if spec.rope is not None:
@@ -157,9 +157,10 @@ class Decoder:
 
     def poison_blocks(self, blocks: list[int]) -> None:
         """Fill blocks with NaN: what reads them before they are written shows."""
+        ids = np.array(blocks, np.int32)
         for layer in self.layers:
-            layer.key_cache[blocks] = np.nan
-            layer.value_cache[blocks] = np.nan
+            native.fill_blocks(layer.key_cache, ids, np.nan)
+            native.fill_blocks(layer.value_cache, ids, np.nan)
 
     def weight_bytes(self) -> int:
         """Bytes of all packed linears, lm_head included: what a step reads."""
@@ -173,7 +174,7 @@ class Decoder:
         if self.spec.embedding_size != self.spec.hidden_size:
             self.embed_in(embedded, x)
         if self.positions is not None:
-            native.embed(batch.positions + self.spec.position_offset, self.positions, x, True)
+            native.add_rows(batch.positions + np.int32(self.spec.position_offset), self.positions, x)
         return x
 
     def _attention(self, layer: Layer, x: F32, residual: F32, batch: Batch) -> None:
@@ -204,6 +205,8 @@ class Decoder:
         layer.down(activated, residual, accumulate=True)
 
     def _head(self, x: F32, rows: npt.NDArray[np.int32]) -> F32:
+        if len(rows) == 0:  # chunks of prompts only
+            return self._logits[:0]
         last = np.take(x, rows, axis=0)
         if self.final_norm is not None:
             self.final_norm(last, last)
@@ -216,8 +219,11 @@ class Decoder:
         return logits
 
     def _matrix(self, name: str) -> npt.NDArray[Any]:
+        """A weight as the kernels take it: in the width asked for, a bfloat16 as its bits."""
         tensor = self._tensors[name]
-        return tensor if self._weight_dtype is None or tensor.dtype == self._weight_dtype else tensor.astype(self._weight_dtype)
+        if self._weight_dtype is not None and tensor.dtype.name != self._weight_dtype:
+            tensor = tensor.astype(self._weight_dtype)
+        return tensor.view(np.uint16) if tensor.dtype.name == "bfloat16" else tensor
 
     def _vector(self, name: str) -> F32:
         return np.ascontiguousarray(self._tensors[name], np.float32)
@@ -225,7 +231,10 @@ class Decoder:
     def _linear(self, *names: str) -> Linear:
         """One packed linear of the weights of ``names``, side by side."""
         biases = [self._vector(f"{name}.bias") for name in names if f"{name}.bias" in self._tensors]
-        packed = native.pack_linear([self._matrix(f"{name}.weight") for name in names])
+        weights = [self._matrix(f"{name}.weight") for name in names]
+        if len({weight.dtype for weight in weights}) > 1:  # a checkpoint of mixed widths: the widest holds them all
+            weights = [np.asarray(self._tensors[f"{name}.weight"], np.float32) for name in names]
+        packed = native.pack_linear(weights)
         return Linear(packed, np.concatenate(biases) if biases else None)
 
     def _norm(self, name: str) -> Norm:

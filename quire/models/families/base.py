@@ -95,7 +95,7 @@ class Config:
         for name, value in harmless.items():
             found = self.values.get(name)
             if found is not None and found != value:
-                self.refuse(f"{name} {found!r} is not supported" + (f" (only {value!r})" if value is not None else ""))
+                self.refuse(f"{name} {found!r:.80} is not supported" + (f" (only {value!r})" if value is not None else ""))
 
 
 @dataclass(slots=True, frozen=True)

@@ -200,13 +200,13 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _refuse_without_weights(folder: Path) -> NoReturn:
-    others = sorted(
-        f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".safetensors", ".msgpack", ".h5")
-    )
-    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in others):
+    suffixes = (".bin", ".pt", ".pth", ".ckpt")
+    pickled = sorted(f.name for f in folder.iterdir() if f.suffix in suffixes)
+    if pickled:
         raise ModelLoadError(
-            f"{folder} has {others[0]} but no model.safetensors: pickled weights can run code and are never loaded. Convert them, "
+            f"{folder} has {pickled[0]} but no model.safetensors: pickled weights can run code and are never loaded. Convert them, "
             "for example with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
+    others = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"))
     found = f" (found: {', '.join(others[:_SHOWN])})" if others else ""
     raise ModelLoadError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{found}")

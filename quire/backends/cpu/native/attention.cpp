@@ -161,37 +161,42 @@ template <class T> struct Task {
     const T* k_cache = static_cast<const T*>(a.cache.k) + w.kv_head * dim * block;
     const T* v_cache = static_cast<const T*>(a.cache.v) + w.kv_head * dim * block;
     const int64_t block_floats = a.cache.kv_heads * dim * block;
-    float *q, *s, *state, *merged, *k_wide, *v_wide;
+    const int shift = __builtin_ctzll(static_cast<unsigned long long>(block));
+    float *q = nullptr, *s = nullptr, *state = nullptr, *merged = nullptr, *k_wide = nullptr, *v_wide = nullptr;
+    int32_t *first = nullptr, *last = nullptr;   // the keys of a row are first[row] to last[row], both included
 
     void allocate(bool several) {
         const int64_t states = rows * row_floats;
-        const int64_t floats[6] = {rows * dim, rows * kTile, states, several ? states : 0, dim * kTile, kTile * padded};
+        const int64_t floats[7] = {rows * dim,  rows * kTile,   states,  several ? states : 0,
+                                   dim * kTile, kTile * padded, 2 * rows};
         int64_t total = 0;
         for (int64_t n : floats) total += (n + 15) / 16 * 16;
         float* p = static_cast<float*>(thread_scratch(kScratchAttention, static_cast<size_t>(total) * sizeof(float)));
-        float** to[6] = {&q, &s, &state, &merged, &k_wide, &v_wide};
-        for (int i = 0; i < 6; ++i) *to[i] = p, p += (floats[i] + 15) / 16 * 16;
+        float* at[7];
+        for (int i = 0; i < 7; ++i) at[i] = p, p += (floats[i] + 15) / 16 * 16;
+        q = at[0], s = at[1], state = at[2], merged = at[3], k_wide = at[4], v_wide = at[5];
+        first = reinterpret_cast<int32_t*>(at[6]), last = first + rows;
     }
 
-    // The keys of a row are [first_key, last_key].
-    int64_t last_key(int64_t row) const { return position + row / group; }
-    int64_t first_key(int64_t row) const {
-        const int64_t last = last_key(row);
-        return a.window > 0 && last >= a.window ? last - a.window + 1 : 0;
-    }
+    const T* key_at(int64_t key) const { return k_cache + table[key >> shift] * block_floats + (key & (block - 1)); }
+    const T* value_at(int64_t key) const { return v_cache + table[key >> shift] * block_floats + (key & (block - 1)) * dim; }
 
     void run() {
         const bool several = !w.partial && w.split_end - w.split_begin > 1;
         allocate(several);
-        for (int64_t row = 0; row < rows; ++row)
-            std::memcpy(q + row * dim,
-                        a.q + (w.query + row / group) * a.q_stride + (w.kv_head * group + row % group) * a.q_head_stride,
-                        static_cast<size_t>(dim) * sizeof(float));
+        for (int64_t i = 0, row = 0; i < w.count; ++i)
+            for (int64_t g = 0; g < group; ++g, ++row) {
+                const int64_t at = position + i;
+                last[row] = static_cast<int32_t>(at);
+                first[row] = static_cast<int32_t>(a.window > 0 && at >= a.window ? at - a.window + 1 : 0);
+                std::memcpy(q + row * dim, a.q + (w.query + i) * a.q_stride + (w.kv_head * group + g) * a.q_head_stride,
+                            static_cast<size_t>(dim) * sizeof(float));
+            }
+        const int64_t low = first[0], high = last[rows - 1] + 1;
         float* result = several ? merged : state;
         clear(result);
         for (int64_t split = w.split_begin; split < w.split_end; ++split) {
             if (several) clear(state);
-            const int64_t low = first_key(0), high = last_key(rows - 1) + 1;
             const int64_t begin = low > split * kSplit ? low : split * kSplit;
             const int64_t end = high < (split + 1) * kSplit ? high : (split + 1) * kSplit;
             for (int64_t tile = begin / kTile; tile * kTile < end; ++tile) step(tile * kTile, low, high);
@@ -229,8 +234,8 @@ template <class T> struct Task {
         const int to = static_cast<int>(high < base + kTile ? high - base : kTile);
         // Rows are ordered by position, so those that see anything here are consecutive.
         int64_t r0 = 0, r1 = rows;
-        while (r0 < r1 && last_key(r0) < base) ++r0;
-        while (r1 > r0 && first_key(r1 - 1) >= base + kTile) --r1;
+        while (r0 < r1 && last[r0] < base) ++r0;
+        while (r1 > r0 && first[r1 - 1] >= base + kTile) --r1;
         const bool many = rows >= kGatherRows;
         if (!many) prefetch_next(base, high);
         if (many || block < kWidth) {
@@ -242,8 +247,7 @@ template <class T> struct Task {
             KeyTile<T> keys{{}, block};
             for (int j = 0; j < kTileVecs; ++j) {   // vectors without a valid key repeat one that has some
                 const int v = j < from / kWidth ? from / kWidth : j > (to - 1) / kWidth ? (to - 1) / kWidth : j;
-                const int64_t key = base + v * kWidth;
-                keys.at[j] = k_cache + table[key / block] * block_floats + key % block;
+                keys.at[j] = key_at(base + v * kWidth);
             }
             score_rows(keys, r0, r1, from, to);
         }
@@ -258,20 +262,16 @@ template <class T> struct Task {
             value_rows(tile, base, r0, r1);
         } else {
             ValueTile<T> tile;
-            for (int t = from; t < to; ++t) {
-                const int64_t key = base + t;
-                tile.key[t] = v_cache + table[key / block] * block_floats + key % block * dim;
-            }
+            for (int t = from; t < to; ++t) tile.key[t] = value_at(base + t);
             value_rows(tile, base, r0, r1);
         }
     }
 
     int begin_of(int64_t row, int64_t base) const {
-        const int64_t first = first_key(row);
-        return static_cast<int>(first > base ? first - base : 0);
+        return static_cast<int>(first[row] > base ? first[row] - base : 0);
     }
     int end_of(int64_t row, int64_t base) const {
-        const int64_t end = last_key(row) + 1;
+        const int64_t end = last[row] + 1;
         return static_cast<int>(end < base + kTile ? end - base : kTile);
     }
 
@@ -313,7 +313,7 @@ template <class T> struct Task {
     void gather_keys(int64_t base, int from, int to) {
         const int64_t run = block < kTile ? block : kTile;     // keys of a tile that lie together
         for (int64_t t = from / run * run; t < to; t += run) {
-            const T* k = k_cache + table[(base + t) / block] * block_floats + (base + t) % block;
+            const T* k = key_at(base + t);
             for (int64_t d = 0; d < dim; ++d) {
                 float* wide = k_wide + d * kTile + t;
                 if (run >= kWidth) {
@@ -327,7 +327,7 @@ template <class T> struct Task {
 
     void gather_values(int64_t base, int from, int to) {
         for (int64_t t = from; t < to; ++t) {
-            const T* v = v_cache + table[(base + t) / block] * block_floats + (base + t) % block * dim;
+            const T* v = value_at(base + t);
             for (int64_t i = 0; i < dim; i += kWidth)
                 store(v_wide + t * padded + i, load_n(v + i, static_cast<int>(dim - i < kWidth ? dim - i : kWidth)));
         }
@@ -337,9 +337,8 @@ template <class T> struct Task {
         const int64_t start = base + kTile, end = start + kTile < high ? start + kTile : high;
         const int64_t run = block < kTile ? block : kTile;
         for (int64_t key = start; key < end; key += run) {
-            const T* k = k_cache + table[key / block] * block_floats + key % block;
-            const T* v = v_cache + table[key / block] * block_floats + key % block * dim;
-            const char* vb = reinterpret_cast<const char*>(v);
+            const T* k = key_at(key);
+            const char* vb = reinterpret_cast<const char*>(value_at(key));
             for (int64_t at = 0; at < run * dim * static_cast<int64_t>(sizeof(T)); at += 64) prefetch_l2(vb + at);
             if (run == block) {
                 const char* kb = reinterpret_cast<const char*>(k);

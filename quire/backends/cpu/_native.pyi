@@ -1,0 +1,192 @@
+"""The native CPU kernels: plain arrays in, plain arrays out, no state besides the number of threads.
+
+Conventions. `float32` arrays are C-contiguous along their last axis; matrices and head views may have any larger
+distance between rows (and heads), so that q, k and v can be views into one fused buffer. 16-bit floats are `float16`, or
+`uint16` for the bits of bfloat16. A wrong dtype is a TypeError, a wrong shape, stride or id a ValueError; both name the
+argument, and nothing has been written then. Kernels release the GIL; two at a time wait for each other.
+
+The same bytes: what comes out for a row (a token, a head, a sequence) depends on that row alone, not on its neighbours,
+the number of rows, the block size or the number of threads. Two instruction sets may differ from each other.
+"""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+Floats = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16]
+
+# --- instruction sets, threads, limits ------------------------------------------------------------------------------
+
+def isa() -> str:
+    """The instruction set in use: 'avx512', 'avx2' or 'portable'. At import: QUIRE_ISA, or else the best available."""
+
+def available_isas() -> list[str]:
+    """What this machine has, best first; 'portable' always."""
+
+def set_isa(name: str) -> None:
+    """For tests. ValueError if the machine lacks it. A PackedLinear keeps the instruction set that it was packed for."""
+
+def num_threads() -> int: ...
+def set_num_threads(n: int) -> None:
+    """1 to 256 threads, the caller included."""
+
+def default_num_threads() -> int:
+    """CPUs that the affinity mask and the cgroup's quota allow; what is used until set_num_threads."""
+
+def measure_read_bandwidth() -> float:
+    """GB/s (10^9) of reading 512 MiB with the pool's threads."""
+
+def measure_fma_peak() -> float:
+    """GFLOP/s (10^9) of independent float32 multiply-adds in registers with the pool's threads."""
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+@final
+class PackedLinear:
+    """Weights [n, k] in the order in which the inner loop reads them."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def dtype(self) -> str:
+        """'float32', 'float16' or 'bfloat16'."""
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+def pack_linear(weight: Floats | Sequence[Floats]) -> PackedLinear:
+    """Packs a copy of [n, k] weights, kept in their width. Any strides: pass w.T for weights stored as [k, n].
+
+    Several matrices with the same k and dtype are concatenated along n (q, k, v; gate, up).
+    """
+
+def linear(packed: PackedLinear, x: F32, out: F32, bias: F32 | None = None, accumulate: bool = False) -> None:
+    """out[m, n] = x[m, k] W^T (+ bias[n]); with accumulate, out += that (the sum is added after the chain).
+
+    x and out must not overlap.
+    """
+
+def rms_norm(x: F32, weight: F32, eps: float, out: F32) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight over the last axis. x and out: [m, d], or [m, heads, d] (a norm for each
+    head), maybe strided, maybe the same memory."""
+
+def layer_norm(x: F32, weight: F32, bias: F32 | None, eps: float, out: F32) -> None:
+    """out = (x - mean) / sqrt(variance + eps) * weight + bias, likewise."""
+
+def rotary(x: F32, positions: I32, cos: F32, sin: F32) -> None:
+    """Rotates the first 2 * cos.shape[1] dimensions of each head of x [m, heads, head_dim], in place, half-split (Llama):
+    dimension i pairs with i + cos.shape[1]. cos and sin: [max_position, half], contiguous."""
+
+def activation(x: F32, out: F32, kind: str, gated: bool = False) -> None:
+    """out[m, f] = act(x[m, f]); gated: act(x[:, :f]) * x[:, f:]. kind: 'silu', 'gelu', 'gelu_tanh' or 'relu'.
+
+    Not gated, out may be x.
+    """
+
+def embed(ids: I32, table: Floats, out: F32, scale: float = 1.0) -> None:
+    """out[i] = table[ids[i]] * scale. The table may be a read-only mapping."""
+
+def add_rows(ids: I32, table: Floats, out: F32) -> None:
+    """out[i] += table[ids[i]] (learned positions)."""
+
+def convert(x: Floats, out: Floats) -> None:
+    """Element by element to the dtype of out, rounding to nearest even. Both contiguous, of the same size."""
+
+# --- the KV cache ---------------------------------------------------------------------------------------------------
+# One layer's k_cache is [blocks, kv_heads, head_dim, block_size], its v_cache [blocks, kv_heads, block_size, head_dim];
+# block_size is a power of two from 4 to 256, the dtype float32, float16 or uint16 (bfloat16).
+# Tokens of a step lie one sequence after the other: those of sequence s are query_start[s] to query_start[s + 1] - 1, the
+# first of them at absolute position start[s]; its blocks are row rows[s] of block_tables [any, max_blocks].
+
+def write_kv(
+    k: F32, v: F32, k_cache: Floats, v_cache: Floats, block_tables: I32, rows: I32, query_start: I32, start: I32
+) -> None:
+    """Stores k and v [tokens, kv_heads, head_dim] (maybe views of a fused buffer) at the tokens' positions."""
+
+def paged_attention(
+    q: F32,
+    k_cache: Floats,
+    v_cache: Floats,
+    out: F32,
+    block_tables: I32,
+    rows: I32,
+    query_start: I32,
+    start: I32,
+    scale: float,
+    window: int = 0,
+) -> None:
+    """Causal attention of q [tokens, heads, head_dim] into out [tokens, heads * head_dim].
+
+    The query at position p sees keys 0..p, or with a window the last `window` of these. Prefill, chunks and decode mix
+    freely. heads is a multiple of kv_heads; head h reads KV head h // (heads // kv_heads). Blocks that lie wholly before
+    every window of their sequence may be gone from the table.
+    """
+
+def copy_blocks(cache: NDArray[Any], pairs: I32) -> None:
+    """cache[dst] = cache[src] for each (src, dst) of pairs [n, 2], in order."""
+
+def fill_blocks(cache: Floats, ids: I32, value: float) -> None:
+    """cache[id] = value for each id."""
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+def sample(
+    logits: F32,
+    tokens: I32,
+    status: I32,
+    *,
+    temperature: F32,
+    seed: NDArray[np.uint64],
+    position: NDArray[np.int64],
+    top_k: I32 | None = None,
+    top_p: F32 | None = None,
+    min_p: F32 | None = None,
+    repetition_penalty: F32 | None = None,
+    frequency_penalty: F32 | None = None,
+    presence_penalty: F32 | None = None,
+    prompt_start: I32 | None = None,
+    prompt_ids: I32 | None = None,
+    output_start: I32 | None = None,
+    output_ids: I32 | None = None,
+    bias_start: I32 | None = None,
+    bias_ids: I32 | None = None,
+    bias_values: F32 | None = None,
+    banned_start: I32 | None = None,
+    banned_ids: I32 | None = None,
+    allowed_mask: I32 | NDArray[np.uint32] | None = None,
+    num_logprobs: I32 | None = None,
+    logprob: F32 | None = None,
+    rank: I32 | None = None,
+    top_ids: I32 | None = None,
+    top_logprobs: F32 | None = None,
+) -> None:
+    """One token for each row of logits [rows, vocab] into tokens [rows]; logits are not changed.
+
+    Parameters are arrays of length rows. Lists of different lengths are flat, with row s at start[s]:start[s + 1].
+    In this order:
+
+    1. Where num_logprobs[s] >= 0: logprob[s] of the chosen token and its rank[s] (1 + the number of tokens with a greater
+       logit), and the num_logprobs[s] likeliest into top_ids and top_logprobs [rows, n >= max(num_logprobs)] (descending,
+       ties by lower id, the rest -1 and -inf); all from the unchanged logits.
+    2. Tokens whose bit is 0 in allowed_mask [rows, ceil(vocab / 32)] (bit t % 32 of word t // 32), and banned_ids, get
+       -inf; bias_values are added to the logits of bias_ids.
+    3. repetition_penalty r for each distinct token of prompt_ids and output_ids (logit / r if positive, else * r); then
+       minus frequency_penalty * its count in output_ids, minus presence_penalty if it is there at all.
+    4. temperature: 0 takes the greatest logit (ties: the lowest id) and ends here; otherwise logits are divided by it.
+    5. min_p: keeps tokens with at least min_p times the probability of the likeliest.
+    6. top_k: keeps the k likeliest, ties by lower id; 0 or -1 keeps all.
+    7. top_p: keeps the smallest set of likeliest tokens that holds at least top_p of what is left; at least one.
+    8. Draws from what is kept, in ascending order of ids, with uniform(seed[s], position[s]).
+
+    status[s] is 0; or 1 if the logits contain NaN or +inf, 2 if no token is allowed: tokens[s] is -1 then.
+    """
+
+def uniform(seed: int, position: int) -> float:
+    """Philox4x32-10 at counter `position` under key `seed`: in [0, 1), 53 bits."""

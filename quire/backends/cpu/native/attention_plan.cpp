@@ -1,0 +1,86 @@
+// Cuts a mixed batch into attention tasks: a few queries of one sequence x one KV head. A task that is so long that the
+// other threads would wait for it is cut again, at the positions where its arithmetic merges partial results anyway.
+#include "attention_plan.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "threads.h"
+
+namespace quire {
+namespace {
+
+constexpr int64_t kTaskRows = 48;   // query rows that share the loads of K and V; their state stays in L2
+
+int64_t keys_seen(const AttentionArgs& a, const AttentionWork& w) {
+    const int64_t position = a.seq.start[w.seq] + w.query - a.seq.query_start[w.seq];
+    const int64_t first = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+    return position + w.count - first;
+}
+
+}  // namespace
+
+void paged_attention(const Kernels& kernels, AttentionArgs a) {
+    const int64_t group = a.heads / a.cache.kv_heads;
+    const int64_t most = std::max<int64_t>(1, kTaskRows / group);
+    struct Item { AttentionWork work; int64_t cost; };
+    std::vector<Item> items;
+    int64_t total = 0;
+    for (int64_t s = 0; s < a.seq.seqs; ++s) {
+        const int32_t begin = a.seq.query_start[s], end = a.seq.query_start[s + 1];
+        const int64_t tiles = (end - begin + most - 1) / most;
+        int32_t query = begin;
+        for (int64_t i = 0; i < tiles; ++i) {
+            const auto count = static_cast<int32_t>((end - query + (tiles - i) - 1) / (tiles - i));
+            AttentionWork w{static_cast<int32_t>(s), 0, query, count, 0, 0, nullptr};
+            const int64_t position = a.seq.start[s] + query - begin;
+            const int64_t first = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+            w.split_begin = static_cast<int32_t>(first / kSplit);
+            w.split_end = static_cast<int32_t>((position + count - 1) / kSplit + 1);
+            const int64_t cost = keys_seen(a, w) * (count * group + 4);   // rows, and the loads that they share
+            items.push_back({w, cost});
+            total += cost;
+            query += count;
+        }
+    }
+    // The longest first, so that no thread starts one when the others are done.
+    std::stable_sort(items.begin(), items.end(), [](const Item& x, const Item& y) { return x.cost > y.cost; });
+
+    const int threads = num_threads();
+    const int64_t too_long = threads > 1 ? total * a.cache.kv_heads / (4 * threads) : INT64_MAX;
+    std::vector<AttentionWork> works, split_works;
+    std::vector<int64_t> groups;   // number of splits of each group of split_works
+    int64_t partial_size = 0;
+    const int64_t row_floats = partial_floats(a.cache.head_dim);
+    for (const Item& item : items) {
+        AttentionWork w = item.work;
+        const bool cut = item.cost > too_long && w.split_end - w.split_begin > 1;
+        for (int64_t head = 0; head < a.cache.kv_heads; ++head) {
+            w.kv_head = static_cast<int32_t>(head);
+            if (!cut) {
+                works.push_back(w);
+                continue;
+            }
+            groups.push_back(w.split_end - w.split_begin);
+            for (int32_t split = w.split_begin; split < w.split_end; ++split) {
+                AttentionWork part = w;
+                part.split_begin = split, part.split_end = split + 1;
+                split_works.push_back(part);
+                partial_size += w.count * group * row_floats;
+            }
+        }
+    }
+    std::vector<float> partials(static_cast<size_t>(partial_size));
+    float* next = partials.data();
+    for (AttentionWork& w : split_works) w.partial = next, next += w.count * group * row_floats;
+
+    const size_t num_split = split_works.size();
+    split_works.insert(split_works.end(), works.begin(), works.end());   // cut ones first: they are the longest
+    a.works = split_works.data();
+    a.num_works = static_cast<int64_t>(split_works.size());
+    kernels.attention(a);
+    for (size_t at = 0, g = 0; at < num_split; at += static_cast<size_t>(groups[g++]))
+        kernels.attention_merge(a, split_works.data() + at, groups[g]);
+}
+
+}  // namespace quire

@@ -1,0 +1,49 @@
+// Compiled for the baseline, and the only place that asks the CPU what it can do.
+#include "dispatch.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace quire {
+namespace {
+
+std::vector<const Kernels*> supported() {
+    std::vector<const Kernels*> all;
+#if defined(QUIRE_X86_KERNELS)
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        all.push_back(&avx512::kernels);
+    if (v3) all.push_back(&avx2::kernels);
+#endif
+    all.push_back(&portable::kernels);
+    return all;
+}
+
+std::atomic<const Kernels*> active{nullptr};
+
+}  // namespace
+
+const Kernels& active_kernels() {
+    const Kernels* kernels = active.load(std::memory_order_relaxed);
+    if (!kernels) active.store(kernels = supported().front());
+    return *kernels;
+}
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : supported()) names.emplace_back(kernels->name);
+    return names;
+}
+
+void select_isa(const std::string& name) {
+    std::string available;
+    for (const Kernels* kernels : supported()) {
+        if (name == kernels->name) return active.store(kernels);
+        available += (available.empty() ? "" : ", ") + std::string(kernels->name);
+    }
+    throw std::invalid_argument("instruction set '" + name + "' is not available on this machine: choose one of " + available);
+}
+
+}  // namespace quire

@@ -1,0 +1,273 @@
+// The sampler, row by row, in the order of vLLM's V1 sampler: raw logprobs; masks and biases; penalties; temperature;
+// min_p; top_k; top_p; draw. What it keeps is always a prefix of the vocabulary ordered by (logit descending, id
+// ascending), cut down by min_p; the vocabulary itself is never sorted, only the few candidates that a cheap bound leaves.
+// Sums are taken in double and in an order that depends on the row alone.
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "threads.h"
+
+namespace quire {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+struct Candidate { float z, w; int32_t id; };
+
+bool likelier(const Candidate& a, const Candidate& b) { return a.z != b.z ? a.z > b.z : a.id < b.id; }
+
+struct Row {
+    const Kernels& kernels;
+    const SampleArgs& a;
+    const int64_t row, vocab = a.vocab;
+    const float* raw = a.logits + row * a.stride;
+    float *changed = nullptr, *weights = nullptr, *maxima = nullptr;   // scratch, one value a token (maxima: a run)
+    double* sums = nullptr;
+    int32_t* ids = nullptr;
+    Candidate* candidates = nullptr;
+
+    void allocate() {
+        const auto v = static_cast<size_t>(vocab), pad = size_t{64};
+        const size_t runs = v / kSumRun + 1, max_runs = v / kMaxRun + 1;
+        char* p = static_cast<char*>(thread_scratch(
+            kScratchSampler, 3 * (v * 4 + pad) + max_runs * 4 + runs * 8 + v * sizeof(Candidate) + 6 * pad));
+        const auto take = [&p](size_t bytes) { char* at = p; p += (bytes + 63) / 64 * 64; return static_cast<void*>(at); };
+        changed = static_cast<float*>(take(v * 4));
+        weights = static_cast<float*>(take(v * 4));
+        ids = static_cast<int32_t*>(take(v * 4));
+        maxima = static_cast<float*>(take(max_runs * 4));
+        sums = static_cast<double*>(take(runs * 8));
+        candidates = static_cast<Candidate*>(take(v * sizeof(Candidate)));
+    }
+
+    void run() {
+        allocate();
+        int32_t token = -1;
+        const SampleStatus status = choose(token);
+        a.status[row] = static_cast<int32_t>(status);
+        a.tokens[row] = token;
+        if (a.num_logprobs && a.num_logprobs[row] >= 0) report(token);
+    }
+
+    SampleStatus choose(int32_t& token) {
+        const float* z = raw;
+        RowScan seen = kernels.scan(z, vocab);
+        if (seen.bad) return SampleStatus::bad_logits;
+        if (changes()) {
+            std::memcpy(changed, raw, static_cast<size_t>(vocab) * sizeof(float));
+            restrict_tokens();
+            penalize();
+            z = changed;
+            seen = kernels.scan(z, vocab);
+            if (seen.bad) return SampleStatus::bad_logits;
+        }
+        if (seen.max == -kInf) return SampleStatus::nothing_allowed;
+        const float temperature = a.temperature[row];
+        token = temperature == 0 ? static_cast<int32_t>(kernels.find_equal(z, vocab, seen.max)) : draw(z, seen.max, temperature);
+        return SampleStatus::ok;
+    }
+
+    bool has(const Lists& lists) const { return lists.start && lists.start[row + 1] > lists.start[row]; }
+    float value(const float* array, float otherwise) const { return array ? array[row] : otherwise; }
+    bool penalized() const {
+        return value(a.repetition, 1) != 1 || value(a.frequency, 0) != 0 || value(a.presence, 0) != 0;
+    }
+    bool changes() const {
+        return a.mask || has(a.bias) || has(a.banned) || (penalized() && (has(a.prompt) || has(a.output)));
+    }
+
+    void restrict_tokens() {
+        if (a.mask) {
+            const uint32_t* mask = a.mask + row * a.mask_stride;
+            for (int64_t word = 0; word * 32 < vocab; ++word) {
+                if (mask[word] == ~0u) continue;
+                const int64_t end = std::min<int64_t>(vocab, word * 32 + 32);
+                for (int64_t t = word * 32; t < end; ++t)
+                    if (!(mask[word] >> (t & 31) & 1)) changed[t] = -kInf;
+            }
+        }
+        if (has(a.banned))
+            for (int32_t i = a.banned.start[row]; i < a.banned.start[row + 1]; ++i) changed[a.banned.values[i]] = -kInf;
+        if (has(a.bias))
+            for (int32_t i = a.bias.start[row]; i < a.bias.start[row + 1]; ++i)
+                changed[a.bias.values[i]] += a.bias_values[i];
+    }
+
+    void penalize() {
+        if (!penalized()) return;
+        const float repetition = value(a.repetition, 1), frequency = value(a.frequency, 0), presence = value(a.presence, 0);
+        // counts[t] is 0 for all t between uses; -1 marks a token that is done.
+        auto* counts = static_cast<int32_t*>(thread_scratch(kScratchHistory, static_cast<size_t>(vocab) * 4));
+        const auto each = [this](const Lists& lists, auto&& visit) {
+            if (!has(lists)) return;
+            for (int32_t i = lists.start[row]; i < lists.start[row + 1]; ++i) visit(lists.values[i]);
+        };
+        const auto repeat = [&](int32_t t) { changed[t] = changed[t] > 0 ? changed[t] / repetition : changed[t] * repetition; };
+        each(a.output, [&](int32_t t) { ++counts[t]; });
+        each(a.output, [&](int32_t t) {
+            if (counts[t] < 0) return;
+            repeat(t);
+            changed[t] -= frequency * static_cast<float>(counts[t]);
+            changed[t] -= presence;
+            counts[t] = -1;
+        });
+        each(a.prompt, [&](int32_t t) {
+            if (counts[t] < 0) return;
+            repeat(t);
+            counts[t] = -1;
+        });
+        each(a.output, [&](int32_t t) { counts[t] = 0; });
+        each(a.prompt, [&](int32_t t) { counts[t] = 0; });
+    }
+
+    // A logit that at least k tokens reach: the k-th largest maximum of runs of tokens. -inf where that says nothing.
+    float reached_by(const float* z, int64_t k) {
+        const int64_t runs = (vocab + kMaxRun - 1) / kMaxRun;
+        if (k > runs) return -kInf;
+        kernels.run_maxima(z, vocab, maxima);
+        std::nth_element(maxima, maxima + k - 1, maxima + runs, [](float x, float y) { return x > y; });
+        return maxima[k - 1];
+    }
+
+    int32_t draw(const float* z, float top, float temperature) {
+        const double total = kernels.exp_row(z, vocab, top, temperature, weights, sums);
+        const double u = uniform(a.seed[row], static_cast<uint64_t>(a.position[row]));
+        const int64_t k = a.top_k && a.top_k[row] > 0 && a.top_k[row] < vocab ? a.top_k[row] : 0;
+        const float p = value(a.top_p, 1), least = value(a.min_p, 0);
+        if (!k && p >= 1 && least <= 0) return draw_from_all(u * total);
+
+        // Tokens below a share (1 - p) / vocab of the mass hold less than 1 - p together: top_p never needs them.
+        int64_t n;
+        if (k) n = kernels.select_at_least(z, vocab, reached_by(z, k), ids);
+        else if (least > 0) n = kernels.select_at_least(weights, vocab, least, ids);
+        else n = kernels.select_at_least(weights, vocab, static_cast<float>(0.5 * (1 - p) * total / static_cast<double>(vocab)), ids);
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const int32_t id = ids[i];
+            if (weights[id] > 0 && weights[id] >= least) candidates[count++] = {z[id], weights[id], id};
+        }
+        if (k && count > k) {
+            std::nth_element(candidates, candidates + k, candidates + count, likelier);
+            count = k;
+        }
+        if (p < 1) count = nucleus(count, p);
+        return draw_from_candidates(count, u);
+    }
+
+    // Brings the smallest set of the likeliest candidates whose mass is at least p of theirs to the front.
+    int64_t nucleus(int64_t count, float p) {
+        const auto mass = [this](int64_t from, int64_t to) {
+            double sum = 0;
+            for (int64_t i = from; i < to; ++i) sum += candidates[i].w;
+            return sum;
+        };
+        const double target = static_cast<double>(p) * mass(0, count);
+        int64_t low = 0, high = count;   // the last one needed is in [low, high)
+        double before = 0;
+        while (high - low > 256) {
+            const int64_t middle = (low + high) / 2;
+            std::nth_element(candidates + low, candidates + middle, candidates + high, likelier);
+            const double left = mass(low, middle);
+            if (before + left >= target) high = middle;
+            else low = middle, before += left;
+        }
+        std::sort(candidates + low, candidates + high, likelier);
+        while (low < high) {
+            before += candidates[low++].w;
+            if (before >= target) break;
+        }
+        return std::max<int64_t>(low, 1);
+    }
+
+    int32_t draw_from_candidates(int64_t count, double u) {
+        std::sort(candidates, candidates + count, [](const Candidate& x, const Candidate& y) { return x.id < y.id; });
+        double total = 0;
+        for (int64_t i = 0; i < count; ++i) total += candidates[i].w;
+        double reached = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            reached += candidates[i].w;
+            if (reached > u * total) return candidates[i].id;
+        }
+        return candidates[count - 1].id;
+    }
+
+    // The run in which the mass passes the target, then the token in it. Rounding may let the sum end short of the
+    // target, inside a run or at the very end: then it is the last token before that point that can be drawn at all.
+    int32_t draw_from_all(double target) {
+        double reached = 0;
+        int64_t end = vocab;
+        for (int64_t begin = 0; begin < vocab; begin += kSumRun) {
+            const double next = reached + sums[begin / kSumRun];
+            if (next > target) {
+                end = std::min(vocab, begin + kSumRun);
+                for (int64_t t = begin; t < end; ++t) {
+                    reached += weights[t];
+                    if (reached > target && weights[t] > 0) return static_cast<int32_t>(t);
+                }
+                break;
+            }
+            reached = next;
+        }
+        while (!(weights[end - 1] > 0)) --end;   // the likeliest token has weight 1, and lies in or before this run
+        return static_cast<int32_t>(end - 1);
+    }
+
+    // Raw log probabilities: of the token, its rank, and the likeliest ones.
+    void report(int32_t token) {
+        const int64_t wanted = std::min<int64_t>(a.num_logprobs[row], a.top_width);
+        int32_t* top_ids = a.top_ids + row * a.top_width;
+        float* top_logprobs = a.top_logprobs + row * a.top_width;
+        std::fill(top_ids, top_ids + a.top_width, -1);
+        std::fill(top_logprobs, top_logprobs + a.top_width, -kInf);
+        a.logprob[row] = -kInf;
+        a.rank[row] = -1;
+        if (token < 0) return;
+        const float top = kernels.scan(raw, vocab).max;
+        const double log_sum = top + std::log(kernels.exp_row(raw, vocab, top, 1.0f, nullptr, nullptr));
+        a.logprob[row] = static_cast<float>(raw[token] - log_sum);
+        a.rank[row] = static_cast<int32_t>(1 + kernels.count_greater(raw, vocab, raw[token]));
+        if (wanted <= 0) return;
+        const int64_t n = kernels.select_at_least(raw, vocab, reached_by(raw, wanted), ids);
+        const int64_t kept = std::min(n, wanted);
+        for (int64_t i = 0; i < n; ++i) candidates[i] = {raw[ids[i]], 0, ids[i]};
+        std::partial_sort(candidates, candidates + kept, candidates + n, likelier);
+        for (int64_t i = 0; i < kept; ++i) {
+            top_ids[i] = candidates[i].id;
+            top_logprobs[i] = static_cast<float>(candidates[i].z - log_sum);
+        }
+    }
+};
+
+struct Context { const Kernels& kernels; const SampleArgs& args; };
+
+void task(const void* context, int64_t index, int64_t) {
+    const Context& c = *static_cast<const Context*>(context);
+    Row row{c.kernels, c.args, index};
+    row.run();
+}
+
+}  // namespace
+
+void sample(const Kernels& kernels, const SampleArgs& args) {
+    const Context context{kernels, args};
+    run_tasks(args.rows, task, &context);
+}
+
+double uniform(uint64_t seed, uint64_t position) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    uint32_t c[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0};
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t p0 = uint64_t{0xD2511F53} * c[0], p1 = uint64_t{0xCD9E8D57} * c[2];
+        const uint32_t next[4] = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ key0, static_cast<uint32_t>(p1),
+                                  static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ key1, static_cast<uint32_t>(p0)};
+        std::memcpy(c, next, sizeof c);
+        key0 += 0x9E3779B9, key1 += 0xBB67AE85;
+    }
+    return static_cast<double>((uint64_t{c[0]} << 32 | c[1]) >> 11) * 0x1p-53;
+}
+
+}  // namespace quire

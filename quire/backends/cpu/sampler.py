@@ -1,0 +1,124 @@
+"""Sampler: logits → tokens under each row's parameters. The arithmetic is in the kernel; here are the rows' parameters.
+
+What no row of a step uses (penalties, biases, bans, log-probabilities) is not handed over, and costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.backends.cpu import _native as native
+from quire.backends.cpu.rows import Rows
+from quire.core.plan import RowStart, StepResult
+from quire.outputs import TokenLogprobs
+
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+_OFF = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+
+
+@dataclass(slots=True)
+class _Lists:
+    """Lists of token ids of several rows, end to end: row i has ``ids[start[i]:start[i + 1]]``."""
+
+    start: list[int] = field(default_factory=lambda: [0])
+    ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
+
+    def add(self, ids: npt.NDArray[np.int32]) -> None:
+        self.ids.append(ids)
+        self.start.append(self.start[-1] + len(ids))
+
+    def arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        joined = np.concatenate(self.ids) if self.ids else np.zeros(0, np.int32)
+        return {f"{name}_start": np.array(self.start, np.int32), f"{name}_ids": joined}
+
+
+class Sampler:
+    """Parameters of every row, and the call of the kernel."""
+
+    def __init__(self, rows: Rows, vocab_size: int) -> None:
+        count = len(rows.starts)
+        self._rows = rows
+        self._vocab_size = vocab_size
+        self._floats = {name: np.zeros(count, np.float32) for name in _FLOATS}
+        self._top_k = np.zeros(count, np.int32)
+        self._seed = np.zeros(count, np.uint64)
+        self._num_logprobs = np.full(count, -1, np.int32)
+
+    def begin(self, start: RowStart) -> None:
+        """A sequence takes a row."""
+        row, params = start.row, start.params
+        for name, values in self._floats.items():
+            values[row] = getattr(params, name)
+        self._top_k[row] = max(0, params.top_k)
+        self._seed[row] = start.seed
+        self._num_logprobs[row] = -1 if params.logprobs is None else min(params.logprobs, self._vocab_size)
+
+    def sample(self, logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int32]) -> StepResult:
+        """One token for each of ``rows``; logits [len(rows), vocab] float32."""
+        count = len(rows)
+        tokens, status = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        options: dict[str, Any] = {"temperature": self._floats["temperature"][rows], "seed": self._seed[rows], "position": self._rows.lengths[rows]}
+        for name, off in _OFF.items():
+            values = self._floats[name][rows]
+            if (values != off).any():
+                options[name] = values
+        if self._top_k[rows].any():
+            options["top_k"] = self._top_k[rows]
+        self._add_histories(options, rows)
+        self._add_bias_and_bans(options, rows)
+        num_logprobs = self._num_logprobs[rows]
+        widest = int(num_logprobs.max())
+        if widest >= 0:
+            options["num_logprobs"] = num_logprobs
+            options["logprob"], options["rank"] = np.zeros(count, np.float32), np.zeros(count, np.int32)
+            options["top_ids"], options["top_logprobs"] = np.zeros((count, widest), np.int32), np.zeros((count, widest), np.float32)
+        native.sample(logits, tokens, status, **options)
+        result = StepResult(tokens.tolist(), [None] * count)
+        for i in np.flatnonzero(status):
+            result.tokens[i] = -1
+            result.errors[int(rows[i])] = "the model's logits are not finite numbers: the weights may be damaged, or too large for their width"
+        if widest >= 0:
+            for i in np.flatnonzero((num_logprobs >= 0) & (status == 0)):
+                n = num_logprobs[i]
+                top = zip(options["top_ids"][i, :n].tolist(), options["top_logprobs"][i, :n].tolist(), strict=True)
+                result.logprobs[i] = TokenLogprobs((float(options["logprob"][i]), int(options["rank"][i])), list(top))
+        return result
+
+    def _add_histories(self, options: dict[str, Any], rows: npt.NDArray[np.int32]) -> None:
+        """Prompt and output tokens of the rows with penalties."""
+        repeats = options.get("repetition_penalty")
+        counts = "frequency_penalty" in options or "presence_penalty" in options
+        if repeats is None and not counts:
+            return
+        nothing = np.zeros(0, np.int32)
+        prompts, outputs = _Lists(), _Lists()
+        for row in rows:
+            repeated = self._floats["repetition_penalty"][row] != 1.0
+            counted = self._floats["frequency_penalty"][row] != 0.0 or self._floats["presence_penalty"][row] != 0.0
+            tokens, prompt, length = self._rows.tokens[row], self._rows.num_prompt[row], self._rows.lengths[row]
+            prompts.add(tokens[:prompt] if repeated else nothing)
+            outputs.add(tokens[prompt:length] if repeated or counted else nothing)
+        options.update(prompts.arrays("prompt"))
+        options.update(outputs.arrays("output"))
+
+    def _add_bias_and_bans(self, options: dict[str, Any], rows: npt.NDArray[np.int32]) -> None:
+        biased, banned = _Lists(), _Lists()
+        values: list[float] = []
+        for row in rows:
+            start = self._rows.starts[row]
+            assert start is not None
+            bias = start.params.logit_bias or {}
+            biased.add(np.fromiter(bias, np.int32, len(bias)))
+            values += bias.values()
+            early = self._rows.lengths[row] - self._rows.num_prompt[row] < start.params.min_tokens
+            # A model may name an end-of-text token beyond its vocabulary; it can't be sampled anyway.
+            banned.add(np.array([t for t in start.stop_ids if early and t < self._vocab_size], np.int32))
+        if values:
+            options.update(biased.arrays("bias"))
+            options["bias_values"] = np.array(values, np.float32)
+        if banned.start[-1]:
+            options.update(banned.arrays("banned"))

@@ -1,0 +1,59 @@
+"""Watches the plans that an engine sends to its backend, and adds up what they ask of the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+from quire.core.engine import Executor
+from quire.core.plan import StepPlan, StepResult
+from quire.models.spec import DTYPE_BYTES, TransformerSpec
+
+
+@dataclass(slots=True, frozen=True)
+class StepCost:
+    """What one step needed at least, and what it took."""
+
+    sequences: int
+    tokens: int
+    """Positions computed."""
+    flops: int
+    bytes_read: int
+    """Weights once, and the KV of every sequence once; activations stay in caches and are left out."""
+    seconds: float
+    """In the backend."""
+
+
+class Recorder:
+    """Stands between engine and backend. Changes nothing."""
+
+    def __init__(self, backend: Executor, spec: TransformerSpec, weight_dtype: str, kv_dtype: str) -> None:
+        """weight_dtype, kv_dtype: the widths in memory."""
+        self.steps: list[StepCost] = []
+        self.spec = spec
+        self.num_blocks = backend.num_blocks
+        self.block_size = backend.block_size
+        self.max_model_len = backend.max_model_len
+        self._backend = backend
+        self._layer_bytes = spec.matmul_parameters() * DTYPE_BYTES[weight_dtype]
+        self._head_bytes = spec.vocab_size * spec.embedding_size * DTYPE_BYTES[weight_dtype]
+        self._kv_bytes = spec.kv_bytes_per_token(kv_dtype)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        start = perf_counter()
+        result = self._backend.execute(plan)
+        self.steps.append(self._cost(plan, perf_counter() - start))
+        return result
+
+    def _cost(self, plan: StepPlan, seconds: float) -> StepCost:
+        keys = sum(w.start + w.count for w in plan.work)
+        # Position p attends to p + 1 keys: an arithmetic series over the positions of a row.
+        context = sum(w.count * (2 * w.start + w.count + 1) // 2 for w in plan.work)
+        sampled = sum(w.sample for w in plan.work)
+        return StepCost(
+            sequences=len(plan.work),
+            tokens=plan.num_tokens,
+            flops=self.spec.flops(plan.num_tokens, context, sampled),
+            bytes_read=self._layer_bytes + (self._head_bytes if sampled else 0) + keys * self._kv_bytes,
+            seconds=seconds,
+        )

@@ -1,0 +1,35 @@
+"""quire serve [MODEL]: an HTTP server for a model, with the API of OpenAI."""
+
+from __future__ import annotations
+
+import argparse
+
+from quire.config import EMBEDDED_MODEL, EngineConfig, ServerConfig, add_arguments, read_config_file, resolve
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over HTTP with the API of OpenAI. Options come from --config, then QUIRE_<OPTION> in the "
+        "environment, then the command line; the last one wins.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="MODEL",
+        help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the small model that ships with Quire)",
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with options of the engine and the server")
+    add_arguments(parser, EngineConfig, ServerConfig)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    engine_config, server_config = resolve((EngineConfig, ServerConfig), vars(args), read_config_file(args.config))
+    from quire.models.weights import resolve_model
+    from quire.server.launch import serve
+
+    return serve(engine_config, server_config, resolve_model(engine_config.model))

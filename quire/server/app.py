@@ -1,0 +1,109 @@
+"""The HTTP application: routes, and what every answer has in common."""
+
+from __future__ import annotations
+
+import binascii
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from quire import __version__
+from quire.errors import EngineError
+from quire.server import errors, openapi
+from quire.server.chat import chat_completions
+from quire.server.chunks import json_bytes
+from quire.server.completions import completions
+from quire.server.context import Context, context_of
+from quire.server.errors import UnavailableError
+from quire.server.tokenization import detokenize, tokenize
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+MAX_REQUEST_ID = 128
+
+
+def create_app(context: Context) -> RequestIds:
+    """The ASGI application for one served model."""
+    app = FastAPI(title="Quire", version=__version__, redoc_url=None, redirect_slashes=False)
+    app.state.context = context
+    routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+        ("GET", "/v1/models", list_models),
+        ("GET", "/v1/models/{model_id:path}", get_model),
+        ("POST", "/v1/completions", completions),
+        ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/tokenize", tokenize),
+        ("POST", "/detokenize", detokenize),
+        ("GET", "/health", health),
+        ("GET", "/version", version),
+    ]
+    for method, path, handler in routes:
+        app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
+    openapi.install(app)
+    errors.install(app, [path.replace(":path", "") for _, path, _ in routes])
+    return RequestIds(app)
+
+
+class RequestIds:
+    """Gives every answer an X-Request-Id: the one that the client sent, if it is a sane one, or a new one."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        if not (0 < len(request_id) <= MAX_REQUEST_ID and all(0x20 < byte < 0x7F for byte in request_id)):
+            request_id = b"req-" + binascii.hexlify(os.urandom(12))
+
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(json_bytes(value), status_code=status, media_type="application/json")
+
+
+def _card(context: Context) -> dict[str, Any]:
+    return {
+        "id": context.model, "object": "model", "created": context.created, "owned_by": "quire", "root": context.model, "parent": None,
+        "max_model_len": context.max_model_len, "permission": [],
+    }  # fmt: skip
+
+
+async def list_models(request: Request) -> Response:
+    return _json({"object": "list", "data": [_card(context_of(request))]})
+
+
+async def get_model(request: Request) -> Response:
+    context = context_of(request)
+    context.check_model(request.path_params["model_id"])
+    return _json(_card(context))
+
+
+async def health(request: Request) -> Response:
+    """200 while requests can be answered; 503 once the engine has died or the server is shutting down."""
+    try:
+        stats = await context_of(request).client.stats()
+    except UnavailableError:
+        raise
+    except EngineError:  # a long step is not an illness
+        return _json({"status": "busy"})
+    return _json({
+        "status": "ok", "running": stats.running, "waiting": stats.waiting, "preemptions": stats.preemptions,
+        "kv_blocks_used": stats.kv.used_blocks, "kv_blocks_total": stats.kv.num_blocks, "kv_block_size": stats.kv.block_size,
+    })  # fmt: skip
+
+
+async def version(request: Request) -> Response:
+    return _json({"version": __version__})

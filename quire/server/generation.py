@@ -1,0 +1,116 @@
+"""Generation: the requests behind one HTTP call, from tokens to text.
+
+Text is made here and not in the engine: detokenizing, stop strings and log-probabilities are this process's work.
+"""
+
+from __future__ import annotations
+
+import binascii
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from quire.core.sequence import Request
+from quire.errors import EngineError
+from quire.outputs import Choice, SequenceOutput, Usage
+from quire.sampling_params import SamplingParams
+from quire.server.context import Context
+from quire.server.prompts import Prompt
+from quire.server.sampling import draw_seed
+from quire.text.output import Delta, OutputAssembler
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{binascii.hexlify(os.urandom(12)).decode()}"
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a call's client gets next of one of its choices."""
+
+    index: int
+    """Of the choice: prompt's number times n, plus the sample's number."""
+    first: bool
+    """Nothing was sent of this choice before."""
+    delta: Delta
+
+
+class Generation:
+    """Use as a context manager: leaving it, for whatever reason, ends what has not ended, and frees its blocks."""
+
+    def __init__(self, context: Context, call_id: str, prompts: Sequence[tuple[Prompt, SamplingParams]], *, continues_prompt: bool) -> None:
+        """Checks every prompt against the engine's limits. Raises InvalidRequestError or ContextLengthError.
+
+        continues_prompt: the output goes on with the prompt's text (completions), and is not a text of its own (chat).
+        """
+        self.prompts = [prompt for prompt, _ in prompts]
+        self.n = prompts[0][1].n
+        requests = []
+        self._first_choice: dict[str, int] = {}
+        self._assemblers: list[OutputAssembler] = []
+        for number, (prompt, params) in enumerate(prompts):
+            context.client.limits.check(prompt.token_ids, params)
+            request = Request(f"{call_id}-{number}", prompt.token_ids, params, draw_seed(params), context.eos_token_ids)
+            requests.append(request)
+            self._first_choice[request.request_id] = number * self.n
+            seen = prompt.token_ids if continues_prompt else ()
+            self._assemblers += [OutputAssembler(context.tokenizer, params, seen) for _ in range(self.n)]
+        self._started = [False] * len(self._assemblers)
+        self._stream = context.client.submit(requests)
+        self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts))
+
+    def __enter__(self) -> Generation:
+        self._stream.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stream.__exit__(kind, error, trace)
+
+    @property
+    def finished(self) -> bool:
+        return self._stream.finished
+
+    def choices(self) -> list[Choice]:
+        """Everything so far, in order."""
+        return [assembler.choice(index) for index, assembler in enumerate(self._assemblers)]
+
+    async def next(self, timeout: float | None = None) -> list[Piece]:
+        """What the engine has made since the last call; empty after ``timeout`` seconds without anything.
+
+        Raises EngineError where the work of one sequence failed, UnavailableError where the engine or server stopped.
+        """
+        pieces = []
+        for output in _merged(await self._stream.fetch(timeout)):
+            if output.finish_reason == "error":
+                raise EngineError(f"the request could not be finished: {output.stop_reason}")
+            index = self._first_choice[output.request_id] + output.index
+            assembler = self._assemblers[index]
+            delta = assembler.feed(output)
+            self.usage.completion_tokens += len(delta.token_ids)
+            if assembler.finished and output.finish_reason is None:  # a stop string, which the engine knows nothing of
+                self._stream.end(output.request_id, output.index)
+            pieces.append(Piece(index, not self._started[index], delta))
+            self._started[index] = True
+        return pieces
+
+    async def run(self) -> list[Choice]:
+        """Everything at once."""
+        while not self.finished:
+            await self.next()
+        return self.choices()
+
+
+def _merged(outputs: list[SequenceOutput]) -> list[SequenceOutput]:
+    """One output for each sequence: a reader that was slow gets what it missed in one piece."""
+    if len(outputs) == 1:
+        return outputs
+    merged: dict[tuple[str, int], SequenceOutput] = {}
+    for output in outputs:
+        before = merged.setdefault((output.request_id, output.index), output)
+        if before is not output:
+            before.token_ids += output.token_ids
+            if output.logprobs is not None:
+                before.logprobs = (before.logprobs or []) + output.logprobs
+            before.finish_reason, before.stop_reason = output.finish_reason, output.stop_reason
+    return list(merged.values())

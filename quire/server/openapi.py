@@ -1,0 +1,73 @@
+"""The OpenAPI document (/openapi.json, /docs). Bodies are read by hand, so they are described by hand too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from quire.server import schemas
+
+_SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
+    "/v1/models": ("The served model", None),
+    "/v1/models/{model_id:path}": ("One model, by its id", None),
+    "/v1/completions": ("Continue one or several prompts", schemas.CompletionRequest),
+    "/v1/chat/completions": ("Answer a conversation", schemas.ChatCompletionRequest),
+    "/tokenize": ("A text or a conversation as token ids", schemas.TokenizeRequest),
+    "/detokenize": ("Token ids as text", schemas.DetokenizeRequest),
+    "/health": ("Whether requests can be answered, and what is in use", None),
+    "/version": ("Version of Quire", None),
+}
+
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"enum": ["invalid_request_error", "server_error"]},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+_ERRORS = {
+    400: "a field, a prompt or the body's syntax is wrong; the message has the numbers and the remedy",
+    404: "no such model",
+    413: "the body is too large",
+    415: "the content type is not application/json",
+    503: "the engine has died, or the server is shutting down",
+}
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Keyword arguments of ``add_api_route``."""
+    summary, schema = _SUMMARIES[path]
+    described: dict[str, Any] = {"summary": summary}
+    if schema is not None:
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
+        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
+        described["responses"] = {status: {"description": text, "content": error} for status, text in _ERRORS.items()}
+    return described
+
+
+def install(app: FastAPI) -> None:
+    """Add the schemas of bodies to the document, which is made when it is first asked for."""
+    plain = app.openapi
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            from pydantic.json_schema import models_json_schema
+
+            made = plain()
+            models = [(schema, "validation") for _, schema in _SUMMARIES.values() if schema is not None]
+            _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+            made.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"] | {"Error": _ERROR})
+            app.openapi_schema = made
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]

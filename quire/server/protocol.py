@@ -1,0 +1,83 @@
+"""HTTP/1.1 on a socket, with limits that uvicorn's parser does not have: the size of headers, and the time they take."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from quire.errors import InvalidRequestError, QuireError
+from quire.server.errors import HeadersTooLargeError, TimedOutError, error_bytes
+
+MAX_HEADER_BYTES = 64 << 10
+HEADER_TIMEOUT_S = 30.0
+"""A request's headers must be complete this long after its first byte, or after the connection was made."""
+FRAMING_FACTOR = 8
+"""A chunked body may have this many bytes of framing for each byte of content (chunks of one byte need 5)."""
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection. What is not content (request line, headers, framing, trailers) is counted, and bounded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._received = 0
+        self._content = 0
+        self._headers_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += len(data)
+        super().data_received(data)
+        if self._received - self._content > MAX_HEADER_BYTES + FRAMING_FACTOR * self._content and not self.transport.is_closing():
+            self._refuse(
+                HeadersTooLargeError(f"the request's headers are longer than {MAX_HEADER_BYTES:,} bytes, which is what this server allows")
+            )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._start_timer()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._content += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._received = self._content = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(InvalidRequestError("this is not an HTTP/1.1 request that the server can read"))
+
+    def _refuse(self, error: QuireError) -> None:
+        body = error_bytes(error)
+        start = (
+            f"HTTP/1.1 {error.status} Refused\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(start.encode() + body)
+        self.transport.close()
+
+    def _start_timer(self) -> None:
+        if self._headers_timer is None:
+            self._headers_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+    def _too_slow(self) -> None:
+        if not self.transport.is_closing():
+            self._refuse(TimedOutError(f"the request's headers did not arrive within {HEADER_TIMEOUT_S:g} seconds"))

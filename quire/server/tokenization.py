@@ -1,0 +1,51 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from quire.errors import InvalidRequestError
+from quire.server.chunks import json_bytes
+from quire.server.context import context_of
+from quire.server.fields import parse
+from quire.server.limits import MIN_TEXT_BYTES, check_text_size, max_text_bytes, read_json
+from quire.server.prompts import chat_prompt, in_thread
+from quire.server.schemas import DetokenizeRequest, TokenizeRequest
+
+
+async def tokenize(request: Request) -> Response:
+    context = context_of(request)
+    body = parse(TokenizeRequest, await read_json(request, context.config.max_body_bytes))
+    context.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError("give either prompt or messages, and not both", param="prompt")
+    most = max(MIN_TEXT_BYTES, max_text_bytes(context.max_model_len))
+    tokenizer = context.tokenizer
+    if body.prompt is not None:
+        text, special = body.prompt, body.add_special_tokens is not False
+        check_text_size(text, most, "prompt")
+        ids = await in_thread(len(text), lambda: tokenizer.encode(text, special))
+    else:
+        assert body.messages is not None
+        prompt = await chat_prompt(
+            context,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            template_kwargs=body.chat_template_kwargs,
+            add_special_tokens=body.add_special_tokens,
+            max_bytes=most,
+        )
+        ids = prompt.token_ids
+    strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+    made = {"count": len(ids), "max_model_len": context.max_model_len, "tokens": ids, "token_strs": strings}
+    return Response(json_bytes(made), media_type="application/json")
+
+
+async def detokenize(request: Request) -> Response:
+    context = context_of(request)
+    body = parse(DetokenizeRequest, await read_json(request, context.config.max_body_bytes))
+    context.check_model(body.model)
+    text = context.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return Response(json_bytes({"prompt": text}), media_type="application/json")

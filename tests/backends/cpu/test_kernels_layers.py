@@ -1,0 +1,193 @@
+"""Norms, rotary, activations, embedding, conversions: against float64, row by row, in every instruction set."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from quire.backends.cpu import _native as native
+
+
+@pytest.fixture(params=native.available_isas(), autouse=True)
+def isa(request):
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 16, 20, 64, 100, 576, 1025])
+def test_norms(dim):
+    x, weight, bias, eps = normal(dim, 5, dim) * 3 + 1, normal(1, dim), normal(2, dim), 1e-5
+    wide = x.astype(np.float64)
+    out = np.empty_like(x)
+    native.rms_norm(x, weight, eps, out)
+    exact = wide / np.sqrt((wide**2).mean(1, keepdims=True) + eps) * weight
+    np.testing.assert_allclose(out, exact, rtol=2e-6, atol=1e-6)
+
+    centred = wide - wide.mean(1, keepdims=True)
+    exact = centred / np.sqrt((centred**2).mean(1, keepdims=True) + eps) * weight
+    native.layer_norm(x, weight, None, eps, out)
+    # Where a row is nearly constant the difference to the mean has few digits.
+    atol = 1e-6 if dim > 1 else 1e-2
+    np.testing.assert_allclose(out, exact, rtol=1e-5, atol=atol * 5)
+    native.layer_norm(x, weight, bias, eps, out)
+    np.testing.assert_allclose(out, exact + bias, rtol=1e-5, atol=atol * 5)
+
+
+def test_norm_of_a_row_does_not_depend_on_others():
+    x, weight = normal(3, 300, 96), normal(4, 96)
+    whole, alone = np.empty_like(x), np.empty((1, 96), np.float32)
+    for norm in (lambda a, b: native.rms_norm(a, weight, 1e-6, b), lambda a, b: native.layer_norm(a, weight, weight, 1e-6, b)):
+        norm(x, whole)
+        for row in (0, 7, 299):
+            norm(x[row : row + 1], alone)
+            assert np.array_equal(alone[0], whole[row])
+        again = x.copy()
+        norm(again, again)  # in place
+        assert np.array_equal(again, whole)
+
+
+def test_head_norm_inside_a_fused_buffer():
+    qkv, weight = normal(5, 4, 10 * 24), normal(6, 24)
+    heads = qkv.reshape(4, 10, 24)[:, 2:7]
+    expected = np.empty((20, 24), np.float32)
+    native.rms_norm(np.ascontiguousarray(heads).reshape(20, 24), weight, 1e-6, expected)
+    before = qkv.copy()
+    native.rms_norm(heads, weight, 1e-6, heads)
+    assert np.array_equal(heads.reshape(20, 24), expected)
+    after = qkv.reshape(4, 10, 24)
+    assert np.array_equal(after[:, :2], before.reshape(4, 10, 24)[:, :2])
+    assert np.array_equal(after[:, 7:], before.reshape(4, 10, 24)[:, 7:])
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(8, 8), (64, 64), (128, 128), (80, 32), (20, 12)])
+def test_rotary(head_dim, rotary_dim):
+    half, tokens, heads = rotary_dim // 2, 7, 3
+    qkv = normal(7, tokens, 5 * head_dim)
+    x = qkv.reshape(tokens, 5, head_dim)[:, 1 : 1 + heads]
+    before, whole = x.astype(np.float64), qkv.copy()
+    angles = np.arange(50)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    positions = np.array([0, 49, 3, 3, 17, 1, 30], np.int32)
+    native.rotary(x, positions, cos, sin)
+    c, s = cos[positions][:, None].astype(np.float64), sin[positions][:, None].astype(np.float64)
+    first, second = before[..., :half], before[..., half:rotary_dim]
+    exact = np.concatenate([first * c - second * s, second * c + first * s, before[..., rotary_dim:]], axis=-1)
+    np.testing.assert_allclose(x, exact, rtol=1e-6, atol=1e-6)
+    untouched = qkv.reshape(tokens, 5, head_dim)
+    assert np.array_equal(untouched[:, [0, 4]], whole.reshape(tokens, 5, head_dim)[:, [0, 4]])
+    alone = whole.reshape(tokens, 5, head_dim)[4:5, 1 : 1 + heads].copy()
+    native.rotary(alone, positions[4:5], cos, sin)
+    assert np.array_equal(alone[0], x[4])
+    with pytest.raises(ValueError, match="positions"):
+        native.rotary(x, positions + np.int32(1), cos, sin)
+
+
+def gelu(x):
+    return x * 0.5 * np.array([math.erfc(-v / math.sqrt(2)) for v in x.ravel()]).reshape(x.shape)
+
+
+EXACT = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": gelu,
+    "gelu_tanh": lambda x: x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_activations(kind):
+    x = np.concatenate([np.linspace(-12, 12, 4003), normal(8, 2000) * 0.01, [0.0, -0.0]]).astype(np.float32)[None]
+    exact = EXACT[kind](x.astype(np.float64))
+    out = np.empty_like(x)
+    native.activation(x, out, kind)
+    np.testing.assert_allclose(out, exact, rtol=3e-6, atol=1e-30)
+    gate_up = normal(9, 3, 2 * 37)
+    out = np.empty((3, 37), np.float32)
+    native.activation(gate_up, out, kind, gated=True)
+    np.testing.assert_allclose(out, EXACT[kind](gate_up[:, :37].astype(np.float64)) * gate_up[:, 37:], rtol=3e-6, atol=1e-30)
+    again = normal(10, 2, 100)
+    expected = np.empty_like(again)
+    native.activation(again, expected, kind)
+    native.activation(again, again, kind)  # in place
+    assert np.array_equal(again, expected)
+
+
+def test_exp_within_two_units_in_the_last_place():
+    """silu(x) = x / (1 + exp(-x)) shows exp where it is large; the sampler's sums show it elsewhere."""
+    x = np.linspace(-87, -20, 20011).astype(np.float32)[None]
+    out = np.empty_like(x)
+    native.activation(x, out, "silu")
+    exact = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64)))
+    assert (np.abs(out - exact) <= 4 * np.spacing(np.abs(exact).astype(np.float32))).all()
+    ends = np.array([[-np.inf, -1e30, -200, 200, 1e30, np.inf, np.nan]], np.float32)
+    out = np.empty_like(ends)
+    native.activation(ends, out, "silu")
+    assert np.array_equal(out[0, 3:6], ends[0, 3:6])
+    assert (out[0, 1:3] == 0).all()
+    assert np.isnan(out[0, 6])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_embedding(dtype):
+    table = normal(11, 40, 37).astype(dtype)
+    given = table.view(np.uint16) if dtype == ml_dtypes.bfloat16 else table
+    ids = np.array([3, 39, 0, 3], np.int32)
+    out = np.empty((4, 37), np.float32)
+    native.embed(ids, given, out)
+    assert np.array_equal(out, table[ids].astype(np.float32))
+    native.embed(ids, given, out, 1.5)
+    assert np.array_equal(out, table[ids].astype(np.float32) * np.float32(1.5))
+    base = normal(12, 4, 37)
+    out = base.copy()
+    native.add_rows(ids, given, out)
+    assert np.array_equal(out, base + table[ids].astype(np.float32))
+    for wrong in (40, -1):
+        with pytest.raises(ValueError, match="ids"):
+            native.embed(np.array([0, 0, wrong, 0], np.int32), given, out)
+
+
+def test_conversions_are_exact_and_round_to_even():
+    every = np.arange(65536, dtype=np.uint16)
+    out = np.empty(65536, np.float32)
+    for given, values in ((every.view(np.float16), every.view(np.float16)), (every, every.view(ml_dtypes.bfloat16))):
+        native.convert(given, out)
+        expected = values.astype(np.float32)
+        nan = np.isnan(expected)
+        assert np.array_equal(np.isnan(out), nan)
+        assert np.array_equal(out[~nan].view(np.uint32), expected[~nan].view(np.uint32))
+    rng = np.random.default_rng(13)
+    halves = every.view(np.float16)[np.isfinite(every.view(np.float16))].astype(np.float32)
+    ties = np.concatenate([halves, (halves + np.nextafter(halves.astype(np.float16), np.float16(np.inf)).astype(np.float32)) / 2])
+    anything = rng.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([ties, anything, [0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.99, 65520, 1e-8, 5e-8]]).astype(np.float32)
+    for out, expected in (
+        (np.empty(len(x), np.float16), x.astype(np.float16)),
+        (np.empty(len(x), np.uint16), x.astype(ml_dtypes.bfloat16)),
+    ):
+        native.convert(x, out)
+        nan = np.isnan(x)
+        assert np.array_equal(out[~nan].view(np.uint16), expected[~nan].view(np.uint16))
+        assert np.isnan(out.view(expected.dtype)[nan]).all()
+
+
+def test_wrong_calls():
+    x, weight = np.zeros((2, 8), np.float32), np.zeros(8, np.float32)
+    with pytest.raises(ValueError, match="weight"):
+        native.rms_norm(x, weight[:7], 1e-5, x)
+    with pytest.raises(ValueError, match="out must have"):
+        native.rms_norm(x, weight, 1e-5, np.zeros((2, 7), np.float32))
+    with pytest.raises(ValueError, match="unknown"):
+        native.activation(x, x, "swish")
+    with pytest.raises(ValueError, match="x must be"):
+        native.activation(x, x, "silu", gated=True)
+    with pytest.raises(ValueError, match="same size"):
+        native.convert(x, np.zeros(15, np.float16))
+    with pytest.raises(ValueError, match="overlap"):
+        native.rms_norm(np.lib.stride_tricks.as_strided(x, (2, 8), (4, 4)), weight, 1e-5, x)

@@ -1,0 +1,31 @@
+"""The recorder's sums against counting position by position."""
+
+from __future__ import annotations
+
+from quire.bench.recorder import Recorder
+from quire.core.plan import RowWork, StepPlan, StepResult
+from quire.models.spec import TransformerSpec
+
+SPEC = TransformerSpec("Tiny", 50, 8, 2, 2, 1, 4, 16, 64, dtype="bfloat16")
+
+
+class Nothing:
+    spec = SPEC
+    num_blocks, block_size, max_model_len = 8, 4, 32
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return StepResult([7])
+
+
+def test_costs() -> None:
+    recorder = Recorder(Nothing(), SPEC, "bfloat16", "float16")
+    plan = StepPlan(work=[RowWork(0, 3, 5, [], True), RowWork(1, 10, 1, [], False)])
+    assert recorder.execute(plan).tokens == [7], "the result is passed on"
+    (cost,) = recorder.steps
+    assert (cost.sequences, cost.tokens) == (2, 6)
+    context = sum(position + 1 for position in (3, 4, 5, 6, 7, 10))
+    assert cost.flops == SPEC.flops(6, context, 1)
+    weights = 2 * (SPEC.matmul_parameters() + 50 * 8)
+    assert cost.bytes_read == weights + (8 + 11) * SPEC.kv_bytes_per_token("float16")
+    recorder.execute(StepPlan(work=[RowWork(0, 0, 1, [], False)]))
+    assert recorder.steps[1].bytes_read == 2 * SPEC.matmul_parameters() + SPEC.kv_bytes_per_token("float16"), "no row of logits, no head"

@@ -1,0 +1,234 @@
+"""config.json → TransformerSpec, for every family, as transformers 4 and 5 write it; and everything that is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quire.errors import ModelLoadError
+from quire.models.families import FAMILIES, find_family, spec_from_config
+from quire.models.spec import RopeSpec
+from sample_models import GPT2, LLAMA, MISTRAL, OPT, QWEN2, QWEN3
+
+ALL = [LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def version5(config: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration as transformers 5 writes it."""
+    new = {name: value for name, value in config.items() if name not in ("torch_dtype", "rope_theta", "rope_scaling")}
+    new["dtype"] = config.get("torch_dtype", "float32")
+    if "rope_theta" in config:
+        new["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"], **(config["rope_scaling"] or {})}
+    return new
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda c: c["model_type"])
+def test_both_forms_give_the_same_spec(config: dict[str, Any]) -> None:
+    spec = spec_from_config(config)
+    assert spec == spec_from_config(version5(config))
+    assert spec.architecture == config["architectures"][0]
+    assert (spec.vocab_size, spec.hidden_size, spec.num_layers, spec.num_heads) == (1000, 96, 4, 6)
+    # Older files name no architecture.
+    assert spec == spec_from_config({name: value for name, value in config.items() if name != "architectures"})
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda c: c["model_type"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tensor_has_one_source(config: dict[str, Any], tied: bool) -> None:
+    spec = spec_from_config({**config, "tie_word_embeddings": tied})
+    sources = find_family(config).sources(spec)
+    assert sources.keys() == spec.tensor_shapes().keys()
+    assert len(set(sources.values())) == len(sources)
+    assert ("lm_head.weight" in sources) == (not tied)
+
+
+def test_llama() -> None:
+    spec = spec_from_config(LLAMA)
+    assert (spec.norm, spec.norm_eps, spec.gated, spec.activation) == ("rms", 1e-5, True, "silu")
+    assert (spec.num_kv_heads, spec.head_dim, spec.intermediate_size, spec.max_positions) == (2, 16, 200, 4096)
+    assert not any((spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.norm_bias, spec.head_norm, spec.tied))
+    assert spec.rope == RopeSpec(500000.0, 16)
+    assert spec.dtype == "bfloat16"
+    spec = spec_from_config({**LLAMA, "attention_bias": True, "mlp_bias": True, "head_dim": 24, "num_key_value_heads": None})
+    assert spec.qkv_bias
+    assert spec.o_bias
+    assert spec.mlp_bias
+    assert (spec.head_dim, spec.num_kv_heads) == (24, 6)
+    assert spec_from_config({**LLAMA, "rope_theta": None}).rope == RopeSpec(10000.0, 16)
+
+
+@pytest.mark.parametrize("form", [lambda c: c, version5], ids=["4", "5"])
+def test_rope_scaling(form: Any) -> None:
+    linear = spec_from_config(form({**LLAMA, "rope_scaling": {"type" if form is not version5 else "rope_type": "linear", "factor": 4.0}}))
+    assert linear.rope == RopeSpec(500000.0, 16, "linear", 4.0)
+    llama3 = spec_from_config(form({**LLAMA, "rope_scaling": LLAMA3}))
+    assert llama3.rope == RopeSpec(500000.0, 16, "llama3", 8.0, 1.0, 4.0, 8192)
+
+
+def test_llama3_frequencies() -> None:
+    """Against the three cases of the published code, in float64."""
+    for theta, dim, original, factor in ((500000.0, 128, 8192, 8.0), (500000.0, 64, 8192, 32.0), (500.0, 16, 32, 8.0)):
+        rope = RopeSpec(theta, dim, "llama3", factor, 1.0, 4.0, original)
+        plain = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+        expected = []
+        for frequency in plain:
+            wavelength = 2 * math.pi / frequency
+            if wavelength < original / 4.0:
+                expected.append(frequency)
+            elif wavelength > original / 1.0:
+                expected.append(frequency / factor)
+            else:
+                smooth = (original / wavelength - 1.0) / (4.0 - 1.0)
+                expected.append((1 - smooth) * frequency / factor + smooth * frequency)
+        np.testing.assert_allclose(rope.inverse_frequencies(), expected, rtol=1e-14)
+        assert len({round(e / p, 6) for e, p in zip(expected, plain, strict=True)}) >= 3  # all three cases occur
+
+
+def test_mistral_windows() -> None:
+    assert spec_from_config(MISTRAL).windows == ()
+    assert spec_from_config({**MISTRAL, "sliding_window": 1024}).windows == (1024,) * 4
+    assert spec_from_config({**MISTRAL, "sliding_window": 4096}).windows == ()  # as long as the context
+    absent = {name: value for name, value in MISTRAL.items() if name != "sliding_window"}
+    assert spec_from_config({**absent, "max_position_embeddings": 32768}).windows == (4096,) * 4
+    assert spec_from_config({**MISTRAL, "head_dim": 128}).head_dim == 128
+
+
+def test_qwen() -> None:
+    spec = spec_from_config(QWEN2)
+    assert spec.qkv_bias
+    assert not spec.o_bias
+    assert not spec.head_norm
+    assert spec.windows == ()
+    assert spec_from_config({**QWEN2, "use_sliding_window": True}).windows == (0, 0, 0, 1024)
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    assert spec_from_config({**QWEN2, "use_sliding_window": True, "layer_types": kinds}).windows == (1024, 0, 0, 1024)
+    assert spec_from_config({**QWEN2, "layer_types": ["full_attention"] * 4, "sliding_window": None}).windows == ()
+    spec = spec_from_config(QWEN3)
+    assert spec.head_norm
+    assert spec.head_dim == 32
+    assert not spec.qkv_bias
+    spec = spec_from_config({**QWEN3, "attention_bias": True, "head_dim": None})
+    assert spec.qkv_bias
+    assert spec.o_bias
+    assert spec.head_dim == 128
+
+
+def test_gpt2() -> None:
+    spec = spec_from_config(GPT2)
+    assert (spec.norm, spec.norm_bias, spec.gated, spec.activation) == ("layer", True, False, "gelu_tanh")
+    assert spec.rope is None
+    assert spec.tied
+    assert (spec.intermediate_size, spec.max_positions, spec.position_offset, spec.scale) == (384, 512, 0, 0.25)
+    assert spec.dtype == "float32"
+    assert spec_from_config({**GPT2, "n_inner": 100}).intermediate_size == 100
+    assert spec_from_config({**GPT2, "scale_attn_weights": False}).scale == 1.0
+    sources = find_family(GPT2).sources(spec)
+    k = sources["layers.1.k.weight"]
+    assert (k.name, k.transpose, k.rows) == ("h.1.attn.c_attn.weight", True, (96, 192))
+    assert k.stored_shape((96, 96)) == (96, 288)
+    assert sources["layers.1.v.bias"].stored_shape((96,)) == (288,)
+
+
+def test_opt() -> None:
+    spec = spec_from_config(OPT)
+    assert (spec.norm, spec.norm_first, spec.final_norm, spec.activation, spec.gated) == ("layer", True, True, "relu", False)
+    assert spec.rope is None
+    assert spec.tied
+    assert spec.qkv_bias
+    assert spec.embed_size == 0
+    assert spec.tensor_shapes()["positions.weight"] == (514, 96)
+    post = spec_from_config({**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 40, "enable_bias": False})
+    assert (post.norm_first, post.final_norm, post.embed_size, post.qkv_bias, post.mlp_bias) == (False, False, 40, False, False)
+    assert post.tensor_shapes()["embed_in.weight"] == (96, 40)
+    assert not spec_from_config({**OPT, "_remove_final_layer_norm": True}).final_norm
+
+
+def test_end_of_text_ids() -> None:
+    assert spec_from_config(LLAMA).eos_token_ids == (2,)
+    spec = spec_from_config({**LLAMA, "eos_token_id": [7, 2]}, {"eos_token_id": [5, 7], "bos_token_id": 3})
+    assert (spec.eos_token_ids, spec.bos_token_id) == ((5, 7, 2), 3)
+    assert spec_from_config({**LLAMA, "eos_token_id": 50256, "bos_token_id": 50256}).eos_token_ids == ()
+    none = spec_from_config({**LLAMA, "eos_token_id": None, "bos_token_id": None})
+    assert (none.eos_token_ids, none.bos_token_id) == ((), None)
+    with pytest.raises(ModelLoadError, match="'eos_token_id' must be a token id"):
+        spec_from_config({**LLAMA, "eos_token_id": "</s>"})
+
+
+def test_parameter_formula() -> None:
+    """Known models, from the published counts."""
+    gpt2 = spec_from_config({**GPT2, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257})
+    assert gpt2.num_parameters() == 124_439_808
+    llama = spec_from_config({**LLAMA, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32,
+                              "intermediate_size": 14336, "vocab_size": 128256})  # fmt: skip
+    assert llama.num_parameters() == 8_030_261_248
+    assert llama.weight_bytes("bfloat16") == 16_060_522_496
+    assert llama.kv_bytes_per_token("float16") == 131_072
+    qwen = spec_from_config({**QWEN3, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 28,
+                             "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True})  # fmt: skip
+    assert qwen.num_parameters() == 596_049_920
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (LLAMA, {"architectures": ["MambaForCausalLM"]}, "architecture 'MambaForCausalLM' is not supported; supported: GPT2LMHeadModel, Llama"),
+    (LLAMA, {"architectures": None, "model_type": "mamba"}, "model_type 'mamba' is not supported"),
+    (LLAMA, {"architectures": [3]}, "architecture 3 is not supported"),
+    (LLAMA, {"quantization_config": {"quant_method": "awq"}}, "quantization_config .*awq.* is not supported"),
+    (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; supported: default, linear"),
+    (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),
+    (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+    (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling: 'factor' is missing"),
+    (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0}}, "'factor' must be a number above 0"),
+    (LLAMA, {"rope_scaling": {"type": "linear", "factor": float("nan")}}, "'factor' must be a number"),
+    (LLAMA, {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "'low_freq_factor' 1 must be below"),
+    (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+    (LLAMA, {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}}, "'mrope_section' is not supported"),
+    (LLAMA, {"rope_scaling": [1]}, "must be an object"),
+    (LLAMA, {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "contradict each other"),
+    (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "'full_attention' is not supported"),
+    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    (LLAMA, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25"),
+    (LLAMA, {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; supported: silu"),
+    (LLAMA, {"hidden_size": None}, "'hidden_size' is missing"),
+    (LLAMA, {"hidden_size": "96"}, "'hidden_size' must be an integer from 1 to"),
+    (LLAMA, {"hidden_size": True}, "'hidden_size' must be an integer"),
+    (LLAMA, {"num_hidden_layers": 10**12}, "'num_hidden_layers' must be an integer"),
+    (LLAMA, {"num_key_value_heads": 4}, "6 attention heads can't be divided among 4 key-value heads"),
+    (LLAMA, {"num_attention_heads": 7}, "can't be divided"),
+    (LLAMA, {"num_attention_heads": 10}, "'hidden_size' 96 is not a multiple of 'num_attention_heads' 10"),
+    (LLAMA, {"head_dim": 15}, "even head size, got 15"),
+    (LLAMA, {"rms_norm_eps": "small"}, "'rms_norm_eps' must be a number"),
+    (LLAMA, {"attention_bias": 1}, "'attention_bias' must be true or false"),
+    (LLAMA, {"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
+    (LLAMA, {"torch_dtype": 16}, "dtype 16 is not supported"),
+    (LLAMA, {"sliding_window": 512}, "sliding_window 512 is not supported"),
+    (MISTRAL, {"layer_types": ["sliding_attention"] * 4}, "'layer_types'"),
+    (QWEN2, {"layer_types": ["chunked_attention"] * 4}, "layer type 'chunked_attention'"),
+    (QWEN2, {"layer_types": ["full_attention"]}, "one type for each of the 4 layers"),
+    (QWEN2, {"layer_types": ["sliding_attention"] * 4}, "turns it off"),
+    (QWEN2, {"dual_chunk_attention_config": {}}, "dual_chunk_attention_config"),
+    (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True is not supported"),
+    (GPT2, {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn True is not supported"),
+    (GPT2, {"add_cross_attention": True}, "add_cross_attention True is not supported"),
+    (GPT2, {"n_head": 7}, "not a multiple"),
+    (OPT, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False is not supported"),
+    (OPT, {"num_attention_heads": 7}, "not a multiple"),
+]
+
+
+@pytest.mark.parametrize(("config", "change", "message"), REFUSED, ids=lambda v: v if isinstance(v, str) else None)
+def test_refused(config: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    values = {**config, **change}
+    if values["architectures"] is None:
+        del values["architectures"]
+    with pytest.raises(ModelLoadError, match=message) as error:
+        spec_from_config(values, None, "m/config.json")
+    assert error.value.message.startswith("m/config.json")
+
+
+def test_registry_is_consistent() -> None:
+    assert {f.architecture for f in FAMILIES.values()} == set(FAMILIES)
+    assert len({f.model_type for f in FAMILIES.values()}) == len(FAMILIES)

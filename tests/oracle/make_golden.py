@@ -1,0 +1,62 @@
+"""Write tests/fixtures/golden: tiny models of every family with the logits and greedy tokens that transformers computes.
+
+    PYTHONPATH=tests .venv/bin/python tests/oracle/make_golden.py      (after make test-oracle, which installs what it needs)
+
+They let ``make test`` check the backend against transformers without installing it. Each folder holds a model and
+``golden.npz``: ``prompt`` [P], ``tokens`` [64] (greedy, end-of-text ignored), ``logits`` [P + 64, vocab] float32 of prompt and
+tokens. Weights are stored in the dtype of the case; the logits are computed in float32 from the stored values.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from oracle.models import LLAMA3, Case, build, decisive_prompt, heads, logits, save
+
+OUT = Path(__file__).parents[1] / "fixtures" / "golden"
+_SMALL = {"hidden_size": 24, "intermediate_size": 32, "max_position_embeddings": 256}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+GOLDEN = [
+    (Case("llama-llama3", "llama", heads(3, 1, rope_parameters=LLAMA3, **_SMALL)), torch.float32),
+    (Case("llama-biases-linear", "llama", heads(2, 2, attention_bias=True, mlp_bias=True, rope_parameters=_LINEAR, head_dim=10, **_SMALL)),
+     torch.float16),
+    (Case("mistral-window", "mistral", heads(6, 2, sliding_window=11, **_SMALL)), torch.bfloat16),
+    (Case("qwen2-windows", "qwen2", heads(3, 3, use_sliding_window=True, sliding_window=9, max_window_layers=1, **_SMALL)), torch.bfloat16),
+    (Case("qwen3-tied", "qwen3", heads(4, 2, head_dim=16, tie_word_embeddings=True, **_SMALL)), torch.float32),
+    (Case("gpt2", "gpt2", {"n_head": 3, "n_embd": 24}), torch.float32),
+    (Case("opt", "opt", {"num_attention_heads": 2, "hidden_size": 24, "ffn_dim": 40}), torch.float16),
+    (Case("opt-post-norm", "opt", {"num_attention_heads": 3, "hidden_size": 24, "ffn_dim": 40, "do_layer_norm_before": False,
+          "word_embed_proj_dim": 10}), torch.float32),
+]  # fmt: skip
+
+
+def write(case: Case, dtype: torch.dtype) -> None:
+    folder = OUT / case.name
+    stored = build(case).to(dtype)
+    save(stored, folder)
+    model = stored.float()
+    prompt, tokens = decisive_prompt(model, 41, 64)
+    np.savez_compressed(
+        folder / "golden.npz",
+        prompt=np.array(prompt, np.int32),
+        tokens=np.array(tokens, np.int32),
+        logits=logits(model, prompt + tokens).numpy(),
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    shutil.rmtree(OUT, ignore_errors=True)
+    for case, dtype in GOLDEN:
+        write(case, dtype)
+        size = sum(file.stat().st_size for file in (OUT / case.name).iterdir())
+        print(f"{case.name:24} {size / 1024:6.1f} KiB")
+
+
+if __name__ == "__main__":
+    main()

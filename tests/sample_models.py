@@ -1,0 +1,72 @@
+"""Small configurations of every family as transformers 4 writes them, and model folders made of random weights, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from quire.models.families import find_family, spec_from_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1000, "hidden_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 200, "max_position_embeddings": 4096,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": None, "tie_word_embeddings": False,
+    "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 1024,
+         "max_window_layers": 3}  # fmt: skip
+QWEN3 = {**QWEN2, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 1000, "n_embd": 96, "n_head": 6, "n_layer": 4,
+    "n_positions": 512, "n_ctx": 512, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
+    "bos_token_id": 999, "eos_token_id": 999,
+}  # fmt: skip
+OPT: dict[str, Any] = {
+    "architectures": ["OPTForCausalLM"], "model_type": "opt", "vocab_size": 1000, "hidden_size": 96, "num_attention_heads": 6,
+    "num_hidden_layers": 4, "ffn_dim": 200, "max_position_embeddings": 512, "word_embed_proj_dim": 96, "do_layer_norm_before": True,
+    "activation_function": "relu", "torch_dtype": "float16", "bos_token_id": 2, "eos_token_id": 2, "_remove_final_layer_norm": False,
+}  # fmt: skip
+
+STORED = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float64): "F64"}
+Tensors = dict[str, np.ndarray]
+
+
+def write_safetensors(
+    file: Path, tensors: Tensors, change: Callable[[dict[str, Any]], None] | None = None, cut: int = 0, pad: int = 0
+) -> None:
+    """Our own writer, so that broken files can be made. change: edits the header; cut: bytes removed at the end; pad: bytes added."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, array in tensors.items():
+        header[name] = {"dtype": STORED[array.dtype], "shape": list(array.shape), "data_offsets": [len(data), len(data) + array.nbytes]}
+        data += array.tobytes()
+    if change:
+        change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    body = len(text).to_bytes(8, "little") + text + data + bytes(pad)
+    file.write_bytes(body[: len(body) - cut])
+
+
+def checkpoint(config: dict[str, Any], dtype: Any = np.float32, prefix: bool = True) -> Tensors:
+    """Random tensors under the names that a checkpoint has; a fused tensor once."""
+    spec, family = spec_from_config(config), find_family(config)
+    rng, shapes, tensors = np.random.default_rng(0), spec.tensor_shapes(), {}
+    for name, source in family.sources(spec).items():
+        full = source.name if not prefix or source.name.startswith("lm_head") else family.prefixes[0] + source.name
+        if full not in tensors:
+            tensors[full] = rng.standard_normal(source.stored_shape(shapes[name])).astype(dtype)
+    return tensors
+
+
+def write_model(folder: Path, config: dict[str, Any], tensors: Tensors | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(folder / "model.safetensors", checkpoint(config) if tensors is None else tensors)
+    return folder

@@ -1,0 +1,177 @@
+"""Servers to test against: one in this process on a fake backend, and real ``quire serve`` processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from core.fake_backend import FakeBackend
+
+from quire.config import EngineConfig, ServerConfig
+from quire.core.engine import Engine
+from quire.core.plan import StepPlan, StepResult
+from quire.outputs import TokenLogprobs
+from quire.server.app import create_app
+from quire.server.client import EngineClient
+from quire.server.context import Context
+from quire.server.launch import open_socket
+from quire.server.uvicorn_server import EngineServer
+from quire.text.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+EMBEDDED = ROOT / "quire" / "models" / "embedded"
+DEADLINE_S = 60.0
+"""Nothing here takes this long; a wait beyond it is a failure, and not a slow machine."""
+
+
+class PacedBackend(FakeBackend):
+    """A fake backend that can be held, slowed down and broken, and that reports log-probabilities."""
+
+    def __init__(self, *, num_blocks: int = 256, max_model_len: int = 512, vocab_size: int) -> None:
+        super().__init__(num_blocks, 16, max_model_len, vocab_size)
+        self.go = threading.Event()
+        self.go.set()
+        self.delay_s = 0.0
+        self.broken = False
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        assert self.go.wait(DEADLINE_S)
+        time.sleep(self.delay_s)
+        if self.broken:
+            raise RuntimeError("the device is gone, says /secret/path")
+        result = super().execute(plan)
+        self.plans.clear()  # 200 clients make many
+        sampled = [work for work in plan.work if work.sample]
+        for i, work in enumerate(sampled):
+            if result.logprobs[i] is not None:
+                count = self.rows[work.row].start.params.logprobs or 0
+                top = [((result.tokens[i] + k) % self.spec.vocab_size, -0.5 - k) for k in range(count)]
+                result.logprobs[i] = TokenLogprobs((-0.5, 1), top)
+        return result
+
+
+class Server:
+    """A server in this process, on a thread of its own."""
+
+    def __init__(self, tokenizer: Tokenizer, backend: PacedBackend, **options: Any) -> None:
+        self.backend, self.tokenizer = backend, tokenizer
+        engine_options = {name: options.pop(name) for name in ("max_num_seqs",) if name in options}
+        self.engine = Engine(backend, EngineConfig(**engine_options))
+        self.client = EngineClient(self.engine.limits)
+        config = ServerConfig(port=0, **options)
+        self._socket = open_socket("127.0.0.1", 0)
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        app = create_app(Context(self.client, tokenizer, config, "fake", ()))
+        started = threading.Event()
+        self._server = EngineServer(app, self.client, self.engine, started.set, keep_alive_s=5, grace_s=2)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
+        self._thread.start()
+        assert started.wait(DEADLINE_S)
+
+    def stop(self) -> None:
+        self.backend.go.set()
+        self._server.should_exit = True
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+
+
+class Process:
+    """A real ``quire serve`` on the embedded model, or on another folder."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = start_process("--port", "0", *arguments)
+        self.banner = ""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.banner += line
+            if "Ctrl-C" in line:
+                break
+        match = re.search(r"http://[\w.\[\]:]+:(\d+)", self.banner)
+        if match is None:
+            raise AssertionError(f"no URL in the banner: {self.banner!r}; stderr: {self.process.communicate()[1]!r}")
+        self.port = int(match[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self, how: int = signal.SIGINT) -> tuple[int, str]:
+        """(exit code, stderr)"""
+        self.process.send_signal(how)
+        _, stderr = self.process.communicate(timeout=DEADLINE_S)
+        return self.process.returncode, stderr
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+def start_process(*arguments: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "quire.cli.main", "serve", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def health(url: str) -> dict[str, Any]:
+    answer = httpx.get(f"{url}/health", timeout=DEADLINE_S)
+    assert answer.status_code == 200, answer.text
+    value: dict[str, Any] = answer.json()
+    return value
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, f"waited for ever until {what}"
+        time.sleep(0.01)
+
+
+def wait_clean(url: str) -> None:
+    """Until nothing runs, nothing waits and every block is free."""
+
+    def clean() -> bool:
+        now = health(url)
+        return (now["running"], now["waiting"], now["kv_blocks_used"]) == (0, 0, 0)
+
+    wait_until(clean, "every block is free")
+
+
+def events(body: str) -> list[Any]:
+    """The events of a stream; ``[DONE]`` as that string."""
+    found = []
+    for line in body.split("\n\n"):
+        if line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            found.append(data if data == "[DONE]" else json.loads(data))
+        else:
+            assert not line or line.startswith(":"), f"not an event: {line!r}"
+    return found
+
+
+@contextlib.contextmanager
+def raw_request(port: int, path: str, body: object, *, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+    """A connection on which a POST was sent; closed at the end, whatever has arrived."""
+    payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with socket.socket() as connection:
+        connection.settimeout(DEADLINE_S)
+        if receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.connect(("127.0.0.1", port))
+        head = f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
+        connection.sendall(head.encode() + payload)
+        yield connection

@@ -1,0 +1,277 @@
+"""Bad input: the right status, the field, a message with the numbers and the remedy; the server goes on, no block leaks."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+from server.harness import DEADLINE_S, Server, health, raw_request, wait_clean
+
+COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"messages": HELLO, "max_tokens": 2} | fields
+
+
+def text(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "Hello", "max_tokens": 2} | fields
+
+
+# path, body, status, param, words that the message must have
+TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
+    # prompts
+    (COMPLETIONS, {}, 400, "prompt", ("required",)),
+    (COMPLETIONS, text(prompt=None), 400, "prompt", ("string",)),
+    (COMPLETIONS, text(prompt=""), 400, "prompt", ("empty",)),
+    (COMPLETIONS, text(prompt=[]), 400, "prompt", ("empty",)),
+    (COMPLETIONS, text(prompt=[[]]), 400, "prompt", ("empty",)),
+    (COMPLETIONS, text(prompt=["a", ""]), 400, "prompt", ("empty",)),
+    (COMPLETIONS, text(prompt=["a", 1]), 400, "prompt", ("got 1",)),
+    (COMPLETIONS, text(prompt=[1, True]), 400, "prompt", ("true",)),
+    (COMPLETIONS, text(prompt=[[1], [1.5]]), 400, "prompt", ("1.5",)),
+    (COMPLETIONS, text(prompt={"a": 1}), 400, "prompt", ("list of token ids",)),
+    (COMPLETIONS, text(prompt=[1] * 600), 400, "prompt", ("600", "512", "511", "--max-model-len")),
+    (COMPLETIONS, text(prompt="a b " * 1000), 400, "prompt", ("512", "shorten")),
+    (COMPLETIONS, text(prompt="x" * 100_000), 400, "prompt", ("100,000 bytes", "65,536", "128")),
+    (COMPLETIONS, text(prompt=[1] * 500, max_tokens=13), 400, "max_tokens", ("500", "13", "512", "at most 12")),
+    (COMPLETIONS, text(prompt=[1 << 20]), 400, "prompt", ("1048576", "4095")),
+    (COMPLETIONS, text(prompt=[-1]), 400, "prompt", ("-1", "4095")),
+    (COMPLETIONS, text(prompt=[1 << 80]), 400, "prompt", ("4095",)),
+    (COMPLETIONS, text(prompt=["a"] * 9), 400, "prompt", ("9", "at most 8")),
+    (COMPLETIONS, text(prompt=["a"] * 8, n=129), 400, "n", ("128", "129")),
+    # numbers
+    (COMPLETIONS, text(max_tokens=0), 400, "max_tokens", ("from 1", "got 0")),
+    (COMPLETIONS, text(max_tokens=-5), 400, "max_tokens", ("-5",)),
+    (COMPLETIONS, text(max_tokens=10**30), 400, "max_tokens", ("from 1",)),
+    (COMPLETIONS, text(max_tokens="2"), 400, "max_tokens", ("an integer", '"2"')),
+    (COMPLETIONS, text(max_tokens=2.5), 400, "max_tokens", ("2.5",)),
+    (COMPLETIONS, text(max_tokens=True), 400, "max_tokens", ("an integer", "true")),
+    (COMPLETIONS, text(temperature=-1), 400, "temperature", ("from 0", "-1")),
+    (COMPLETIONS, text(temperature="hot"), 400, "temperature", ("a number", '"hot"')),
+    (COMPLETIONS, b'{"prompt": "a", "temperature": NaN}', 400, "temperature", ("nan",)),
+    (COMPLETIONS, b'{"prompt": "a", "temperature": Infinity}', 400, "temperature", ("inf",)),
+    (COMPLETIONS, b'{"prompt": "a", "temperature": 1e999}', 400, "temperature", ("inf",)),
+    (COMPLETIONS, b'{"prompt": "a", "logit_bias": {"1": NaN}}', 400, "logit_bias", ("nan",)),
+    (COMPLETIONS, text(top_p=0), 400, "top_p", ("above 0", "temperature=0")),
+    (COMPLETIONS, text(top_p=2), 400, "top_p", ("from 0 to 1", "got 2")),
+    (COMPLETIONS, text(top_k=-2), 400, "top_k", ("-2",)),
+    (COMPLETIONS, text(min_p=1.5), 400, "min_p", ("1.5",)),
+    (COMPLETIONS, text(n=0), 400, "n", ("from 1 to 128",)),
+    (COMPLETIONS, text(n=10**6), 400, "n", ("from 1 to 128",)),
+    (COMPLETIONS, text(logprobs=21), 400, "logprobs", ("20",)),
+    (COMPLETIONS, text(logprobs=-1), 400, "logprobs", ("-1",)),
+    (COMPLETIONS, text(logprobs=True), 400, "logprobs", ("an integer",)),
+    (COMPLETIONS, text(seed=1 << 64), 400, "seed", ("18446744073709551615",)),
+    (COMPLETIONS, text(seed="1"), 400, "seed", ("an integer",)),
+    (COMPLETIONS, text(presence_penalty=3), 400, "presence_penalty", ("3",)),
+    (COMPLETIONS, text(repetition_penalty=0), 400, "repetition_penalty", ("0.01",)),
+    (COMPLETIONS, text(min_tokens=5), 400, "min_tokens", ("5", "2")),
+    (COMPLETIONS, text(stop_token_ids=[99999]), 400, "stop_token_ids", ("99999", "4095")),
+    (COMPLETIONS, text(stop_token_ids=[1.5]), 400, "stop_token_ids.0", ("an integer",)),
+    (COMPLETIONS, text(logit_bias={"99999": 1}), 400, "logit_bias", ("99999", "4095")),
+    (COMPLETIONS, text(logit_bias={"x": 1}), 400, "logit_bias", ("'x'",)),
+    (COMPLETIONS, text(logit_bias={"1": 101}), 400, "logit_bias", ("101",)),
+    (COMPLETIONS, text(logit_bias={str(i): 1 for i in range(1025)}), 400, "logit_bias", ("1025", "1024")),
+    (COMPLETIONS, text(stop=5), 400, "stop", ("got 5",)),
+    (COMPLETIONS, text(stop=[""]), 400, "stop", ("non-empty",)),
+    (COMPLETIONS, text(stop=["a"] * 17), 400, "stop", ("17", "16")),
+    (COMPLETIONS, text(stop="x" * 2000), 400, "stop", ("2000", "1024")),
+    # combinations and what is not supported
+    (COMPLETIONS, text(stream_options={"include_usage": True}), 400, "stream_options", ("stream",)),
+    (COMPLETIONS, text(stream="yes"), 400, "stream", ("true or false",)),
+    (COMPLETIONS, text(best_of=3), 400, "best_of", ("3", "1")),
+    (COMPLETIONS, text(echo=True, logprobs=1), 400, "echo", ("logprobs",)),
+    (COMPLETIONS, text(suffix="x"), 400, "suffix", ("not supported",)),
+    (COMPLETIONS, text(use_beam_search=True), 400, "use_beam_search", ("not supported",)),
+    (COMPLETIONS, text(prompt_logprobs=1), 400, "prompt_logprobs", ("not supported",)),
+    (COMPLETIONS, text(guided_regex="a+"), 400, "guided_regex", ("not supported",)),
+    (COMPLETIONS, text(structured_outputs={"json": {}}), 400, "structured_outputs", ("not supported",)),
+    (COMPLETIONS, text(temprature=1), 400, "temprature", ("temperature",)),
+    (COMPLETIONS, text(zzz=1), 400, "zzz", ("unknown field", "max_tokens")),
+    (COMPLETIONS, text(model="gpt-5"), 404, "model", ("gpt-5", "fake")),
+    (COMPLETIONS, text(model=5), 400, "model", ("a string",)),
+    # chat
+    (CHAT, {}, 400, "messages", ("required",)),
+    (CHAT, chat(messages=[]), 400, "messages", ("at least one",)),
+    (CHAT, chat(messages="Hello"), 400, "messages", ("a list",)),
+    (CHAT, chat(messages=["Hello"]), 400, "messages.0", ("an object",)),
+    (CHAT, chat(messages=[{"role": "boss", "content": "a"}]), 400, "messages[0].role", ("boss",)),
+    (CHAT, chat(messages=[{"role": "user"}]), 400, "messages[0].content", ("missing",)),
+    (CHAT, chat(messages=[{"role": "user", "content": 5}]), 400, "messages[0].content", ("got 5",)),
+    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), 400, "messages[0].content", ("image_url", "text")),
+    (CHAT, chat(messages=[{"role": "user", "content": ""}]), 400, "prompt", ("empty",)),
+    (CHAT, chat(messages=[{"role": "user", "content": "a b " * 1000}]), 400, "prompt", ("512",)),
+    (CHAT, chat(messages=[{"role": "user", "content": "x" * 100_000}]), 400, "messages", ("65,536",)),
+    (CHAT, chat(max_completion_tokens=0), 400, "max_completion_tokens", ("max_completion_tokens", "got 0")),
+    (CHAT, chat(top_logprobs=2), 400, "top_logprobs", ("logprobs",)),
+    (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", ("top_logprobs", "20")),
+    (CHAT, chat(logprobs=1), 400, "logprobs", ("true or false",)),
+    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools", ("not supported",)),
+    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", ("not supported",)),
+    (CHAT, chat(add_generation_prompt=True, continue_final_message=True), 400, "continue_final_message", ("at most one",)),
+    (CHAT, chat(prompt="Hello"), 400, "prompt", ("unknown field",)),
+    # bodies
+    (COMPLETIONS, b"", 400, None, ("empty",)),
+    (COMPLETIONS, b'{"prompt": ', 400, None, ("JSON", "column")),
+    (COMPLETIONS, b"[1]", 400, None, ("a list",)),
+    (COMPLETIONS, b'"hello"', 400, None, ("a string",)),
+    (COMPLETIONS, b'{"prompt": "\xff\xfe"}', 400, None, ("UTF-8", "byte 12")),
+    (COMPLETIONS, b'{"prompt": "\\ud800"}', 400, None, ("JSON",)),
+    (COMPLETIONS, b'{"prompt": ' + b"[" * 50_000, 400, None, ("JSON",)),
+    (COMPLETIONS, b'{"prompt": "a", "seed": ' + b"9" * 50_000 + b"}", 400, None, ()),
+    (COMPLETIONS, b" " * 200_001, 413, None, ("200,001", "200,000", "--max-body-bytes")),
+    # tokenizing
+    (TOKENIZE, {}, 400, "prompt", ("either prompt or messages",)),
+    (TOKENIZE, {"prompt": 5}, 400, "prompt", ("a string",)),
+    (TOKENIZE, {"prompt": "a", "messages": HELLO}, 400, "prompt", ("not both",)),
+    (DETOKENIZE, {}, 400, "tokens", ("required",)),
+    (DETOKENIZE, {"tokens": [1, 99999]}, 400, "tokens", ("99999", "4096")),
+    (DETOKENIZE, {"tokens": [-1]}, 400, "tokens", ("-1",)),
+    (DETOKENIZE, {"tokens": [True]}, 400, "tokens.0", ("an integer",)),
+    (DETOKENIZE, {"tokens": "1"}, 400, "tokens", ("a list",)),
+]  # fmt: skip
+
+
+def check_error(answer: httpx.Response, status: int, param: str | None, words: tuple[str, ...]) -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    assert error["param"] == param, error
+    assert isinstance(error["code"], str)
+    for word in words:
+        assert word in error["message"], error
+    assert len(error["message"]) < 1500
+    assert "Traceback" not in answer.text
+    assert ".py" not in answer.text
+    if status < 500:
+        assert answer.headers["x-should-retry"] == "false"
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_table(fake: Server, stream: bool) -> None:
+    with httpx.Client(base_url=fake.url, timeout=DEADLINE_S) as client:
+        for path, body, status, param, words in TABLE:
+            if stream:
+                if not isinstance(body, dict) or path in (TOKENIZE, DETOKENIZE) or "stream" in body or "stream_options" in body:
+                    continue
+                body = body | {"stream": True}
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            answer = client.post(path, content=content, headers={"content-type": "application/json"})
+            try:
+                check_error(answer, status, param, words)
+            except AssertionError as e:
+                raise AssertionError(f"{path} {content[:200]!r}: {e}") from e
+        assert client.post(COMPLETIONS, json=text()).status_code == 200, "the server goes on"
+    wait_clean(fake.url)
+    fake.engine.check()
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+def test_wrong_content_type(fake: Server, kind: str) -> None:
+    answer = httpx.post(fake.url + COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": kind} if kind else {})
+    check_error(answer, 415, None, ("application/json",))
+
+
+def test_content_type_with_a_charset_is_fine(fake: Server) -> None:
+    answer = httpx.post(fake.url + COMPLETIONS, content=json.dumps(text()), headers={"content-type": "application/json; charset=utf-8"})
+    assert answer.status_code == 200
+
+
+def test_unknown_paths_and_methods(fake: Server) -> None:
+    check_error(httpx.get(fake.url + "/v2/nothing"), 404, None, ("/v2/nothing", "/v1/completions"))
+    check_error(httpx.get(fake.url + "/v1/completions/"), 404, None, ())
+    check_error(httpx.get(fake.url + COMPLETIONS), 405, None, ("POST",))
+    check_error(httpx.get(fake.url + "/v1/models/meta/llama"), 404, "model", ("meta/llama", "fake"))
+
+
+def test_chunked_body_is_cut_at_the_limit(fake: Server) -> None:
+    """Without a Content-Length the size shows only while reading."""
+    answer = httpx.post(fake.url + COMPLETIONS, content=(b"x" * 10_000 for _ in range(40)), headers={"content-type": "application/json"})
+    check_error(answer, 413, None, ("200,000",))
+
+
+def test_endless_body_is_cut_off(fake: Server) -> None:
+    """A client that never stops sending is not read for ever."""
+    with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
+        sent = 0
+        with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe
+            while sent < 100_000_000:
+                connection.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+                sent += 0x10000
+    wait_clean(fake.url)
+
+
+def test_expect_continue_is_refused_before_the_body(fake: Server) -> None:
+    with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 999999999\r\nexpect: 100-continue\r\n\r\n"
+        )
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"999,999,999" in answer
+
+
+def test_huge_headers(fake: Server) -> None:
+    for head in (
+        b"GET /health HTTP/1.1\r\nhost: x\r\nx-big: " + b"a" * 1_000_000,  # never ends
+        b"GET /" + b"a" * 1_000_000,
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1;ext=" + b"a" * 1_000_000,
+    ):
+        with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
+            answer = b""
+            try:
+                connection.sendall(head)
+                answer = connection.recv(65536)
+            except OSError:  # the server closed before it had read everything
+                pass
+            assert answer in (b"", answer) and (not answer or answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))), answer[:200]
+    assert health(fake.url)["status"] == "ok"
+
+
+def test_what_is_not_http(fake: Server) -> None:
+    with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
+        connection.sendall(b"\x16\x03\x01\x02\x00 this is TLS\r\n\r\n")
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b'"error"' in answer
+
+
+def test_client_that_leaves_in_the_middle_of_its_body(fake: Server) -> None:
+    with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
+        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"prompt"')
+    wait_clean(fake.url)
+
+
+def test_harmless_fields_are_ignored(fake: Server) -> None:
+    harmless = {
+        "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "suffix": None, "best_of": 1, "tools": None,
+        "response_format": {"type": "text"}, "use_beam_search": False, "stop": None, "ignore_eos": True, "logprobs": None, "n": 1,
+        "repetition_penalty": 1.0, "prompt_logprobs": None, "temperature": None, "not_known_but_null": None,
+    }  # fmt: skip
+    answer = httpx.post(fake.url + COMPLETIONS, json=text(**harmless))
+    assert answer.status_code == 200, answer.text
+
+
+def test_request_ids(fake: Server) -> None:
+    assert httpx.get(fake.url + "/health", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    assert httpx.get(fake.url + "/health", headers={"x-request-id": "a" * 500}).headers["x-request-id"].startswith("req-")
+    with raw_request(fake.port, COMPLETIONS, text(stream=True)) as connection:
+        assert b"x-request-id: req-" in connection.recv(65536)
+
+
+def test_error_messages_of_the_engine_are_not_shown() -> None:
+    """See test_engine_loop for the engine's death; here: the form of the fixed sentence."""
+    from quire.errors import QuireError
+    from quire.server.errors import INTERNAL, error_object
+
+    assert error_object(QuireError(INTERNAL))["error"]["type"] == "server_error"

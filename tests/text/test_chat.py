@@ -1,0 +1,133 @@
+"""Chat templates: what templates may rely on, and what bad messages get."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from quire.errors import InvalidRequestError, ModelLoadError
+from quire.text import chat
+from quire.text.chat import ChatTemplates
+
+CHATML = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+USER = {"role": "user", "content": "<b>Hi</b>"}
+
+
+def render(template: str, messages: Any = (USER,), generation: bool = True, final: bool = False, **variables: Any) -> str:
+    return ChatTemplates({"default": template}, {"bos_token": "<s>"}).render(messages, generation, final, variables)
+
+
+def test_chatml() -> None:
+    assert render(CHATML) == "<|im_start|>user\n<b>Hi</b><|im_end|>\n<|im_start|>assistant\n"
+    assert render(CHATML, generation=False) == "<|im_start|>user\n<b>Hi</b><|im_end|>\n"
+
+
+def test_what_templates_rely_on() -> None:
+    assert render("{{ bos_token }}{{ tools is none }}{{ documents is none }}") == "<s>TrueTrue"
+    assert render("{{ messages[0] | tojson }}") == '{"role": "user", "content": "<b>Hi</b>"}'
+    assert render("{{ {'b': 'é', 'a': 1} | tojson(indent=1, sort_keys=true) }}") == '{\n "a": 1,\n "b": "é"\n}'
+    assert render("{{ strftime_now('%Y') }}") == str(datetime.now().year)
+    assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
+    assert render("a{% generation %}b{{ messages[0].role }}{% endgeneration %}c") == "abuserc"
+    assert render("{% if true %}\n  x\n  {% endif %}") == "  x\n", "trim_blocks and lstrip_blocks"
+    assert render("{{ enable_thinking }}", enable_thinking=False) == "False"
+
+
+def test_the_templates_own_errors_are_shown() -> None:
+    with pytest.raises(InvalidRequestError, match="roles must alternate"):
+        render("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InvalidRequestError, match="does not accept this conversation"):
+        render("{{ messages[0].absent.deeper }}")
+    with pytest.raises(InvalidRequestError, match="does not accept this conversation"):
+        render("{{ 1 / 0 }}")
+    with pytest.raises(ModelLoadError, match="template is not valid"):
+        render("{% if %}")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ messages.append(1) }}",
+        "{{ range(1000000000) | list | length }}",
+        "{{ self.__init__.__globals__ }}",
+    ],
+)
+def test_the_sandbox_holds(attack: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        render(attack)
+
+
+def test_a_huge_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "MAX_RENDERED_CHARS", 1000)
+    with pytest.raises(InvalidRequestError, match="more than 1,000 characters"):
+        render("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    "messages", ["hi", {}, [], ["hi"], [{"content": "x"}], [{"role": "robot", "content": "x"}], [{"role": "user"}], None]
+)
+def test_bad_messages(messages: Any) -> None:
+    with pytest.raises(InvalidRequestError):
+        render(CHATML, messages)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (5, "must be a string or a list of parts"),
+        ([{"type": "image_url", "image_url": {"url": "data:"}}], "'image_url': this model reads text only"),
+        ([{"type": "text"}], "'text'"),
+        (object(), "only JSON values"),
+    ],
+)
+def test_bad_content(content: Any, says: str) -> None:
+    with pytest.raises(InvalidRequestError, match=says):
+        render(CHATML, [{"role": "user", "content": content}])
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert render("{{ messages[0].content }}", [{"role": "user", "content": parts}]) == "one\ntwo"
+
+
+def test_developer_is_system_unless_the_template_knows_it() -> None:
+    messages = [{"role": "developer", "content": "x"}]
+    assert render("{{ messages[0].role }}", messages) == "system"
+    assert render("{# developer #}{{ messages[0].role }}", messages) == "developer"
+
+
+def test_tool_calls_and_reasoning() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, 2]}'}}
+    message = {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [call]}
+    template = (
+        "{{ messages[0].tool_calls[0].function.arguments.x[1] }}{{ messages[0].content is defined }}{{ messages[0].reasoning_content }}"
+    )
+    assert render(template, [message]) == "2Falsehm"
+    assert call["function"]["arguments"] == '{"x": [1, 2]}', "the caller's messages stay as they are"
+    call["function"]["arguments"] = "{"
+    with pytest.raises(InvalidRequestError, match="arguments is not JSON"):
+        render(template, [message])
+
+
+def test_continue_final_message() -> None:
+    messages = [USER, {"role": "assistant", "content": "Once upon "}]
+    expected = "<|im_start|>user\n<b>Hi</b><|im_end|>\n<|im_start|>assistant\nOnce upon"
+    assert render(CHATML, messages, generation=False, final=True) == expected + " "
+    trimming = CHATML.replace("message.content +", "message.content | trim +")
+    assert render(trimming, messages, generation=False, final=True) == expected
+    with pytest.raises(InvalidRequestError, match="at most one"):
+        render(CHATML, messages, generation=True, final=True)
+    with pytest.raises(InvalidRequestError, match="leaves out"):
+        render("{{ messages[0].content }}", messages, generation=False, final=True)
+    with pytest.raises(InvalidRequestError, match="needs text"):
+        render(CHATML, [{"role": "assistant"}], generation=False, final=True)
