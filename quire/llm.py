@@ -97,7 +97,7 @@ class LLM:
         request = self._request(prompt, params or SamplingParams())
         if request.params.n != 1:
             raise InvalidRequestError(f"stream() gives one sample, got n={request.params.n}: use generate()", param="n")
-        assembler = OutputAssembler(self.tokenizer, request.params)
+        assembler = OutputAssembler(self.tokenizer, request.params, request.prompt_token_ids)
         self.engine.add(request)
         try:
             while self.engine.has_work and not assembler.finished:
@@ -112,7 +112,9 @@ class LLM:
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> Iterator[tuple[str, Choice]]:
         """Run all requests to their end; yields (request id, choice) as samples finish."""
-        assemblers = {(r.request_id, i): OutputAssembler(self.tokenizer, r.params) for r in requests for i in range(r.params.n)}
+        assemblers = {
+            (r.request_id, i): OutputAssembler(self.tokenizer, r.params, r.prompt_token_ids) for r in requests for i in range(r.params.n)
+        }
         progress = _Progress(len(assemblers), use_tqdm)
         try:
             for request in requests:

@@ -40,9 +40,15 @@ def _integer(name: str, value: object, low: int, high: int, hint: str = "") -> i
     return value
 
 
-def _sized(name: str, values: Sequence[object], limit: int) -> None:
+def _list(name: str, values: object, limit: int) -> Sequence[object]:
+    """``values`` as a list of at most ``limit`` entries; None is empty."""
+    if values is None:
+        return ()
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise InvalidRequestError(f"{name} must be a list, got {values!r:.60}", param=name)
     if len(values) > limit:
         raise InvalidRequestError(f"{name} has {len(values)} entries; at most {limit} are allowed", param=name)
+    return values
 
 
 @dataclass(slots=True, frozen=True)
@@ -112,30 +118,32 @@ class SamplingParams:
             )
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} must be true or false, got {getattr(self, name)!r:.60}", param=name)
         put("stop_token_ids", self._token_ids())
         put("logit_bias", self._bias())
         put("stop_strings", self._stops())
         put("stop", self.stop_strings)
 
     def _token_ids(self) -> tuple[int, ...]:
-        ids = self.stop_token_ids or ()
-        if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
-            raise InvalidRequestError(f"stop_token_ids must be a list of integers, got {ids!r:.60}", param="stop_token_ids")
-        _sized("stop_token_ids", ids, MAX_STOP_TOKEN_IDS)
+        ids = _list("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         return tuple(_integer("stop_token_ids", i, 0, (1 << 31) - 1) for i in ids)
 
     def _bias(self) -> dict[int, float] | None:
-        if not self.logit_bias:
+        if self.logit_bias is None:
             return None
-        _sized("logit_bias", list(self.logit_bias), MAX_LOGIT_BIAS)
-        return {
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequestError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r:.60}", param="logit_bias")
+        _list("logit_bias", list(self.logit_bias), MAX_LOGIT_BIAS)
+        bias = {
             _integer("logit_bias", token, 0, (1 << 31) - 1): _number("logit_bias", value, -100.0, 100.0)
             for token, value in self.logit_bias.items()
         }
+        return bias or None
 
     def _stops(self) -> tuple[str, ...]:
-        stops: Sequence[object] = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        _sized("stop", stops, MAX_STOP_STRINGS)
+        stops = _list("stop", [self.stop] if isinstance(self.stop, str) else self.stop, MAX_STOP_STRINGS)
         for s in stops:
             if not isinstance(s, str) or not s:
                 raise InvalidRequestError(f"stop must hold non-empty strings, got {s!r:.60}", param="stop")

@@ -62,13 +62,19 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}{%- endif -%}{%- endfor -%}"
 )
 PROMPTS = [
-    "def fibonacci(n):", "class Stack:\n    def __init__(self):", "import os\n\ndef ",
-    "for i in range(", "def read_lines(path):\n    with open(", "try:\n    import ",
-    "    def __repr__(self):\n        return", "if __name__ == \"__main__\":\n    ",
+    "def fibonacci(n):",
+    "class Stack:\n    def __init__(self):",
+    "import os\n\ndef ",
+    "for i in range(",
+    "def read_lines(path):\n    with open(",
+    "try:\n    import ",
+    "    def __repr__(self):\n        return",
+    'if __name__ == "__main__":\n    ',
 ]
 
 
 # ---------------------------------------------------------------- data
+
 
 def is_literal_heavy(text: str, tree: ast.Module) -> bool:
     """True for tables: over 4 KB with fewer than one statement per 400 characters."""
@@ -110,8 +116,7 @@ def read_stdlib() -> tuple[dict[str, list[tuple[str, str]]], dict[str, Any]]:
             groups["valid"].append((name, text))
         else:
             groups["train"].append((name, text))
-    lines = {name: {x for x in map(str.strip, text.splitlines()) if len(x) >= 20}
-             for name, text in groups["train"] + groups["valid"]}
+    lines = {name: {x for x in map(str.strip, text.splitlines()) if len(x) >= 20} for name, text in groups["train"] + groups["valid"]}
     for pair in list(groups["valid"]):  # near-copies of a training file are no validation
         own = lines[pair[0]]
         if any(len(own & lines[other]) * 4 > len(own) for other, _ in groups["train"]):
@@ -127,8 +132,11 @@ def read_stdlib() -> tuple[dict[str, list[tuple[str, str]]], dict[str, Any]]:
         for name, text in groups[group]:
             whole.update(f"{group} {name} {hashlib.sha256(text.encode()).hexdigest()}\n".encode())
     info = {
-        "python": platform.python_version(), "sha256": whole.hexdigest(), "dropped": dropped,
-        "tables": tables, "valid_files": [name for name, _ in groups["valid"]],
+        "python": platform.python_version(),
+        "sha256": whole.hexdigest(),
+        "dropped": dropped,
+        "tables": tables,
+        "valid_files": [name for name, _ in groups["valid"]],
         "files": {g: len(docs) for g, docs in groups.items()},
         "bytes": {g: sum(len(t.encode()) for _, t in docs) for g, docs in groups.items()},
     }
@@ -138,14 +146,19 @@ def read_stdlib() -> tuple[dict[str, list[tuple[str, str]]], dict[str, Any]]:
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE; the alphabet is all 256 bytes, so any text round-trips."""
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[EOS_TEXT], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB, special_tokens=[EOS_TEXT], show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+        ),
+    )
     return tok
 
 
@@ -179,10 +192,9 @@ class Stream:
         if length != self.length or not self.queue:
             self.length = length
             order = self.rng.permutation(len(self.docs))
-            joined = np.concatenate([self.docs[i] for i in order])[self.rng.integers(length):]
+            joined = np.concatenate([self.docs[i] for i in order])[self.rng.integers(length) :]
             count = (len(joined) - 1) // length
-            self.queue = [joined[i * length: (i + 1) * length + 1]
-                          for i in self.rng.permutation(count)]
+            self.queue = [joined[i * length : (i + 1) * length + 1] for i in self.rng.permutation(count)]
         return self.queue.pop()
 
 
@@ -211,19 +223,25 @@ class IndentSplitter:
 
 # ---------------------------------------------------------------- model
 
+
 class Block(nn.Module):
     """One decoder layer; the parameter names are those of transformers' Llama."""
 
     def __init__(self) -> None:
         super().__init__()
+
         def linear(n: int, m: int) -> nn.Linear:
             return nn.Linear(n, m, bias=False)
-        self.self_attn = nn.ModuleDict({
-            "q_proj": linear(HIDDEN, HEADS * HEAD_DIM), "k_proj": linear(HIDDEN, KV_HEADS * HEAD_DIM),
-            "v_proj": linear(HIDDEN, KV_HEADS * HEAD_DIM), "o_proj": linear(HEADS * HEAD_DIM, HIDDEN)})
-        self.mlp = nn.ModuleDict({
-            "gate_proj": linear(HIDDEN, INNER), "up_proj": linear(HIDDEN, INNER),
-            "down_proj": linear(INNER, HIDDEN)})
+
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": linear(HIDDEN, HEADS * HEAD_DIM),
+                "k_proj": linear(HIDDEN, KV_HEADS * HEAD_DIM),
+                "v_proj": linear(HIDDEN, KV_HEADS * HEAD_DIM),
+                "o_proj": linear(HEADS * HEAD_DIM, HIDDEN),
+            }
+        )
+        self.mlp = nn.ModuleDict({"gate_proj": linear(HIDDEN, INNER), "up_proj": linear(HIDDEN, INNER), "down_proj": linear(INNER, HIDDEN)})
         self.input_layernorm = nn.RMSNorm(HIDDEN, NORM_EPS)
         self.post_attention_layernorm = nn.RMSNorm(HIDDEN, NORM_EPS)
 
@@ -250,10 +268,13 @@ class Llama(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(VOCAB, HIDDEN),
-            "layers": nn.ModuleList(Block() for _ in range(LAYERS)),
-            "norm": nn.RMSNorm(HIDDEN, NORM_EPS)})
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(VOCAB, HIDDEN),
+                "layers": nn.ModuleList(Block() for _ in range(LAYERS)),
+                "norm": nn.RMSNorm(HIDDEN, NORM_EPS),
+            }
+        )
         inv = ROPE_THETA ** (-torch.arange(0, HEAD_DIM, 2).float() / HEAD_DIM)
         angle = torch.outer(torch.arange(CONTEXT).float(), torch.cat((inv, inv)))
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -285,14 +306,13 @@ def losses(model: nn.Module, stream: np.ndarray, length: int, limit: int | None 
         starts = starts[:: max(1, len(starts) // limit)][:limit]
     ids, out = torch.from_numpy(stream), []
     for at in starts:
-        window = ids[at: at + length + 1]
+        window = ids[at : at + length + 1]
         out.append(model(window[None, :-1], window[None, 1:], reduction="none").numpy())
     return np.concatenate(out)
 
 
 @torch.no_grad()
-def complete(model: Llama, tok: Tokenizer, prompt: str, count: int = 96,
-             temperature: float = 0.0, seed: int = 0) -> str:
+def complete(model: Llama, tok: Tokenizer, prompt: str, count: int = 96, temperature: float = 0.0, seed: int = 0) -> str:
     """The text that follows `prompt`: at most `count` tokens, up to end of document."""
     gen = torch.Generator().manual_seed(seed)
     ids = [EOS, *tok.encode(prompt, add_special_tokens=False).ids]
@@ -308,6 +328,7 @@ def complete(model: Llama, tok: Tokenizer, prompt: str, count: int = 96,
 
 
 # ---------------------------------------------------------------- training
+
 
 def shape(progress: float) -> float:
     """Learning-rate factor: warm up for 2 %, hold until 40 %, then linearly to zero."""
@@ -325,7 +346,8 @@ def train(args: argparse.Namespace) -> None:
     rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=0.05, momentum=0.95),
-        torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     base = [args.muon_lr, args.adam_lr]
     state = {"step": 0, "seconds": 0.0, "tokens": 0, "library": 0}  # "library": tokens that were not from tests
     checkpoint = out / "checkpoint.pt"
@@ -350,8 +372,7 @@ def train(args: argparse.Namespace) -> None:
 
     def save() -> None:
         part = checkpoint.with_suffix(".part")
-        torch.save({"model": model.state_dict(), "state": state,
-                    "optimizers": [opt.state_dict() for opt in optimizers]}, part)
+        torch.save({"model": model.state_dict(), "state": state, "optimizers": [opt.state_dict() for opt in optimizers]}, part)
         part.replace(checkpoint)
 
     while True:
@@ -387,11 +408,17 @@ def train(args: argparse.Namespace) -> None:
         if last or state["seconds"] >= next_eval:
             next_eval = state["seconds"] + args.eval_minutes * 60
             score = losses(model, valid, CONTEXT, None if last else 16).mean()
-            line = {"minutes": round(state["seconds"] / 60, 2), "step": state["step"],
-                    "tokens": state["tokens"], "train": round(float(np.mean(running)), 4),
-                    "valid": round(float(score), 4), "length": length,
-                    "rate": round(shape(progress), 3), "norm": round(float(norm), 3),
-                    "per_second": round(args.batch_tokens / statistics.median(recent))}
+            line = {
+                "minutes": round(state["seconds"] / 60, 2),
+                "step": state["step"],
+                "tokens": state["tokens"],
+                "train": round(float(np.mean(running)), 4),
+                "valid": round(float(score), 4),
+                "length": length,
+                "rate": round(shape(progress), 3),
+                "norm": round(float(norm), 3),
+                "per_second": round(args.batch_tokens / statistics.median(recent)),
+            }
             running.clear()
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -406,6 +433,7 @@ def train(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------- export
 
+
 def export(out: Path, folder: Path) -> None:
     """Write the checkpoint in `out` as a folder that transformers and Quire load."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -414,25 +442,46 @@ def export(out: Path, folder: Path) -> None:
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden_act": "silu",
-        "max_position_embeddings": CONTEXT, "rope_theta": ROPE_THETA, "rope_scaling": None,
-        "rms_norm_eps": NORM_EPS, "attention_bias": False, "attention_dropout": 0.0,
-        "mlp_bias": False, "pretraining_tp": 1, "initializer_range": 0.02, "use_cache": True,
-        "tie_word_embeddings": True, "bos_token_id": EOS, "eos_token_id": EOS,
-        "torch_dtype": "bfloat16", "transformers_version": "4.57.0"}
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "max_position_embeddings": CONTEXT,
+        "rope_theta": ROPE_THETA,
+        "rope_scaling": None,
+        "rms_norm_eps": NORM_EPS,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "tie_word_embeddings": True,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.57.0",
+    }
     generation = {"bos_token_id": EOS, "eos_token_id": EOS, "transformers_version": "4.57.0"}
-    special = {"content": EOS_TEXT, "lstrip": False, "normalized": False, "rstrip": False,
-               "single_word": False, "special": True}
+    special = {"content": EOS_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT,
-        "bos_token": EOS_TEXT, "eos_token": EOS_TEXT, "add_bos_token": False,
-        "add_eos_token": False, "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {str(EOS): special}, "chat_template": CHAT_TEMPLATE}
-    for name, value in (("config.json", config), ("generation_config.json", generation),
-                        ("tokenizer_config.json", tokenizer_config)):
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": CONTEXT,
+        "bos_token": EOS_TEXT,
+        "eos_token": EOS_TEXT,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(EOS): special},
+        "chat_template": CHAT_TEMPLATE,
+    }
+    for name, value in (("config.json", config), ("generation_config.json", generation), ("tokenizer_config.json", tokenizer_config)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     (folder / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes())
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
@@ -449,6 +498,7 @@ def load_exported(folder: Path) -> Llama:
 
 # ---------------------------------------------------------------- report
 
+
 class NGram:
     """Interpolated absolute discounting up to trigrams: each order takes a discount off
     its counts and gives that mass to the order below, down to a uniform distribution."""
@@ -464,7 +514,7 @@ class NGram:
     def keys(tokens: np.ndarray, order: int) -> np.ndarray:
         """One number per predicted token (all but the first) and its context."""
         padded = np.concatenate([[EOS], tokens])
-        return sum(padded[2 - i: len(padded) - i] * VOCAB**i for i in range(order))
+        return sum(padded[2 - i : len(padded) - i] * VOCAB**i for i in range(order))
 
     def losses(self, tokens: np.ndarray, discounts: list[float]) -> np.ndarray:
         """Loss in nats per predicted token, of the order that `discounts` is long."""
@@ -521,7 +571,7 @@ def function_headers(texts: list[str], count: int) -> list[str]:
         lines = text.splitlines(keepends=True)
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
-                header = textwrap.dedent("".join(lines[node.lineno - 1: node.body[0].lineno - 1]))
+                header = textwrap.dedent("".join(lines[node.lineno - 1 : node.body[0].lineno - 1]))
                 if header.rstrip().endswith(":") and header.count("\n") == 1:
                     headers.append(header.rstrip())
     return headers[:: max(1, len(headers) // count)][:count]
@@ -557,13 +607,12 @@ def report(out: Path) -> None:
     headers = function_headers([tok.decode(doc[1:].tolist()) for doc in data["valid"]], 50)
     print(f"\n| Temperature | completions of {len(headers)} held-out function headers that parse |\n|---|---:|")
     for temperature in (0.0, 0.2, 0.8):
-        good = sum(parses(h + complete(model, tok, h, 96, temperature, seed))
-                   for seed, h in enumerate(headers))
+        good = sum(parses(h + complete(model, tok, h, 96, temperature, seed)) for seed, h in enumerate(headers))
         figures[f"parses at {temperature}"] = good / len(headers)
         print(f"| {temperature} | {good} of {len(headers)} |", flush=True)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     print("\n| minute | tokens, millions | learning rate | training loss | validation loss |\n|---:|---:|---:|---:|---:|")
-    for line in [*log[:-1:max(1, len(log) // 16)], log[-1]]:
+    for line in [*log[: -1 : max(1, len(log) // 16)], log[-1]]:
         print(f"| {line['minutes']:.0f} | {line['tokens'] / 1e6:.2f} | {line['rate']:.2f} | {line['train']:.3f} | {line['valid']:.3f} |")
     for prompt in PROMPTS:
         for temperature in (0.0, 0.2, 0.8):
@@ -582,8 +631,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--length", type=int, default=512, help="window in most of the training")
-    parser.add_argument("--long-from", type=float, default=0.8,
-                        help="progress at which windows become the whole context")
+    parser.add_argument("--long-from", type=float, default=0.8, help="progress at which windows become the whole context")
     parser.add_argument("--micro-tokens", type=int, default=2048, help="tokens per forward pass")
     parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens per update")
     parser.add_argument("--muon-lr", type=float, default=0.01)
@@ -592,8 +640,7 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=10)
     parser.add_argument("--first-save-minutes", type=float, default=3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                        help="torch.compile (needs a C++ compiler)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile (needs a C++ compiler)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     out = Path(args.out)

@@ -27,6 +27,14 @@ class Backend(Protocol):
         """Run one step. Blocks until its tokens are known. Raises EngineError only when the device is unusable."""
         ...
 
+    def limits(self) -> tuple[float, float]:
+        """Measured limits of the device: memory read bandwidth in bytes/s, float32 peak in FLOP/s."""
+        ...
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step reads."""
+        ...
+
 
 Report = Callable[[str, float], None]
 """Called after each phase of loading with its name and seconds."""

@@ -7,7 +7,7 @@ two runs do the same work whatever the model says.
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from time import perf_counter
 from typing import Any
@@ -70,12 +70,12 @@ class Throughput:
     kv: KVUse
     flops: int
     bytes_read: int
-    limits: Limits | None
-    compute_fraction: float | None
+    limits: Limits
+    compute_fraction: float
     """flops, of what the machine could have done in the time."""
-    bandwidth_fraction: float | None
+    bandwidth_fraction: float
     """bytes_read, of what the machine could have read in the time."""
-    reached_fraction: float | None
+    reached_fraction: float
     """Least time of each step (reading or computing, whichever takes longer), summed, of the time that it took."""
     workload: dict[str, Any]
     engine: dict[str, Any]
@@ -95,7 +95,7 @@ def run(config: EngineConfig, num_requests: int, prompt: Lengths, output: Length
     engine = Engine(recorder, config)
     for request in (_request(0, WARM_UP), *(_request(i, w) for i, w in enumerate(workload))):
         engine.limits.check(request.prompt_token_ids, request.params)
-    limits = _measure(llm)
+    limits = Limits(*llm.backend.limits())
     _drain(engine, [WARM_UP])
     before, recorder.steps = engine.stats(), []
     start = perf_counter()
@@ -123,12 +123,6 @@ def _drain(engine: Engine, workload: list[WorkloadRequest]) -> list[EngineStats]
     return samples
 
 
-def _measure(llm: LLM) -> Limits | None:
-    """The machine's limits, where the backend can tell (it need not, so it is no part of the protocol)."""
-    measure = getattr(llm.backend, "limits", None)
-    return None if measure is None else Limits(*measure())
-
-
 def _summarize(
     workload: list[WorkloadRequest],
     elapsed: float,
@@ -136,11 +130,12 @@ def _summarize(
     samples: list[EngineStats],
     before: EngineStats,
     after: EngineStats,
-    limits: Limits | None,
+    limits: Limits,
 ) -> Throughput:
     prompt_tokens, output_tokens = sum(len(w.prompt_token_ids) for w in workload), sum(w.output_tokens for w in workload)
     flops, bytes_read = sum(s.flops for s in steps), sum(s.bytes_read for s in steps)
-    result = Throughput(
+    least = sum(max(s.flops / limits.flops_per_s, s.bytes_read / limits.bytes_per_s) for s in steps)
+    return Throughput(
         output_tokens_per_s=output_tokens / elapsed,
         total_tokens_per_s=(prompt_tokens + output_tokens) / elapsed,
         requests_per_s=len(workload) / elapsed,
@@ -157,20 +152,11 @@ def _summarize(
         flops=flops,
         bytes_read=bytes_read,
         limits=limits,
-        compute_fraction=None,
-        bandwidth_fraction=None,
-        reached_fraction=None,
-        workload={},
-        engine={},
-    )
-    if limits is None:
-        return result
-    least = sum(max(s.flops / limits.flops_per_s, s.bytes_read / limits.bytes_per_s) for s in steps)
-    return replace(
-        result,
         compute_fraction=flops / limits.flops_per_s / elapsed,
         bandwidth_fraction=bytes_read / limits.bytes_per_s / elapsed,
         reached_fraction=least / elapsed,
+        workload={},
+        engine={},
     )
 
 
@@ -192,15 +178,12 @@ def describe(r: Throughput) -> str:
         ("KV of blocks", f"{r.kv.used_of_allocated:.1%}", "of the positions in allocated blocks hold tokens"),
         ("KV of pool", f"{r.kv.used_of_pool:.1%}", f"mean, {r.kv.peak_used_of_pool:.1%} at most, of {r.kv.pool_positions:,} positions"),
         ("scheduling", f"{1 - r.backend_s / r.elapsed_s:.1%}", "of the time is spent outside the backend"),
+        (
+            "memory",
+            f"{r.limits.bytes_per_s / 1e9:.1f} GB/s",
+            f"read bandwidth, measured; {r.bandwidth_fraction:.1%} of it used for weights and KV",
+        ),
+        ("arithmetic", f"{r.limits.flops_per_s / 1e9:,.0f} GFLOP/s", f"float32, measured; {r.compute_fraction:.1%} of it used"),
+        ("reached", f"{r.reached_fraction:.1%}", "of the speed at which every step is bound by memory or arithmetic alone"),
     ]
-    if r.limits is not None and r.compute_fraction is not None and r.bandwidth_fraction is not None and r.reached_fraction is not None:
-        rows += [
-            (
-                "memory",
-                f"{r.limits.bytes_per_s / 1e9:.1f} GB/s",
-                f"read bandwidth, measured; {r.bandwidth_fraction:.1%} of it used for weights and KV",
-            ),
-            ("arithmetic", f"{r.limits.flops_per_s / 1e9:,.0f} GFLOP/s", f"float32, measured; {r.compute_fraction:.1%} of it used"),
-            ("reached", f"{r.reached_fraction:.1%}", "of the speed at which every step is bound by memory or arithmetic alone"),
-        ]
     return "\n".join(f"{name:<13}{value:>18}   {note}" for name, value, note in rows)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
+
+if TYPE_CHECKING:
+    from quire.llm import LLM
+    from quire.sampling_params import SamplingParams
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

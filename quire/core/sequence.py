@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from quire.outputs import SequenceOutput as SequenceOutput  # moved to quire.outputs
 from quire.sampling_params import SamplingParams
 
 

@@ -17,7 +17,7 @@ from quire.server.generation import Generation, Piece, new_id
 from quire.server.limits import max_text_bytes, read_json
 from quire.server.logprobs import chat_logprobs
 from quire.server.prompts import Prompt, chat_prompt
-from quire.server.sampling import chat_params
+from quire.server.sampling import chat_names, chat_params
 from quire.server.schemas import ChatCompletionRequest
 from quire.server.sse import EventStream, answer
 
@@ -27,19 +27,20 @@ async def chat_completions(request: Request) -> Response:
     body = parse(ChatCompletionRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
     params = chat_params(body)
-    prompt = await chat_prompt(
-        context,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        template_kwargs=body.chat_template_kwargs,
-        add_special_tokens=body.add_special_tokens,
-        max_bytes=max_text_bytes(context.max_model_len),
-    )
-    context.client.check()
     call_id = new_id("chatcmpl")
-    # A message that is continued goes on in the middle of its text.
-    generation = Generation(context, call_id, [(prompt, params)], continues_prompt=bool(body.continue_final_message))
+    with chat_names(body):
+        prompt = await chat_prompt(
+            context,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            template_kwargs=body.chat_template_kwargs,
+            add_special_tokens=body.add_special_tokens,
+            max_bytes=max_text_bytes(context.max_model_len),
+        )
+        # A message that is continued goes on in the middle of its text.
+        generation = Generation(context, call_id, [(prompt, params)], continues_prompt=bool(body.continue_final_message))
+    context.client.check()
     form = _Form(context, body, params, call_id, prompt)
     if body.stream:
         return EventStream(events(generation, form, body.stream_options))

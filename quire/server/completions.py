@@ -28,11 +28,11 @@ async def completions(request: Request) -> Response:
     context.check_model(body.model)
     params = completion_params(body)
     prompts = await completion_prompts(context, body.prompt, params.n, body.add_special_tokens is not False)
-    context.client.check()
     limits = context.client.limits
     call_id = new_id("cmpl")
     fitted = [(prompt, fit_default(params, body, len(prompt.token_ids), limits)) for prompt in prompts]
     generation = Generation(context, call_id, fitted, continues_prompt=True)
+    context.client.check()
     form = _Form(context, body, params, call_id, prompts)
     if body.stream:
         return EventStream(events(generation, form, body.stream_options))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from quire.core.admission import RequestLimits
@@ -36,14 +38,21 @@ def chat_params(body: ChatCompletionRequest) -> SamplingParams:
     """Raises InvalidRequestError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError(f"top_logprobs {body.top_logprobs} needs logprobs to be true", param="top_logprobs")
-    max_tokens, name = body.max_tokens, "max_tokens"
-    if body.max_completion_tokens is not None:
-        max_tokens, name = body.max_completion_tokens, "max_completion_tokens"
-    try:
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    with chat_names(body):
         return _params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+
+
+@contextmanager
+def chat_names(body: ChatCompletionRequest) -> Iterator[None]:
+    """Errors about a chat's parameters name them as the chat API does."""
+    max_tokens = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    try:
+        yield
     except InvalidRequestError as e:
-        renamed = {"max_tokens": name, "logprobs": "top_logprobs"}.get(e.param or "", e.param)
-        raise InvalidRequestError(e.message.replace(e.param or "", renamed or "", 1), param=renamed) from None
+        name = {"max_tokens": max_tokens, "logprobs": "top_logprobs", "prompt": "messages"}.get(e.param or "", e.param)
+        message = e.message if e.param in (None, "prompt") else e.message.replace(e.param or "", name or "")
+        raise type(e)(message, param=name) from None
 
 
 def _params(body: GenerationRequest, max_tokens: int | None, logprobs: int | None) -> SamplingParams:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from oracle.models import LLAMA3, Case, build, decisive_prompt, heads, logits, save
 
@@ -37,9 +38,9 @@ GOLDEN = [
 
 def write(case: Case, dtype: torch.dtype) -> None:
     folder = OUT / case.name
-    stored = build(case).to(dtype)
-    save(stored, folder)
-    model = stored.float()
+    save(build(case).to(dtype), folder)
+    # Loaded again and not cast back: .to(dtype) has rounded the rotary frequencies too.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     prompt, tokens = decisive_prompt(model, 41, 64)
     np.savez_compressed(
         folder / "golden.npz",

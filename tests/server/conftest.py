@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from server.harness import EMBEDDED, PacedBackend, Process, Server
 
 from quire.text.tokenizer import Tokenizer
+from server.harness import EMBEDDED, PacedBackend, Process, Server
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from core.fake_backend import FakeBackend
 
+from core.fake_backend import FakeBackend
 from quire.config import EngineConfig, ServerConfig
 from quire.core.engine import Engine
 from quire.core.plan import StepPlan, StepResult

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from server.harness import DEADLINE_S, Server, health, raw_request, wait_clean
 
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
@@ -103,9 +104,10 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (CHAT, chat(messages=[{"role": "boss", "content": "a"}]), 400, "messages[0].role", ("boss",)),
     (CHAT, chat(messages=[{"role": "user"}]), 400, "messages[0].content", ("missing",)),
     (CHAT, chat(messages=[{"role": "user", "content": 5}]), 400, "messages[0].content", ("got 5",)),
-    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), 400, "messages[0].content", ("image_url", "text")),
-    (CHAT, chat(messages=[{"role": "user", "content": ""}]), 400, "prompt", ("empty",)),
-    (CHAT, chat(messages=[{"role": "user", "content": "a b " * 1000}]), 400, "prompt", ("512",)),
+    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages[0].content", ("image_url", "text")),
+    (CHAT, chat(messages=[{"role": "user", "content": ""}]), 400, "messages", ("empty",)),
+    (CHAT, chat(messages=[{"role": "user", "content": "a b " * 1000}]), 400, "messages", ("512",)),
+    (CHAT, chat(max_completion_tokens=9000), 400, "max_completion_tokens", ("max_completion_tokens 9,000", "512")),
     (CHAT, chat(messages=[{"role": "user", "content": "x" * 100_000}]), 400, "messages", ("65,536",)),
     (CHAT, chat(max_completion_tokens=0), 400, "max_completion_tokens", ("max_completion_tokens", "got 0")),
     (CHAT, chat(top_logprobs=2), 400, "top_logprobs", ("logprobs",)),
@@ -200,19 +202,25 @@ def test_chunked_body_is_cut_at_the_limit(fake: Server) -> None:
 def test_endless_body_is_cut_off(fake: Server) -> None:
     """A client that never stops sending is not read for ever."""
     with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
         sent = 0
-        with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe
+        try:
             while sent < 100_000_000:
                 connection.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
                 sent += 0x10000
+        except OSError:  # reset, or a broken pipe
+            pass
+        assert sent < 100_000_000
     wait_clean(fake.url)
 
 
 def test_expect_continue_is_refused_before_the_body(fake: Server) -> None:
     with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 999999999\r\nexpect: 100-continue\r\n\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: 999999999\r\nexpect: 100-continue\r\n\r\n"
         )
         answer = b""
         while part := connection.recv(65536):
@@ -234,7 +242,7 @@ def test_huge_headers(fake: Server) -> None:
                 answer = connection.recv(65536)
             except OSError:  # the server closed before it had read everything
                 pass
-            assert answer in (b"", answer) and (not answer or answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))), answer[:200]
+            assert not answer or answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400")), answer[:200]
     assert health(fake.url)["status"] == "ok"
 
 
@@ -248,7 +256,9 @@ def test_what_is_not_http(fake: Server) -> None:
 
 def test_client_that_leaves_in_the_middle_of_its_body(fake: Server) -> None:
     with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
-        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"prompt"')
+        connection.sendall(
+            b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"prompt"'
+        )
     wait_clean(fake.url)
 
 
@@ -267,11 +277,3 @@ def test_request_ids(fake: Server) -> None:
     assert httpx.get(fake.url + "/health", headers={"x-request-id": "a" * 500}).headers["x-request-id"].startswith("req-")
     with raw_request(fake.port, COMPLETIONS, text(stream=True)) as connection:
         assert b"x-request-id: req-" in connection.recv(65536)
-
-
-def test_error_messages_of_the_engine_are_not_shown() -> None:
-    """See test_engine_loop for the engine's death; here: the form of the fixed sentence."""
-    from quire.errors import QuireError
-    from quire.server.errors import INTERNAL, error_object
-
-    assert error_object(QuireError(INTERNAL))["error"]["type"] == "server_error"

@@ -105,9 +105,7 @@ def convert(x: Floats, out: Floats) -> None:
 # Tokens of a step lie one sequence after the other: those of sequence s are query_start[s] to query_start[s + 1] - 1, the
 # first of them at absolute position start[s]; its blocks are row rows[s] of block_tables [any, max_blocks].
 
-def write_kv(
-    k: F32, v: F32, k_cache: Floats, v_cache: Floats, block_tables: I32, rows: I32, query_start: I32, start: I32
-) -> None:
+def write_kv(k: F32, v: F32, k_cache: Floats, v_cache: Floats, block_tables: I32, rows: I32, query_start: I32, start: I32) -> None:
     """Stores k and v [tokens, kv_heads, head_dim] (maybe views of a fused buffer) at the tokens' positions."""
 
 def paged_attention(

@@ -23,7 +23,9 @@ from quire.models.weights import load_model, resolve_model
 class CpuBackend:
     """Executes plans with a Decoder and a Sampler over a table of rows."""
 
-    def __init__(self, spec: TransformerSpec, folder: Path, decoder: Decoder, config: EngineConfig, num_blocks: int, max_model_len: int) -> None:
+    def __init__(
+        self, spec: TransformerSpec, folder: Path, decoder: Decoder, config: EngineConfig, num_blocks: int, max_model_len: int
+    ) -> None:
         self.spec = spec
         self.folder = folder
         self.decoder = decoder

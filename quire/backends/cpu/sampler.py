@@ -61,7 +61,11 @@ class Sampler:
         """One token for each of ``rows``; logits [len(rows), vocab] float32."""
         count = len(rows)
         tokens, status = np.zeros(count, np.int32), np.zeros(count, np.int32)
-        options: dict[str, Any] = {"temperature": self._floats["temperature"][rows], "seed": self._seed[rows], "position": self._rows.lengths[rows]}
+        options: dict[str, Any] = {
+            "temperature": self._floats["temperature"][rows],
+            "seed": self._seed[rows],
+            "position": self._rows.lengths[rows],
+        }
         for name, off in _OFF.items():
             values = self._floats[name][rows]
             if (values != off).any():
@@ -80,7 +84,9 @@ class Sampler:
         result = StepResult(tokens.tolist(), [None] * count)
         for i in np.flatnonzero(status):
             result.tokens[i] = -1
-            result.errors[int(rows[i])] = "the model's logits are not finite numbers: the weights may be damaged, or too large for their width"
+            result.errors[int(rows[i])] = (
+                "the model's logits are not finite numbers: the weights may be damaged, or too large for their width"
+            )
         if widest >= 0:
             for i in np.flatnonzero((num_logprobs >= 0) & (status == 0)):
                 n = num_logprobs[i]

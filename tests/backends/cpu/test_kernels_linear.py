@@ -41,7 +41,9 @@ def make(rng, m, n, k, dtype="float32"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 65, 33), (2, 64, 1024), (3, 100, 7), (7, 31, 1025), (31, 130, 257), (65, 200, 2100)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (1, 65, 33), (2, 64, 1024), (3, 100, 7), (7, 31, 1025), (31, 130, 257), (65, 200, 2100)]
+)
 def test_matches_float64(dtype, m, n, k):
     weight, x, bias = make(np.random.default_rng(m * n * k), m, n, k, dtype)
     packed = native.pack_linear(bits(weight))

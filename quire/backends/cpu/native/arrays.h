@@ -46,7 +46,7 @@ inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Elements from one index to the next along an axis; what an axis of length 1 says does not matter.
 template <class A> int64_t stride(const A& a, size_t axis, int64_t packed) {
-    return a.shape(axis) > 1 ? a.stride(axis) : packed;
+    return a.size() > 0 && a.shape(axis) > 1 ? a.stride(axis) : packed;
 }
 
 template <class A> void require_ndim(const A& a, size_t ndim, const char* name) {
@@ -56,7 +56,7 @@ template <class A> void require_ndim(const A& a, size_t ndim, const char* name) 
 template <class A> void require_contiguous(const A& a, const char* name) {
     int64_t packed = 1;
     for (size_t i = a.ndim(); i-- > 0; packed *= dim(a, i))
-        require(a.size() == 0 || stride(a, i, packed) == packed, std::string(name) + " must be C-contiguous");
+        require(stride(a, i, packed) == packed, std::string(name) + " must be C-contiguous");
 }
 
 template <class T, class A> void require_aligned(const A& a, const char* name) {
@@ -88,7 +88,7 @@ template <class A> Matrix2 matrix(const A& a, const char* name) {
     require_ndim(a, 2, name);
     Matrix2 m{data, dim(a, 0), dim(a, 1), 0};
     m.stride = stride(a, 0, m.cols);
-    require(m.cols <= 1 || a.stride(1) == 1, std::string(name) + ": the elements of a row must be adjacent");
+    require(stride(a, 1, 1) == 1, std::string(name) + ": the elements of a row must be adjacent");
     require(m.stride >= m.cols || m.rows <= 1, std::string(name) + ": rows must not overlap");
     return m;
 }
@@ -104,7 +104,7 @@ template <class A> Heads heads(const A& a, const char* name) {
     Heads h{data, dim(a, 0), dim(a, 1), dim(a, 2), 0, 0};
     h.head_stride = stride(a, 1, h.dim);
     h.stride = stride(a, 0, h.heads * h.head_stride);
-    require(h.dim <= 1 || a.stride(2) == 1, std::string(name) + ": the elements of a head must be adjacent");
+    require(stride(a, 2, 1) == 1, std::string(name) + ": the elements of a head must be adjacent");
     require((h.head_stride >= h.dim || h.heads <= 1) && (h.stride >= (h.heads - 1) * h.head_stride + h.dim || h.rows <= 1),
             std::string(name) + ": rows and heads must not overlap");
     return h;

@@ -40,7 +40,7 @@ Ragged check_ragged(const CheckedCache& c, int64_t tokens, const Array& tables, 
     require_aligned<int32_t>(tables, "block_tables");
     require_ndim(tables, 2, "block_tables");
     const int64_t width = dim(tables, 1), table_rows = dim(tables, 0), table_stride = stride(tables, 0, width);
-    require(width <= 1 || tables.stride(1) == 1, "block_tables: the entries of a row must be adjacent");
+    require(stride(tables, 1, 1) == 1, "block_tables: the entries of a row must be adjacent");
     const int32_t* rows = vector<int32_t>(rows_, "rows", "int32", -1);
     const int64_t seqs = dim(rows_, 0);
     const int32_t* query_start = vector<int32_t>(query_start_, "query_start", "int32", seqs + 1);

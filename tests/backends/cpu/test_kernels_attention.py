@@ -1,0 +1,232 @@
+"""Paged attention: right against float64, and the same bytes however a sequence was cut, placed and accompanied."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from quire.backends.cpu import _native as native
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@pytest.fixture(params=native.available_isas(), autouse=True)
+def isa(request):
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = native.num_threads()
+    yield
+    native.set_num_threads(before)
+
+
+class Layer:
+    """One layer's cache, NaN wherever nothing was written, with blocks dealt out at random."""
+
+    def __init__(self, kv_heads, head_dim, block_size, dtype="float32", blocks=400, sequences=8, seed=0):
+        self.block_size, self.dtype = block_size, DTYPES[dtype]
+        self.k = np.full((blocks, kv_heads, head_dim, block_size), np.nan, np.float32).astype(self.dtype)
+        self.v = np.full((blocks, kv_heads, block_size, head_dim), np.nan, np.float32).astype(self.dtype)
+        self.tables = np.full((sequences, blocks), -1, np.int32)
+        self.free = list(np.random.default_rng(seed).permutation(blocks))
+
+    def grow(self, row, tokens):
+        for b in range(-(-tokens // self.block_size)):
+            if self.tables[row, b] < 0:
+                self.tables[row, b] = self.free.pop()
+
+    def arrays(self):
+        return (self.k.view(np.uint16), self.v.view(np.uint16)) if self.dtype == ml_dtypes.bfloat16 else (self.k, self.v)
+
+    def run(self, parts, heads, scale, window=0):
+        """parts: (row, start, q, k, v) each. Writes k and v, attends, and returns one output for each part."""
+        rows = np.array([p[0] for p in parts], np.int32)
+        start = np.array([p[1] for p in parts], np.int32)
+        query_start = np.cumsum([0] + [len(p[2]) for p in parts], dtype=np.int32)
+        for row, first, q, _, _ in parts:
+            self.grow(row, first + len(q))
+        # q, k and v as views into one fused buffer, as the decoder has them.
+        q, k, v = (np.concatenate([p[i] for p in parts]) for i in (2, 3, 4))
+        fused = np.concatenate([q, k, v], axis=1)
+        kv_heads = k.shape[1]
+        where = (self.tables, rows, query_start, start)
+        native.write_kv(fused[:, heads : heads + kv_heads], fused[:, heads + kv_heads :], *self.arrays(), *where)
+        out = np.full((len(q), heads * q.shape[2]), np.nan, np.float32)
+        native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window)
+        return np.split(out, query_start[1:-1])
+
+
+def tokens(seed, n, heads, kv_heads, dim):
+    rng = np.random.default_rng(seed)
+    return tuple(rng.standard_normal((n, h, dim)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
+
+
+def reference(q, k, v, scale, window=0, last=None):
+    """All queries of a whole sequence (or the last few), in float64."""
+    n, heads, dim = q.shape
+    first = 0 if last is None else n - last
+    group = heads // k.shape[1]
+    k, v = (np.repeat(a.astype(np.float64), group, axis=1) for a in (k, v))
+    s = np.einsum("qhd,khd->hqk", q[first:].astype(np.float64), k) * scale
+    i, j = np.arange(first, n)[:, None], np.arange(n)[None]
+    s = np.where((j <= i) & ((window == 0) | (j > i - window)), s, -np.inf)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v).reshape(n - first, heads * dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size", "n", "window"),
+    [(1, 1, 8, 4, 1, 0), (4, 2, 64, 16, 70, 0), (9, 3, 64, 16, 130, 0), (6, 6, 20, 8, 65, 0), (8, 1, 128, 32, 90, 0),
+     (4, 4, 12, 64, 100, 30), (5, 1, 80, 256, 600, 0), (2, 1, 256, 128, 530, 100), (3, 1, 33, 4, 77, 1)],
+)  # fmt: skip
+def test_matches_float64(dtype, heads, kv_heads, dim, block_size, n, window):
+    q, k, v = tokens(n + dim, n, heads, kv_heads, dim)
+    layer = Layer(kv_heads, dim, block_size, dtype)
+    out = layer.run([(2, 0, q, k, v)], heads, dim**-0.5, window)[0]
+    exact = reference(q, k.astype(DTYPES[dtype]), v.astype(DTYPES[dtype]), dim**-0.5, window)
+    np.testing.assert_allclose(out, exact, rtol=1e-5, atol=3e-6)
+
+
+SHAPES = [(4, 2, 64, 0), (3, 3, 20, 0), (8, 1, 32, 0), (6, 2, 16, 200)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), SHAPES)
+def test_whole_chunks_and_decode_are_the_same_bytes(dtype, heads, kv_heads, dim, window):
+    """Also for every block size: what a token sees is fixed by its position, not by how it was computed or stored."""
+    n = 1100  # more than two splits
+    q, k, v = tokens(1, n, heads, kv_heads, dim)
+    whole = Layer(kv_heads, dim, 16, dtype).run([(0, 0, q, k, v)], heads, 0.3, window)[0]
+    assert np.isfinite(whole).all()
+    rng = np.random.default_rng(2)
+    for block_size in (4, 8, 16, 32, 64, 128, 256):
+        layer, at = Layer(kv_heads, dim, block_size, dtype, seed=block_size), 0
+        while at < n:
+            # Long chunks, a few single tokens after each.
+            size = min(n - at, int(rng.integers(100, 400)) if rng.random() < 0.3 else int(rng.choice([1, 1, 2, 17])))
+            cut = slice(at, at + size)
+            out = layer.run([(1, at, q[cut], k[cut], v[cut])], heads, 0.3, window)[0]
+            assert np.array_equal(out.view(np.uint32), whole[cut].view(np.uint32)), (block_size, at, size)
+            at += size
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), SHAPES)
+def test_neighbours_and_threads_do_not_matter(heads, kv_heads, dim, window):
+    lengths = [1300, 3, 64, 700]
+    sequences = [tokens(10 + i, n, heads, kv_heads, dim) for i, n in enumerate(lengths)]
+    alone = [Layer(kv_heads, dim, 16, "float16").run([(0, 0, *s)], heads, 0.3, window)[0] for s in sequences]
+    for threads in (1, 2, 3):
+        native.set_num_threads(threads)
+        layer = Layer(kv_heads, dim, 32, "float16")
+        # Prefill of some together with a chunk of others, then decode of all in one call, in another order.
+        split = [1298, 1, 40, 0]
+        layer.run([(i, 0, *(a[: split[i]] for a in s)) for i, s in enumerate(sequences) if split[i]], heads, 0.3, window)
+        parts = [(i, split[i], *(a[split[i] : n - 1] for a in sequences[i])) for i, n in enumerate(lengths)]
+        for (i, start, *_), out in zip(parts, layer.run(parts, heads, 0.3, window), strict=True):
+            assert np.array_equal(out, alone[i][start : lengths[i] - 1])
+        last = [(i, lengths[i] - 1, *(a[-1:] for a in sequences[i])) for i in (2, 0, 3, 1)]
+        for (i, *_), out in zip(last, layer.run(last, heads, 0.3, window), strict=True):
+            assert np.array_equal(out[0], alone[i][-1])
+
+
+def test_one_long_sequence_is_shared_by_the_threads():
+    """One KV head: the only parallelism is in the splits, which are merged in the order that one thread would take."""
+    q, k, v = tokens(20, 2900, 2, 1, 64)
+    whole = Layer(1, 64, 16, blocks=200).run([(0, 0, q, k, v)], 2, 0.2)[0]
+    np.testing.assert_allclose(whole[-3:], reference(q, k, v, 0.2, last=3), rtol=1e-5, atol=3e-6)
+    for threads in (1, 2, 3, 4):
+        native.set_num_threads(threads)
+        layer = Layer(1, 64, 16, blocks=200)
+        layer.run([(0, 0, q[:2896], k[:2896], v[:2896])], 2, 0.2)
+        out = layer.run([(0, 2896, q[2896:], k[2896:], v[2896:])], 2, 0.2)[0]
+        assert np.array_equal(out, whole[2896:])
+
+
+def test_extreme_scores():
+    """Large scores neither overflow nor lose the maximum; equal scores average."""
+    q, k, v = tokens(21, 200, 2, 1, 16)
+    out = Layer(1, 16, 16).run([(0, 0, q * 100, k * 100, v)], 2, 1.0)[0]
+    np.testing.assert_allclose(out, reference(q * 100, k * 100, v, 1.0), rtol=1e-3, atol=1e-3)
+    out = Layer(1, 16, 16).run([(0, 0, q * 0, k, v)], 2, 1.0)[0]
+    np.testing.assert_allclose(out, reference(q * 0, k, v, 1.0), rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_before_the_window_may_be_gone():
+    q, k, v = tokens(22, 300, 2, 1, 32)
+    whole = Layer(1, 32, 16).run([(0, 0, q, k, v)], 2, 0.2, window=50)[0]
+    layer = Layer(1, 32, 16)
+    layer.run([(0, 0, q[:299], k[:299], v[:299])], 2, 0.2, window=50)
+    layer.k[layer.tables[0, :15]] = np.nan
+    layer.v[layer.tables[0, :15]] = np.nan
+    layer.tables[0, :15] = -1  # positions 0 to 239; the window of 299 begins at 250
+    rows, start, ends = np.array([0], np.int32), np.array([299], np.int32), np.array([0, 1], np.int32)
+    where = (layer.tables, rows, ends, start)
+    native.write_kv(k[299:], v[299:], layer.k, layer.v, *where)
+    out = np.empty((1, 64), np.float32)
+    native.paged_attention(q[299:], layer.k, layer.v, out, *where, 0.2, 50)
+    assert np.array_equal(out[0], whole[299])
+
+
+def test_copy_and_fill_blocks():
+    rng = np.random.default_rng(23)
+    for shape, dtype in (((9, 2, 8, 4), np.float16), ((5, 3, 64, 256), np.float32), ((6, 7), np.int8)):
+        cache = rng.integers(0, 100, shape).astype(dtype)
+        expected = cache.copy()
+        expected[4], expected[2] = expected[1], expected[0]
+        expected[3] = expected[4]  # in order: the copy of a copy
+        native.copy_blocks(cache, np.array([[1, 4], [0, 2], [4, 3]], np.int32))
+        assert np.array_equal(cache, expected)
+        native.copy_blocks(cache, np.zeros((0, 2), np.int32))
+        with pytest.raises(ValueError, match="pairs"):
+            native.copy_blocks(cache, np.array([[0, shape[0]]], np.int32))
+    for dtype in (np.float32, np.float16, np.uint16):
+        cache = np.zeros((5, 2, 3), dtype)
+        native.fill_blocks(cache, np.array([1, 4], np.int32), float("nan"))
+        values = cache.view(ml_dtypes.bfloat16) if dtype == np.uint16 else cache
+        assert np.isnan(values[[1, 4]].astype(np.float32)).all()
+        assert not cache[[0, 2, 3]].any()
+
+
+def test_wrong_calls():
+    layer = Layer(2, 16, 32, blocks=10)
+    q, k, v = tokens(24, 3, 4, 2, 16)
+    layer.run([(0, 0, q, k, v)], 4, 1.0)
+    out = np.zeros((3, 64), np.float32)
+
+    def attend(q=q, k=layer.k, v=layer.v, out=out, tables=layer.tables, rows=(0,), ends=(0, 3), start=(0,), window=0):
+        ints = [np.array(a, np.int32) for a in (rows, ends, start)]
+        native.paged_attention(q, k, v, out, tables, *ints, 1.0, window)
+
+    attend()
+    for wrong, message in (
+        ({"rows": (8,)}, "rows"),
+        ({"rows": (-1,)}, "rows"),
+        ({"start": (30,)}, "block 1 of its table is -1"),
+        ({"start": (318,)}, "beyond the 10 blocks"),
+        ({"start": (2**31 - 4,)}, "beyond"),
+        ({"start": (-1,)}, "start"),
+        ({"ends": (0, 2)}, "query_start"),
+        ({"ends": (1, 3)}, "query_start"),
+        ({"rows": (0, 0), "ends": (0, 4, 3), "start": (0, 0)}, "decrease"),
+        ({"window": -1}, "window"),
+        ({"q": q[:, :3]}, "multiple"),
+        ({"q": q[:, :, :8]}, "multiple"),
+        ({"out": out[:, :60]}, "out must be"),
+        ({"k": layer.v}, "k_cache"),
+        ({"tables": np.full_like(layer.tables, 10)}, "outside the 10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(**wrong)
+    with pytest.raises(ValueError, match="power of two"):
+        attend(k=np.zeros((2, 2, 16, 12), np.float32), v=np.zeros((2, 2, 12, 16), np.float32))
+    with pytest.raises(TypeError, match="dtype"):
+        attend(k=layer.k.astype(np.float16))
+    with pytest.raises(TypeError, match="block_tables"):
+        attend(tables=layer.tables.astype(np.int64))
+    with pytest.raises(ValueError, match="k and v must be"):
+        native.write_kv(k[:, :1], v[:, :1], layer.k, layer.v, layer.tables, *(np.array(a, np.int32) for a in ((0,), (0, 3), (0,))))

@@ -1,0 +1,110 @@
+"""Instruction sets, threads, and what two compilations of one source may not share."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from quire.backends.cpu import _native as native
+
+
+def python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+                          capture_output=True, text=True, timeout=30, check=False)  # fmt: skip
+
+
+def test_instruction_sets():
+    available = native.available_isas()
+    assert available[-1] == "portable"
+    assert native.isa() in available
+    with pytest.raises(ValueError, match="choose one of .*portable"):
+        native.set_isa("neon9")
+    code = "from quire.backends.cpu import _native as n; print(n.isa())"
+    assert python(code, QUIRE_ISA="portable").stdout.strip() == "portable"
+    assert python(code, QUIRE_ISA="").stdout.strip() == available[0]
+    failed = python(code, QUIRE_ISA="sse9")
+    assert failed.returncode != 0
+    assert "QUIRE_ISA: instruction set 'sse9' is not available on this machine: choose one of" in failed.stderr
+
+
+def test_packed_weights_keep_their_instruction_set():
+    before = native.isa()
+    native.set_isa("portable")
+    packed = native.pack_linear(np.ones((5, 7), np.float32))
+    native.set_isa(before)
+    assert packed.isa == "portable"
+    out = np.zeros((2, 5), np.float32)
+    native.linear(packed, np.ones((2, 7), np.float32), out)
+    assert (out == 7).all()
+
+
+def test_number_of_threads():
+    before = native.num_threads()
+    assert 1 <= native.default_num_threads() <= len(os.sched_getaffinity(0))
+    try:
+        for n in (1, 4, 2, 7, 1):
+            native.set_num_threads(n)
+            assert native.num_threads() == n
+        for wrong in (0, -1, 257):
+            with pytest.raises(ValueError, match="1 to 256"):
+                native.set_num_threads(wrong)
+    finally:
+        native.set_num_threads(before)
+
+
+def test_calls_from_several_threads_at_once():
+    """Regions wait for each other; a change of the number of threads waits as well."""
+    rng = np.random.default_rng(0)
+    packed = native.pack_linear(rng.standard_normal((300, 64)).astype(np.float32))
+    x = rng.standard_normal((20, 64)).astype(np.float32)
+    expected = np.empty((20, 300), np.float32)
+    native.linear(packed, x, expected)
+    before, wrong = native.num_threads(), []
+
+    def work():
+        out = np.empty((20, 300), np.float32)
+        for _ in range(200):
+            out[:] = 0
+            native.linear(packed, x, out)
+            if not np.array_equal(out, expected):
+                wrong.append(out.copy())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for n in (3, 1, 4, 2):
+        native.set_num_threads(n)
+    for t in threads:
+        t.join()
+    native.set_num_threads(before)
+    assert not wrong
+
+
+def test_the_interpreter_ends_while_workers_sleep_and_children_work_after_fork():
+    code = """
+import numpy as np, os
+from quire.backends.cpu import _native as n
+n.set_num_threads(4)
+packed = n.pack_linear(np.ones((500, 100), np.float32))
+def run():
+    out = np.zeros((9, 500), np.float32)
+    n.linear(packed, np.ones((9, 100), np.float32), out)
+    assert (out == 100).all()
+run()
+child = os.fork()
+run()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("done")
+"""
+    done = python(code)
+    assert done.stdout.strip() == "done", done.stderr
+    assert done.returncode == 0
+
+
+def test_limits_are_measured():
+    assert native.measure_fma_peak() > 0
