@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypedDict
+
+from tqdm import tqdm
 
 from quire.backends.base import Backend, open_backend
 from quire.config import EMBEDDED_MODEL, EngineConfig
@@ -69,7 +70,8 @@ class LLM:
         """Complete each prompt; outputs come in the order of the prompts.
 
         ``sampling_params``: one for all, or one for each prompt. ``use_tqdm``: show progress on long work (vLLM's name).
-        Everything is checked before anything runs. Raises InvalidRequestError.
+        Everything is checked before anything runs. Raises InvalidRequestError. A sample that fails in the engine has
+        finish_reason ``error`` and the message in stop_reason; the others go on.
         """
         todo = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
         each = self._params(sampling_params, len(todo))
@@ -93,10 +95,16 @@ class LLM:
         return list(outputs.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """Complete one prompt (``params.n`` is 1); yields text as it comes. Closing the iterator frees its blocks."""
+        """Complete one prompt (``params.n`` is 1); yields text as it comes. Closing the iterator frees its blocks.
+
+        Raises InvalidRequestError at once, EngineError from the iterator.
+        """
         request = self._request(prompt, params or SamplingParams())
         if request.params.n != 1:
             raise InvalidRequestError(f"stream() gives one sample, got n={request.params.n}: use generate()", param="n")
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[str]:
         assembler = OutputAssembler(self.tokenizer, request.params, request.prompt_token_ids)
         self.engine.add(request)
         try:
@@ -115,27 +123,27 @@ class LLM:
         assemblers = {
             (r.request_id, i): OutputAssembler(self.tokenizer, r.params, r.prompt_token_ids) for r in requests for i in range(r.params.n)
         }
-        progress = _Progress(len(assemblers), use_tqdm)
+        # disable=None: no bar where stderr is no terminal.
+        progress = tqdm(total=len(assemblers), desc="Generating", unit="sample", delay=PROGRESS_AFTER_S, disable=None if use_tqdm else True)
+        tokens, start = 0, monotonic()
         try:
             for request in requests:
                 self.engine.add(request)
             while assemblers:
-                generated = 0
                 for output in self.engine.step():
                     key = (output.request_id, output.index)
                     assembler = assemblers.get(key)
                     if assembler is None:  # ended by a stop string while a sibling sample goes on
                         continue
-                    if output.finish_reason == "error":
-                        raise EngineError(f"request {output.request_id}: {output.stop_reason}")
                     assembler.feed(output)
-                    generated += len(output.token_ids)
+                    tokens += len(output.token_ids)
                     if assembler.finished:
                         del assemblers[key]
+                        progress.update()
+                        progress.set_postfix_str(f"{tokens / (monotonic() - start):.0f} tokens/s", refresh=False)
                         if output.finish_reason is None:
                             self.engine.abort(output.request_id, output.index)
                         yield output.request_id, assembler.choice(output.index)
-                progress.update(len(assemblers), generated)
         finally:
             progress.close()
             for request in requests:
@@ -169,40 +177,3 @@ class LLM:
 def _derived_seed(seed: int, number: int) -> int:
     """Seed of the ``number``-th request that brought none: the same script with the same ``LLM(seed=)`` repeats itself."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "little")
-
-
-class _Progress:
-    """A progress bar on stderr, made only when the work turns out to be long."""
-
-    def __init__(self, total: int, enabled: bool) -> None:
-        self._total = total
-        self._enabled = enabled and sys.stderr.isatty()
-        self._start = monotonic()
-        self._tokens = 0
-        self._bar: Any = None
-        self._task: Any = None
-
-    def update(self, left: int, tokens: int) -> None:
-        self._tokens += tokens
-        elapsed = monotonic() - self._start
-        if not self._enabled or elapsed < PROGRESS_AFTER_S:
-            return
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]:.0f} tokens/s"),
-                TimeElapsedColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("Generating", total=self._total, rate=0.0)
-            self._bar.start()
-        self._bar.update(self._task, completed=self._total - left, rate=self._tokens / elapsed)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ["numpy", "tokenizers", "fastapi", "pydantic", "uvicorn", "rich", "jinja2", "asyncio", "torch", "quire.backends.cpu._native"]
+HEAVY = ["numpy", "tokenizers", "fastapi", "pydantic", "uvicorn", "tqdm", "jinja2", "asyncio", "torch", "quire.backends.cpu._native"]
 
 
 def imported_by(code: str) -> set[str]:
@@ -25,7 +25,7 @@ def test_nothing_heavy_is_imported(code: str) -> None:
 
 
 def test_the_offline_api_imports_no_server_and_no_torch() -> None:
-    assert not imported_by("from quire import LLM") & {"fastapi", "uvicorn", "pydantic", "torch", "rich", "transformers"}
+    assert not imported_by("from quire import LLM") & {"fastapi", "uvicorn", "pydantic", "torch", "transformers"}
 
 
 def test_help_and_version() -> None:

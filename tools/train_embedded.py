@@ -384,7 +384,7 @@ def train(args: argparse.Namespace) -> None:
                 for group in opt.param_groups:
                     group["lr"] = lr * shape(progress)
             length = CONTEXT if progress >= args.long_from else args.length
-            share = 0.65 if progress < 0.75 else 0.85
+            share = 0.65 if progress < 0.4 else 0.85
             for _ in range(args.batch_tokens // args.micro_tokens):
                 windows = []
                 for _ in range(max(1, args.micro_tokens // length)):

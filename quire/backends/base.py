@@ -46,7 +46,11 @@ def open_backend(config: EngineConfig, report: Report | None = None) -> Backend:
     Raises ModelLoadError (folder, files, tensors), ConfigError (options), CapacityError (the pool holds no request).
     """
     if config.device == "cpu":
-        from quire.backends.cpu.backend import CpuBackend
-
+        try:
+            from quire.backends.cpu.backend import CpuBackend
+        except ModuleNotFoundError as e:
+            raise ConfigError(f"the CPU backend is not complete: {e}; install Quire with `pip install .`, which compiles it") from None
+        except ImportError as e:  # QUIRE_ISA names an instruction set that this machine lacks
+            raise ConfigError(str(e)) from None
         return CpuBackend.open(config, report)
     raise ConfigError(f"device {config.device!r} is not supported; supported: cpu")

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
+from quire.errors import QuireError
 
 if TYPE_CHECKING:
     from quire.llm import LLM
@@ -47,22 +48,33 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         _complete(llm, args.prompt, params)
         return 0
+    return _read_prompts(llm, params)
+
+
+def _read_prompts(llm: LLM, params: SamplingParams) -> int:
+    """One prompt a line until the input ends. A prompt that can't be served is reported, and the next one read."""
     interactive = sys.stdin.isatty()
     if interactive:
         print("One prompt a line; Ctrl-D ends.", file=sys.stderr)
+    code = 0
     while True:
         if interactive:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
-            return 0
+            return code
         if line.strip():
-            _complete(llm, line.rstrip("\n"), params)
+            try:
+                _complete(llm, line.rstrip("\n"), params)
+            except QuireError as e:
+                print(f"quire: {e.message}", file=sys.stderr)
+                code = e.exit_code
 
 
-def _complete(llm: LLM, prompt: str, params: SamplingParams) -> None:  # noqa: F821
+def _complete(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    pieces = llm.stream(prompt, params)
     sys.stdout.write(prompt)
-    for piece in llm.stream(prompt, params):
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -38,7 +38,7 @@ Message = Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]
 
 class _Body(BaseModel):
     # strict: "5" is not a number here, and true is not 1. Unknown fields are refused by quire.server.fields.
-    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class StreamOptions(_Body):

@@ -22,7 +22,7 @@ class EngineServer(uvicorn.Server):
         self, app: Any, client: EngineClient, engine: SteppedEngine, ready: Callable[[], None], *, keep_alive_s: int, grace_s: int
     ) -> None:
         super().__init__(uvicorn.Config(
-            app, loop="uvloop", http=LimitedProtocol, ws="none", lifespan="off", interface="asgi3", log_config=None, log_level="error",
+            app, loop="auto", http=LimitedProtocol, ws="none", lifespan="off", interface="asgi3", log_config=None, log_level="error",
             access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=grace_s,
         ))  # fmt: skip
         self._client, self._engine, self._ready = client, engine, ready

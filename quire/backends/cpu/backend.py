@@ -93,7 +93,8 @@ def _context(config: EngineConfig, spec: TransformerSpec) -> int:
         return spec.max_positions
     if config.max_model_len > spec.max_positions:
         raise ConfigError(
-            f"--max-model-len {config.max_model_len:,} > the model's context of {spec.max_positions:,} tokens: lower it to at most {spec.max_positions:,}",
+            f"--max-model-len {config.max_model_len:,} > the model's context of {spec.max_positions:,} tokens: "
+            f"lower it to at most {spec.max_positions:,}",
             param="max_model_len",
         )
     return config.max_model_len
@@ -108,8 +109,9 @@ def _num_blocks(config: EngineConfig, spec: TransformerSpec, max_model_len: int)
         fits = num_blocks * config.block_size
         lower = f", or lower --max-model-len to at most {fits:,}" if fits > 1 else ""
         raise CapacityError(
-            f"--kv-memory {config.kv_memory} holds {fits:,} token positions ({num_blocks:,} blocks of {config.block_size}, {per_block:,} bytes each), "
-            f"but one request may need {max_model_len:,}: raise --kv-memory to at least {-(-need * per_block >> 20):,}MiB{lower}"
+            f"--kv-memory {config.kv_memory} holds {fits:,} token positions ({num_blocks:,} blocks of {config.block_size}, "
+            f"{per_block:,} bytes each), but one request may need {max_model_len:,}: "
+            f"raise --kv-memory to at least {-(-need * per_block >> 20):,}MiB{lower}"
         )
     available = available_bytes()
     weights = spec.weight_bytes(None if config.dtype == "auto" else config.dtype)

@@ -15,7 +15,8 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 constexpr int64_t kFloats = int64_t{512} << 18;        // 512 MiB, far more than any cache holds
 constexpr int64_t kChunk = int64_t{1} << 18;
-constexpr int64_t kIterations = 200000;
+constexpr int64_t kIterations = 20000;                // of a task; about 0.1 ms
+constexpr int kRounds = 100;                           // short ones, so that a busy machine shows its peak in some
 
 struct Job { const Kernels& kernels; float* data; };
 
@@ -44,10 +45,10 @@ double measure_read_bandwidth(const Kernels& kernels) {
 }
 
 double measure_fma_peak(const Kernels& kernels) {
-    const int64_t tasks = 8 * num_threads();
+    const int64_t tasks = 4 * num_threads();
     const Job job{kernels, nullptr};
     double best = 0;
-    for (int round = 0; round < 3; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
         const auto start = Clock::now();
         run_tasks(tasks, [](const void* context, int64_t, int64_t) {
             sink = static_cast<const Job*>(context)->kernels.fma_loop(kIterations);

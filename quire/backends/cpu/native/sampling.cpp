@@ -154,18 +154,20 @@ struct Row {
             std::nth_element(candidates, candidates + k, candidates + count, likelier);
             count = k;
         }
-        if (p < 1) count = nucleus(count, p);
+        // Without min_p and top_k the mass of what was left out above counts as well.
+        if (p < 1) count = nucleus(count, p, k || least > 0 ? mass(0, count) : total);
         return draw_from_candidates(count, u);
     }
 
-    // Brings the smallest set of the likeliest candidates whose mass is at least p of theirs to the front.
-    int64_t nucleus(int64_t count, float p) {
-        const auto mass = [this](int64_t from, int64_t to) {
-            double sum = 0;
-            for (int64_t i = from; i < to; ++i) sum += candidates[i].w;
-            return sum;
-        };
-        const double target = static_cast<double>(p) * mass(0, count);
+    double mass(int64_t from, int64_t to) const {
+        double sum = 0;
+        for (int64_t i = from; i < to; ++i) sum += candidates[i].w;
+        return sum;
+    }
+
+    // Brings the smallest set of the likeliest candidates that holds at least p of `total` to the front.
+    int64_t nucleus(int64_t count, float p, double total) {
+        const double target = static_cast<double>(p) * total;
         int64_t low = 0, high = count;   // the last one needed is in [low, high)
         double before = 0;
         while (high - low > 256) {

@@ -1,0 +1,86 @@
+"""quire run, as a process: text on stdout, one line on stderr and an exit code for what is wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def quire(*args: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quire.cli.main", *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env={**os.environ, **environ}, timeout=120)
+
+
+def test_a_prompt_is_completed() -> None:
+    done = quire("run", "-p", "def fibonacci(n):", "--max-tokens", "12")
+    assert done.returncode == 0
+    assert done.stdout.startswith("def fibonacci(n):")
+    assert len(done.stdout) > len("def fibonacci(n):\n")
+    assert done.stderr == ""
+    assert quire("run", "-p", "def fibonacci(n):", "--max-tokens", "12").stdout == done.stdout
+
+
+def test_prompts_are_read_line_by_line_and_a_bad_one_does_not_end_it() -> None:
+    done = quire("run", "--max-tokens", "3", stdin="import os\n\n" + "a b " * 3000 + "\nclass A:\n")
+    assert done.returncode == 1
+    assert done.stdout.startswith("import os")
+    assert "\nclass A:" in done.stdout
+    assert done.stderr.startswith("quire: the prompt has ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "environ", "code", "says"),
+    [
+        (["run", "--blok-size", "3"], {}, 2, "unrecognized arguments: --blok-size"),
+        (["run", "--block-siz", "16"], {}, 2, "unrecognized arguments: --block-siz"),
+        (["rnu"], {}, 2, "invalid choice: 'rnu'"),
+        (["run", "-p", ""], {}, 1, "the prompt is empty"),
+        (["run", "no/such/folder", "-p", "x"], {}, 1, "no/such/folder"),
+        (["run", "-p", "x", "--temperature", "nan"], {}, 1, "temperature must be from 0 to 100, got nan"),
+        (["run", "-p", "x", "--max-tokens", "0"], {}, 1, "max_tokens must be from 1"),
+        (["run", "-p", "x", "--max-tokens", "9999"], {}, 1, "lower max_tokens to at most 2,047"),
+        (["run", "-p", "x", "--kv-memory", "10KiB"], {}, 1, "raise --kv-memory to at least 6MiB"),
+        (["run", "-p", "x", "--kv-memory", "lots"], {}, 2, "'lots' is not a size"),
+        (["run", "-p", "x", "--threads", "many"], {}, 2, "--threads must be an integer, got 'many'"),
+        (["run", "-p", "x"], {"QUIRE_ISA": "mmx"}, 2, "instruction set 'mmx' is not available"),
+        (["run", "-p", "x"], {"QUIRE_BLOCK_SIZE": "5"}, 2, "choose from: 4, 8, 16"),
+        (["run", "-p", "x", "--config", "absent.toml"], {}, 2, "can't read the configuration file absent.toml"),
+    ],
+)
+def test_wrong_use_gets_one_line_and_an_exit_code(args: list[str], environ: dict[str, str], code: int, says: str) -> None:
+    done = quire(*args, **environ)
+    assert done.returncode == code
+    assert says in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_and_ctrl_c_leave_no_traceback() -> None:
+    command = [sys.executable, "-m", "quire.cli.main", "run", "-p", "import", "--max-tokens", "2000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(10)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert stderr == b""
+    assert process.returncode == 130
+
+
+def test_options_come_from_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "quire.toml"
+    path.write_text("kv-memory = '1KiB'\n")
+    assert "--kv-memory 1KiB" in quire("run", "-p", "x", "--config", str(path)).stderr
+    assert quire("run", "-p", "x", "--config", str(path), "--kv-memory", "8MiB", "--max-tokens", "1").returncode == 0
