@@ -34,12 +34,12 @@ $(VENV)/.installed: $(SOURCES) | preflight $(BIN)/python
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	@$(PIP) '.[test]'
+	@$(PIP) 'quire[test]'
 	@touch $@
 
 $(VENV)/.oracle: $(VENV)/.tested
 	@$(PIP) 'torch==2.13.0'
-	@$(PIP) '.[oracle]'
+	@$(PIP) 'quire[oracle]'
 	@touch $@
 
 $(VENV)/.linted: $(VENV)/.installed

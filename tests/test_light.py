@@ -12,7 +12,7 @@ HEAVY = ["numpy", "tokenizers", "fastapi", "pydantic", "uvicorn", "tqdm", "jinja
 
 def imported_by(code: str) -> set[str]:
     program = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
-    return set(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split())
+    return set(subprocess.run([sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True).stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,6 @@ def test_the_offline_api_imports_no_server_and_no_torch() -> None:
 
 def test_help_and_version() -> None:
     for args in (["--help"], ["--version"], ["serve", "--help"], ["run", "--help"], ["bench", "throughput", "--help"]):
-        done = subprocess.run([sys.executable, "-m", "quire.cli.main", *args], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-P", "-m", "quire.cli.main", *args], capture_output=True, text=True, check=True)
         assert done.stdout
         assert not done.stderr

@@ -407,7 +407,7 @@ def train(args: argparse.Namespace) -> None:
             state["seconds"] += min(recent[-1], 3 * statistics.median(recent))
         if last or state["seconds"] >= next_eval:
             next_eval = state["seconds"] + args.eval_minutes * 60
-            score = losses(model, valid, CONTEXT, None if last else 16).mean()
+            score = losses(model, valid, length, None if last else CONTEXT * 16 // length).mean()
             line = {
                 "minutes": round(state["seconds"] / 60, 2),
                 "step": state["step"],

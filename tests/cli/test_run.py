@@ -12,7 +12,7 @@ import pytest
 
 
 def quire(*args: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "quire.cli.main", *args]
+    command = [sys.executable, "-P", "-m", "quire.cli.main", *args]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, env={**os.environ, **environ}, timeout=120)
 
 
@@ -62,7 +62,7 @@ def test_wrong_use_gets_one_line_and_an_exit_code(args: list[str], environ: dict
 
 
 def test_a_reader_that_goes_away_and_ctrl_c_leave_no_traceback() -> None:
-    command = [sys.executable, "-m", "quire.cli.main", "run", "-p", "import", "--max-tokens", "2000"]
+    command = [sys.executable, "-P", "-m", "quire.cli.main", "run", "-p", "import", "--max-tokens", "2000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -122,7 +122,7 @@ def start_process(*arguments: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-m", "quire.cli.main", "serve", *arguments],
+        [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 

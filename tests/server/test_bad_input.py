@@ -199,6 +199,17 @@ def test_chunked_body_is_cut_at_the_limit(fake: Server) -> None:
     check_error(answer, 413, None, ("200,000",))
 
 
+@pytest.mark.parametrize("length", [b"content-length: 1500000", b"transfer-encoding: chunked"])
+def test_a_client_that_writes_everything_before_it_reads_gets_the_answer(fake: Server, length: bytes) -> None:
+    """Closing a connection with unread input resets it, and the answer would be lost on the way."""
+    body = b"x" * 1_500_000 if b"content-length" in length else b"2710\r\n%b\r\n" % (b"x" * 10_000) * 150 + b"0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + length + b"\r\n\r\n")
+        for start in range(0, len(body), 10_000):
+            connection.sendall(body[start : start + 10_000])
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+
+
 def test_endless_body_is_cut_off(fake: Server) -> None:
     """A client that never stops sending is not read for ever."""
     with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:

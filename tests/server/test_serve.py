@@ -79,6 +79,23 @@ def test_signals_end_it_cleanly(how: int) -> None:
         process.kill()
 
 
+def test_ctrl_c_while_loading() -> None:
+    """No traceback, and no crash of a thread that is busy in native code."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start_process("--port", str(port))
+
+    def listens() -> bool:
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(listens, "it has begun to load")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, err) in ((130, ""), (0, ""))
+
+
 def test_port_in_use(real: Process) -> None:
     code, out, err = run("--port", str(real.port))
     assert code == 2

@@ -10,7 +10,7 @@ import numpy as np
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.decoder import Decoder
-from quire.backends.cpu.memory import available_bytes, usable_cores
+from quire.backends.cpu.memory import available_bytes
 from quire.backends.cpu.rows import Rows
 from quire.backends.cpu.sampler import Sampler
 from quire.config import EngineConfig
@@ -41,7 +41,7 @@ class CpuBackend:
         """Load ``config.model``. ``report`` hears each phase's name and seconds. Raises as ``open_backend``."""
         tell = report or (lambda phase, seconds: None)
         start = perf_counter()
-        native.set_num_threads(config.threads or usable_cores())
+        native.set_num_threads(config.threads or native.default_num_threads())
         model = load_model(resolve_model(config.model))
         spec = model.spec
         max_model_len = _context(config, spec)

@@ -1,9 +1,7 @@
-"""How much memory and how many cores this process may use: the machine's, or its control group's where that is less."""
+"""How much memory this process may use: the machine's, or its control group's where that is less."""
 
 from __future__ import annotations
 
-import math
-import os
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -22,13 +20,3 @@ def available_bytes() -> int | None:
     except (OSError, ValueError):
         return available
     return min(available, max(0, limit - used))
-
-
-def usable_cores() -> int:
-    """Cores that the affinity mask and the control group's quota (cgroup v2) leave to this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return cores
