@@ -22,6 +22,7 @@ import ast
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -35,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -335,11 +337,28 @@ def shape(progress: float) -> float:
     return min(1.0, progress / 0.02 + 0.01, max(0.0, (1 - progress) / 0.6))
 
 
+def average(model: nn.Module, seconds: float, ranks: int) -> float:
+    """Average the gradients over the processes, and `seconds`, so that all have one clock."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([seconds])])
+    dist.all_reduce(flat)
+    flat /= ranks
+    for grad, piece in zip(grads, flat[:-1].split([g.numel() for g in grads]), strict=True):
+        grad.copy_(piece.view_as(grad))
+    return float(flat[-1])
+
+
 def train(args: argparse.Namespace) -> None:
     out = Path(args.out)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        dist.init_process_group("gloo")
+        if rank > 0:
+            dist.barrier()  # the first process makes the tokenizer
     tok, data, info = load_data(out)
+    if ranks > 1 and rank == 0:
+        dist.barrier()
     print(json.dumps({k: info[k] for k in ("python", "sha256", "files", "tokens", "dropped")}))
-    rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     model = Llama()
     hidden = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
@@ -357,7 +376,7 @@ def train(args: argparse.Namespace) -> None:
         for opt, s in zip(optimizers, saved["optimizers"], strict=True):
             opt.load_state_dict(s)
         state = saved["state"]
-        rng = np.random.default_rng([args.seed, state["step"]])
+    rng = np.random.default_rng([args.seed, int(state["step"]), rank])
     streams = {g: Stream(data[g], rng) for g in ("train", "tests")}
     splitter = IndentSplitter(tok, rng)
     valid = np.concatenate([*data["valid"], [EOS]])
@@ -385,23 +404,26 @@ def train(args: argparse.Namespace) -> None:
                     group["lr"] = lr * shape(progress)
             length = CONTEXT if progress >= args.long_from else args.length
             share = 0.65 if progress < 0.4 else 0.85
-            for _ in range(args.batch_tokens // args.micro_tokens):
+            parts = args.batch_tokens // args.micro_tokens // ranks
+            for _ in range(parts):
                 windows = []
                 for _ in range(max(1, args.micro_tokens // length)):
                     kind = "train" if rng.random() < share else "tests"
-                    state["library"] += length * (kind == "train")
+                    state["library"] += ranks * length * (kind == "train")
                     windows.append(splitter(streams[kind].next(length)))
                 batch = torch.from_numpy(np.stack(windows))
                 with cast:
                     loss = run(batch[:, :-1], batch[:, 1:])
-                (loss * args.micro_tokens / args.batch_tokens).backward()
+                (loss / parts).backward()
                 running.append(loss.item())
+            if ranks > 1:
+                state["seconds"] = average(model, state["seconds"], ranks)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for opt in optimizers:
                 opt.step()
                 opt.zero_grad()
             state["step"] += 1
-            state["tokens"] += args.batch_tokens
+            state["tokens"] += parts * args.micro_tokens * ranks
             # A pause of the process, or a rush on the machine, must not jump the schedule.
             recent.append(time.perf_counter() - began)
             state["seconds"] += min(recent[-1], 3 * statistics.median(recent))
@@ -420,15 +442,18 @@ def train(args: argparse.Namespace) -> None:
                 "per_second": round(args.batch_tokens / statistics.median(recent)),
             }
             running.clear()
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
+            if rank == 0:
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
+                print(json.dumps(line), flush=True)
         if last or state["seconds"] >= next_save:
             next_save = state["seconds"] + args.save_minutes * 60
-            save()
+            if rank == 0:
+                save()
         if last:
             break
-    export(out, out / "model")
+    if rank == 0:
+        export(out, out / "model")
 
 
 # ---------------------------------------------------------------- export

@@ -7,7 +7,6 @@ import contextlib
 from typing import Any
 
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 
 from quire.errors import ContextLengthError, InvalidRequestError
 from quire.server.errors import ClientGoneError, MediaTypeError, TimedOutError, TooLargeError
@@ -41,21 +40,23 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         if request.headers.get("expect", "").lower() != "100-continue":  # such a client sends nothing unless told to
             await _discard(request, max_bytes)
         raise _too_large(f"{int(declared[:20]):,}", max_bytes)
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size, more = 0, True
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > max_bytes:
-                    break
-    except ClientDisconnect:
-        raise ClientGoneError from None
+            while more and size <= max_bytes:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGoneError
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                more = message.get("more_body", False)
     except TimeoutError:
         raise TimedOutError(f"the request body did not arrive within {BODY_TIMEOUT_S:g} seconds ({size:,} bytes did)") from None
     if size > max_bytes:
         parts.clear()
-        await _discard(request, max_bytes)
+        if more:
+            await _discard(request, max_bytes)
         raise _too_large(f"more than {max_bytes:,}", max_bytes)
     return b"".join(parts)
 

@@ -65,6 +65,7 @@ def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], positions: Seq
     content = []
     for token_id, position in zip(token_ids, positions, strict=True):
         ranked = sorted(position.items(), key=lambda item: item[1].rank)
-        top = [entry(other, logprob) for other, logprob in ranked if logprob.rank <= top_count]
-        content.append(entry(token_id, position[token_id]) | {"top_logprobs": top[:top_count]})
+        # The chosen token is one more than asked for, unless it is among the most likely.
+        top = [entry(other, logprob) for other, logprob in ranked[:top_count]]
+        content.append(entry(token_id, position[token_id]) | {"top_logprobs": top})
     return {"content": content, "refusal": None}

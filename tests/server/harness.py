@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 
+import quire
 from core.fake_backend import FakeBackend
 from quire.config import EngineConfig, ServerConfig
 from quire.core.engine import Engine
@@ -31,8 +32,8 @@ from quire.server.launch import open_socket
 from quire.server.uvicorn_server import EngineServer
 from quire.text.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-EMBEDDED = ROOT / "quire" / "models" / "embedded"
+PACKAGE = Path(quire.__file__).resolve().parent
+EMBEDDED = PACKAGE / "models" / "embedded"
 DEADLINE_S = 60.0
 """Nothing here takes this long; a wait beyond it is a failure, and not a slow machine."""
 
@@ -120,7 +121,7 @@ class Process:
 
 def start_process(*arguments: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,

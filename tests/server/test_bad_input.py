@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 
+from quire.server.errors import TooLargeError
+from quire.server.limits import read_json
 from server.harness import DEADLINE_S, Server, health, raw_request, wait_clean
 
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
@@ -197,6 +201,21 @@ def test_chunked_body_is_cut_at_the_limit(fake: Server) -> None:
     """Without a Content-Length the size shows only while reading."""
     answer = httpx.post(fake.url + COMPLETIONS, content=(b"x" * 10_000 for _ in range(40)), headers={"content-type": "application/json"})
     check_error(answer, 413, None, ("200,000",))
+
+
+def test_a_body_whose_last_part_is_over_the_limit_is_not_waited_for() -> None:
+    """After the last message there is nothing to throw away: asking for more would wait for ever."""
+    parts = [
+        {"type": "http.request", "body": b"x" * 60, "more_body": True},
+        {"type": "http.request", "body": b"x" * 60, "more_body": False},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop(0)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(TooLargeError, match="100"):
+        asyncio.run(read_json(Request(scope, receive), 100))
 
 
 @pytest.mark.parametrize("length", [b"content-length: 1500000", b"transfer-encoding: chunked"])

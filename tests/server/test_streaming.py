@@ -16,6 +16,7 @@ from quire.sampling_params import SamplingParams
 from quire.server.client import EngineClient
 from quire.server.engine_loop import EngineLoop
 from quire.text.tokenizer import Tokenizer
+from sample_tokenizers import sample
 from server.harness import DEADLINE_S, PacedBackend, Server, events, health, raw_request, wait_clean, wait_until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -85,6 +86,23 @@ def test_choice_indexes_of_several_prompts(fake: Server) -> None:
     found = events(httpx.post(fake.url + COMPLETIONS, json=body(seed=3, prompt=["a", "b", "c"], n=2, stream=True, echo=True)).text)
     for index, choice in enumerate(together):
         assert stream_text(found, index) == "abc"[index // 2] + choice["text"]
+
+
+def test_a_completion_continues_its_prompt() -> None:
+    """With a sentencepiece vocabulary a text's first word loses its leading space; the continuation of a prompt must not."""
+    tokenizer = Tokenizer(sample("llama"))
+    server = Server(tokenizer, PacedBackend(vocab_size=tokenizer.vocab_size))
+    prompt = tokenizer.encode("hello")
+    for seed in range(20):
+        fields = {"prompt": prompt, "max_tokens": 5, "seed": seed, "return_token_ids": True}
+        choice = httpx.post(server.url + COMPLETIONS, json=fields).json()["choices"][0]
+        whole = tokenizer.decode(prompt + choice["token_ids"])
+        assert whole == tokenizer.decode(prompt) + choice["text"]
+        if choice["text"].startswith(" "):
+            break
+    else:
+        pytest.fail("no output began with a space: the test proves nothing")
+    server.stop()
 
 
 def test_stop_string_frees_the_sequence_at_once(fake: Server) -> None:

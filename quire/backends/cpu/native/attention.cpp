@@ -19,19 +19,26 @@ constexpr int kTile = static_cast<int>(kKeyTile);
 constexpr int kTileVecs = kTile / kWidth;
 constexpr int64_t kGatherRows = 2 * kRows + 1;         // from here on gathering pays
 
-// K of a tile: the vector v of dimension d is at at[v] + d * stride. V of a tile: the key t is at key[t].
-template <class T> struct KeyTile { const T* at[kTileVecs]; int64_t stride; };
-template <class T> struct ValueTile { const T* key[kTile]; };
+// Where a tile lies in the cache: its K as vectors of keys (of dimension 0), its V as tokens. Where a partial tile has
+// no key, some key that it has is repeated.
+template <class T> struct Place {
+    const T* k[kTileVecs];
+    const T* v[kTile];
+};
 
-// scores[r][0..kVecs * kWidth) for MT rows of q; every lane is a chain over the dimensions.
-template <int MT, class T>
-void scores(const float* q, int64_t dim, const T* const* at, int64_t stride, float* out) {
+// scores[r][0..kVecs * kWidth) for MT rows of q; every lane is a chain over the dimensions. The vector v of dimension d
+// is at at[v] + d * stride. With Ahead, the same place of the next tile is prefetched at each step.
+template <int MT, bool Ahead, class T>
+void scores(const float* q, int64_t dim, const T* const* at, const T* const* next, int64_t stride, float* out) {
     vf acc[MT][kVecs];
     for (int m = 0; m < MT; ++m)
         for (int j = 0; j < kVecs; ++j) acc[m][j] = zero();
     const T *k0 = at[0], *k1 = at[1], *k2 = at[2], *k3 = at[3];
+    const T *n0 = next[0], *n1 = next[1], *n2 = next[2], *n3 = next[3];
     for (int64_t d = 0; d < dim; ++d) {
-        const vf kv[kVecs] = {load(k0 + d * stride), load(k1 + d * stride), load(k2 + d * stride), load(k3 + d * stride)};
+        const int64_t i = d * stride;
+        const vf kv[kVecs] = {load(k0 + i), load(k1 + i), load(k2 + i), load(k3 + i)};
+        if constexpr (Ahead) prefetch_l2(n0 + i), prefetch_l2(n1 + i), prefetch_l2(n2 + i), prefetch_l2(n3 + i);
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m) {
             const vf qv = set1(q[m * dim + d]);
@@ -44,8 +51,9 @@ void scores(const float* q, int64_t dim, const T* const* at, int64_t stride, flo
 }
 
 // acc[r] += p[r][t] * V[t] for t in [from, to), ascending, over NV vectors of columns.
-template <int MT, int NV, class T>
-void values(const float* p, const T* const* key, int64_t column, int from, int to, float* acc, int64_t acc_stride) {
+template <int MT, int NV, bool Ahead, class T>
+void values(const float* p, const T* const* key, const T* const* next, int64_t column, int from, int to, float* acc,
+            int64_t acc_stride) {
     vf sum[MT][NV];
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
@@ -55,6 +63,11 @@ void values(const float* p, const T* const* key, int64_t column, int from, int t
         vf vv[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) vv[j] = load(key[t] + column + j * kWidth);
+        if constexpr (Ahead) {
+            const char* line = reinterpret_cast<const char*>(next[t] + column);
+#pragma GCC unroll 4
+            for (size_t i = 0; i < NV * kWidth * sizeof(T); i += 64) prefetch_l2(line + i);
+        }
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m) {
             const vf pv = set1(p[m * kTile + t]);
@@ -68,52 +81,62 @@ void values(const float* p, const T* const* key, int64_t column, int from, int t
         for (int j = 0; j < NV; ++j) store(acc + m * acc_stride + j * kWidth, sum[m][j]);
 }
 
-template <class T>
-void scores_rows(int mt, const float* q, int64_t dim, const T* const* at, int64_t stride, float* out) {
+template <bool Ahead, class T>
+void scores_rows(int mt, const float* q, int64_t dim, const T* const* at, const T* const* next, int64_t stride, float* out) {
     switch (mt) {
-        case 1: return scores<1>(q, dim, at, stride, out);
-        case 2: return scores<2>(q, dim, at, stride, out);
-        case 3: return scores<3>(q, dim, at, stride, out);
+        case 1: return scores<1, Ahead>(q, dim, at, next, stride, out);
+        case 2: return scores<2, Ahead>(q, dim, at, next, stride, out);
+        case 3: return scores<3, Ahead>(q, dim, at, next, stride, out);
 #if defined(QUIRE_ISA_avx512)
-        case 4: return scores<4>(q, dim, at, stride, out);
-        case 5: return scores<5>(q, dim, at, stride, out);
-        case 6: return scores<6>(q, dim, at, stride, out);
+        case 4: return scores<4, Ahead>(q, dim, at, next, stride, out);
+        case 5: return scores<5, Ahead>(q, dim, at, next, stride, out);
+        case 6: return scores<6, Ahead>(q, dim, at, next, stride, out);
 #endif
     }
 }
 
-template <int MT, class T>
-void values_columns(const float* p, const T* const* key, int from, int to, float* acc, int64_t stride, int64_t padded) {
+// The tokens [from, to) of V; the accumulators of a row have `padded` columns, those of the next lie `stride` further.
+template <class T> struct Stretch {
+    const T* const* key;
+    const T* const* next;
+    int from, to;
+    int64_t stride, padded;
+};
+
+template <int MT, bool Ahead, class T> void values_columns(const float* p, const Stretch<T>& v, float* acc) {
     int64_t c = 0;
-    for (; c + kVecs * kWidth <= padded; c += kVecs * kWidth) values<MT, kVecs>(p, key, c, from, to, acc + c, stride);
-    switch ((padded - c) / kWidth) {
-        case 1: return values<MT, 1>(p, key, c, from, to, acc + c, stride);
-        case 2: return values<MT, 2>(p, key, c, from, to, acc + c, stride);
-        case 3: return values<MT, 3>(p, key, c, from, to, acc + c, stride);
+    for (; c + kVecs * kWidth <= v.padded; c += kVecs * kWidth)
+        values<MT, kVecs, Ahead>(p, v.key, v.next, c, v.from, v.to, acc + c, v.stride);
+    switch ((v.padded - c) / kWidth) {
+        case 1: return values<MT, 1, Ahead>(p, v.key, v.next, c, v.from, v.to, acc + c, v.stride);
+        case 2: return values<MT, 2, Ahead>(p, v.key, v.next, c, v.from, v.to, acc + c, v.stride);
+        case 3: return values<MT, 3, Ahead>(p, v.key, v.next, c, v.from, v.to, acc + c, v.stride);
     }
 }
 
-template <class T>
-void values_rows(int mt, const float* p, const T* const* key, int from, int to, float* acc, int64_t stride, int64_t padded) {
+template <bool Ahead, class T> void values_rows(int mt, const float* p, const Stretch<T>& v, float* acc) {
     switch (mt) {
-        case 1: return values_columns<1>(p, key, from, to, acc, stride, padded);
-        case 2: return values_columns<2>(p, key, from, to, acc, stride, padded);
-        case 3: return values_columns<3>(p, key, from, to, acc, stride, padded);
+        case 1: return values_columns<1, Ahead>(p, v, acc);
+        case 2: return values_columns<2, Ahead>(p, v, acc);
+        case 3: return values_columns<3, Ahead>(p, v, acc);
 #if defined(QUIRE_ISA_avx512)
-        case 4: return values_columns<4>(p, key, from, to, acc, stride, padded);
-        case 5: return values_columns<5>(p, key, from, to, acc, stride, padded);
-        case 6: return values_columns<6>(p, key, from, to, acc, stride, padded);
+        case 4: return values_columns<4, Ahead>(p, v, acc);
+        case 5: return values_columns<5, Ahead>(p, v, acc);
+        case 6: return values_columns<6, Ahead>(p, v, acc);
 #endif
     }
 }
 
 // Online softmax over one tile of one row: keys [from, to) are valid. Scores become probabilities relative to the new
 // maximum; what was accumulated is rescaled if the maximum moved. Invalid lanes are chosen away, never multiplied.
+template <bool Whole>
 void soften(float* s, int from, int to, float scale, float& most, float& sum, float* acc, int64_t padded) {
+    const auto valid = [=](int j, vf x, vf otherwise) {
+        return Whole ? x : select(lanes_between(from - j * kWidth, to - j * kWidth), x, otherwise);
+    };
     vf x[kTileVecs], top = set1(-__builtin_inff());
     for (int j = 0; j < kTileVecs; ++j) {
-        x[j] = mul(load(s + j * kWidth), set1(scale));
-        x[j] = select(lanes_between(from - j * kWidth, to - j * kWidth), x[j], set1(-__builtin_inff()));
+        x[j] = valid(j, mul(load(s + j * kWidth), set1(scale)), set1(-__builtin_inff()));
         top = max(x[j], top);
     }
     const float before = most, tile_most = reduce_max(top);
@@ -127,7 +150,7 @@ void soften(float* s, int from, int to, float scale, float& most, float& sum, fl
     }
     vf total = zero();
     for (int j = 0; j < kTileVecs; ++j) {
-        const vf p = select(lanes_between(from - j * kWidth, to - j * kWidth), exp(sub(x[j], set1(most))), zero());
+        const vf p = valid(j, exp(sub(x[j], set1(most))), zero());
         store(s + j * kWidth, p);
         total = add(total, p);
     }
@@ -181,7 +204,35 @@ template <class T> struct Task {
     const T* key_at(int64_t key) const { return k_cache + table[key >> shift] * block_floats + (key & (block - 1)); }
     const T* value_at(int64_t key) const { return v_cache + table[key >> shift] * block_floats + (key & (block - 1)) * dim; }
 
-    void run() {
+    // The first and the last key that any row sees, and one more.
+    int64_t low() const { return a.window > 0 && position >= a.window ? position - a.window + 1 : 0; }
+    int64_t high() const { return position + w.count; }
+    int64_t first_tile() const {
+        const int64_t begin = w.split_begin * kSplit;
+        return (low() > begin ? low() : begin) / kTile * kTile;
+    }
+
+    // Only blocks that hold a key of [low, high) are looked up: others may be gone.
+    void place(int64_t base, Place<T>& at) const {
+        const int from = static_cast<int>(low() > base ? low() - base : 0);
+        const int to = static_cast<int>(high() < base + kTile ? high() - base : kTile);
+        if (block >= kWidth)
+            for (int j = 0; j < kTileVecs; ++j) {
+                const int v = j < from / kWidth ? from / kWidth : j > (to - 1) / kWidth ? (to - 1) / kWidth : j;
+                at.k[j] = key_at(base + v * kWidth);
+            }
+        const int run = static_cast<int>(block < kTile ? block : kTile), begin = from / run * run;
+        int t = begin;
+        for (; t < to; t += run) {
+            const T* v = value_at(base + t);
+            for (int i = 0; i < run; ++i) at.v[t + i] = v + i * dim;
+        }
+        for (int i = 0; i < begin; ++i) at.v[i] = at.v[begin];
+        for (int i = t; i < kTile; ++i) at.v[i] = at.v[t - 1];
+    }
+
+    // follow: the work that this thread will probably do next, or null.
+    void run(const AttentionWork* follow) {
         const bool several = !w.partial && w.split_end - w.split_begin > 1;
         allocate(several);
         for (int64_t i = 0, row = 0; i < w.count; ++i)
@@ -192,14 +243,33 @@ template <class T> struct Task {
                 std::memcpy(q + row * dim, a.q + (w.query + i) * a.q_stride + (w.kv_head * group + g) * a.q_head_stride,
                             static_cast<size_t>(dim) * sizeof(float));
             }
-        const int64_t low = first[0], high = last[rows - 1] + 1;
+        const bool many = rows >= kGatherRows;
+        Place<T> places[2];
+        Place<T>*here = &places[0], *next = &places[1];
+        if (!many) place(first_tile(), *here);
         float* result = several ? merged : state;
         clear(result);
         for (int64_t split = w.split_begin; split < w.split_end; ++split) {
             if (several) clear(state);
-            const int64_t begin = low > split * kSplit ? low : split * kSplit;
-            const int64_t end = high < (split + 1) * kSplit ? high : (split + 1) * kSplit;
-            for (int64_t tile = begin / kTile; tile * kTile < end; ++tile) step(tile * kTile, low, high);
+            const int64_t begin = split == w.split_begin ? first_tile() : split * kSplit;
+            const int64_t end = high() < (split + 1) * kSplit ? high() : (split + 1) * kSplit;
+            for (int64_t base = begin; base < end; base += kTile) {
+                if (many) {
+                    step_gathered(base);
+                    continue;
+                }
+                if (base + kTile < end || (split + 1 < w.split_end && end < high())) {
+                    place(base + kTile, *next);
+                } else if (follow) {
+                    const Task<T> other{a, *follow};
+                    other.place(other.first_tile(), *next);
+                } else {
+                    *next = *here;
+                }
+                step_in_place(base, *here, *next);
+                Place<T>* const done = here;
+                here = next, next = done;
+            }
             if (several)
                 for (int64_t row = 0; row < rows; ++row) merge(merged + row * row_floats, state + row * row_floats, padded);
         }
@@ -228,42 +298,61 @@ template <class T> struct Task {
         }
     }
 
-    // One tile of keys, the first of them at position `base`; the task as a whole sees [low, high).
-    void step(int64_t base, int64_t low, int64_t high) {
-        const int from = static_cast<int>(low > base ? low - base : 0);
-        const int to = static_cast<int>(high < base + kTile ? high - base : kTile);
-        // Rows are ordered by position, so those that see anything here are consecutive.
-        int64_t r0 = 0, r1 = rows;
-        while (r0 < r1 && last[r0] < base) ++r0;
-        while (r1 > r0 && first[r1 - 1] >= base + kTile) --r1;
-        const bool many = rows >= kGatherRows;
-        if (!many) prefetch_next(base, high);
-        if (many || block < kWidth) {
-            gather_keys(base, from, to);
-            KeyTile<float> keys{{}, kTile};
-            for (int j = 0; j < kTileVecs; ++j) keys.at[j] = k_wide + j * kWidth;
-            score_rows(keys, r0, r1, from, to);
+    // One tile of keys, the first of them at position `base`. Rows are ordered by position, so those that see anything
+    // of it, [r0, r1), are consecutive; together they see the keys [from, to) of it.
+    struct Seen { int64_t r0, r1; int from, to; };
+    Seen seen(int64_t base) const {
+        Seen s{0, rows, static_cast<int>(low() > base ? low() - base : 0),
+               static_cast<int>(high() < base + kTile ? high() - base : kTile)};
+        while (s.r0 < s.r1 && last[s.r0] < base) ++s.r0;
+        while (s.r1 > s.r0 && first[s.r1 - 1] >= base + kTile) --s.r1;
+        return s;
+    }
+
+    void step_in_place(int64_t base, const Place<T>& here, const Place<T>& next) {
+        const Seen n = seen(base);
+        if (block >= kWidth) {
+            score_rows<true>(here.k, next.k, block, n);
         } else {
-            KeyTile<T> keys{{}, block};
-            for (int j = 0; j < kTileVecs; ++j) {   // vectors without a valid key repeat one that has some
-                const int v = j < from / kWidth ? from / kWidth : j > (to - 1) / kWidth ? (to - 1) / kWidth : j;
-                keys.at[j] = key_at(base + v * kWidth);
-            }
-            score_rows(keys, r0, r1, from, to);
+            gather_keys(base, n);
+            score_wide(n);
         }
-        for (int64_t row = r0; row < r1; ++row) {
+        soften_rows(base, n);
+        if (padded == dim) {
+            value_rows<true>(here.v, next.v, base, n);
+        } else {
+            gather_values(base, n);
+            value_wide(base, n);
+        }
+    }
+
+    void step_gathered(int64_t base) {
+        const Seen n = seen(base);
+        gather_keys(base, n);
+        score_wide(n);
+        soften_rows(base, n);
+        gather_values(base, n);
+        value_wide(base, n);
+    }
+
+    void score_wide(const Seen& n) {
+        const float* at[kTileVecs];
+        for (int j = 0; j < kTileVecs; ++j) at[j] = k_wide + j * kWidth;
+        score_rows<false>(at, at, kTile, n);
+    }
+
+    void value_wide(int64_t base, const Seen& n) {
+        const float* at[kTile];
+        for (int t = 0; t < kTile; ++t) at[t] = v_wide + t * padded;
+        value_rows<false>(at, at, base, n);
+    }
+
+    void soften_rows(int64_t base, const Seen& n) {
+        for (int64_t row = n.r0; row < n.r1; ++row) {
             float* p = state + row * row_floats;
-            soften(s + row * kTile, begin_of(row, base), end_of(row, base), a.scale, p[0], p[1], p + 16, padded);
-        }
-        if (many || padded != dim) {
-            gather_values(base, from, to);
-            ValueTile<float> tile;
-            for (int t = 0; t < kTile; ++t) tile.key[t] = v_wide + t * padded;
-            value_rows(tile, base, r0, r1);
-        } else {
-            ValueTile<T> tile;
-            for (int t = from; t < to; ++t) tile.key[t] = value_at(base + t);
-            value_rows(tile, base, r0, r1);
+            const int from = begin_of(row, base), to = end_of(row, base);
+            if (from == 0 && to == kTile) soften<true>(s + row * kTile, from, to, a.scale, p[0], p[1], p + 16, padded);
+            else soften<false>(s + row * kTile, from, to, a.scale, p[0], p[1], p + 16, padded);
         }
     }
 
@@ -275,44 +364,43 @@ template <class T> struct Task {
         return static_cast<int>(end < base + kTile ? end - base : kTile);
     }
 
-    template <class U> void score_rows(const KeyTile<U>& keys, int64_t r0, int64_t r1, int from, int to) {
-        for (int64_t row = r0; row < r1;) {
-            const int mt = static_cast<int>(r1 - row < kRows ? r1 - row : kRows);
-            for (int j = from / kWidth / kVecs * kVecs; j * kWidth < to; j += kVecs)
-                scores_rows<U>(mt, q + row * dim, dim, keys.at + j, keys.stride, s + row * kTile + j * kWidth);
+    template <bool Ahead, class U> void score_rows(const U* const* at, const U* const* next, int64_t stride, const Seen& n) {
+        for (int64_t row = n.r0; row < n.r1;) {
+            const int mt = static_cast<int>(n.r1 - row < kRows ? n.r1 - row : kRows);
+            for (int j = n.from / kWidth / kVecs * kVecs; j * kWidth < n.to; j += kVecs)
+                scores_rows<Ahead, U>(mt, q + row * dim, dim, at + j, next + j, stride, s + row * kTile + j * kWidth);
+            next = at;   // the first rows have prefetched it
             row += mt;
         }
     }
 
     // The keys that all rows of a register tile see go together; what only some see, row by row, in ascending order.
-    template <class U> void value_rows(const ValueTile<U>& tile, int64_t base, int64_t r0, int64_t r1) {
-        for (int64_t row = r0; row < r1;) {
-            const int mt = static_cast<int>(r1 - row < kRows ? r1 - row : kRows);
+    template <bool Ahead, class U> void value_rows(const U* const* key, const U* const* next, int64_t base, const Seen& n) {
+        for (int64_t row = n.r0; row < n.r1;) {
+            const int mt = static_cast<int>(n.r1 - row < kRows ? n.r1 - row : kRows);
             const float* p = s + row * kTile;
             float* acc = state + row * row_floats + 16;
             const int from = begin_of(row + mt - 1, base), to = end_of(row, base);
-            if (from < to && begin_of(row, base) == from && end_of(row + mt - 1, base) == to) {
-                values_rows<U>(mt, p, tile.key, from, to, acc, row_floats, padded);
-            } else {
-                for (int m = 0; m < mt; ++m) {
-                    const int mine = begin_of(row + m, base), end = from < to ? from : end_of(row + m, base);
-                    if (mine < end) values_rows<U>(1, p + m * kTile, tile.key, mine, end, acc + m * row_floats, row_floats, padded);
-                }
-                if (from < to) {
-                    values_rows<U>(mt, p, tile.key, from, to, acc, row_floats, padded);
-                    for (int m = 0; m < mt; ++m) {
-                        const int end = end_of(row + m, base);
-                        if (to < end) values_rows<U>(1, p + m * kTile, tile.key, to, end, acc + m * row_floats, row_floats, padded);
-                    }
-                }
+            const bool common = from < to;
+            for (int m = 0; m < mt; ++m) {
+                const int mine = begin_of(row + m, base), end = common ? from : end_of(row + m, base);
+                if (mine < end)
+                    values_rows<Ahead, U>(1, p + m * kTile, {key, next, mine, end, row_floats, padded}, acc + m * row_floats);
             }
+            if (common) values_rows<Ahead, U>(mt, p, {key, next, from, to, row_floats, padded}, acc);
+            for (int m = 0; common && m < mt; ++m) {
+                const int end = end_of(row + m, base);
+                if (to < end)
+                    values_rows<Ahead, U>(1, p + m * kTile, {key, next, to, end, row_floats, padded}, acc + m * row_floats);
+            }
+            next = key;
             row += mt;
         }
     }
 
-    void gather_keys(int64_t base, int from, int to) {
+    void gather_keys(int64_t base, const Seen& n) {
         const int64_t run = block < kTile ? block : kTile;     // keys of a tile that lie together
-        for (int64_t t = from / run * run; t < to; t += run) {
+        for (int64_t t = n.from / run * run; t < n.to; t += run) {
             const T* k = key_at(base + t);
             for (int64_t d = 0; d < dim; ++d) {
                 float* wide = k_wide + d * kTile + t;
@@ -325,37 +413,19 @@ template <class T> struct Task {
         }
     }
 
-    void gather_values(int64_t base, int from, int to) {
-        for (int64_t t = from; t < to; ++t) {
+    void gather_values(int64_t base, const Seen& n) {
+        for (int64_t t = n.from; t < n.to; ++t) {
             const T* v = value_at(base + t);
             for (int64_t i = 0; i < dim; i += kWidth)
                 store(v_wide + t * padded + i, load_n(v + i, static_cast<int>(dim - i < kWidth ? dim - i : kWidth)));
         }
     }
-
-    void prefetch_next(int64_t base, int64_t high) const {
-        const int64_t start = base + kTile, end = start + kTile < high ? start + kTile : high;
-        const int64_t run = block < kTile ? block : kTile;
-        for (int64_t key = start; key < end; key += run) {
-            const T* k = key_at(key);
-            const char* vb = reinterpret_cast<const char*>(value_at(key));
-            for (int64_t at = 0; at < run * dim * static_cast<int64_t>(sizeof(T)); at += 64) prefetch_l2(vb + at);
-            if (run == block) {
-                const char* kb = reinterpret_cast<const char*>(k);
-                for (int64_t at = 0; at < run * dim * static_cast<int64_t>(sizeof(T)); at += 64) prefetch_l2(kb + at);
-            } else {
-                for (int64_t d = 0; d < dim; ++d)
-                    for (int64_t at = 0; at < run * static_cast<int64_t>(sizeof(T)); at += 64)
-                        prefetch_l2(reinterpret_cast<const char*>(k + d * block) + at);
-            }
-        }
-    }
 };
 
-template <class T> void task(const void* context, int64_t index, int64_t) {
+template <class T> void task(const void* context, int64_t index, int64_t next) {
     const AttentionArgs& a = *static_cast<const AttentionArgs*>(context);
     Task<T> t{a, a.works[index]};
-    t.run();
+    t.run(next >= 0 ? &a.works[next] : nullptr);
 }
 
 }  // namespace

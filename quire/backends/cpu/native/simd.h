@@ -213,22 +213,36 @@ QUIRE_INLINE void store_n(bf16* p, vf a, int n) {
 }
 QUIRE_INLINE void store(bf16* p, vf a) { store_n(p, a, kWidth); }
 
-// Across lanes, always in the same order.
-QUIRE_INLINE float reduce_add(vf a) {
-    float lane[kWidth];
-    store(lane, a);
-    for (int half = kWidth / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
-}
+// Across lanes, halves first, always in the same order.
+#if defined(QUIRE_ISA_portable)
+QUIRE_INLINE float reduce_add(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 QUIRE_INLINE float reduce_max(vf a) {
-    float lane[kWidth];
-    store(lane, a);
-    for (int half = kWidth / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-    return lane[0];
+    const float x = a[0] > a[2] ? a[0] : a[2], y = a[1] > a[3] ? a[1] : a[3];
+    return x > y ? x : y;
 }
-QUIRE_INLINE void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
+#else
+#if defined(QUIRE_ISA_avx512)
+QUIRE_INLINE __m256 upper(vf a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
+QUIRE_INLINE float reduce_add(vf v) {
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), upper(v));
+#else
+QUIRE_INLINE float reduce_add(vf a) {
+#endif
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+#if defined(QUIRE_ISA_avx512)
+QUIRE_INLINE float reduce_max(vf v) {
+    const __m256 a = _mm256_max_ps(_mm512_castps512_ps256(v), upper(v));
+#else
+QUIRE_INLINE float reduce_max(vf a) {
+#endif
+    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+#endif
 QUIRE_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r (Cephes, expf). Infinities, overflow and
