@@ -4,6 +4,7 @@ Everything comes from the Python that runs this script: the data is the source t
 of its standard library (`sysconfig.get_path("stdlib")`), so no download is needed.
 
     python tools/train_embedded.py --minutes 80 --out OUT      train, then export to OUT/model
+    torchrun --nproc-per-node 2 tools/train_embedded.py --threads 1 ...   the same in two processes
     python tools/train_embedded.py --out OUT --resume          go on from OUT/checkpoint.pt
     python tools/train_embedded.py --out OUT --export DIR      write a checkpoint as a model folder
     python tools/train_embedded.py --out OUT --report          losses, baselines, samples
@@ -338,7 +339,7 @@ def shape(progress: float) -> float:
 
 
 def average(model: nn.Module, seconds: float, ranks: int) -> float:
-    """Average the gradients over the processes, and `seconds`, so that all have one clock."""
+    """Average the gradients over the processes, and `seconds`, so that all keep one clock."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([seconds])])
     dist.all_reduce(flat)
@@ -387,7 +388,7 @@ def train(args: argparse.Namespace) -> None:
     next_eval = state["seconds"] + args.eval_minutes * 60
     next_save = state["seconds"] + args.first_save_minutes * 60
     running: list[float] = []
-    length, norm = args.length, torch.tensor(0.0)
+    length, norm, pending = args.length, torch.tensor(0.0), 0.0
 
     def save() -> None:
         part = checkpoint.with_suffix(".part")
@@ -404,7 +405,7 @@ def train(args: argparse.Namespace) -> None:
                     group["lr"] = lr * shape(progress)
             length = CONTEXT if progress >= args.long_from else args.length
             share = 0.65 if progress < 0.4 else 0.85
-            parts = args.batch_tokens // args.micro_tokens // ranks
+            parts = max(1, args.batch_tokens // args.micro_tokens // ranks)
             for _ in range(parts):
                 windows = []
                 for _ in range(max(1, args.micro_tokens // length)):
@@ -417,7 +418,8 @@ def train(args: argparse.Namespace) -> None:
                 (loss / parts).backward()
                 running.append(loss.item())
             if ranks > 1:
-                state["seconds"] = average(model, state["seconds"], ranks)
+                pending = average(model, pending, ranks)
+            state["seconds"] += pending  # of the step before: all processes add the same
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for opt in optimizers:
                 opt.step()
@@ -426,7 +428,7 @@ def train(args: argparse.Namespace) -> None:
             state["tokens"] += parts * args.micro_tokens * ranks
             # A pause of the process, or a rush on the machine, must not jump the schedule.
             recent.append(time.perf_counter() - began)
-            state["seconds"] += min(recent[-1], 3 * statistics.median(recent))
+            pending = min(recent[-1], 3 * statistics.median(recent))
         if last or state["seconds"] >= next_eval:
             next_eval = state["seconds"] + args.eval_minutes * 60
             score = losses(model, valid, length, None if last else CONTEXT * 16 // length).mean()

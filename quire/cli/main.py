@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # Ctrl-C ends the process on the spot (a server takes the signal over once it serves). A KeyboardInterrupt could be
+    # swallowed by an import that it hits, and Python aborts when it finalizes while a thread is in native code.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     args = build_parser().parse_args(argv)
     try:
         code: int = args.run(args)
@@ -34,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QuireError as e:
         print(f"quire: {e.message}", file=sys.stderr)
         return e.exit_code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader of our output went away, e.g. `quire run ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -35,10 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from quire.models.weights import resolve_model
     from quire.server.launch import serve
 
-    try:
-        code = serve(engine_config, server_config, resolve_model(engine_config.model))
-    except KeyboardInterrupt:  # while the model was loading
-        code = 130
+    code = serve(engine_config, server_config, resolve_model(engine_config.model))
     _leave_if_busy(code)
     return code
 

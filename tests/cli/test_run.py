@@ -61,22 +61,35 @@ def test_wrong_use_gets_one_line_and_an_exit_code(args: list[str], environ: dict
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_goes_away_and_ctrl_c_leave_no_traceback() -> None:
-    command = [sys.executable, "-P", "-m", "quire.cli.main", "run", "-p", "import", "--max-tokens", "2000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+def reading() -> subprocess.Popen[str]:
+    """quire run that has answered its first prompt, and waits for another."""
+    command = [sys.executable, "-P", "-m", "quire.cli.main", "run", "--max-tokens", "4"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("import os\n")
+    process.stdin.flush()
+    assert process.stdout.readline().startswith("import os")
+    return process
+
+
+def test_ctrl_c_leaves_no_traceback() -> None:
+    with reading() as process:
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, "")
+
+
+def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
+    with reading() as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.read(10)
         process.stdout.close()
-        assert process.stderr.read() == b""
+        process.stdin.write("import sys\n")
+        process.stdin.close()
+        assert process.stderr.read() == ""
     assert process.returncode == 141
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.read(10)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate()
-    assert stderr == b""
-    assert process.returncode == 130
 
 
 def test_options_come_from_a_file_too(tmp_path: Path) -> None:

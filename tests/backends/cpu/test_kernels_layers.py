@@ -166,13 +166,13 @@ def test_conversions_are_exact_and_round_to_even():
     rng = np.random.default_rng(13)
     halves = every.view(np.float16)[np.isfinite(every.view(np.float16))].astype(np.float32)
     with np.errstate(all="ignore"):
-        ties = np.concatenate([halves, (halves + np.nextafter(halves.astype(np.float16), np.float16(np.inf)).astype(np.float32)) / 2])
-    anything = rng.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
-    x = np.concatenate([ties, anything, [0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.99, 65520, 1e-8, 5e-8]]).astype(np.float32)
-    for out, expected in (
-        (np.empty(len(x), np.float16), x.astype(np.float16)),
-        (np.empty(len(x), np.uint16), x.astype(ml_dtypes.bfloat16)),
-    ):
+        above = np.nextafter(halves.astype(np.float16), np.float16(np.inf)).astype(np.float32)
+        ties = np.concatenate([halves, (halves + above) / 2])
+        anything = rng.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+        special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.99, 65520, 1e-8, 5e-8], np.float32)
+        x = np.concatenate([ties, anything, special])
+        narrow = [(np.empty(len(x), np.float16), x.astype(np.float16)), (np.empty(len(x), np.uint16), x.astype(ml_dtypes.bfloat16))]
+    for out, expected in narrow:
         native.convert(x, out)
         nan = np.isnan(x)
         assert np.array_equal(out[~nan].view(np.uint16), expected[~nan].view(np.uint16))

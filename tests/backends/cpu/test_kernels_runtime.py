@@ -20,7 +20,7 @@ def test_instruction_sets():
     available = native.available_isas()
     assert available[-1] == "portable"
     assert native.isa() in available
-    with pytest.raises(ValueError, match="choose one of .*portable"):
+    with pytest.raises(ValueError, match=r"choose one of .*portable"):
         native.set_isa("neon9")
     code = "from quire.backends.cpu import _native as n; print(n.isa())"
     assert python(code, QUIRE_ISA="portable").stdout.strip() == "portable"

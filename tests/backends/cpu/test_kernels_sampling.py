@@ -214,7 +214,7 @@ def test_large_vocabulary_and_flat_distributions():
     logits = np.stack([rng.standard_normal(vocab) * 1e-3, np.zeros(vocab), rng.standard_normal(vocab), np.linspace(-5, 5, vocab)]).astype(
         np.float32
     )
-    for p in ({"top_p": 0.9}, {"top_k": 20_000}, {"top_k": 600, "top_p": 0.5}, {"min_p": 0.5, "top_p": 0.3}, {}):
+    for p in ({"top_p": 0.9}, {"top_p": 1 - 2**-24}, {"top_k": 20_000}, {"top_k": 600, "top_p": 0.5}, {"min_p": 0.5, "top_p": 0.3}, {}):
         tokens, status = sample(logits, params=p | {"seed": 11, "position": 12})
         assert not status.any()
         for row, z in enumerate(logits):

@@ -10,7 +10,7 @@
 namespace quire {
 namespace {
 
-constexpr int64_t kTaskRows = 48;   // query rows that share the loads of K and V; their state stays in L2
+constexpr int64_t kTaskRows = 96;   // query rows that share the loads of K and V; their state stays in L2
 
 int64_t keys_seen(const AttentionArgs& a, const AttentionWork& w) {
     const int64_t position = a.seq.start[w.seq] + w.query - a.seq.query_start[w.seq];

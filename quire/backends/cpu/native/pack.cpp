@@ -2,6 +2,7 @@
 // at once, so that loading a model runs at the speed of the disk or of the memory.
 #include "pack.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "threads.h"
@@ -15,24 +16,48 @@ struct Job {
     int64_t n, k, panel, k_block, k_blocks;
 };
 
-// Panels are packed a few K positions at a time, so that each line of a row-major source is read once.
+constexpr int64_t kMaxPanel = 64;
+
+// A panel is packed a cache line of each column at a time, turned in a buffer. Columns that lie side by side in memory
+// (a transposed view) are copied as they are.
 template <class T> void pack_task(const void* context, int64_t task, int64_t) {
     const Job& job = *static_cast<const Job*>(context);
-    const int64_t p = task / job.k_blocks, k0 = task % job.k_blocks * job.k_block;
-    const int64_t k1 = k0 + job.k_block < job.k ? k0 + job.k_block : job.k;
-    T* out = reinterpret_cast<T*>(job.out) + p * job.k * job.panel;
     constexpr int64_t kRun = 64 / sizeof(T);
+    const int64_t panel = job.panel, p = task / job.k_blocks, k0 = task % job.k_blocks * job.k_block;
+    const int64_t k1 = std::min(k0 + job.k_block, job.k), columns = std::min(panel, job.n - p * panel);
+    T* const out = reinterpret_cast<T*>(job.out) + p * job.k * panel;   // columns that don't exist stay 0
+
+    const char* column[kMaxPanel];
+    int64_t k_stride[kMaxPanel];
+    bool side_by_side = true;
+    size_t part = 0;
+    for (int64_t j = 0, begin = 0; j < columns; ++j) {
+        const int64_t n = p * panel + j;
+        while (n - begin >= (*job.parts)[part].n) begin += (*job.parts)[part++].n;
+        const Matrix& m = (*job.parts)[part];
+        column[j] = m.data + (n - begin) * m.n_stride;
+        k_stride[j] = m.k_stride;
+        side_by_side &= column[j] == column[0] + j * static_cast<int64_t>(sizeof(T)) && k_stride[j] == k_stride[0];
+    }
+    if (side_by_side) {
+        for (int64_t k = k0; k < k1; ++k)
+            std::memcpy(out + k * panel, column[0] + k * k_stride[0], static_cast<size_t>(columns) * sizeof(T));
+        return;
+    }
+    T buffer[kMaxPanel][kRun];
     for (int64_t k = k0; k < k1; k += kRun) {
-        const int64_t end = k + kRun < k1 ? k + kRun : k1;
-        size_t at = 0;
-        int64_t begin = 0;
-        for (int64_t j = 0; j < job.panel; ++j) {
-            const int64_t n = p * job.panel + j;
-            if (n >= job.n) break;   // the memory is zero already
-            while (n - begin >= (*job.parts)[at].n) begin += (*job.parts)[at++].n;
-            const Matrix& m = (*job.parts)[at];
-            const char* from = m.data + (n - begin) * m.n_stride + k * m.k_stride;
-            for (int64_t i = k; i < end; ++i, from += m.k_stride) std::memcpy(out + i * job.panel + j, from, sizeof(T));
+        const int64_t run = std::min(kRun, k1 - k);
+        for (int64_t j = 0; j < columns; ++j) {
+            const char* from = column[j] + k * k_stride[j];
+            if (run == kRun && k_stride[j] == sizeof(T)) {
+                std::memcpy(buffer[j], from, 64);
+            } else {
+                for (int64_t i = 0; i < run; ++i) std::memcpy(&buffer[j][i], from + i * k_stride[j], sizeof(T));
+            }
+        }
+        for (int64_t i = 0; i < run; ++i) {
+            T* row = out + (k + i) * panel;
+            for (int64_t j = 0; j < columns; ++j) row[j] = buffer[j][i];
         }
     }
 }

@@ -150,12 +150,22 @@ struct Row {
             const int32_t id = ids[i];
             if (weights[id] > 0 && weights[id] >= least) candidates[count++] = {z[id], weights[id], id};
         }
+        Candidate last{-kInf, 0, INT32_MAX};   // the least likely one that is kept
         if (k && count > k) {
-            std::nth_element(candidates, candidates + k, candidates + count, likelier);
+            std::nth_element(candidates, candidates + k - 1, candidates + count, likelier);
+            last = candidates[k - 1];
             count = k;
         }
         // Without min_p and top_k the mass of what was left out above counts as well.
-        if (p < 1) count = nucleus(count, p, k || least > 0 ? mass(0, count) : total);
+        if (p < 1) last = nucleus(count, top, p * (k || least > 0 ? mass(0, count) : total));
+
+        // Once more in ascending order of ids, which the search has disturbed.
+        count = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const int32_t id = ids[i];
+            candidates[count] = {z[id], weights[id], id};
+            count += weights[id] > 0 && weights[id] >= least && !likelier(last, candidates[count]);
+        }
         return draw_from_candidates(count, u);
     }
 
@@ -165,11 +175,23 @@ struct Row {
         return sum;
     }
 
-    // Brings the smallest set of the likeliest candidates that holds at least p of `total` to the front.
-    int64_t nucleus(int64_t count, float p, double total) {
-        const double target = static_cast<double>(p) * total;
-        int64_t low = 0, high = count;   // the last one needed is in [low, high)
+    // The last candidate, in order of likelihood, of the smallest set that holds at least `target`. Sorts only the
+    // bucket of logits in which the mass gets there.
+    Candidate nucleus(int64_t count, float top, double target) {
+        constexpr int kBuckets = 1024;
+        double buckets[kBuckets] = {};
+        float least = top;
+        for (int64_t i = 0; i < count; ++i) least = std::min(least, candidates[i].z);
+        const bool spread = top - least > 1e-30f;   // otherwise all go to the first bucket
+        const float scale = spread ? kBuckets / (top - least) : 0.0f;
+        const auto bucket = [=](const Candidate& c) { return std::min(kBuckets - 1, static_cast<int>((top - c.z) * scale)); };
+        for (int64_t i = 0; i < count; ++i) buckets[bucket(candidates[i])] += candidates[i].w;
         double before = 0;
+        int here = 0;
+        while (spread && here < kBuckets - 1 && before + buckets[here] < target) before += buckets[here++];
+        Candidate* end = std::partition(candidates, candidates + count, [&](const Candidate& c) { return bucket(c) == here; });
+
+        int64_t low = 0, high = end - candidates;   // the last one needed is in [low, high)
         while (high - low > 256) {
             const int64_t middle = (low + high) / 2;
             std::nth_element(candidates + low, candidates + middle, candidates + high, likelier);
@@ -178,22 +200,16 @@ struct Row {
             else low = middle, before += left;
         }
         std::sort(candidates + low, candidates + high, likelier);
-        while (low < high) {
-            before += candidates[low++].w;
-            if (before >= target) break;
-        }
-        return std::max<int64_t>(low, 1);
+        for (; low < high - 1; ++low)
+            if ((before += candidates[low].w) >= target) break;
+        return candidates[low];
     }
 
-    int32_t draw_from_candidates(int64_t count, double u) {
-        std::sort(candidates, candidates + count, [](const Candidate& x, const Candidate& y) { return x.id < y.id; });
-        double total = 0;
-        for (int64_t i = 0; i < count; ++i) total += candidates[i].w;
+    int32_t draw_from_candidates(int64_t count, double u) const {
+        const double target = u * mass(0, count);
         double reached = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            reached += candidates[i].w;
-            if (reached > u * total) return candidates[i].id;
-        }
+        for (int64_t i = 0; i < count; ++i)
+            if ((reached += candidates[i].w) > target) return candidates[i].id;
         return candidates[count - 1].id;
     }
 
