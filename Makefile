@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find quire -type f -not -name '*.pyc' -not -name '*.so')
 MODEL ?= embedded
 
-.PHONY: help serve test test-oracle lint format bench clean preflight
+.PHONY: help serve test test-oracle lint clean preflight
 
 help:
 	@echo "make serve        install into $(VENV) and serve the embedded model on 127.0.0.1:8000 (MODEL=folder for another)"
@@ -17,16 +17,18 @@ help:
 	@echo "make clean        remove $(VENV) and build folders"
 
 preflight:
-	@command -v $(PYTHON) >/dev/null || { echo "Python is missing: install Python 3.11 or newer (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev)"; exit 1; }
+	@$(PYTHON) -c '' 2>/dev/null || { echo "$(PYTHON) is missing or does not run: install Python 3.11 or newer (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) is too old: install Python 3.11 or newer, or name one with make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing: install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
 	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h")).close()' 2>/dev/null || { echo "Python's headers are missing: install them (Debian, Ubuntu: apt-get install python3-dev)"; exit 1; }
-	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "A C++ compiler is missing: install one (Debian, Ubuntu: apt-get install g++)"; exit 1; }
+	@test -z "$$CXX" || command -v $$CXX >/dev/null || { echo "CXX names a C++ compiler that is missing, $$CXX: install it, or leave CXX unset"; exit 1; }
+	@test -n "$$CXX" || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "A C++ compiler is missing: install one (Debian, Ubuntu: apt-get install g++)"; exit 1; }
 
-$(BIN)/python: | preflight
+# pip is written last: where it is, the environment is whole.
+$(BIN)/pip: | preflight
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(SOURCES) | preflight $(BIN)/python
+$(VENV)/.installed: $(SOURCES) | preflight $(BIN)/pip
 	@echo "Installing Quire into $(VENV) (compiles one module, about a minute) ..."
 	@$(PIP) .
 	@$(BIN)/python -m pip uninstall --quiet --yes setuptools 2>/dev/null || true
@@ -43,7 +45,7 @@ $(VENV)/.oracle: $(VENV)/.tested
 	@touch $@
 
 $(VENV)/.linted: $(VENV)/.installed
-	@$(PIP) 'ruff>=0.8' 'mypy>=1.13' types-tqdm
+	@$(PIP) 'quire[lint]'
 	@touch $@
 
 serve: $(VENV)/.installed

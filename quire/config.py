@@ -27,7 +27,10 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if match is None or match[2].lower() not in _UNITS:
         raise ConfigError(f"{text!r} is not a size: write for example 2GiB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if size >= 1 << 63:
+        raise ConfigError(f"{text!r:.60} is more memory than a machine can address")
+    return int(size)
 
 
 def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None, low: int | None = None, high: int | None = None,
@@ -46,7 +49,8 @@ class _Checked:
             flag = "--" + f.name.replace("_", "-")
             if value is None:
                 continue
-            if (choices := meta.get("choices")) and value not in choices:
+            # 16.0 equals 16, and is no number of positions.
+            if (choices := meta.get("choices")) and (value not in choices or type(value) is not type(choices[0])):
                 raise ConfigError(f"{flag} {value!r} is not supported; choose from: {', '.join(map(str, choices))}", param=f.name)
             low, high = meta.get("low"), meta.get("high")
             if low is None and high is None:
@@ -65,7 +69,7 @@ class EngineConfig(_Checked):
     model: str = field(default=EMBEDDED_MODEL, metadata={})
     device: str = option("cpu", "where the model runs", choices=("cpu",))
     dtype: str = option("auto", "width of the weights; auto keeps the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
-    max_model_len: int | None = option(None, "longest sequence in tokens, prompt and output together (default: the model's context)", low=1)
+    max_model_len: int | None = option(None, "longest sequence in tokens, prompt and output together (default: the model's context)", low=2)
     block_size: int = option(16, "token positions in a block of KV memory", choices=(4, 8, 16, 32, 64, 128, 256))
     kv_dtype: str = option("float16", "width of the KV cache", choices=("float16", "float32"))
     kv_memory: str = option("2GiB", "memory for the KV cache, e.g. 2GiB or 512MiB", metavar="SIZE")
@@ -73,7 +77,7 @@ class EngineConfig(_Checked):
         512, "most token positions computed in a step; longer prompts are computed in chunks", low=1, high=1 << 20
     )
     max_num_seqs: int = option(64, "most sequences that run at the same time", low=1, high=4096)
-    threads: int | None = option(None, "threads that compute (default: the cores that this process may use)", low=1, high=1024)
+    threads: int | None = option(None, "threads that compute (default: the cores that this process may use)", low=1, high=256)
     seed: int = option(0, "seeds the requests that bring no seed of their own (offline API)", low=0, high=(1 << 63) - 1)
     kv_debug: bool = field(
         default=False, metadata={"help": "fill fresh KV blocks with NaN, to find reads of memory that was never written"}
@@ -137,7 +141,7 @@ def read_config_file(path: str | None) -> dict[str, Any]:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"can't read the configuration file {path}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # TOML and UTF-8 errors are ValueErrors; so is a number too long for Python
         raise ConfigError(f"the configuration file {path} is not valid TOML: {e}") from None
     return {name.replace("-", "_"): value for name, value in table.items()}
 
@@ -157,7 +161,8 @@ def resolve(classes: tuple[type, ...], arguments: Mapping[str, Any], file: Mappi
             env = f"QUIRE_{f.name.upper()}"
             for source, label in ((file, f.name), (environ, env), (arguments, "--" + f.name.replace("_", "-"))):
                 key = env if source is environ else f.name
-                if key in source:
+                # Kubernetes sets QUIRE_PORT=tcp://... in every pod beside a service named quire; it is not meant for us.
+                if key in source and not str(source[key]).startswith("tcp://"):
                     values[f.name] = _convert(f.name, str(f.type), source[key], label)
         built.append(cls(**values))
     return built

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
@@ -15,7 +16,7 @@ from quire.config import EMBEDDED_MODEL, EngineConfig
 from quire.core.engine import Engine
 from quire.core.sequence import Request
 from quire.errors import EngineError, InvalidRequestError
-from quire.outputs import Choice, RequestOutput, Usage
+from quire.outputs import Choice, RequestOutput, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
 from quire.text.output import OutputAssembler
 from quire.text.tokenizer import Tokenizer
@@ -59,6 +60,8 @@ class LLM:
         self.tokenizer = Tokenizer.load(self.backend.folder)
         self.engine = Engine(self.backend, config)
         self._requests = 0
+        self._unread: dict[str, deque[SequenceOutput]] = {}
+        """What the engine gave to each open stream, and its reader has not taken yet."""
 
     def generate(
         self,
@@ -69,7 +72,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs come in the order of the prompts.
 
-        ``sampling_params``: one for all, or one for each prompt. ``use_tqdm``: show progress on long work (vLLM's name).
+        ``sampling_params``: one for all, or one for each prompt; None: the model's own defaults. ``use_tqdm``: show progress
+        on long work (vLLM's name).
         Everything is checked before anything runs. Raises InvalidRequestError. A sample that fails in the engine has
         finish_reason ``error`` and the message in stop_reason; the others go on.
         """
@@ -94,29 +98,48 @@ class LLM:
             output.outputs.sort(key=lambda choice: choice.index)
         return list(outputs.values())
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's authors recommend (generation_config.json), over the defaults of SamplingParams."""
+        defaults: dict[str, Any] = dict(self.backend.spec.sampling_defaults)
+        return SamplingParams(**defaults)
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Complete one prompt (``params.n`` is 1); yields text as it comes. Closing the iterator frees its blocks.
 
+        Several streams may be open, and ``generate`` may be called meanwhile: they share the engine's steps.
         Raises InvalidRequestError at once, EngineError from the iterator.
         """
-        request = self._request(prompt, params or SamplingParams())
+        request = self._request(prompt, params or self.get_default_sampling_params())
         if request.params.n != 1:
             raise InvalidRequestError(f"stream() gives one sample, got n={request.params.n}: use generate()", param="n")
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[str]:
         assembler = OutputAssembler(self.tokenizer, request.params, request.prompt_token_ids)
-        self.engine.add(request)
+        unread = self._unread[request.request_id] = deque()
         try:
-            while self.engine.has_work and not assembler.finished:
-                for output in self.engine.step():
-                    delta = assembler.feed(output)
-                    if delta.text:
-                        yield delta.text
-                    if output.finish_reason == "error":
-                        raise EngineError(str(output.stop_reason))
+            self.engine.add(request)
+            while not assembler.finished and (unread or self.engine.has_work):
+                if not unread:
+                    self._step()
+                    continue
+                output = unread.popleft()
+                delta = assembler.feed(output)
+                if delta.text:
+                    yield delta.text
+                if output.finish_reason == "error":
+                    raise EngineError(str(output.stop_reason))
         finally:
+            del self._unread[request.request_id]
             self.engine.abort(request.request_id)
+
+    def _step(self) -> list[SequenceOutput]:
+        """One step of the engine, whoever asks for it: what it adds to open streams waits there for their readers."""
+        outputs = self.engine.step()
+        for output in outputs:
+            if output.request_id in self._unread:
+                self._unread[output.request_id].append(output)
+        return outputs
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> Iterator[tuple[str, Choice]]:
         """Run all requests to their end; yields (request id, choice) as samples finish."""
@@ -130,10 +153,10 @@ class LLM:
             for request in requests:
                 self.engine.add(request)
             while assemblers:
-                for output in self.engine.step():
+                for output in self._step():
                     key = (output.request_id, output.index)
                     assembler = assemblers.get(key)
-                    if assembler is None:  # ended by a stop string while a sibling sample goes on
+                    if assembler is None:  # of an open stream
                         continue
                     assembler.feed(output)
                     tokens += len(output.token_ids)
@@ -151,7 +174,7 @@ class LLM:
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
-            return [params or SamplingParams()] * count
+            return [params or self.get_default_sampling_params()] * count
         if len(params) != count:
             raise InvalidRequestError(
                 f"{count} prompts but {len(params)} SamplingParams: give one, or one for each prompt", param="sampling_params"
@@ -162,9 +185,10 @@ class LLM:
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
         elif isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
-            tokens = list(prompt["prompt_token_ids"])
-            if not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
-                raise InvalidRequestError("prompt_token_ids must be integers", param="prompt")
+            given: Any = prompt["prompt_token_ids"]
+            tokens = list(given) if isinstance(given, Sequence) else []
+            if not isinstance(given, Sequence) or not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
+                raise InvalidRequestError("prompt_token_ids must be a list of integers", param="prompt")
         else:
             raise InvalidRequestError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {prompt!r:.60}", param="prompt")
         self.engine.limits.check(tokens, params)

@@ -21,6 +21,14 @@ MAX_TOKENS = 1 << 30
 MAX_SEED = (1 << 64) - 1
 
 
+def _shown(value: object) -> str:
+    """``value`` in a message."""
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python spells out no integer of more digits
+        return "a number of more than 4,300 digits"
+
+
 def _number(name: str, value: object, low: float, high: float, hint: str = "") -> float:
     """``value`` as a float within [low, high]; refuses booleans, strings, NaN and infinities."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -28,7 +36,7 @@ def _number(name: str, value: object, low: float, high: float, hint: str = "") -
     # A comparison of an int with a float is exact in Python, so a huge int can't overflow here.
     if not (low <= value <= high):  # NaN fails this too
         bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-        raise InvalidRequestError(f"{name} must be {bounds}, got {value!r:.60}{hint}", param=name)
+        raise InvalidRequestError(f"{name} must be {bounds}, got {_shown(value)}{hint}", param=name)
     return float(value)
 
 
@@ -36,7 +44,7 @@ def _integer(name: str, value: object, low: int, high: int, hint: str = "") -> i
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequestError(f"{name} must be an integer, got {value!r:.60}", param=name)
     if not (low <= value <= high):
-        raise InvalidRequestError(f"{name} must be from {low} to {high}, got {value!r:.60}{hint}", param=name)
+        raise InvalidRequestError(f"{name} must be from {low} to {high}, got {_shown(value)}{hint}", param=name)
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,25 @@ def test_sizes_that_are_none(text: str) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 20, "9" * 400, "8388608TiB"])
+def test_sizes_beyond_any_machine(text: str) -> None:
+    with pytest.raises(ConfigError, match="more memory than a machine can address"):
+        parse_bytes(text)
+
+
+def test_the_most_threads_are_those_of_the_kernels() -> None:
+    from quire.backends.cpu import _native as native
+
+    (most,) = (f.metadata["high"] for f in fields(EngineConfig) if f.name == "threads")
+    before = native.num_threads()
+    try:
+        native.set_num_threads(most)
+        with pytest.raises(ValueError, match=f"1 to {most}"):
+            native.set_num_threads(most + 1)
+    finally:
+        native.set_num_threads(before)
+
+
 def test_file_is_overridden_by_environment_and_that_by_the_command_line() -> None:
     def block_size(file: dict[str, Any], environ: dict[str, str], arguments: dict[str, Any]) -> int:
         (config,) = resolve((EngineConfig,), arguments, file, environ)
@@ -36,6 +56,11 @@ def test_file_is_overridden_by_environment_and_that_by_the_command_line() -> Non
     assert block_size({"block_size": 32}, {}, {}) == 32
     assert block_size({"block_size": 32}, {"QUIRE_BLOCK_SIZE": "64"}, {}) == 64
     assert block_size({"block_size": 32}, {"QUIRE_BLOCK_SIZE": "64"}, {"block_size": "128"}) == 128
+
+
+def test_the_port_that_kubernetes_announces_is_not_ours() -> None:
+    (server,) = resolve((ServerConfig,), {}, {}, {"QUIRE_PORT": "tcp://10.0.0.1:8000"})
+    assert server.port == 8000
 
 
 def test_every_field_is_a_flag_and_arrives_in_the_right_object() -> None:
@@ -55,11 +80,13 @@ def test_every_field_is_a_flag_and_arrives_in_the_right_object() -> None:
         ({"block_size": "x"}, "must be an integer, got 'x'"),
         ({"kv_dtype": "int3"}, "choose from: float16, float32"),
         ({"max_num_seqs": "0"}, "from 1 to 4096, got 0"),
-        ({"threads": "0"}, "from 1 to 1024, got 0"),
+        ({"threads": "0"}, "from 1 to 256, got 0"),
+        ({"block_size": 16.0}, "block-size 16.0 is not supported"),
+        ({"max_model_len": "1"}, "at least 2, got 1"),
         ({"device": "tpu"}, "choose from: cpu"),
     ],
 )
-def test_wrong_values_are_named(arguments: dict[str, str], says: str) -> None:
+def test_wrong_values_are_named(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         resolve((EngineConfig,), arguments, {}, {})
 
@@ -72,8 +99,9 @@ def test_configuration_files(tmp_path: Path) -> None:
     path.write_text("blok_size = 32\n")
     with pytest.raises(ConfigError, match=r"unknown option .* blok_size"):
         resolve((EngineConfig, ServerConfig), {}, read_config_file(str(path)), {})
-    path.write_text("block_size = = 1\n")
-    with pytest.raises(ConfigError, match="not valid TOML"):
-        read_config_file(str(path))
+    for wrong in ("block_size = = 1\n", "seed = " + "9" * 5000, "model = " + "[" * 100_000):
+        path.write_text(wrong)
+        with pytest.raises(ConfigError, match="not valid TOML"):
+            read_config_file(str(path))
     with pytest.raises(ConfigError, match="can't read"):
         read_config_file(str(tmp_path / "absent.toml"))

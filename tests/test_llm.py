@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.backends.cpu import backend
+from quire.config import EngineConfig, parse_bytes
+from quire.core.sequence import Request
 from quire.errors import CapacityError, ConfigError, ContextLengthError, InvalidRequestError, ModelLoadError
 
 PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def push(self, item):"]
@@ -54,6 +61,15 @@ def test_requests_without_seed_follow_the_seed_of_the_llm() -> None:
     assert len({tuple(tokens) for tokens in sample(1)}) > 1
 
 
+def test_without_parameters_the_model_has_its_own() -> None:
+    def tokens(params: SamplingParams | None) -> list[int]:
+        return LLM(kv_memory="16MiB").generate(PROMPTS[0], params)[0].outputs[0].token_ids
+
+    own = LLM(kv_memory="16MiB").get_default_sampling_params()
+    assert own == SamplingParams(temperature=0.7, top_p=0.9)
+    assert tokens(None) == tokens(own) != tokens(SamplingParams())
+
+
 def test_logprobs(llm: LLM) -> None:
     choice = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=5, logprobs=3))[0].outputs[0]
     assert choice.logprobs is not None
@@ -87,6 +103,18 @@ def test_stream_gives_the_same_text_and_can_be_left(llm: LLM) -> None:
     assert llm.engine.stats().kv.used_blocks == 0
 
 
+def test_streams_and_generate_share_the_engine(llm: LLM) -> None:
+    """Whoever asks for a step, each stream gets its own text and all of it."""
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    alone = ["".join(llm.stream(prompt, params)) for prompt in PROMPTS]
+    streams = [llm.stream(prompt, params) for prompt in PROMPTS]
+    texts = [next(stream) for stream in streams]
+    texts = [text + next(stream) for text, stream in zip(texts, streams, strict=True)]
+    assert [o.outputs[0].text for o in llm.generate(PROMPTS, params)] == alone
+    assert [text + "".join(stream) for text, stream in zip(texts, streams, strict=True)] == alone
+    assert not llm.engine.has_work
+
+
 def test_bad_requests_change_nothing(llm: LLM) -> None:
     with pytest.raises(ContextLengthError, match=r"prompt \d+ \+ max_tokens 4,000 > context 2,048: lower max_tokens to at most 2,"):
         llm.generate([PROMPTS[0], PROMPTS[1]], SamplingParams(max_tokens=4000))
@@ -96,6 +124,9 @@ def test_bad_requests_change_nothing(llm: LLM) -> None:
         llm.generate("")
     with pytest.raises(InvalidRequestError, match="0 to 4095"):
         llm.generate({"prompt_token_ids": [4096]})
+    for ids in (5, [1.0], None):
+        with pytest.raises(InvalidRequestError, match="must be a list of integers"):
+            llm.generate({"prompt_token_ids": ids})  # type: ignore[typeddict-item]
     with pytest.raises(InvalidRequestError, match="3 prompts but 2"):
         llm.generate(PROMPTS, [SamplingParams()] * 2)
     with pytest.raises(InvalidRequestError, match="a prompt is"):
@@ -124,6 +155,44 @@ def test_the_remedy_in_a_message_works() -> None:
         LLM(kv_memory="1MiB")
     assert "at least 6MiB" in caught.value.message
     assert LLM(kv_memory="6MiB").generate("x", SamplingParams(max_tokens=2))
+
+
+def test_the_remedy_for_a_machine_with_too_little_memory_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the memory left by the weights does not hold the model's whole context, and where it holds nothing."""
+
+    def remedy(free: int, **options: Any) -> str:
+        monkeypatch.setattr(backend, "available_bytes", lambda: free)
+        with pytest.raises(CapacityError, match="need more than") as caught:
+            LLM(**options)
+        return caught.value.message.rpartition(": ")[2]
+
+    spec = LLM(kv_memory="6MiB").backend.spec
+    weights = spec.weight_bytes()
+    assert remedy(weights + (9 << 20) + 5) == "lower --kv-memory to at most 9MiB"
+    assert LLM(kv_memory="9MiB")
+    assert remedy(weights + (3 << 20)) == "lower --kv-memory to at most 3MiB, and --max-model-len to at most 1,024"
+    assert LLM(kv_memory="3MiB", max_model_len=1024)
+    for free in (weights, weights // 2):
+        assert remedy(free) == "free some, or take a smaller model"
+
+
+def test_a_size_in_a_message_can_be_given_back() -> None:
+    big = replace(LLM(kv_memory="6MiB").backend.spec, num_layers=4096, num_kv_heads=64)
+    with pytest.raises(CapacityError) as caught:
+        backend._num_blocks(EngineConfig(), big, big.max_positions)
+    found = re.search(r"at least (\S+),", caught.value.message)
+    assert found is not None
+    assert parse_bytes(found[1]) > 1 << 34
+
+
+def test_a_request_whose_stop_tokens_leave_nothing_to_choose() -> None:
+    llm = LLM(kv_memory="16MiB")
+    every = tuple(range(llm.backend.spec.vocab_size))
+    request = Request("a", [5], SamplingParams(min_tokens=1), 0, every)
+    llm.engine.add(request)
+    (output,) = llm.engine.step()
+    assert output.finish_reason == "error"
+    assert "before min_tokens every token is banned" in str(output.stop_reason)
 
 
 def test_a_pool_a_quarter_of_what_is_asked_for_finishes_everything(llm: LLM) -> None:

@@ -68,6 +68,12 @@ def test_refused(name: str, value: Any) -> None:
     assert len(caught.value.message) < 300
 
 
+@pytest.mark.parametrize("name", ["temperature", "max_tokens", "seed", "n"])
+def test_numbers_that_python_does_not_spell_out_are_refused(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{name} must be .* got a number of more than 4,300 digits"):
+        SamplingParams(**{name: 10**5000})
+
+
 def test_the_message_has_the_number_and_the_remedy() -> None:
     with pytest.raises(InvalidRequestError, match=r"top_p must be above 0, got 0: use temperature=0 for greedy"):
         SamplingParams(top_p=0)

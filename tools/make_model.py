@@ -1,6 +1,6 @@
 """Write a model with random weights, in Hugging Face format and of a realistic size: for benchmarks and load tests.
 
-    python tools/make_model.py --shape llama-160m --out DIR [--dtype float32] [--seed 0]
+    .venv/bin/python tools/make_model.py --shape llama-160m --out DIR [--dtype float32] [--seed 0]
 
 The folder is complete (config, generation config, tokenizer, chat template, weights): Quire, transformers and other engines
 load it. The same arguments give the same bytes. Weights are written tensor by tensor, so little memory is needed. What
@@ -167,7 +167,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=sorted(STORED))
     parser.add_argument("--seed", default=0, type=int)
     arguments = parser.parse_args()
-    parameters = make_model(arguments.shape, arguments.out, arguments.dtype, arguments.seed)
+    if arguments.seed < 0:
+        parser.error(f"--seed must be at least 0, got {arguments.seed}")
+    try:
+        parameters = make_model(arguments.shape, arguments.out, arguments.dtype, arguments.seed)
+    except OSError as e:
+        parser.exit(1, f"can't write {arguments.out}: {e.strerror}\n")
     print(f"{arguments.out}: {arguments.shape}, {parameters / 1e6:.1f} million parameters, {arguments.dtype}")
 
 

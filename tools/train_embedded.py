@@ -495,7 +495,15 @@ def export(out: Path, folder: Path) -> None:
         "torch_dtype": "bfloat16",
         "transformers_version": "4.57.0",
     }
-    generation = {"bos_token_id": EOS, "eos_token_id": EOS, "transformers_version": "4.57.0"}
+    # Sampled, not greedy, unless asked for: a small model repeats itself otherwise.
+    generation = {
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+        "transformers_version": "4.57.0",
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.9,
+    }
     special = {"content": EOS_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -44,6 +44,8 @@ def run_throughput(args: argparse.Namespace) -> int:
     (config,) = resolve((EngineConfig,), vars(args), read_config_file(args.config))
     if args.requests < 1:
         raise ConfigError(f"--requests must be at least 1, got {args.requests}")
+    if args.json not in (None, "-"):
+        _write(args.json, "")  # before the work: a wrong path should not cost a run
     prompt, output = (Lengths(mean, args.sigma, args.cap) for mean in (args.prompt_mean, args.output_mean))
     result = throughput.run(config, args.requests, prompt, output)
     text = json.dumps(asdict(result), indent=2)
@@ -52,9 +54,13 @@ def run_throughput(args: argparse.Namespace) -> int:
         return 0
     print(throughput.describe(result))
     if args.json is not None:
-        try:
-            with open(args.json, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as e:
-            raise ConfigError(f"can't write {args.json}: {e.strerror}") from None
+        _write(args.json, text + "\n")
     return 0
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w" if text else "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as e:
+        raise ConfigError(f"can't write {path}: {e.strerror}") from None

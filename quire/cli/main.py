@@ -11,14 +11,37 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from quire import __version__
 from quire.cli import bench, run, serve
 from quire.errors import QuireError
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line. Subcommands refuse their unknown options themselves, and name the nearest known one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        parsed, extra = super().parse_known_args(args, namespace)
+        if extra:
+            self.error(f"unrecognized arguments: {' '.join(extra)}{self._hint(extra[0])}")
+        return parsed, extra
+
+    def _hint(self, argument: str) -> str:
+        from difflib import get_close_matches
+
+        name, known = argument.partition("=")[0], list(self._option_string_actions)
+        if not name.startswith("-"):
+            return ""
+        close = [option for option in known if len(name) > 2 and option.startswith(name)] or get_close_matches(name, known, n=1)
+        return f" (did you mean {close[0]}?)" if close else ""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"quire: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="quire", description="Serve language models with a paged KV cache.", allow_abbrev=False)
+    parser = Parser(prog="quire", description="Serve language models with a paged KV cache.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"quire {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for command in (serve, run, bench):
@@ -39,8 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quire: {e.message}", file=sys.stderr)
         return e.exit_code
     except BrokenPipeError:  # the reader of our output went away, e.g. `quire run ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 141
+    except OSError as e:  # e.g. the disk that our output goes to is full
+        print(f"quire: {e.strerror or e}{f': {e.filename}' if e.filename else ''}", file=sys.stderr)
+        _forget_output()
+        return 1
+
+
+def _forget_output() -> None:
+    """What is left in the buffer of stdout goes nowhere: Python would fail again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
                         help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
     parser.add_argument("-p", "--prompt", help="text to complete; \\n is not special, use your shell's $'...'")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps every token (default: 0)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: the model's own, else 0)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="default: the model's own, else 1")
+    parser.add_argument("--top-k", type=int, metavar="K", help="0 keeps every token (default: the model's own, else 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the output at this text; may be repeated")
     parser.add_argument("--config", metavar="FILE", help="TOML file with options of the engine")
     add_arguments(parser, EngineConfig)
@@ -39,12 +40,13 @@ def run(args: argparse.Namespace) -> int:
     from quire.sampling_params import SamplingParams
 
     (config,) = resolve((EngineConfig,), vars(args), read_config_file(args.config))
-    # Sampling is checked before the model is loaded: a typo should not cost a load.
-    params = SamplingParams(
-        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_tokens=args.max_tokens, stop=args.stop,
-        seed=config.seed if "seed" in vars(args) else None,
-    )  # fmt: skip
+    given = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(args, name)) is not None}
+    fixed = {"max_tokens": args.max_tokens, "stop": args.stop, "seed": config.seed if "seed" in vars(args) else None}
+    SamplingParams(**given, **fixed)  # a typing error should not cost a load
     llm = LLM.from_config(config)
+    params = SamplingParams(**{"temperature": 0.0, **dict(llm.backend.spec.sampling_defaults), **given}, **fixed)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     if args.prompt is not None:
         _complete(llm, args.prompt, params)
         return 0
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
 def _read_prompts(llm: LLM, params: SamplingParams) -> int:
     """One prompt a line until the input ends. A prompt that can't be served is reported, and the next one read."""
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are reported as a bad prompt
     if interactive:
         print("One prompt a line; Ctrl-D ends.", file=sys.stderr)
     code = 0

@@ -64,7 +64,6 @@ class Engine:
         self.limits = RequestLimits(backend.max_model_len, backend.spec.vocab_size)
         self.scheduler = Scheduler(manager, config.max_num_seqs, config.max_num_batched_tokens)
         self._live: dict[str, list[Sequence]] = {}
-        self._arrivals = 0
         self._steps = 0
 
     @property
@@ -80,8 +79,7 @@ class Engine:
         sequences = []
         for index in range(request.params.n):
             tokens = list(request.prompt_token_ids)
-            sequences.append(Sequence(request, index, self._arrivals, tokens, len(tokens), derive_seed(request.seed, index), max_tokens))
-            self._arrivals += 1
+            sequences.append(Sequence(request, index, tokens, len(tokens), derive_seed(request.seed, index), max_tokens))
         self._live[request.request_id] = sequences
         for seq in sequences:
             self.scheduler.add(seq)

@@ -120,7 +120,6 @@ class Scheduler:
         self.running.pop()
         self.counters.preemptions += 1
         self.counters.tokens_recomputed += seq.num_computed
-        seq.num_preemptions += 1
         self._vacate(seq)
         seq.status = Status.WAITING
         self.waiting.appendleft(seq)

@@ -42,8 +42,6 @@ class Sequence:
 
     request: Request
     index: int
-    arrival: int
-    """Order of arrival in the engine; the scheduler's notion of age."""
     tokens: list[int]
     num_prompt: int
     seed: int
@@ -55,7 +53,6 @@ class Sequence:
     row: int = -1
     """Row in the backend's tables while RUNNING, else -1."""
     status: Status = Status.WAITING
-    num_preemptions: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -105,6 +105,8 @@ class TransformerSpec:
     """Of the checkpoint: float32, float16 or bfloat16."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    sampling_defaults: tuple[tuple[str, float], ...] = ()
+    """(name of a sampling parameter, value) that the model's authors recommend, where a request says nothing."""
 
     @property
     def scale(self) -> float:

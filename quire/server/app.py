@@ -44,7 +44,7 @@ def create_app(context: Context) -> RequestIds:
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
     openapi.install(app)
-    errors.install(app, [path.replace(":path", "") for _, path, _ in routes])
+    errors.install(app, [*(path.replace(":path", "") for _, path, _ in routes), "/docs"])
     return RequestIds(app)
 
 

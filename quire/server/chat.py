@@ -26,7 +26,7 @@ async def chat_completions(request: Request) -> Response:
     context = context_of(request)
     body = parse(ChatCompletionRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
-    params = chat_params(body)
+    params = chat_params(body, context.sampling_defaults)
     call_id = new_id("chatcmpl")
     with chat_names(body):
         prompt = await chat_prompt(

@@ -26,7 +26,7 @@ async def completions(request: Request) -> Response:
     context = context_of(request)
     body = parse(CompletionRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
-    params = completion_params(body)
+    params = completion_params(body, context.sampling_defaults)
     prompts = await completion_prompts(context, body.prompt, params.n, body.add_special_tokens is not False)
     limits = context.client.limits
     call_id = new_id("cmpl")

@@ -21,6 +21,8 @@ class Context:
     model: str
     """Id of the served model."""
     eos_token_ids: tuple[int, ...]
+    sampling_defaults: dict[str, float] = field(default_factory=dict)
+    """The model's own, where a request says nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -56,7 +56,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
         engine = Engine(backend, engine_config)
         client = EngineClient(engine.limits)
         model = server_config.served_model_name or folder.resolve().name
-        app = create_app(Context(client, tokenizer, server_config, model, backend.spec.eos_token_ids))
+        app = create_app(Context(client, tokenizer, server_config, model, backend.spec.eos_token_ids, dict(backend.spec.sampling_defaults)))
         phases.append(("engine", time.perf_counter() - started))
 
         def ready() -> None:

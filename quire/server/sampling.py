@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from quire.core.admission import RequestLimits
 from quire.errors import InvalidRequestError
@@ -22,8 +23,8 @@ _SAME_NAME = (
 )  # fmt: skip
 
 
-def completion_params(body: CompletionRequest) -> SamplingParams:
-    """Raises InvalidRequestError."""
+def completion_params(body: CompletionRequest, defaults: Mapping[str, float]) -> SamplingParams:
+    """``defaults``: the model's own, where the request says nothing. Raises InvalidRequestError."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequestError(f"best_of {body.best_of} must equal n {body.n or 1}: leave it out", param="best_of")
     if body.echo and body.logprobs is not None:
@@ -31,16 +32,16 @@ def completion_params(body: CompletionRequest) -> SamplingParams:
     max_tokens = body.max_tokens
     if max_tokens is None:  # the context may hold fewer; see ``fit_default``
         max_tokens = max(DEFAULT_MAX_TOKENS, body.min_tokens or 0)
-    return _params(body, max_tokens, body.logprobs)
+    return _params(body, defaults, max_tokens, body.logprobs)
 
 
-def chat_params(body: ChatCompletionRequest) -> SamplingParams:
-    """Raises InvalidRequestError."""
+def chat_params(body: ChatCompletionRequest, defaults: Mapping[str, float]) -> SamplingParams:
+    """``defaults``: the model's own, where the request says nothing. Raises InvalidRequestError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError(f"top_logprobs {body.top_logprobs} needs logprobs to be true", param="top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     with chat_names(body):
-        return _params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+        return _params(body, defaults, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
 
 @contextmanager
@@ -55,10 +56,10 @@ def chat_names(body: ChatCompletionRequest) -> Iterator[None]:
         raise type(e)(message, param=name) from None
 
 
-def _params(body: GenerationRequest, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def _params(body: GenerationRequest, defaults: Mapping[str, float], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream to be true", param="stream_options")
-    values = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
+    values: dict[str, Any] = {**defaults, **{name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}}
     return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, stop=_stop(body.stop), logit_bias=_bias(body.logit_bias))
 
 

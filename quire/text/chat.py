@@ -23,6 +23,9 @@ ROLES = ("developer", "system", "user", "assistant", "tool")
 MAX_RENDERED_CHARS = 16 << 20
 """A template must not turn a small request into a huge prompt."""
 
+MAX_DEPTH = 100
+"""Levels of lists and objects in a message or in a template's variables; Python's own limit is met soon after."""
+
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CONTINUE_HERE = "\x02continue\x03 "
 """Marks the end of the last message while it is rendered; ends in a space, to see whether the template trims."""
@@ -159,19 +162,21 @@ def _tool_calls(at: str, calls: Any) -> list[Any]:
         if isinstance(arguments := function.get("arguments"), str):
             try:
                 function["arguments"] = json.loads(arguments or "{}")
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise InvalidRequestError(f"{at}[{i}].function.arguments is not JSON: {e}", param=at) from None
     return calls
 
 
-def _plain(value: Any, at: str) -> Any:
+def _plain(value: Any, at: str, depth: int = 0) -> Any:
     """A copy made of plain JSON types, so that a template meets no object with methods of its own."""
     if value is None or type(value) in (str, int, float, bool):
         return value
+    if depth == MAX_DEPTH:
+        raise InvalidRequestError(f"{at} is nested more than {MAX_DEPTH} levels deep", param=at)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v, at) for k, v in value.items()}
+        return {str(k): _plain(v, at, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v, at) for v in value]
+        return [_plain(v, at, depth + 1) for v in value]
     raise InvalidRequestError(f"{at} holds a {type(value).__name__}: only JSON values are allowed", param=at)
 
 

@@ -37,9 +37,14 @@ def test_prompts_are_read_line_by_line_and_a_bad_one_does_not_end_it() -> None:
 @pytest.mark.parametrize(
     ("args", "environ", "code", "says"),
     [
-        (["run", "--blok-size", "3"], {}, 2, "unrecognized arguments: --blok-size"),
+        (["run", "--blok-size", "3"], {}, 2, "unrecognized arguments: --blok-size (did you mean --block-size?); see quire run --help"),
         (["run", "--block-siz", "16"], {}, 2, "unrecognized arguments: --block-siz"),
         (["rnu"], {}, 2, "invalid choice: 'rnu'"),
+        ([], {}, 2, "the following arguments are required: COMMAND; see quire --help"),
+        (["serve", "--prot=9"], {}, 2, "did you mean --port?"),
+        (["run", "-p", "x", "--temperature", "warm"], {}, 2, "argument --temperature: invalid float value: 'warm'"),
+        (["run", "-p", "x", "--threads", "999"], {}, 2, "--threads must be from 1 to 256, got 999"),
+        (["bench", "throughput", "--requests", "1", "--json", "no/such/folder/x.json"], {}, 2, "can't write no/such/folder/x.json"),
         (["run", "-p", ""], {}, 1, "the prompt is empty"),
         (["run", "no/such/folder", "-p", "x"], {}, 1, "no/such/folder"),
         (["run", "-p", "x", "--temperature", "nan"], {}, 1, "temperature must be from 0 to 100, got nan"),
@@ -58,7 +63,8 @@ def test_wrong_use_gets_one_line_and_an_exit_code(args: list[str], environ: dict
     assert done.returncode == code
     assert says in done.stderr
     assert done.stdout == ""
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("quire: ")
+    assert done.stderr.count("\n") == 1
 
 
 def reading() -> subprocess.Popen[str]:
@@ -90,6 +96,30 @@ def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
         process.stdin.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_bytes_that_are_no_text_are_a_bad_prompt() -> None:
+    command = [sys.executable, "-P", "-m", "quire.cli.main", "run", "--max-tokens", "2"]
+    environ = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"x = \xff\nimport os\n", capture_output=True, env=environ, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout.startswith(b"import os")
+    assert done.stderr.startswith(b"quire: the prompt is not valid Unicode")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_terminal_that_is_not_utf_8_shows_what_it_can() -> None:
+    done = quire("run", "-p", "é", "--max-tokens", "1", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("?")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_reported() -> None:
+    command = [sys.executable, "-P", "-m", "quire.cli.main", "run", "-p", "x", "--max-tokens", "1"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "quire: No space left on device\n")
 
 
 def test_options_come_from_a_file_too(tmp_path: Path) -> None:

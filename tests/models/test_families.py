@@ -201,6 +201,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"num_attention_heads": 10}, "'hidden_size' 96 is not a multiple of 'num_attention_heads' 10"),
     (LLAMA, {"head_dim": 15}, "even head size, got 15"),
     (LLAMA, {"rms_norm_eps": "small"}, "'rms_norm_eps' must be a number"),
+    (LLAMA, {"rms_norm_eps": 10**400}, "'rms_norm_eps' must be a number"),
+    (LLAMA, {"rms_norm_eps": float("nan")}, "'rms_norm_eps' must be a number"),
+    (LLAMA, {"rope_theta": 1e-300}, "'rope_theta' must be a number above 1"),
     (LLAMA, {"attention_bias": 1}, "'attention_bias' must be true or false"),
     (LLAMA, {"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
     (LLAMA, {"torch_dtype": 16}, "dtype 16 is not supported"),
@@ -232,3 +235,12 @@ def test_refused(config: dict[str, Any], change: dict[str, Any], message: str) -
 def test_registry_is_consistent() -> None:
     assert {f.architecture for f in FAMILIES.values()} == set(FAMILIES)
     assert len({f.model_type for f in FAMILIES.values()}) == len(FAMILIES)
+
+
+def test_sampling_defaults_come_from_the_generation_config() -> None:
+    config = LLAMA
+    assert spec_from_config(config).sampling_defaults == ()
+    spec = spec_from_config(config, {"temperature": 0.6, "top_p": 0.9, "top_k": None, "max_length": 4096})
+    assert spec.sampling_defaults == (("temperature", 0.6), ("top_p", 0.9))
+    with pytest.raises(ModelLoadError, match=r"generation_config.json: top_p must be from 0 to 1, got 7"):
+        spec_from_config(config, {"top_p": 7})

@@ -191,7 +191,7 @@ def test_content_type_with_a_charset_is_fine(fake: Server) -> None:
 
 
 def test_unknown_paths_and_methods(fake: Server) -> None:
-    check_error(httpx.get(fake.url + "/v2/nothing"), 404, None, ("/v2/nothing", "/v1/completions"))
+    check_error(httpx.get(fake.url + "/v2/nothing"), 404, None, ("/v2/nothing", "/v1/completions", "/docs"))
     check_error(httpx.get(fake.url + "/v1/completions/"), 404, None, ())
     check_error(httpx.get(fake.url + COMPLETIONS), 405, None, ("POST",))
     check_error(httpx.get(fake.url + "/v1/models/meta/llama"), 404, "model", ("meta/llama", "fake"))

@@ -286,3 +286,10 @@ def test_version_and_documentation(real: Process) -> None:
         fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
         assert {"prompt", "temperature", "top_k"} <= set(fields)
         assert http.get("/docs").status_code == 200
+
+
+def test_what_a_request_leaves_out_is_the_models_own(client: openai.OpenAI) -> None:
+    def text(**fields: Any) -> str:
+        return client.completions.create(model="embedded", prompt=PROMPT, max_tokens=24, seed=3, **fields).choices[0].text
+
+    assert text() == text(temperature=0.7, top_p=0.9) != text(temperature=1, top_p=1)

@@ -117,6 +117,27 @@ def test_tool_calls_and_reasoning() -> None:
     call["function"]["arguments"] = "{"
     with pytest.raises(InvalidRequestError, match="arguments is not JSON"):
         render(template, [message])
+    call["function"]["arguments"] = "[" * 100_000
+    with pytest.raises(InvalidRequestError, match="arguments is not JSON"):
+        render(template, [message])
+
+
+@pytest.mark.parametrize("levels", [chat.MAX_DEPTH, 600, 10_000])
+def test_deep_nesting_is_refused(levels: int) -> None:
+    deep: Any = "x"
+    for _ in range(levels):
+        deep = [deep]
+    with pytest.raises(InvalidRequestError, match="nested more than 100 levels deep"):
+        render("{{ messages[0].more | tojson }}", [{**USER, "more": deep}])
+    with pytest.raises(InvalidRequestError, match="nested more than 100 levels deep"):
+        render("{{ more | tojson }}", more=deep)
+
+
+def test_usual_nesting_is_not() -> None:
+    deep: Any = "x"
+    for _ in range(chat.MAX_DEPTH - 2):
+        deep = [deep]
+    assert render("{{ messages[0].more | tojson }}", [{**USER, "more": deep}]).count("[") == chat.MAX_DEPTH - 2
 
 
 def test_continue_final_message() -> None:

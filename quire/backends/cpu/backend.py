@@ -111,13 +111,21 @@ def _num_blocks(config: EngineConfig, spec: TransformerSpec, max_model_len: int)
         raise CapacityError(
             f"--kv-memory {config.kv_memory} holds {fits:,} token positions ({num_blocks:,} blocks of {config.block_size}, "
             f"{per_block:,} bytes each), but one request may need {max_model_len:,}: "
-            f"raise --kv-memory to at least {-(-need * per_block >> 20):,}MiB{lower}"
+            f"raise --kv-memory to at least {-(-need * per_block >> 20)}MiB{lower}"
         )
     available = available_bytes()
     weights = spec.weight_bytes(None if config.dtype == "auto" else config.dtype)
     if available is not None and config.kv_bytes + weights > available:
+        room = max(0, available - weights) >> 20
+        fits = (room << 20) // per_block * config.block_size
+        if fits >= max_model_len:
+            remedy = f"lower --kv-memory to at most {room}MiB"
+        elif fits > 1:
+            remedy = f"lower --kv-memory to at most {room}MiB, and --max-model-len to at most {fits:,}"
+        else:
+            remedy = "free some, or take a smaller model"
         raise CapacityError(
             f"--kv-memory {config.kv_memory} ({config.kv_bytes / 1e9:.1f} GB) and the weights ({weights / 1e9:.1f} GB) need more than the "
-            f"{available / 1e9:.1f} GB of memory that are free: lower --kv-memory to at most {max(0, available - weights) >> 20:,}MiB"
+            f"{available / 1e9:.1f} GB of memory that are free: {remedy}"
         )
     return num_blocks

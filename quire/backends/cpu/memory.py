@@ -17,6 +17,9 @@ def available_bytes() -> int | None:
     try:  # a container's limit (cgroup v2); "max" where there is none
         limit = int((_CGROUP / "memory.max").read_text())
         used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Cached files count as used, the model's own among them, but go when memory is needed.
+        used -= int(stat["active_file"]) + int(stat["inactive_file"])
+    except (OSError, KeyError, ValueError):
         return available
     return min(available, max(0, limit - used))

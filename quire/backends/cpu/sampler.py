@@ -19,6 +19,12 @@ from quire.outputs import TokenLogprobs
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _OFF = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 
+_FAILURES = {
+    1: "the model's logits are not finite numbers: the weights may be damaged, or too large for their width",
+    2: "no token may be chosen: before min_tokens every token is banned as a stop token; lower min_tokens, or name fewer stop_token_ids",
+}
+"""The kernel's status of a row → what its request is told."""
+
 
 @dataclass(slots=True)
 class _Lists:
@@ -84,9 +90,7 @@ class Sampler:
         result = StepResult(tokens.tolist(), [None] * count)
         for i in np.flatnonzero(status):
             result.tokens[i] = -1
-            result.errors[int(rows[i])] = (
-                "the model's logits are not finite numbers: the weights may be damaged, or too large for their width"
-            )
+            result.errors[int(rows[i])] = _FAILURES[int(status[i])]
         if widest >= 0:
             for i in np.flatnonzero((num_logprobs >= 0) & (status == 0)):
                 n = num_logprobs[i]

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quire.errors import ModelLoadError
+from quire.errors import InvalidRequestError, ModelLoadError
 from quire.models.families import gpt2, llama, mistral, opt, qwen
 from quire.models.families.base import Config, Family, Source
 from quire.models.spec import TransformerSpec
+from quire.sampling_params import SamplingParams
 
 __all__ = ["FAMILIES", "Family", "Source", "find_family", "spec_from_config"]
 
@@ -21,6 +22,8 @@ FAMILIES: dict[str, Family] = {
     family.architecture: family for module in (llama, mistral, qwen, gpt2, opt) for family in module.FAMILIES
 }  # fmt: skip
 """Architecture name → family."""
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields of generation_config.json that are taken as defaults, as vLLM does."""
 
 
 def find_family(values: Mapping[str, Any], where: str = "config.json") -> Family:
@@ -42,7 +45,8 @@ def find_family(values: Mapping[str, Any], where: str = "config.json") -> Family
 def spec_from_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None, where: str = "config.json") -> TransformerSpec:
     """TransformerSpec of a parsed config.json, as transformers 4 or 5 writes it.
 
-    generation: the parsed generation_config.json; its end-of-text ids come first, those of config.json are added.
+    generation: the parsed generation_config.json; its end-of-text ids come first, those of config.json are added. Its
+    sampling parameters become the model's defaults.
     Raises ModelLoadError, naming ``where`` and the field, for whatever is missing, malformed or not supported.
     """
     family = find_family(values, where)
@@ -54,7 +58,22 @@ def spec_from_config(values: Mapping[str, Any], generation: Mapping[str, Any] | 
     bos = (*_token_ids(generated, "bos_token_id"), *_token_ids(config, "bos_token_id"), None)
     # An id outside the vocabulary (a small model saved with its class's defaults) can't be generated: nothing to stop at.
     known = tuple(i for i in eos if i < spec.vocab_size)
-    return replace(spec, eos_token_ids=known, bos_token_id=bos[0] if bos[0] is not None and bos[0] < spec.vocab_size else None)
+    return replace(
+        spec,
+        eos_token_ids=known,
+        bos_token_id=bos[0] if bos[0] is not None and bos[0] < spec.vocab_size else None,
+        sampling_defaults=_sampling_defaults(generated),
+    )
+
+
+def _sampling_defaults(generation: Config) -> tuple[tuple[str, float], ...]:
+    """What generation_config.json recommends. ``do_sample`` is not looked at: transformers' own default, not the model's."""
+    found = {name: value for name in SAMPLING_DEFAULTS if (value := generation.values.get(name)) is not None}
+    try:
+        SamplingParams(**found)
+    except InvalidRequestError as e:
+        generation.refuse(e.message)
+    return tuple(found.items())
 
 
 def _token_ids(config: Config, name: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -64,7 +63,8 @@ class Config:
         if value is None:
             assert default is not None
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low < value <= high:
+        # NaN and infinities fail the comparison, which is exact for an int that no float can hold.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
             self.refuse(f"{name!r} must be a number above {low:g} and at most {high:g}, got {value!r}")
         return float(value)
 

@@ -49,7 +49,7 @@ def read_rope(config: Config, head_dim: int) -> RopeSpec:
     if unread := sorted(name for name, value in values.items() if value is not None and name not in read):
         # Such a field belongs to a variant that we don't compute; some of them hide behind the type "default" (mrope_section).
         rope.refuse(f"{unread[0]!r} is not supported with rope type {kind!r}")
-    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0, low=1.0), low=1.0)
     if scaling == "none":
         return RopeSpec(theta, head_dim)
     factor = rope.number("factor", high=1e6)
