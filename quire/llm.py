@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from quire.backends.base import Backend, open_backend
 from quire.config import EMBEDDED_MODEL, EngineConfig
+from quire.core.admission import empty_prompt
 from quire.core.engine import Engine
 from quire.core.sequence import Request
 from quire.errors import EngineError, InvalidRequestError
@@ -182,6 +183,8 @@ class LLM:
         return list(params)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        if prompt == "":
+            raise empty_prompt()
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
         elif isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:

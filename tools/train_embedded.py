@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 EOS, EOS_TEXT = 0, "<|endoftext|>"
@@ -56,6 +56,7 @@ SKIP_FOLDERS = {"site-packages", "__pycache__", "data", "lib-dynload", "pydoc_da
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 # Plain text, as the model continues code and knows no roles.
 CHAT_TEMPLATE = (
+    "{{- bos_token -}}"
     "{%- for message in messages -%}"
     "{%- if not loop.first -%}{{ '\\n' }}{%- endif -%}"
     "{%- if message['content'] is string -%}{{ message['content'] }}"
@@ -156,6 +157,10 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         ]
     )
     tok.decoder = decoders.ByteLevel()
+    # A prompt begins a document, as in training; without this the model takes it for the middle of a file.
+    tok.post_processor = processors.TemplateProcessing(
+        single=f"{EOS_TEXT} $A", pair=f"{EOS_TEXT} $A {EOS_TEXT} $B", special_tokens=[(EOS_TEXT, EOS)]
+    )
     tok.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -210,7 +215,7 @@ class IndentSplitter:
         self.parts: dict[int, list[int]] = {}
         for token in range(1, VOCAB):
             if match := re.fullmatch(r"([\r\n]+)([ \t]+)", tok.decode([token])):
-                self.parts[token] = [i for half in match.groups() for i in tok.encode(half).ids]
+                self.parts[token] = [i for half in match.groups() for i in tok.encode(half, add_special_tokens=False).ids]
         self.splittable = np.zeros(VOCAB, dtype=bool)
         self.splittable[list(self.parts)] = True
 
@@ -510,7 +515,7 @@ def export(out: Path, folder: Path) -> None:
         "model_max_length": CONTEXT,
         "bos_token": EOS_TEXT,
         "eos_token": EOS_TEXT,
-        "add_bos_token": False,
+        "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {str(EOS): special},

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import io
+import signal
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
@@ -54,25 +58,42 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_prompts(llm: LLM, params: SamplingParams) -> int:
-    """One prompt a line until the input ends. A prompt that can't be served is reported, and the next one read."""
-    interactive = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are reported as a bad prompt
-    if interactive:
-        print("One prompt a line; Ctrl-D ends.", file=sys.stderr)
+    """Complete prompts until the input ends. One that can't be served is reported, and the next one read."""
     code = 0
-    while True:
-        if interactive:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return code
+    for line in _lines():
         if line.strip():
             try:
                 _complete(llm, line.rstrip("\n"), params)
             except QuireError as e:
                 print(f"quire: {e.message}", file=sys.stderr)
                 code = e.exit_code
+    return code
+
+
+def _lines() -> Iterator[str]:
+    """Lines of standard input; at a terminal with line editing and a history."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are reported as a bad prompt
+    if not sys.stdin.isatty():
+        yield from iter(sys.stdin.readline, "")
+        return
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # from then on input() edits lines
+    print("One prompt a line; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        # input() has the terminal in a mode of its own, which an exit on the spot would leave behind.
+        at_once = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            line = input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            raise SystemExit(130) from None
+        finally:
+            signal.signal(signal.SIGINT, at_once)
+        yield line
 
 
 def _complete(llm: LLM, prompt: str, params: SamplingParams) -> None:

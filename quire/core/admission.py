@@ -8,6 +8,11 @@ from quire.errors import ContextLengthError, InvalidRequestError
 from quire.sampling_params import SamplingParams
 
 
+def empty_prompt() -> InvalidRequestError:
+    """For a prompt without tokens, and for an empty text, also where the tokenizer would put a token before it."""
+    return InvalidRequestError("the prompt is empty: it must hold at least one token", param="prompt")
+
+
 @dataclass(slots=True, frozen=True)
 class RequestLimits:
     """What every request of an engine is checked against, before any work is done for it."""
@@ -19,7 +24,7 @@ class RequestLimits:
         """Raises InvalidRequestError or ContextLengthError with the numbers and the remedy."""
         prompt, context = len(prompt_token_ids), self.max_model_len
         if prompt == 0:
-            raise InvalidRequestError("the prompt is empty: it must hold at least one token", param="prompt")
+            raise empty_prompt()
         for token in prompt_token_ids:
             if not 0 <= token < self.vocab_size:
                 raise InvalidRequestError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from quire.core.admission import empty_prompt
 from quire.errors import InvalidRequestError
 from quire.server.context import Context
 from quire.server.fields import shown
@@ -43,6 +44,8 @@ async def completion_prompts(context: Context, prompt: object, n: int, add_speci
         )
     texts = [item for item in items if isinstance(item, str)]
     for text in texts:
+        if not text:
+            raise empty_prompt()
         check_text_size(text, max_text_bytes(context.max_model_len), "prompt")
     encoded = iter(await in_thread(sum(map(len, texts)), lambda: context.tokenizer.encode_batch(texts, add_special_tokens)))
     return [Prompt(next(encoded), item) if isinstance(item, str) else Prompt(item) for item in items]
@@ -53,7 +56,7 @@ def _items(prompt: object) -> Sequence[str | list[int]]:
         return [prompt]
     if isinstance(prompt, list):
         if not prompt:
-            raise InvalidRequestError("the prompt is empty: it must hold at least one token", param="prompt")
+            raise empty_prompt()
         if all(isinstance(item, str) for item in prompt):
             return prompt
         if _are_ids(prompt):

@@ -47,5 +47,8 @@ async def detokenize(request: Request) -> Response:
     context = context_of(request)
     body = parse(DetokenizeRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
-    text = context.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    # The inverse of /tokenize: what the tokenizer puts before every prompt is no part of the prompt.
+    before = context.tokenizer.encode("")
+    tokens = body.tokens[len(before) :] if body.tokens[: len(before)] == before else body.tokens
+    text = context.tokenizer.decode(tokens, skip_special_tokens=False)
     return Response(json_bytes({"prompt": text}), media_type="application/json")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -49,7 +52,7 @@ def test_prompts_are_read_line_by_line_and_a_bad_one_does_not_end_it() -> None:
         (["run", "no/such/folder", "-p", "x"], {}, 1, "no/such/folder"),
         (["run", "-p", "x", "--temperature", "nan"], {}, 1, "temperature must be from 0 to 100, got nan"),
         (["run", "-p", "x", "--max-tokens", "0"], {}, 1, "max_tokens must be from 1"),
-        (["run", "-p", "x", "--max-tokens", "9999"], {}, 1, "lower max_tokens to at most 2,047"),
+        (["run", "-p", "x", "--max-tokens", "9999"], {}, 1, "lower max_tokens to at most 2,046"),
         (["run", "-p", "x", "--kv-memory", "10KiB"], {}, 1, "raise --kv-memory to at least 6MiB"),
         (["run", "-p", "x", "--kv-memory", "lots"], {}, 2, "'lots' is not a size"),
         (["run", "-p", "x", "--threads", "many"], {}, 2, "--threads must be an integer, got 'many'"),
@@ -84,6 +87,32 @@ def test_ctrl_c_leaves_no_traceback() -> None:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (130, "")
+
+
+@pytest.mark.parametrize(("key", "code"), [(b"\x04", 0), (b"\x03", 130)], ids=["ctrl-d", "ctrl-c"])
+def test_a_terminal_gets_a_prompt_and_is_left_as_it_was(key: bytes, code: int) -> None:
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    command = [sys.executable, "-P", "-m", "quire.cli.main", "run", "--max-tokens", "2"]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0))  # fmt: skip
+    shown = b""
+
+    def read_until(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(master, 1000)
+
+    read_until(b"> ")
+    os.write(master, b"import os\r")
+    read_until(b"import os")
+    shown = shown.replace(b"> ", b"", 1)
+    read_until(b"> ")
+    os.write(master, key)
+    assert process.wait(timeout=60) == code
+    assert termios.tcgetattr(slave) == before
+    os.close(slave)
+    os.close(master)
 
 
 def test_a_reader_that_goes_away_leaves_no_traceback() -> None:

@@ -109,7 +109,6 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (CHAT, chat(messages=[{"role": "user"}]), 400, "messages[0].content", ("missing",)),
     (CHAT, chat(messages=[{"role": "user", "content": 5}]), 400, "messages[0].content", ("got 5",)),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages[0].content", ("image_url", "text")),
-    (CHAT, chat(messages=[{"role": "user", "content": ""}]), 400, "messages", ("empty",)),
     (CHAT, chat(messages=[{"role": "user", "content": "a b " * 1000}]), 400, "messages", ("512",)),
     (CHAT, chat(max_completion_tokens=9000), 400, "max_completion_tokens", ("max_completion_tokens 9,000", "512")),
     (CHAT, chat(messages=[{"role": "user", "content": "x" * 100_000}]), 400, "messages", ("65,536",)),

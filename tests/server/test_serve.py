@@ -204,7 +204,7 @@ def test_other_name_and_config_file(tmp_path: Path) -> None:
         assert (model["id"], model["max_model_len"]) == ("my/model", 100)
         answer = httpx.post(process.url + "/v1/completions", json={"model": "my/model", "prompt": "a", "max_tokens": 100})
         assert answer.status_code == 400
-        assert "lower max_tokens to at most 99" in answer.json()["error"]["message"]
+        assert "lower max_tokens to at most 98" in answer.json()["error"]["message"]
     finally:
         process.kill()
 
