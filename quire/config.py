@@ -83,6 +83,10 @@ class EngineConfig(_Checked):
         default=False, metadata={"help": "fill fresh KV blocks with NaN, to find reads of memory that was never written"}
     )
 
+    def __post_init__(self) -> None:
+        _Checked.__post_init__(self)  # super() does not find its class where slots made a new one
+        parse_bytes(self.kv_memory)
+
     @property
     def kv_bytes(self) -> int:
         return parse_bytes(self.kv_memory)
