@@ -18,6 +18,8 @@ from quire.errors import ConfigError
 EMBEDDED_MODEL = "embedded"
 """Name of the small model that ships with the package."""
 
+DEFAULT_NUM_SEQS = 64
+
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
           "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
 
@@ -72,11 +74,31 @@ class EngineConfig(_Checked):
     max_model_len: int | None = option(None, "longest sequence in tokens, prompt and output together (default: the model's context)", low=2)
     block_size: int = option(16, "token positions in a block of KV memory", choices=(4, 8, 16, 32, 64, 128, 256))
     kv_dtype: str = option("float16", "width of the KV cache", choices=("float16", "float32"))
-    kv_memory: str = option("2GiB", "memory for the KV cache, e.g. 2GiB or 512MiB", metavar="SIZE")
+    kv_memory: str = option(
+        "2GiB", "memory for the KV cache, e.g. 2GiB or 512MiB; auto takes what the machine can spare, and says how much", metavar="SIZE"
+    )
+    prefix_caching: bool = option(True, "keep what was computed, so that prompts with an equal beginning find it")
+    admission: str = option(
+        "auto",
+        "when a waiting request may start: watermark (its prompt fits), no-evict (everybody's longest output fits), past-future (the "
+        "outputs expected from the lengths seen so far fit); auto is past-future on the CPU, where computing a preempted request again "
+        "is dear, and watermark on a GPU, where it is cheap",
+        choices=("auto", "watermark", "no-evict", "past-future"),
+    )
+    preemption: str = option(
+        "auto",
+        "what becomes of a request that has to make room: recompute (what the prefix cache has not kept), swap (to --swap-memory); auto "
+        "swaps where there is swap memory",
+        choices=("auto", "recompute", "swap"),
+    )
+    swap_memory: str = option("0", "memory beside the KV cache that preempted requests are swapped to, e.g. 1GiB", metavar="SIZE")
+    max_waiting: int = option(1024, "most samples that wait to be started; further requests are refused (HTTP 429)", low=1, high=1 << 20)
     max_num_batched_tokens: int = option(
         512, "most token positions computed in a step; longer prompts are computed in chunks", low=1, high=1 << 20
     )
-    max_num_seqs: int = option(64, "most sequences that run at the same time", low=1, high=4096)
+    max_num_seqs: int | None = option(
+        None, f"most sequences that run at the same time (default: {DEFAULT_NUM_SEQS}, or one for each KV block)", low=1, high=4096
+    )
     threads: int | None = option(None, "threads that compute (default: the cores that this process may use)", low=1, high=256)
     seed: int = option(0, "seeds the requests that bring no seed of their own (offline API)", low=0, high=(1 << 63) - 1)
     kv_debug: bool = field(
@@ -85,11 +107,28 @@ class EngineConfig(_Checked):
 
     def __post_init__(self) -> None:
         _Checked.__post_init__(self)  # super() does not find its class where slots made a new one
-        parse_bytes(self.kv_memory)
+        if self.kv_memory != "auto":
+            parse_bytes(self.kv_memory)
+        if self.preemption == "swap" and self.swap_bytes == 0:
+            raise ConfigError("--preemption swap needs memory to swap to: add for example --swap-memory 1GiB", param="swap_memory")
+        if self.preemption == "recompute" and self.swap_bytes > 0:
+            raise ConfigError(
+                f"--swap-memory {self.swap_memory} is of no use with --preemption recompute: leave one of them out", param="swap_memory"
+            )
+
+    def num_seqs(self, num_blocks: int) -> int:
+        """Sequences that may run at the same time in a pool of ``num_blocks`` blocks."""
+        return self.max_num_seqs or min(DEFAULT_NUM_SEQS, num_blocks)
 
     @property
-    def kv_bytes(self) -> int:
-        return parse_bytes(self.kv_memory)
+    def kv_bytes(self) -> int | None:
+        """Size of the KV pool; None where the backend is to find it."""
+        return None if self.kv_memory == "auto" else parse_bytes(self.kv_memory)
+
+    @property
+    def swap_bytes(self) -> int:
+        """Size of the swap pool."""
+        return parse_bytes(self.swap_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +150,9 @@ def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:
                 continue
             meta, flag = f.metadata, "--" + f.name.replace("_", "-")
             if f.type == "bool":
-                parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=meta["help"])
+                action = argparse.BooleanOptionalAction if f.default else "store_true"  # on by default: --no-... switches it off
+                default = " (default: on)" if f.default else ""
+                parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=meta["help"] + default)
                 continue
             default = "" if f.default is None or f.default is MISSING else f" (default: {f.default})"
             metavar = meta.get("metavar") or (

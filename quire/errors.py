@@ -40,6 +40,13 @@ class ModelNotFoundError(QuireError):
     status = 404
 
 
+class QueueFullError(QuireError):
+    """More requests wait than the engine was told to keep waiting. Trying again later helps."""
+
+    code = "queue_full"
+    status = 429
+
+
 class ConfigError(QuireError):
     """An option of the command line, the environment, the configuration file or ``LLM(...)``."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypedDict
@@ -15,11 +17,12 @@ from quire.backends.base import Backend, open_backend
 from quire.config import EMBEDDED_MODEL, EngineConfig
 from quire.core.admission import empty_prompt
 from quire.core.engine import Engine
-from quire.core.sequence import Request
-from quire.errors import EngineError, InvalidRequestError
-from quire.outputs import Choice, RequestOutput, SequenceOutput, Usage
+from quire.core.sequence import Request, Retention, salt_bytes
+from quire.errors import EngineError, InvalidRequestError, QueueFullError
+from quire.logs import ThrottledLog
+from quire.outputs import RequestOutput, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
-from quire.text.output import OutputAssembler
+from quire.text.output import OutputAssembler, best_choices
 from quire.text.tokenizer import Tokenizer
 
 PROGRESS_AFTER_S = 1.0
@@ -59,7 +62,8 @@ class LLM:
         self.config = config
         self.backend: Backend = open_backend(config)
         self.tokenizer = Tokenizer.load(self.backend.folder)
-        self.engine = Engine(self.backend, config)
+        self.engine = Engine(self.backend, config, monotonic)
+        self.engine.on_preemption(ThrottledLog(logging.getLogger("quire.engine")).warning)
         self._requests = 0
         self._unread: dict[str, deque[SequenceOutput]] = {}
         """What the engine gave to each open stream, and its reader has not taken yet."""
@@ -70,34 +74,40 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
+        cache_salt: str | None = None,
+        retention: Retention | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs come in the order of the prompts.
 
         ``sampling_params``: one for all, or one for each prompt; None: the model's own defaults. ``use_tqdm``: show progress
-        on long work (vLLM's name).
+        on long work (vLLM's name). ``priority``: one for all, or one for each prompt; lower runs earlier. ``cache_salt``: cached
+        prefixes are shared only with calls that have the same. ``retention``: a wish that the prompts stay in the prefix cache.
         Everything is checked before anything runs. Raises InvalidRequestError. A sample that fails in the engine has
         finish_reason ``error`` and the message in stop_reason; the others go on.
         """
         todo = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
         each = self._params(sampling_params, len(todo))
-        requests = [self._request(prompt, p) for prompt, p in zip(todo, each, strict=True)]
-        outputs = {
-            request.request_id: RequestOutput(
+        salt = salt_bytes(cache_salt)
+        requests = [
+            replace(self._request(prompt, p), priority=rank, salt=salt, retention=retention)
+            for prompt, p, rank in zip(todo, each, _priorities(priority, len(todo)), strict=True)
+        ]
+        runs = self._run(requests, use_tqdm)
+        return [
+            RequestOutput(
                 request.request_id,
                 prompt if isinstance(prompt, str) else None,
                 request.prompt_token_ids,
-                [],
-                Usage(len(request.prompt_token_ids)),
+                best_choices(run.samples, request.params.n),
+                Usage(len(request.prompt_token_ids), sum(len(sample.token_ids) for sample in run.samples), run.cached_tokens),
             )
-            for prompt, request in zip(todo, requests, strict=True)
-        }
-        for request_id, choice in self._run(requests, use_tqdm):
-            output = outputs[request_id]
-            output.outputs.append(choice)
-            output.usage.completion_tokens += len(choice.token_ids)
-        for output in outputs.values():
-            output.outputs.sort(key=lambda choice: choice.index)
-        return list(outputs.values())
+            for prompt, request, run in zip(todo, requests, runs, strict=True)
+        ]
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what was computed so far: no later request finds it."""
+        self.engine.reset_prefix_cache()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's authors recommend (generation_config.json), over the defaults of SamplingParams."""
@@ -111,15 +121,17 @@ class LLM:
         Raises InvalidRequestError at once, EngineError from the iterator.
         """
         request = self._request(prompt, params or self.get_default_sampling_params())
-        if request.params.n != 1:
-            raise InvalidRequestError(f"stream() gives one sample, got n={request.params.n}: use generate()", param="n")
+        for name, count in (("n", request.params.n), ("best_of", request.params.num_outputs)):
+            if count != 1:
+                raise InvalidRequestError(f"stream() gives one sample, got {name}={count}: use generate()", param=name)
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[str]:
         assembler = OutputAssembler(self.tokenizer, request.params, request.prompt_token_ids)
         unread = self._unread[request.request_id] = deque()
         try:
-            self.engine.add(request)
+            while not self._add(request):
+                self._step()
             while not assembler.finished and (unread or self.engine.has_work):
                 if not unread:
                     self._step()
@@ -134,6 +146,14 @@ class LLM:
             del self._unread[request.request_id]
             self.engine.abort(request.request_id)
 
+    def _add(self, request: Request) -> bool:
+        """Queue ``request``, unless ``max_waiting`` sequences wait already."""
+        try:
+            self.engine.add(request)
+        except QueueFullError:
+            return False
+        return True
+
     def _step(self) -> list[SequenceOutput]:
         """One step of the engine, whoever asks for it: what it adds to open streams waits there for their readers."""
         outputs = self.engine.step()
@@ -142,36 +162,43 @@ class LLM:
                 self._unread[output.request_id].append(output)
         return outputs
 
-    def _run(self, requests: list[Request], use_tqdm: bool) -> Iterator[tuple[str, Choice]]:
-        """Run all requests to their end; yields (request id, choice) as samples finish."""
-        assemblers = {
-            (r.request_id, i): OutputAssembler(self.tokenizer, r.params, r.prompt_token_ids) for r in requests for i in range(r.params.n)
-        }
+    def _run(self, requests: list[Request], use_tqdm: bool) -> list[_Run]:
+        """Run all requests to their end."""
+        runs = [
+            _Run([OutputAssembler(self.tokenizer, r.params, r.prompt_token_ids) for _ in range(r.params.num_outputs)]) for r in requests
+        ]
+        by_id = {request.request_id: run for request, run in zip(requests, runs, strict=True)}
+        left = sum(len(run.samples) for run in runs)
         # disable=None: no bar where stderr is no terminal.
-        progress = tqdm(total=len(assemblers), desc="Generating", unit="sample", delay=PROGRESS_AFTER_S, disable=None if use_tqdm else True)
+        progress = tqdm(total=left, desc="Generating", unit="sample", delay=PROGRESS_AFTER_S, disable=None if use_tqdm else True)
         tokens, start = 0, monotonic()
+        queue = deque(sorted(requests, key=lambda request: request.priority))
         try:
-            for request in requests:
-                self.engine.add(request)
-            while assemblers:
+            while left:
+                while queue and self._add(queue[0]):
+                    queue.popleft()
                 for output in self._step():
-                    key = (output.request_id, output.index)
-                    assembler = assemblers.get(key)
-                    if assembler is None:  # of an open stream
+                    run = by_id.get(output.request_id)
+                    if run is None:  # of an open stream
                         continue
-                    assembler.feed(output)
+                    if output.cached_tokens is not None:
+                        run.cached_tokens = output.cached_tokens
+                    sample = run.samples[output.index]
+                    if sample.finished:
+                        continue
+                    sample.feed(output)
                     tokens += len(output.token_ids)
-                    if assembler.finished:
-                        del assemblers[key]
+                    if sample.finished:
+                        left -= 1
                         progress.update()
                         progress.set_postfix_str(f"{tokens / (monotonic() - start):.0f} tokens/s", refresh=False)
                         if output.finish_reason is None:
                             self.engine.abort(output.request_id, output.index)
-                        yield output.request_id, assembler.choice(output.index)
         finally:
             progress.close()
             for request in requests:
                 self.engine.abort(request.request_id)
+        return runs
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
@@ -199,6 +226,22 @@ class LLM:
         self._requests += 1
         seed = params.seed if params.seed is not None else _derived_seed(self.config.seed, number)
         return Request(str(number), tokens, params, seed % (1 << 64), self.backend.spec.eos_token_ids)
+
+
+@dataclass(slots=True)
+class _Run:
+    """A request on its way."""
+
+    samples: list[OutputAssembler]
+    cached_tokens: int = 0
+
+
+def _priorities(priority: int | Sequence[int] | None, count: int) -> list[int]:
+    if not isinstance(priority, Sequence):
+        return [0 if priority is None else priority] * count
+    if len(priority) != count:
+        raise InvalidRequestError(f"{count} prompts but {len(priority)} priorities: give one, or one for each prompt", param="priority")
+    return list(priority)
 
 
 def _derived_seed(seed: int, number: int) -> int:

@@ -83,3 +83,5 @@ class SequenceOutput:
     """``stop``, ``length``, ``abort`` or ``error`` in the sequence's last output; None before."""
     stop_reason: int | str | None = None
     """The stop token id that ended it; the message where finish_reason is ``error``."""
+    cached_tokens: int | None = None
+    """In the first output: positions of the request's prompt that were found in the prefix cache."""

@@ -6,12 +6,14 @@ Names and defaults are vLLM's, so that scripts move over.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from quire.errors import InvalidRequestError
 
 MAX_N = 128
+MAX_BEAMS = 32
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -29,7 +31,7 @@ def _shown(value: object) -> str:
         return "a number of more than 4,300 digits"
 
 
-def _number(name: str, value: object, low: float, high: float, hint: str = "") -> float:
+def number(name: str, value: object, low: float, high: float, hint: str = "") -> float:
     """``value`` as a float within [low, high]; refuses booleans, strings, NaN and infinities."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequestError(f"{name} must be a number, got {value!r:.60}", param=name)
@@ -40,7 +42,7 @@ def _number(name: str, value: object, low: float, high: float, hint: str = "") -
     return float(value)
 
 
-def _integer(name: str, value: object, low: int, high: int, hint: str = "") -> int:
+def integer(name: str, value: object, low: int, high: int, hint: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequestError(f"{name} must be an integer, got {value!r:.60}", param=name)
     if not (low <= value <= high):
@@ -71,6 +73,17 @@ class SamplingParams:
 
     n: int = 1
     """Number of samples for the prompt."""
+    best_of: int | None = None
+    """Generate this many samples, and return the ``n`` of them with the highest mean log-probability; None: ``n``."""
+    use_beam_search: bool = False
+    """Search for the most likely outputs instead of sampling; the results are those of transformers' beam search."""
+    beam_width: int | None = None
+    """Number of beams; None: ``best_of``, or ``n``. A number switches use_beam_search on."""
+    length_penalty: float = 1.0
+    """Beams are ranked by the sum of their log-probabilities / length ** length_penalty: above 0 prefers longer outputs."""
+    early_stopping: bool | Literal["never"] = False
+    """When a beam search stops, once it has as many outputs as beams: True at once, False when no better one is likely,
+    "never" when no better one is possible."""
     temperature: float = 1.0
     """0 is greedy: the most likely token, the lowest id among equals."""
     top_p: float = 1.0
@@ -105,28 +118,29 @@ class SamplingParams:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        _integer("n", self.n, 1, MAX_N)
-        put("temperature", _number("temperature", self.temperature, 0.0, 100.0, ": 0 is greedy, 1 leaves the model's own distribution"))
-        put("top_p", _number("top_p", self.top_p, 0.0, 1.0, ": 1 keeps every token"))
+        integer("n", self.n, 1, MAX_N)
+        self._beams(put)
+        put("temperature", number("temperature", self.temperature, 0.0, 100.0, ": 0 is greedy, 1 leaves the model's own distribution"))
+        put("top_p", number("top_p", self.top_p, 0.0, 1.0, ": 1 keeps every token"))
         if self.top_p == 0.0:
             raise InvalidRequestError("top_p must be above 0, got 0: use temperature=0 for greedy decoding", param="top_p")
-        _integer("top_k", self.top_k, -1, MAX_TOKENS, ": 0 or -1 keeps every token")
-        put("min_p", _number("min_p", self.min_p, 0.0, 1.0))
-        put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
-        put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
-        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, ": 1 is off"))
+        integer("top_k", self.top_k, -1, MAX_TOKENS, ": 0 or -1 keeps every token")
+        put("min_p", number("min_p", self.min_p, 0.0, 1.0))
+        put("presence_penalty", number("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        put("frequency_penalty", number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        put("repetition_penalty", number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, ": 1 is off"))
         if self.seed is not None:
-            _integer("seed", self.seed, -(1 << 63), MAX_SEED)
+            integer("seed", self.seed, -(1 << 63), MAX_SEED)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+            integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens {self.min_tokens} > max_tokens {self.max_tokens}: lower min_tokens or raise max_tokens", param="min_tokens"
             )
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "use_beam_search"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} must be true or false, got {getattr(self, name)!r:.60}", param=name)
         put("stop_token_ids", self._token_ids())
@@ -134,9 +148,59 @@ class SamplingParams:
         put("stop_strings", self._stops())
         put("stop", self.stop_strings)
 
+    @property
+    def num_beams(self) -> int:
+        """Width of the beam search."""
+        return self.beam_width or self.best_of or self.n
+
+    @property
+    def num_sequences(self) -> int:
+        """Samples to generate, of which ``n`` are returned."""
+        return self.best_of or self.n
+
+    @property
+    def num_outputs(self) -> int:
+        """Sequences that the engine reports on, by index from 0: the beams to return, or the samples to choose from."""
+        return self.n if self.use_beam_search else self.num_sequences
+
+    def _beams(self, put: Callable[[str, object], None]) -> None:
+        if self.best_of is not None:
+            integer("best_of", self.best_of, 1, MAX_N)
+            if self.best_of < self.n:
+                raise InvalidRequestError(f"best_of {self.best_of} < n {self.n}: raise best_of, or lower n", param="best_of")
+        if self.beam_width is not None:
+            integer("beam_width", self.beam_width, 1, MAX_BEAMS)
+            put("use_beam_search", True)
+        put("length_penalty", number("length_penalty", self.length_penalty, -10.0, 10.0, ": 0 ranks beams by their sum"))
+        if self.early_stopping not in (True, False, "never") or isinstance(self.early_stopping, int | float) != isinstance(
+            self.early_stopping, bool
+        ):
+            raise InvalidRequestError(
+                f'early_stopping must be true, false or "never", got {self.early_stopping!r:.60}', param="early_stopping"
+            )
+        if self.use_beam_search is not True:
+            return
+        integer("beam_width", self.num_beams, 1, MAX_BEAMS)
+        if self.num_beams < self.n:
+            raise InvalidRequestError(f"beam_width {self.num_beams} < n {self.n}: raise beam_width, or lower n", param="beam_width")
+        if isinstance(self.logprobs, int) and self.logprobs > 0:
+            raise InvalidRequestError(
+                f"logprobs={_shown(self.logprobs)} is not there for beam search, which reports the chosen tokens' only: use logprobs=0",
+                param="logprobs",
+            )
+        # Temperatures 0 and 1 both leave the model's own distribution, which is what is searched.
+        plain: dict[str, tuple[Any, ...]] = {"temperature": (0, 1), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "presence_penalty": (0,),
+                 "frequency_penalty": (0,), "repetition_penalty": (1,), "logit_bias": (None,), "stop": ((), [], None)}  # fmt: skip
+        for name, allowed in plain.items():
+            if getattr(self, name) not in allowed and not (name == "logit_bias" and not self.logit_bias):
+                raise InvalidRequestError(
+                    f"{name}={getattr(self, name)!r:.60} has no effect on beam search, which ranks the model's own probabilities: leave it out",
+                    param=name,
+                )
+
     def _token_ids(self) -> tuple[int, ...]:
         ids = _list("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
-        return tuple(_integer("stop_token_ids", i, 0, (1 << 31) - 1) for i in ids)
+        return tuple(integer("stop_token_ids", i, 0, (1 << 31) - 1) for i in ids)
 
     def _bias(self) -> dict[int, float] | None:
         if self.logit_bias is None:
@@ -145,7 +209,7 @@ class SamplingParams:
             raise InvalidRequestError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r:.60}", param="logit_bias")
         _list("logit_bias", list(self.logit_bias), MAX_LOGIT_BIAS)
         bias = {
-            _integer("logit_bias", token, 0, (1 << 31) - 1): _number("logit_bias", value, -100.0, 100.0)
+            integer("logit_bias", token, 0, (1 << 31) - 1): number("logit_bias", value, -100.0, 100.0)
             for token, value in self.logit_bias.items()
         }
         return bias or None

@@ -38,8 +38,9 @@ def decode_logits(
     out, start, sizes = [], 0, list(chunks)
     while start < count:
         size = min(sizes.pop(0) if len(sizes) > 1 else sizes[0], count - start)
-        needed = -(-(start + size) // block_size) - rows.block_counts[1]
-        batch = rows.batch([RowWork(1, start, size, [free.pop() for _ in range(needed)], True)])
+        held = -(-start // block_size)
+        needed = -(-(start + size) // block_size) - held
+        batch = rows.batch([RowWork(1, start, size, [free.pop() for _ in range(needed)], True, held)])
         batch.logit_rows = np.arange(size, dtype=np.int32)  # of every position, not of the last one only
         out.append(decoder.forward(batch).copy())
         start += size

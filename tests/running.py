@@ -35,11 +35,21 @@ def open_engine(folder: Path | str, **options: Any) -> Engine:
     return Engine(open_backend(config), config)
 
 
-def run(engine: Engine, requests: list[Request]) -> Run:
-    """Run ``requests`` to their end, ``check()`` after each step, and prove that nothing is left."""
+def positions(request: Request) -> int:
+    """Positions that ``request`` needs at the same time when it runs alone: all of its beams', one sample's."""
+    prompt, generated = len(request.prompt_token_ids), request.params.max_tokens or 0
+    return prompt + 32 + (generated + 32) * request.params.num_beams if request.params.use_beam_search else prompt + generated
+
+
+def run(engine: Engine, requests: list[Request], *, preempt_every: int = 0) -> Run:
+    """Run ``requests`` to their end, ``check()`` after each step, and prove that nothing is left.
+
+    preempt_every: every so many steps the oldest running sequence is preempted, whether there is a need or not.
+    """
     for request in requests:
         engine.add(request)
     outputs: dict[tuple[str, int], Output] = {}
+    steps = 0
     while engine.has_work:
         for step in engine.step():
             output = outputs.setdefault((step.request_id, step.index), Output())
@@ -47,5 +57,9 @@ def run(engine: Engine, requests: list[Request]) -> Run:
             output.logprobs += [(*entry.token, tuple(entry.top)) for entry in step.logprobs or []]
             output.finish_reason, output.stop_reason = step.finish_reason, step.stop_reason
         engine.check()
+        steps += 1
+        if preempt_every and steps % preempt_every == 0 and engine.scheduler.running:
+            engine.scheduler.preempt(0, "the test says so")
+            engine.check()
     assert engine.stats().kv.used_blocks == 0
     return Run(outputs, engine.stats())

@@ -9,7 +9,7 @@ from pathlib import Path
 import quire
 
 ROOT = Path(quire.__file__).parent
-BASE = {"errors", "config", "sampling_params", "outputs"}
+BASE = {"errors", "config", "sampling_params", "outputs", "logs"}
 """Modules that everything may import. They import each other only."""
 
 # Room → rooms (or single modules) that it may import, besides itself and BASE.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, SamplingParams
-from quire.backends.cpu import backend
+from quire.backends.cpu import memory
 from quire.config import EngineConfig, parse_bytes
 from quire.core.sequence import Request
 from quire.errors import CapacityError, ConfigError, ContextLengthError, InvalidRequestError, ModelLoadError
@@ -161,7 +161,7 @@ def test_the_remedy_for_a_machine_with_too_little_memory_works(monkeypatch: pyte
     """Also where the memory left by the weights does not hold the model's whole context, and where it holds nothing."""
 
     def remedy(free: int, **options: Any) -> str:
-        monkeypatch.setattr(backend, "available_bytes", lambda: free)
+        monkeypatch.setattr(memory, "available_bytes", lambda: free)
         with pytest.raises(CapacityError, match="need more than") as caught:
             LLM(**options)
         return caught.value.message.rpartition(": ")[2]
@@ -179,7 +179,7 @@ def test_the_remedy_for_a_machine_with_too_little_memory_works(monkeypatch: pyte
 def test_a_size_in_a_message_can_be_given_back() -> None:
     big = replace(LLM(kv_memory="6MiB").backend.spec, num_layers=4096, num_kv_heads=64)
     with pytest.raises(CapacityError) as caught:
-        backend._num_blocks(EngineConfig(), big, big.max_positions)
+        memory.kv_memory(EngineConfig(), big, big.max_positions)
     found = re.search(r"at least (\S+),", caught.value.message)
     assert found is not None
     assert parse_bytes(found[1]) > 1 << 34

@@ -1,12 +1,15 @@
 """Same bytes: a request's tokens and log-probabilities depend on model, prompt, parameters and seed, and on nothing else.
 
-The same requests run under {block size} x {chunk budget} x {batch mix} x {forced preemption} x {threads}, on every
-instruction set that this machine has, and are compared bit for bit.
+The same requests (greedy, sampled, several samples, beams; prompts that share beginnings) run under {block size} x {chunk
+budget} x {batch mix} x {prefix cache cold, warm, off} x {admission policy} x {forced preemption, swapped or recomputed} x
+{threads}, on every instruction set that this machine has, and are compared bit for bit with requests that run alone, with
+nothing to be found in a cache.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,9 @@ MODELS = ["embedded", "mistral", "qwen3", "gpt2", "opt"]
 """The embedded model, and tiny ones with a sliding window, head norms, learned positions and biases."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "one at a time": {"max_num_seqs": 1},
+    "all together": {},
     "three at a time": {"max_num_seqs": 3},
-    "chunks of 1": {"max_num_batched_tokens": 1, "max_num_seqs": 2},
+    "chunks of 1": {"max_num_batched_tokens": 1, "max_num_seqs": 3},
     "chunks of 7": {"max_num_batched_tokens": 7},
     "chunks of 33": {"max_num_batched_tokens": 33, "block_size": 4},
     "block size 4": {"block_size": 4},
@@ -35,7 +38,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one thread": {"threads": 1},
     "three threads": {"threads": 3, "max_num_batched_tokens": 61},
     "NaN in fresh blocks": {"kv_debug": True, "block_size": 16, "max_num_batched_tokens": 40},
+    "no cache": {"prefix_caching": False},
+    "no cache, block size 4": {"prefix_caching": False, "block_size": 4, "max_num_batched_tokens": 19},
 }
+WARM = ["all together", "chunks of 7", "block size 4", "block size 8", "block size 32", "block size 128", "NaN in fresh blocks"]
+"""Run a second time on the same engine: everything is found, the last tokens of most prompts in partly matching blocks."""
+
+SQUEEZED: dict[str, dict[str, Any]] = {
+    "watermark": {"admission": "watermark"},
+    "no-evict": {"admission": "no-evict"},
+    "past-future": {"admission": "past-future"},
+    "swap": {"admission": "watermark", "swap_memory": "64MiB"},
+    "no cache": {"admission": "watermark", "prefix_caching": False},
+    "swap, no cache, block size 4": {"admission": "watermark", "swap_memory": "64MiB", "prefix_caching": False, "block_size": 4},
+    "NaN in fresh blocks": {"admission": "watermark", "kv_debug": True, "swap_memory": "1MiB"},
+}
+"""In a pool that holds just the largest request."""
 
 
 def folder_of(model: str) -> Path:
@@ -47,7 +65,7 @@ def folder_of(model: str) -> Path:
 
 
 def requests_for(vocab_size: int, context: int, eos: tuple[int, ...]) -> list[Request]:
-    """Greedy and sampled requests of many lengths, with every sampling parameter in use somewhere."""
+    """Greedy, sampled and searched requests of many lengths, with every sampling parameter in use somewhere."""
     rng = random.Random(5)
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -56,40 +74,59 @@ def requests_for(vocab_size: int, context: int, eos: tuple[int, ...]) -> list[Re
         {"temperature": 0.7, "min_p": 0.05, "repetition_penalty": 1.2},
         {"temperature": 1.0, "presence_penalty": 0.5, "frequency_penalty": 0.3, "logit_bias": {3: 4.0, 5: -100.0}},
         {"temperature": 0.0, "min_tokens": 6, "logprobs": 0},
+        {"temperature": 1.0, "n": 1, "best_of": 3},
+        {"beam_width": 3, "n": 2, "length_penalty": 0.7, "max_tokens": 9, "logprobs": 0},
     ]
+    shared = [rng.randrange(vocab_size) for _ in range(600)]
     requests = []
-    for i in range(12):
+    for i in range(16):
         # One is longer than the positions after which attention merges partial results.
         length = min(600 if i == 3 else rng.choice([1, 2, 15, 16, 17, 40, 63, 64, 65, 130]), context - 40)
         prompt = [rng.randrange(vocab_size) for _ in range(length)]
+        if i % 3 == 0:  # the same beginning, up to somewhere in a block
+            common = max(1, length - i // 2)
+            prompt[:common] = shared[:common]
         params = SamplingParams(**{"logprobs": 3, "max_tokens": rng.randrange(8, 24), **kinds[i % len(kinds)]})
         requests.append(Request(f"r{i}", prompt, params, seed=1000 + i, eos_token_ids=eos))
+    requests.append(replace(requests[3], request_id="twin"))  # arrives with its equal
     return requests
 
 
 @pytest.mark.parametrize("isa", native.available_isas())
 @pytest.mark.parametrize("model", MODELS)
-def test_outputs_do_not_depend_on_company_chunks_blocks_threads_or_preemption(model: str, isa: str) -> None:
+def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
     folder = folder_of(model)
     before = native.isa()
     native.set_isa(isa)
     try:
-        engine = running.open_engine(folder)
-        spec = engine.backend.spec
-        context = engine.limits.max_model_len
+        engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False)
+        spec, context = engine.backend.spec, engine.limits.max_model_len
         requests = requests_for(spec.vocab_size, context, spec.eos_token_ids)
-        reference = running.run(engine, requests)
-        assert len(reference.outputs) == sum(r.params.n for r in requests)
-        for name, options in VARIANTS.items():
-            assert running.run(running.open_engine(folder, **options), requests).outputs == reference.outputs, name
-        shuffled = random.Random(1).sample(requests, len(requests))
-        assert running.run(running.open_engine(folder), shuffled).outputs == reference.outputs, "another order of arrival"
+        reference: dict[tuple[str, int], running.Output] = {}
+        for request in requests:
+            reference |= running.run(engine, [request]).outputs
+        assert len(reference) == sum(r.params.n if r.params.use_beam_search else r.params.num_sequences for r in requests)
 
-        longest = max(len(r.prompt_token_ids) + (r.params.max_tokens or 0) for r in requests)  # the pool holds just that one
-        tiny = -(-longest // 16) * 16 * spec.kv_bytes_per_token("float16")
-        squeezed = running.run(running.open_engine(folder, kv_memory=str(tiny), max_model_len=longest), requests)
-        assert squeezed.stats.preemptions > 0
-        assert squeezed.outputs == reference.outputs, "preemption"
+        for name, options in VARIANTS.items():
+            engine = running.open_engine(folder, **options)
+            assert running.run(engine, requests).outputs == reference, name
+            if name in WARM:
+                cold = engine.stats().kv.counters.hit_tokens
+                assert running.run(engine, requests).outputs == reference, f"{name}, warm"
+                prompts = sum(len(r.prompt_token_ids) for r in requests)
+                assert engine.stats().kv.counters.hit_tokens - cold > 0.9 * prompts or spec.common_window()
+        shuffled = random.Random(1).sample(requests, len(requests))
+        assert running.run(running.open_engine(folder), shuffled).outputs == reference, "another order of arrival"
+
+        longest = max(running.positions(r) for r in requests)
+        for name, options in SQUEEZED.items():
+            tiny = -(-longest // 16) * 16 * spec.kv_bytes_per_token("float16")
+            context = max(len(r.prompt_token_ids) + (r.params.max_tokens or 0) for r in requests)
+            engine = running.open_engine(folder, **{"kv_memory": str(tiny), "max_model_len": context, **options})
+            squeezed = running.run(engine, requests, preempt_every=5)
+            assert squeezed.outputs == reference, f"squeezed, {name}"
+            assert squeezed.stats.preemptions > 0
+            assert squeezed.stats.kv.counters.blocks_swapped_in > 0 or "swap_memory" not in options
     finally:
         native.set_isa(before)
 

@@ -19,7 +19,13 @@ class Backend(Protocol):
     folder: Path
     """Of the model; the tokenizer is there too."""
     num_blocks: int
+    num_host_blocks: int
+    """Blocks of the swap pool; their ids follow those of the KV pool."""
     block_size: int
+    window: int
+    """Positions that a query sees in every layer (the model's sliding window); 0 where some layer sees all."""
+    memory_note: str
+    """How the size of the KV pool was found, with the arithmetic; empty where it was stated."""
     max_model_len: int
     """Most tokens of a sequence: the model's context or the user's smaller limit."""
 

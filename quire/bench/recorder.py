@@ -32,6 +32,8 @@ class Recorder:
         self.steps: list[StepCost] = []
         self.spec = spec
         self.num_blocks = backend.num_blocks
+        self.num_host_blocks = backend.num_host_blocks
+        self.window = backend.window
         self.block_size = backend.block_size
         self.max_model_len = backend.max_model_len
         self._backend = backend

@@ -1,50 +1,107 @@
-"""BlockPool: every block of the KV pool, its reference count, and the free list.
+"""BlockPool: every block of the KV pool, its reference count, and which block is handed out next.
 
-The free list is a stack: the block freed last is handed out first, while its memory is still warm, and a pool that is
-larger than the load never touches the rest of its memory.
+    free   [ empty: no content ][ never used ][ idle: cached content, in the order in which it may go ]
+             handed out first     then          last, and their content is forgotten
+
+An empty block is handed out while its memory is still warm (a stack), and a pool that is larger than the load never
+touches the rest of its memory. What the idle blocks hold, and which goes first, is the PrefixCache's knowledge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from quire.core.prefix_cache import PrefixCache
+
 
 class BlockPool:
     """``num_blocks`` blocks, ids 0 to ``num_blocks - 1``. A block with ``ref_counts[id] == 0`` is free."""
 
-    __slots__ = ("_free", "num_blocks", "ref_counts")
+    __slots__ = ("_empty", "_fresh", "_owned", "cache", "num_blocks", "num_owned", "num_references", "num_shared", "ref_counts")
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, cache: PrefixCache) -> None:
         self.num_blocks = num_blocks
+        self.cache = cache
         self.ref_counts = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self.num_owned = 0
+        """Blocks with an owner."""
+        self.num_references = 0
+        """Sum of all reference counts: the blocks that there would be if nothing were shared."""
+        self.num_shared = 0
+        """Blocks with more than one owner."""
+        self._empty: list[int] = []
+        self._fresh = 0
+        self._owned = bytearray(num_blocks)
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self.num_blocks - self.num_owned
 
     def take(self, count: int) -> list[int] | None:
         """``count`` blocks with one owner each, or None (and nothing changed) where fewer are free."""
-        if count > len(self._free):
+        if count > self.num_blocks - self.num_owned:
             return None
-        blocks = [self._free.pop() for _ in range(count)]
-        for block in blocks:
+        blocks = []
+        for _ in range(count):
+            if self._empty:
+                block = self._empty.pop()
+            elif self._fresh < self.num_blocks:
+                block = self._fresh
+                self._fresh += 1
+            else:
+                block = self.cache.evict()
             self.ref_counts[block] = 1
+            self._owned[block] = 1
+            blocks.append(block)
+        self.num_owned += count
+        self.num_references += count
         return blocks
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Give up one ownership of each block; those without owner become free, the first of ``blocks`` reused first."""
-        freed = []
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more owner for each block; an idle one is revived, with its content."""
         for block in blocks:
-            self.ref_counts[block] -= 1
-            if self.ref_counts[block] == 0:
-                freed.append(block)
-        self._free.extend(reversed(freed))
+            count = self.ref_counts[block] = self.ref_counts[block] + 1
+            self.num_references += 1
+            if count == 2:
+                self.num_shared += 1
+            elif count == 1:
+                self.num_owned += 1
+                self._owned[block] = 1
+                self.cache.revive(block)
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Give up one ownership of each block. Those left without owner become idle (the first goes first) or empty."""
+        for block in blocks:
+            count = self.ref_counts[block] = self.ref_counts[block] - 1
+            self.num_references -= 1
+            if count == 1:
+                self.num_shared -= 1
+            elif count == 0:
+                self.num_owned -= 1
+                self._owned[block] = 0
+                if not self.cache.retire(block):
+                    self._empty.append(block)
+
+    def discard(self, block: int) -> None:
+        """``block`` has just lost its content. If it was idle, it is empty now."""
+        if self.ref_counts[block] == 0:
+            self._empty.append(block)
+
+    def largest_free_run(self) -> int:
+        """Length of the longest run of free blocks with consecutive ids: all that a contiguous allocator could hand out at once."""
+        return max(map(len, bytes(self._owned).split(b"\x01")))
 
     def check(self) -> None:
-        """Raises AssertionError unless the free list is exactly the blocks without owner."""
-        free = set(self._free)
-        assert len(free) == len(self._free), "a block is in the free list twice"
+        """Raises AssertionError unless the free blocks are exactly the empty, the never used and the idle ones."""
+        empty, idle = set(self._empty), set(self.cache.idle())
+        assert len(empty) == len(self._empty), "a block is empty twice"
+        assert not empty & idle, "a block is both empty and idle"
+        assert self._fresh <= self.num_blocks
         for block, count in enumerate(self.ref_counts):
             assert count >= 0, f"block {block} has {count} owners"
-            assert (count == 0) == (block in free), f"block {block}: {count} owners, in free list: {block in free}"
+            free = (block in empty) + (block in idle) + (block >= self._fresh)
+            assert free == (count == 0), f"block {block}: {count} owners, but it is in {free} places of the free list"
+            assert self._owned[block] == (count > 0)
+        assert self.num_owned == sum(map(bool, self.ref_counts))
+        assert self.num_references == sum(self.ref_counts)
+        assert self.num_shared == sum(count > 1 for count in self.ref_counts)

@@ -2,25 +2,29 @@
 
 One step:
 
-    plan    = scheduler.schedule()       # running first, then admission; token budget; blocks
-    result  = backend.execute(plan)      # write KV, attention, logits, sample
-    outputs = scheduler.commit(plan, result)  # advance counters, finish, free
+    plan    = scheduler.schedule()       # running first, then admission; token budget; blocks, forks, copies
+    result  = backend.execute(plan)      # copies, write KV, attention, logits, sample
+    outputs = scheduler.commit(plan, result)  # advance counters, publish full blocks, finish, free
 
 The engine knows nothing about text, tensors or sockets, and belongs to one thread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from quire.config import EngineConfig
-from quire.core.admission import RequestLimits
+from quire.core.admission import AdmissionPolicy, RequestLimits, Watermark
+from quire.core.beam import BeamSearch
 from quire.core.block_manager import BlockManager
+from quire.core.events import Listener
 from quire.core.plan import StepPlan, StepResult
 from quire.core.scheduler import Scheduler
-from quire.core.sequence import Request, Sequence, derive_seed
+from quire.core.sequence import Group, Request, Sequence, derive_seed
 from quire.core.stats import EngineStats
-from quire.errors import CapacityError, InvalidRequestError
+from quire.errors import CapacityError, InvalidRequestError, QueueFullError
 from quire.outputs import SequenceOutput
 
 
@@ -39,31 +43,53 @@ class Executor(Protocol):
     @property
     def num_blocks(self) -> int: ...
     @property
+    def num_host_blocks(self) -> int: ...
+    @property
     def block_size(self) -> int: ...
     @property
     def max_model_len(self) -> int: ...
+    @property
+    def window(self) -> int: ...
     def execute(self, plan: StepPlan) -> StepResult: ...
 
 
 class Engine:
     """Runs requests on a backend. ``add`` and ``abort`` between steps; ``step`` while ``has_work``.
 
-    Raises CapacityError where the backend's pool can't hold one sequence of ``max_model_len`` tokens.
+    clock: seconds from any start; retention hints decay by it. manager, policy: take the place of paged memory and of the
+    configured admission. Raises CapacityError where the backend's pool can't hold one sequence of ``max_model_len`` tokens, or
+    one block for each of ``max_num_seqs`` sequences.
     """
 
-    def __init__(self, backend: Executor, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        backend: Executor,
+        config: EngineConfig,
+        clock: Callable[[], float] = lambda: 0.0,
+        *,
+        manager: BlockManager | None = None,
+        policy: AdmissionPolicy | None = None,
+    ) -> None:
         self.backend = backend
-        manager = BlockManager(backend.num_blocks, backend.block_size)
-        need = manager.blocks_for(backend.max_model_len)
-        if need > backend.num_blocks:
-            positions = backend.num_blocks * backend.block_size
-            raise CapacityError(
-                f"the KV pool holds {positions:,} token positions ({backend.num_blocks:,} blocks of {backend.block_size}), but one request "
-                f"may need {backend.max_model_len:,}: raise --kv-memory, or lower --max-model-len to at most {positions:,}"
-            )
-        self.limits = RequestLimits(backend.max_model_len, backend.spec.vocab_size)
-        self.scheduler = Scheduler(manager, config.max_num_seqs, config.max_num_batched_tokens)
-        self._live: dict[str, list[Sequence]] = {}
+        manager = manager or BlockManager(
+            backend.num_blocks,
+            backend.block_size,
+            caching=config.prefix_caching,
+            window=backend.window,
+            num_host_blocks=backend.num_host_blocks,
+            clock=clock,
+        )
+        _check_pool(backend, manager, config)
+        self._max_num_seqs = config.num_seqs(backend.num_blocks)
+        self.limits = RequestLimits(
+            backend.max_model_len, backend.spec.vocab_size, self._max_num_seqs, backend.num_blocks, backend.block_size
+        )
+        self._max_waiting = config.max_waiting
+        self.scheduler = Scheduler(
+            manager, policy or Watermark(), self._max_num_seqs, config.max_num_batched_tokens, swap=backend.num_host_blocks > 0
+        )
+        self._live: dict[str, Group] = {}
+        self._arrivals = 0
         self._steps = 0
 
     @property
@@ -71,32 +97,59 @@ class Engine:
         return bool(self._live)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequestError (nothing is changed then)."""
-        self.limits.check(request.prompt_token_ids, request.params)
+        """Queue a request. Raises InvalidRequestError, or QueueFullError where too many wait (nothing is changed then)."""
+        params, prompt = request.params, request.prompt_token_ids
+        self.limits.check(prompt, params)
         if request.request_id in self._live:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use", param="request_id")
-        max_tokens = self.limits.max_tokens(request.prompt_token_ids, request.params)
-        sequences = []
-        for index in range(request.params.n):
-            tokens = list(request.prompt_token_ids)
-            sequences.append(Sequence(request, index, tokens, len(tokens), derive_seed(request.seed, index), max_tokens))
-        self._live[request.request_id] = sequences
-        for seq in sequences:
+        max_tokens = self.limits.max_tokens(prompt, params)
+        if len(self.scheduler.waiting) >= self._max_waiting:
+            raise QueueFullError(
+                f"{len(self.scheduler.waiting):,} sequences are waiting, and --max-waiting is {self._max_waiting:,}: try again later"
+            )
+        group = Group(request)
+        count = params.num_sequences
+        if params.use_beam_search:
+            count = 1
+            group.search = BeamSearch(
+                params.num_beams,
+                max_tokens,
+                () if params.ignore_eos else request.eos_token_ids,
+                stop_token_ids=params.stop_token_ids or (),
+                length_penalty=params.length_penalty,
+                early_stopping=params.early_stopping,
+                num_return=params.n,
+            )
+        elif count > params.n and params.logprobs is None:
+            params = replace(params, logprobs=0)  # the best of several are found by their log-probabilities
+        for index in range(count):
+            order = (request.priority, self._arrivals, index)
+            seed = derive_seed(request.seed, index)
+            seq = Sequence(group, request, index, list(prompt), len(prompt), seed, max_tokens, params, order)
+            group.sequences.append(seq)
+        self._arrivals += 1
+        self._live[request.request_id] = group
+        for seq in group.sequences:
             self.scheduler.add(seq)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceOutput]:
-        """End a request, or only its ``index``-th sequence, and free its blocks at once.
+        """End a request, or only its ``index``-th sequence, and free its blocks at once. Beams end together.
 
         Returns the final outputs; none for what is unknown or has ended.
         """
-        outputs = []
-        for seq in self._live.get(request_id, []):
-            if index is None or seq.index == index:
-                self.scheduler.remove(seq)
-                outputs.append(SequenceOutput(request_id, seq.index, [], None, "abort"))
-        for output in outputs:
-            self._forget(request_id, output.index)
-        return outputs
+        group = self._live.get(request_id)
+        if group is None:
+            return []
+        if group.search is not None:
+            ended = list(range(group.request.params.n))
+            gone = list(group.sequences)
+        else:
+            gone = [seq for seq in group.sequences if index is None or seq.index == index]
+            ended = [seq.index for seq in gone]
+        for seq in gone:
+            self.scheduler.remove(seq)
+        self._forget(group)
+        return [SequenceOutput(request_id, i, [], None, "abort") for i in ended]
 
     def step(self) -> list[SequenceOutput]:
         """Run one step; what it added to each sequence."""
@@ -107,9 +160,22 @@ class Engine:
         outputs = self.scheduler.commit(plan, result)
         self._steps += 1
         for output in outputs:
-            if output.finish_reason is not None:
-                self._forget(output.request_id, output.index)
+            if output.finish_reason is not None and (group := self._live.get(output.request_id)) is not None:
+                self._forget(group)
         return outputs
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what was computed: no later request finds it. Running sequences go on."""
+        self.scheduler.manager.reset(seq for group in self._live.values() for seq in group.sequences)
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell ``listener`` what happens to blocks and sequences from now on; see events.py."""
+        self.scheduler.listener = listener
+        self.scheduler.manager.listen(listener)
+
+    def on_preemption(self, listener: Listener | None) -> None:
+        """Tell ``listener`` of preemptions alone: unlike ``listen`` it costs nothing while none happen."""
+        self.scheduler.listener = listener
 
     def stats(self) -> EngineStats:
         scheduler, counters = self.scheduler, self.scheduler.counters
@@ -119,20 +185,30 @@ class Engine:
             steps=self._steps,
             tokens_computed=counters.tokens_computed,
             tokens_sampled=counters.tokens_sampled,
-            preemptions=counters.preemptions,
-            tokens_recomputed=counters.tokens_recomputed,
             kv=scheduler.manager.stats(scheduler.running),
         )
 
     def check(self) -> None:
         """Prove that no block is lost or doubly owned. Raises AssertionError."""
-        live = [seq for sequences in self._live.values() for seq in sequences]
-        self.scheduler.manager.check(live)
-        assert len(live) == len(self.scheduler.running) + len(self.scheduler.waiting), "a live sequence is neither running nor waiting"
+        live = [seq for group in self._live.values() for seq in group.sequences]
+        self.scheduler.check(live)
 
-    def _forget(self, request_id: str, index: int) -> None:
-        left = [seq for seq in self._live[request_id] if seq.index != index]
-        if left:
-            self._live[request_id] = left
-        else:
-            del self._live[request_id]
+    def _forget(self, group: Group) -> None:
+        if not group.sequences:
+            self._live.pop(group.request.request_id, None)
+
+
+def _check_pool(backend: Executor, manager: BlockManager, config: EngineConfig) -> None:
+    need = manager.blocks_for(backend.max_model_len)
+    positions = backend.num_blocks * backend.block_size
+    pool = f"the KV pool holds {positions:,} token positions ({backend.num_blocks:,} blocks of {backend.block_size})"
+    if need > backend.num_blocks:
+        raise CapacityError(
+            f"{pool}, but one request may need {backend.max_model_len:,}: raise --kv-memory, or lower --max-model-len to at most "
+            f"{positions:,}"
+        )
+    if config.num_seqs(backend.num_blocks) > backend.num_blocks:
+        raise CapacityError(
+            f"{pool}, less than one block for each of {config.max_num_seqs:,} sequences: raise --kv-memory, or lower --max-num-seqs to "
+            f"at most {backend.num_blocks:,}"
+        )

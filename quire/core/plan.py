@@ -7,6 +7,7 @@ The backend appends a sampled token to its row itself; the next plan does not re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quire.outputs import TokenLogprobs
@@ -15,7 +16,7 @@ from quire.sampling_params import SamplingParams
 
 @dataclass(slots=True)
 class RowStart:
-    """A sequence takes a row (for the first time, or again after a preemption). Overwrites all that the row held."""
+    """A sequence takes a row (for the first time, again after a preemption, or as a fork). Overwrites all that the row held."""
 
     row: int
     tokens: list[int]
@@ -27,6 +28,9 @@ class RowStart:
     """0 <= seed < 2**64. Draws are keyed by (seed, position), so a resumed row draws what it would have drawn."""
     stop_ids: tuple[int, ...]
     """End-of-text and stop token ids: banned while fewer than ``params.min_tokens`` tokens were generated."""
+    num_candidates: int = 0
+    """Above 0 the row is a beam: a step reports its ``num_candidates`` most likely tokens (``TokenLogprobs.top``) and appends
+    none of them; the next plan brings the token that the search chose."""
 
 
 @dataclass(slots=True)
@@ -37,9 +41,16 @@ class RowWork:
     start: int
     count: int
     new_blocks: list[int]
-    """Block ids appended to the row's block table before the step; they cover position ``start + count - 1``."""
+    """Block ids that the row's block table holds from index ``first_block`` on; known before the step, they cover position
+    ``start + count - 1``. Usually appended; the last block of a table is replaced when it was copied on write. -1 stands
+    for a block that left the sliding window: nothing reads it."""
     sample: bool
     """Sample the token at position ``start + count`` from the logits of the last computed position."""
+    first_block: int = 0
+    tokens: Sequence[int] = ()
+    """Tokens to append to the row before the step: those that the backend did not sample itself."""
+    write: bool = True
+    """False: the KV of the (one) position is in the blocks already, and is only read."""
 
 
 @dataclass(slots=True)
@@ -49,7 +60,8 @@ class StepPlan:
     starts: list[RowStart] = field(default_factory=list)
     work: list[RowWork] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-    """(source block, destination block), done before any write of the step."""
+    """(source block, destination block), done one after the other before any write of the step: a later copy may overwrite
+    what an earlier one has read. Ids from ``num_blocks`` on are blocks of the swap pool in host memory."""
 
     @property
     def num_tokens(self) -> int:

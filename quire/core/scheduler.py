@@ -1,24 +1,40 @@
 """Scheduler: decides what runs in a step, who is admitted, who is preempted.
 
-A step has a budget of token positions. Running sequences come first, oldest first: each computes what it lacks, up to
-the budget (one position while it decodes, a chunk while its prompt is long). What is left of the budget admits waiting
-sequences in order of arrival. So prompts are chunked and mixed with decodes by the budget alone.
+A step has a budget of token positions. Running sequences come first, in their order (priority, then arrival): each computes
+what it lacks, one position while it decodes, a chunk while its prompt is long; prompts share what the decodes leave, so that
+a long one does not keep a short one waiting. What is left of the budget admits waiting sequences in the same order, as far
+as the admission policy lets them into the pool.
 
-A running sequence that can't get a block preempts the youngest running one (maybe itself): its blocks are freed, it waits
-at the head of the queue, and computes everything again when there is room. The oldest sequence is never preempted by a
-younger one, and alone it always fits (the engine refuses a pool that can't hold one sequence of the longest length), so
-every sequence ends.
+A waiting sequence is passed over while somebody else computes what it would compute next: the prompt of its own request, or
+an equal prefix. It finds the blocks a step later.
+
+A running sequence that can't get a block preempts one that comes after it (or goes itself): the victim's blocks are freed,
+though still findable, or swapped out, and it waits at its place in the queue. Nobody is preempted by those behind, and the
+first alone always fits (the engine refuses what does not), so every sequence ends.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
+from quire.core.admission import AdmissionPolicy
 from quire.core.block_manager import BlockManager
+from quire.core.content import Node
+from quire.core.events import Listener, Preempted
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
-from quire.core.sequence import Sequence, Status
-from quire.outputs import SequenceOutput
+from quire.core.prefix_cache import NOTHING, Match
+from quire.core.sequence import Group, Sequence, Status
+from quire.outputs import SequenceOutput, TokenLogprobs
+
+MAX_PARTIAL_PROMPTS = 4
+"""Prompts that are computed in chunks at the same time; with more of them each would only finish later."""
+MAX_PASSED_OVER = 64
+"""Waiting sequences that are looked at in a step and passed over."""
+
+_order = attrgetter("order")
 
 
 @dataclass(slots=True)
@@ -27,26 +43,33 @@ class SchedulerCounters:
 
     tokens_computed: int = 0
     tokens_sampled: int = 0
-    preemptions: int = 0
-    tokens_recomputed: int = 0
 
 
 class Scheduler:
-    """Plans steps over ``max_num_seqs`` rows and ``max_num_batched_tokens`` positions a step."""
+    """Plans steps over ``max_num_seqs`` rows and ``max_num_batched_tokens`` positions a step.
 
-    def __init__(self, manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    swap: a preempted sequence's blocks go to the swap pool, as far as it has room.
+    """
+
+    def __init__(
+        self, manager: BlockManager, policy: AdmissionPolicy, max_num_seqs: int, max_num_batched_tokens: int, *, swap: bool = False
+    ) -> None:
         self.manager = manager
+        self.policy = policy
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
+        """In order."""
         self.running: list[Sequence] = []
-        """In order of arrival; a preempted sequence that comes back takes its old place."""
+        """In order; a preempted sequence that comes back takes its old place."""
         self.counters = SchedulerCounters()
+        self.listener: Listener | None = None
+        self._swap = swap
         self._rows = list(range(max_num_seqs - 1, -1, -1))
-        # A few free blocks are left at admission so that running sequences can grow without preempting at once.
-        self._watermark = manager.pool.num_blocks // 100
+        self._planned: list[Sequence] = []
+        """The sequences of the plan's work."""
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        insort(self.waiting, seq, key=_order)
 
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and free what it holds."""
@@ -55,103 +78,358 @@ class Scheduler:
             self._vacate(seq)
         elif seq.status is Status.WAITING:
             self.waiting.remove(seq)
+        self.manager.free(seq)
+        seq.group.sequences.remove(seq)
         seq.status = Status.FINISHED
 
     def schedule(self) -> StepPlan:
         """The next step. Empty (no work) only where nothing is waiting or running."""
         plan = StepPlan()
-        budget = self.max_num_batched_tokens
-        before = self.counters.preemptions
-        i = 0
-        while i < len(self.running) and budget > 0:
-            seq = self.running[i]
-            count = min(seq.num_tokens - seq.num_computed, budget)
-            blocks = self._grow(seq, count)
-            if blocks is None:  # seq itself was the youngest, and was preempted
-                break
-            self._plan(plan, seq, count, blocks)
-            budget -= count
-            i += 1
-        if self.counters.preemptions == before:
-            self._admit(plan, budget)
+        self._planned = []
+        before = self.manager.counters.preemptions
+        prompts = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1]
+        budget = self._continue(plan, prompts)
+        if self.manager.counters.preemptions == before:
+            self._admit(plan, prompts, budget)
+        # Beams that wait for another beam hold memory without using it: they give way rather than block it.
+        while not plan.work and self.running and self.waiting:
+            self.preempt(len(self.running) - 1, "beams that wait for another beam of their search held the memory that it needs")
+            self._admit(plan, [], self.max_num_batched_tokens)
+        plan.copies = self.manager.take_copies()
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """Advance the planned sequences by the step's result; finished ones are freed. Outputs in the plan's order."""
-        by_row = {seq.row: seq for seq in self.running}
-        outputs = []
-        sampled = 0
-        for work in plan.work:
-            seq = by_row[work.row]
-            seq.num_computed += work.count
-            self.counters.tokens_computed += work.count
+        outputs: list[SequenceOutput] = []
+        beams: list[Group] = []
+        advance = self.manager.advance
+        tokens, errors = iter(result.tokens), result.errors
+        logprobs = iter(result.logprobs)
+        for work, seq in zip(plan.work, self._planned, strict=True):
+            if seq.status is not Status.RUNNING:  # another row of its search failed
+                if work.sample:
+                    next(tokens), next(logprobs)
+                continue
+            computed = seq.num_computed = work.start + work.count
+            if computed >= seq.publish_at:
+                advance(seq)
             if not work.sample:
                 continue
-            token, logprobs = result.tokens[sampled], result.logprobs[sampled]
-            sampled += 1
-            request = seq.request
-            if work.row in result.errors:
-                self.remove(seq)
-                outputs.append(SequenceOutput(request.request_id, seq.index, [], None, "error", result.errors[work.row]))
+            token, entry = next(tokens), next(logprobs)
+            if errors and work.row in errors:
+                outputs += self._fail(seq, errors[work.row])
+                continue
+            if seq.group.search is not None:
+                assert entry is not None, "a beam's row reports its candidates"
+                seq.candidates = entry.top
+                beams.append(seq.group)
                 continue
             seq.tokens.append(token)
-            self.counters.tokens_sampled += 1
-            output = SequenceOutput(request.request_id, seq.index, [token], None if logprobs is None else [logprobs])
+            output = SequenceOutput(seq.request.request_id, seq.index, [token], None if entry is None else [entry])
+            if seq.first_output:
+                seq.first_output = False
+                output.cached_tokens = seq.group.cached_tokens
             if (end := seq.end_reason()) is not None:
                 output.finish_reason, output.stop_reason = end
+                self.policy.ended(seq.num_generated)
                 self.remove(seq)
             outputs.append(output)
+        self.counters.tokens_computed += plan.num_tokens
+        self.counters.tokens_sampled += len(result.tokens)
+        for group in beams:
+            if group.sequences and all(beam.candidates is not None for beam in group.sequences):
+                outputs += self._advance(group)
         return outputs
 
-    def _grow(self, seq: Sequence, count: int) -> list[int] | None:
-        """Blocks for the next ``count`` positions, preempting younger sequences; None where seq itself had to go.
+    def check(self, live: list[Sequence]) -> None:
+        """Prove the accounts of all ``live`` sequences. Raises AssertionError."""
+        self.manager.check(live)
+        assert len(live) == len(self.running) + len(self.waiting), "a live sequence is neither running nor waiting"
+        assert self.running == sorted(self.running, key=_order), "the running sequences are not in order"
+        assert self.waiting == sorted(self.waiting, key=_order), "the queue is not in order"
+        rows = [seq.row for seq in self.running]
+        assert len(set(rows + self._rows)) == len(rows) + len(self._rows), "a row is used twice"
+        for seq in self.running:
+            assert seq.status is Status.RUNNING
+            assert seq.row >= 0
+        for seq in self.waiting:
+            assert seq.status is Status.WAITING
+            assert seq.row < 0
+            assert not seq.block_table, "a waiting sequence holds blocks"
 
-        Victims come from the end of ``running``, behind ``seq``, so none of them is in the plan yet.
-        """
-        while (blocks := self.manager.grow(seq, seq.num_computed + count)) is None:
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is seq:
-                return None
-        return blocks
+    # Who runs.
 
-    def _preempt(self, seq: Sequence) -> None:
-        assert self.running[-1] is seq
-        self.running.pop()
-        self.counters.preemptions += 1
-        self.counters.tokens_recomputed += seq.num_computed
+    def _continue(self, plan: StepPlan, prompts: list[Sequence]) -> int:
+        """Plan the running sequences; returns what is left of the budget."""
+        manager, size = self.manager, self.manager.block_size
+        running = self.running
+        budget = self.max_num_batched_tokens
+        shares = self._shares(prompts, budget - (len(running) - len(prompts))) if prompts else {}
+        i = 0
+        while i < len(running) and budget > 0:
+            seq = running[i]
+            start = seq.num_computed
+            count = len(seq.tokens) - start
+            if count > 1:
+                count = min(shares[seq.row], budget)
+                if count == 0:
+                    if i > 0:
+                        i += 1
+                        continue
+                    count = 1  # the first goes on, whatever the others need
+            elif count == 0:
+                if seq.candidates is not None:  # a beam that waits for the others
+                    i += 1
+                    continue
+                start, count = start - 1, 1
+            if start + count > len(seq.block_table) * size or seq.shared_tail:
+                while not manager.grow(seq, start + count):
+                    victim = self._victim(i)
+                    self.preempt(victim, f"no free block was left for request {seq.request.request_id}")
+                    if victim == i:
+                        break
+                if seq.status is not Status.RUNNING:
+                    continue
+            self._plan(plan, seq, start, count)
+            budget -= count
+            i += 1
+        return budget
+
+    def _shares(self, prompts: list[Sequence], rest: int) -> dict[int, int]:
+        """Row → positions of this step for each unfinished prompt: equal parts of ``rest``, the newcomers counting as one more;
+        what a short one leaves goes to the others."""
+        parts = len(prompts) + (1 if self.waiting and self._rows and len(prompts) < MAX_PARTIAL_PROMPTS else 0)
+        shares = {}
+        for seq in sorted(prompts, key=lambda s: s.num_tokens - s.num_computed):
+            shares[seq.row] = count = max(0, min(seq.num_tokens - seq.num_computed, rest // parts))
+            rest -= count
+            parts -= 1
+        return shares
+
+    def _plan(self, plan: StepPlan, seq: Sequence, start: int, count: int) -> None:
+        table = seq.block_table
+        blocks, first = [], seq.num_sent
+        if first < len(table):
+            blocks = table[first:]
+            seq.num_sent = len(table)
+        work = RowWork(seq.row, start, count, blocks, start + count == len(seq.tokens), first)
+        if not seq.started:
+            seq.started = True
+            seq.unsent.clear()
+            search = seq.group.search
+            candidates = 0 if search is None else search.num_candidates
+            plan.starts.append(RowStart(seq.row, seq.tokens, seq.num_prompt, seq.params, seq.seed, seq.stop_ids, candidates))
+        elif seq.unsent:
+            work.tokens, seq.unsent = seq.unsent, []
+        if start < seq.num_computed:
+            work.write = False
+        plan.work.append(work)
+        self._planned.append(seq)
+
+    # Who comes in.
+
+    def _admit(self, plan: StepPlan, prompts: list[Sequence], budget: int) -> None:
+        if not self.waiting or not self._rows or budget <= 0:
+            return
+        manager = self.manager
+        # All that a sequence has to compute must fit beside what the running ones still have to (the rest of a chunked
+        # prompt), though it is allocated chunk by chunk.
+        room = manager.pool.num_free - sum(manager.lacking(seq) for seq in prompts)
+        partial = len(prompts)
+        computing = {(seq.node, self._next_key(seq)) for seq in prompts if seq.node is not None}
+        i = 0
+        while i < min(len(self.waiting), MAX_PASSED_OVER) and self._rows and budget > 0:
+            seq = self.waiting[i]
+            parent, wait = self._sibling(seq)
+            if seq.candidates is not None or wait:
+                i += 1
+                continue
+            fresh_fork = parent is not None and seq.num_tokens == seq.num_prompt
+            match = NOTHING if fresh_fork else manager.match(seq)
+            if seq.host_blocks is not None or match.num_positions > seq.num_prompt:
+                parent = None
+            start = match.num_positions if parent is None else seq.num_prompt
+            lack = max(1, seq.num_tokens - max(start, seq.num_swapped))
+            if (parent is None and start < seq.num_tokens and self._is_computed(seq, match, computing)) or (
+                lack > budget and partial >= MAX_PARTIAL_PROMPTS
+            ):
+                i += 1
+                continue
+            need = manager.need(seq, match) if parent is None else manager.need_fork(seq)
+            if not self.policy.admits(self.running, seq, need, room, manager):
+                return
+            room -= need
+            del self.waiting[i]
+            self._enter(seq, parent, match)
+            count = min(lack, budget)
+            if count < lack:
+                partial += 1
+            if lack > 1 and seq.node is not None:
+                computing.add((seq.node, self._next_key(seq)))
+            begin = seq.num_tokens - lack
+            grown = manager.grow(seq, begin + count)
+            assert grown, "the blocks of an admitted sequence were counted before"
+            self._plan(plan, seq, begin, count)
+            budget -= count
+
+    def _enter(self, seq: Sequence, parent: Sequence | None, match: Match) -> None:
+        """A waiting sequence gets a row, and the blocks that are there for it."""
+        manager = self.manager
+        if parent is not None:
+            manager.fork(parent, seq, seq.num_prompt)
+        else:
+            manager.start(seq, match)
+        counters, group = manager.counters, seq.group
+        counters.tokens_recomputed += max(0, seq.num_lost - seq.num_computed)
+        seq.num_lost = 0
+        if group.cached_tokens is None:  # the last position is computed in any case
+            group.cached_tokens = min(seq.num_computed, seq.num_prompt - 1)
+            counters.prompt_tokens += seq.num_prompt
+            counters.hit_tokens += group.cached_tokens
+        self._run(seq)
+
+    def _run(self, seq: Sequence) -> None:
+        seq.row = self._rows.pop()
+        seq.started = False
+        seq.status = Status.RUNNING
+        if self.running and self.running[-1].order > seq.order:
+            insort(self.running, seq, key=_order)
+        else:
+            self.running.append(seq)
+
+    def _sibling(self, seq: Sequence) -> tuple[Sequence | None, bool]:
+        """A running sequence of the same request to share the prompt's blocks with; and whether one is computing the prompt."""
+        siblings = seq.group.sequences
+        if len(siblings) == 1:
+            return None, False
+        wait = False
+        for sibling in siblings:
+            if sibling.status is Status.RUNNING:
+                if self.manager.can_fork(sibling, seq.num_prompt):
+                    return sibling, False
+                wait = wait or sibling.num_computed < sibling.num_prompt
+        return None, wait
+
+    def _next_key(self, seq: Sequence) -> bytes:
+        """Tokens of the first block of ``seq`` that is not published."""
+        return self.manager.cache.key(seq.tokens, seq.num_published * self.manager.block_size)
+
+    def _is_computed(self, seq: Sequence, match: Match, computing: set[tuple[Node, bytes]]) -> bool:
+        """Somebody computes the block that ``seq`` would compute next."""
+        if not computing or match.node is None:
+            return False
+        return (match.node, self.manager.cache.key(seq.tokens, len(match.blocks) * self.manager.block_size)) in computing
+
+    # Who goes.
+
+    def _victim(self, i: int) -> int:
+        """Whom to preempt for running[i]: of those behind it with the lowest priority, the one that has least to compute again;
+        itself where nobody is behind it."""
+        running = self.running
+        if i + 1 >= len(running):
+            return i
+        lowest = running[-1].order[0]
+        behind = [j for j in range(i + 1, len(running)) if running[j].order[0] == lowest]
+        return min(behind, key=lambda j: (running[j].num_computed, -j))
+
+    def preempt(self, i: int, reason: str) -> None:
+        """running[i] gives its row and its blocks back, and waits."""
+        seq = self.running.pop(i)
+        positions = seq.num_computed
+        self.manager.counters.preemptions += 1
+        swapped = self._swap and self.manager.swap_out(seq)
+        if not swapped:
+            self.manager.free(seq)
+            seq.num_lost = positions
         self._vacate(seq)
         seq.status = Status.WAITING
-        self.waiting.appendleft(seq)
+        self.add(seq)
+        if self.listener is not None:
+            self.listener(Preempted(seq.request.request_id, seq.index, positions, swapped, reason))
 
     def _vacate(self, seq: Sequence) -> None:
-        self.manager.free(seq)
         self._rows.append(seq.row)
         seq.row = -1
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
-        if not self.waiting:
-            return
-        # All that a sequence has to compute must fit beside what the running ones still have to (the rest of a chunked
-        # prompt), though it is allocated chunk by chunk.
-        room = self.manager.pool.num_free - sum(self.manager.blocks_for(s.num_tokens) - len(s.block_table) for s in self.running)
-        while self.waiting and self._rows and budget > 0:
-            seq = self.waiting[0]
-            need = self.manager.blocks_for(seq.num_tokens)
-            if need + (self._watermark if self.running else 0) > room:
-                return
-            room -= need
-            count = min(seq.num_tokens, budget)
-            blocks = self.manager.grow(seq, count)
-            assert blocks is not None
-            self.waiting.popleft()
-            seq.row = self._rows.pop()
-            seq.status = Status.RUNNING
-            self.running.append(seq)
-            plan.starts.append(RowStart(seq.row, seq.tokens, seq.num_prompt, seq.request.params, seq.seed, seq.stop_ids))
-            self._plan(plan, seq, count, blocks)
-            budget -= count
+    # Ends, and beams.
 
-    def _plan(self, plan: StepPlan, seq: Sequence, count: int, blocks: list[int]) -> None:
-        sample = seq.num_computed + count == seq.num_tokens
-        plan.work.append(RowWork(seq.row, seq.num_computed, count, blocks, sample))
+    def _fail(self, seq: Sequence, message: str) -> list[SequenceOutput]:
+        """One row failed: its sequence ends, and with a beam its whole search."""
+        request, group = seq.request, seq.group
+        indices: Iterable[int] = [seq.index] if group.search is None else range(request.params.n)
+        for gone in [seq] if group.search is None else list(group.sequences):
+            if gone.status is not Status.FINISHED:
+                self.remove(gone)
+        if group.search is not None:
+            group.search = None
+        return [SequenceOutput(request.request_id, index, [], None, "error", message) for index in indices]
+
+    def _advance(self, group: Group) -> list[SequenceOutput]:
+        """All beams of a search have their candidates: it decides which go on. They fork; those that end free their blocks."""
+        assert group.search is not None
+        beams = list(group.sequences)
+        moves = group.search.advance([self._candidates(beam) for beam in beams])
+        for beam in beams:
+            beam.candidates = None
+        if not moves:
+            for beam in beams:
+                self.remove(beam)
+            return self._hypotheses(group)
+        goes_on = {move.parent for move in moves}
+        for i, beam in enumerate(beams):
+            if i not in goes_on:
+                self.remove(beam)
+        group.sequences.clear()
+        taken: set[int] = set()
+        for slot, move in enumerate(moves):
+            parent = beams[move.parent]
+            if move.parent in taken:
+                group.sequences.append(self._fork(parent, slot, move.token))
+            else:
+                taken.add(move.parent)
+                group.sequences.append(parent)
+        for beam, move in zip(group.sequences, moves, strict=True):
+            if beam is beams[move.parent]:  # after its forks: they begin with the tokens before this one
+                beam.tokens.append(move.token)
+                beam.unsent.append(move.token)
+        return []
+
+    def _candidates(self, beam: Sequence) -> list[tuple[int, float]]:
+        """A beam's candidates, without those that would end it before min_tokens."""
+        candidates = beam.candidates or []
+        if beam.num_generated < beam.request.params.min_tokens:
+            return [candidate for candidate in candidates if candidate[0] not in beam.stop_ids]
+        return candidates
+
+    def _fork(self, parent: Sequence, slot: int, token: int) -> Sequence:
+        """A new beam: ``parent``'s tokens and blocks, and one more token."""
+        child = replace(
+            parent, index=slot, tokens=[*parent.tokens, token], order=(*parent.order[:2], slot), row=-1, status=Status.WAITING, unsent=[],
+            num_computed=0, block_table=[], num_sent=0, num_trimmed=0, num_borrowed=0, shared_tail=False, node=None, num_published=0,
+            host_blocks=None, num_swapped=0, num_lost=0, started=False,
+        )  # fmt: skip
+        if parent.status is Status.RUNNING and self._rows:
+            self.manager.fork(parent, child, parent.num_computed)
+            self._run(child)
+        else:  # without a row, or without blocks to share, it waits as if it had been preempted
+            self.add(child)
+        return child
+
+    def _hypotheses(self, group: Group) -> list[SequenceOutput]:
+        request, search = group.request, group.search
+        assert search is not None
+        found = search.hypotheses()
+        outputs = []
+        for index in range(request.params.n):
+            if index >= len(found):
+                message = f"the model allows only {len(found)} different continuations, fewer than n={request.params.n}"
+                outputs.append(SequenceOutput(request.request_id, index, [], None, "error", message))
+                continue
+            best = found[index]
+            logprobs = None
+            if request.params.logprobs is not None:
+                logprobs = [TokenLogprobs((value, 0), []) for value in best.logprobs]
+            output = SequenceOutput(request.request_id, index, best.token_ids, logprobs, best.finish_reason, best.stop_reason)
+            output.cached_tokens = group.cached_tokens
+            outputs.append(output)
+        return outputs

@@ -7,6 +7,9 @@ token, the recompute after a preemption are all the same case.
     tokens        [ prompt ........................ | generated ....... ]
     num_computed  [ KV in blocks ......... ]
     the next step                           [ count ]  the last position's logits give a token once all are computed
+
+Where a fork or a prefix hit brings the KV of every known token, the last position is computed again, without writing: its
+logits are still wanted.
 """
 
 from __future__ import annotations
@@ -14,12 +17,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from quire.sampling_params import SamplingParams
+from quire.core.beam import BeamSearch
+from quire.core.content import Node
+from quire.errors import InvalidRequestError
+from quire.sampling_params import SamplingParams, integer, number
+
+MAX_RETENTION_S = 86400
+MAX_PRIORITY = (1 << 31) - 1
+MAX_CACHE_SALT = 128
+
+
+@dataclass(slots=True, frozen=True)
+class Retention:
+    """A wish that what a request computes stays in the prefix cache. It decays, and pins nothing."""
+
+    priority: int
+    """1 to 100: the content is passed over log2(priority) + 1 times when its turn to go comes."""
+    seconds: float
+    """Above 0, at most 86,400. Afterwards it is content like any other."""
+
+    def __post_init__(self) -> None:
+        integer("retention.priority", self.priority, 1, 100)
+        if number("retention.seconds", self.seconds, 0, MAX_RETENTION_S) == 0:
+            raise InvalidRequestError("retention.seconds must be above 0, got 0", param="retention.seconds")
 
 
 @dataclass(slots=True, frozen=True)
 class Request:
-    """What a client asked. Ends in exactly one final output for each of its ``params.n`` sequences."""
+    """What a client asked. Ends in exactly one final output for each of its ``params.n`` samples."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -28,6 +53,24 @@ class Request:
     """0 <= seed < 2**64; drawn by the caller where ``params.seed`` is None, and kept for the request's life."""
     eos_token_ids: tuple[int, ...] = ()
     """The model's end-of-text tokens."""
+    priority: int = 0
+    """Lower runs earlier, and is preempted later (vLLM's meaning)."""
+    salt: bytes = b""
+    """Only requests with the same salt share cached prefixes."""
+    retention: Retention | None = None
+
+    def __post_init__(self) -> None:
+        integer("priority", self.priority, -MAX_PRIORITY - 1, MAX_PRIORITY)
+
+
+def salt_bytes(cache_salt: str | None) -> bytes:
+    """A user's ``cache_salt`` as a request has it; empty for None. Raises InvalidRequestError."""
+    if cache_salt is None:
+        return b""
+    if not isinstance(cache_salt, str) or not 0 < len(cache_salt) <= MAX_CACHE_SALT:
+        got = f"{len(cache_salt):,} characters" if isinstance(cache_salt, str) else f"{cache_salt!r:.60}"
+        raise InvalidRequestError(f"cache_salt must be a text of 1 to {MAX_CACHE_SALT} characters, got {got}", param="cache_salt")
+    return cache_salt.encode("utf-8", "surrogatepass")
 
 
 class Status(Enum):
@@ -37,9 +80,22 @@ class Status(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
-    """One stream of tokens. Only the scheduler changes it; only the block manager changes ``block_table``."""
+class Group:
+    """The live sequences of one request: they share its prompt's blocks."""
 
+    request: Request
+    sequences: list[Sequence] = field(default_factory=list)
+    search: BeamSearch | None = None
+    """Set where the sequences are beams; ``sequences`` are in the search's order then."""
+    cached_tokens: int | None = None
+    """Positions of the prompt that its first sequence found in the cache; None before it was admitted."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One stream of tokens. Only the scheduler changes it; only the block manager changes what is below the line."""
+
+    group: Group
     request: Request
     index: int
     tokens: list[int]
@@ -47,12 +103,46 @@ class Sequence:
     seed: int
     max_tokens: int
     """Tokens to generate at most: the request's limit or what the context leaves."""
-    num_computed: int = 0
-    block_table: list[int] = field(default_factory=list)
-    """Logical block → physical block id. Holds every position below num_computed."""
+    params: SamplingParams
+    """As the backend gets them."""
+    order: tuple[int, int, int] = (0, 0, 0)
+    """(priority, arrival, index): who comes first, in the queue and in a step; who comes last is preempted first."""
     row: int = -1
     """Row in the backend's tables while RUNNING, else -1."""
     status: Status = Status.WAITING
+    started: bool = False
+    """The backend knows the row."""
+    unsent: list[int] = field(default_factory=list)
+    """Newest tokens that the backend does not know: those that a beam search chose."""
+    candidates: list[tuple[int, float]] | None = None
+    """Of a beam: its most likely next tokens, until all beams have theirs."""
+    first_output: bool = True
+    """Nothing was put out yet."""
+    num_lost: int = 0
+    """Computed positions that the last preemption took."""
+    # ---- the block manager's
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    """Logical block → physical block id. Holds every position below num_computed, but for those before the sliding window,
+    where it has -1."""
+    num_sent: int = 0
+    """Entries of the block table that the backend knows."""
+    num_trimmed: int = 0
+    """Entries of the block table that were given back, from the first on."""
+    num_borrowed: int = 0
+    """Entries that came from the cache or a fork, and may have other owners."""
+    shared_tail: bool = False
+    """The last block may have other owners: look before writing."""
+    node: Node | None = None
+    """Content of the last published whole block; None while it holds no blocks, or publishes none."""
+    num_published: int = 0
+    """Whole blocks that were published."""
+    publish_at: int = 1 << 62
+    """num_computed at which the next block is to be published."""
+    host_blocks: list[int] | None = None
+    """Where its blocks are in the swap pool, while it is swapped out."""
+    num_swapped: int = 0
+    """Computed positions that they hold."""
 
     @property
     def num_tokens(self) -> int:
@@ -70,12 +160,13 @@ class Sequence:
     def end_reason(self) -> tuple[str, int | None] | None:
         """(finish_reason, stop_reason) if the newest token ends the sequence, else None."""
         params, token = self.request.params, self.tokens[-1]
-        if self.num_generated >= params.min_tokens:
-            if token in (params.stop_token_ids or ()):
+        generated = len(self.tokens) - self.num_prompt
+        if generated >= params.min_tokens:
+            if params.stop_token_ids and token in params.stop_token_ids:
                 return "stop", token
             if token in self.request.eos_token_ids and not params.ignore_eos:
                 return "stop", None
-        if self.num_generated >= self.max_tokens:
+        if generated >= self.max_tokens:
             return "length", None
         return None
 

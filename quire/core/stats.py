@@ -1,8 +1,28 @@
-"""What the memory and the engine count. Metrics, benchmark and banner all read these."""
+"""What the memory and the engine count. Metrics, benchmark, banner and dashboard all read these."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(slots=True)
+class KVCounters:
+    """Running totals since the start."""
+
+    prompt_tokens: int = 0
+    """Prompt positions of the requests admitted so far; each request's prompt counts once."""
+    hit_tokens: int = 0
+    """Those that were found in the prefix cache."""
+    blocks_copied: int = 0
+    """Copies on write, and copies of cached blocks that match in part."""
+    blocks_swapped_out: int = 0
+    blocks_swapped_in: int = 0
+    preemptions: int = 0
+    tokens_recomputed: int = 0
+    """Positions computed again because a preemption took them, and the cache had not kept them."""
+
+    def copy(self) -> KVCounters:
+        return replace(self)
 
 
 @dataclass(slots=True, frozen=True)
@@ -12,8 +32,21 @@ class KVStats:
     num_blocks: int
     block_size: int
     free_blocks: int
+    """Blocks without owner, those with cached content included."""
     positions_used: int
-    """Positions whose KV was computed and belongs to a running sequence."""
+    """Positions whose KV was computed and belongs to a running sequence; shared ones count once."""
+    cached_blocks: int = 0
+    """Free blocks whose content can still be found."""
+    shared_blocks: int = 0
+    """Blocks with more than one owner."""
+    saved_blocks: int = 0
+    """Blocks that sharing saves: what all block tables hold, less the blocks that they hold it in."""
+    largest_free_run: int = 0
+    """The most free blocks with consecutive ids."""
+    host_blocks: int = 0
+    """Blocks of the swap pool."""
+    host_blocks_used: int = 0
+    counters: KVCounters = field(default_factory=KVCounters)
 
     @property
     def used_blocks(self) -> int:
@@ -29,6 +62,16 @@ class KVStats:
         """Allocated positions that hold nothing: the empty parts of last blocks."""
         return self.positions_allocated - self.positions_used
 
+    @property
+    def fragmentation(self) -> float:
+        """Share of the free memory that a contiguous allocator could not hand out at once; 0 where nothing is free."""
+        return 1 - self.largest_free_run / self.free_blocks if self.free_blocks else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompt tokens that were found in the prefix cache."""
+        return self.counters.hit_tokens / self.counters.prompt_tokens if self.counters.prompt_tokens else 0.0
+
 
 @dataclass(slots=True, frozen=True)
 class EngineStats:
@@ -40,7 +83,12 @@ class EngineStats:
     tokens_computed: int
     """Positions computed, recomputed ones included."""
     tokens_sampled: int
-    preemptions: int
-    tokens_recomputed: int
-    """Positions whose KV was thrown away by preemptions."""
     kv: KVStats
+
+    @property
+    def preemptions(self) -> int:
+        return self.kv.counters.preemptions
+
+    @property
+    def tokens_recomputed(self) -> int:
+        return self.kv.counters.tokens_recomputed

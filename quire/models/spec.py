@@ -119,6 +119,11 @@ class TransformerSpec:
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
 
+    def common_window(self) -> int:
+        """Positions beyond which no layer looks back; 0 where some layer sees everything."""
+        windows = [self.window(i) for i in range(self.num_layers)]
+        return max(windows) if windows and all(windows) else 0
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name → shape, for every tensor that the model has."""
         h, e, f, d = self.hidden_size, self.embedding_size, self.intermediate_size, self.head_dim

@@ -27,7 +27,9 @@ def banner(
     config: EngineConfig,
     num_blocks: int,
     block_size: int,
+    num_host_blocks: int,
     max_model_len: int,
+    memory_note: str,
     phases: Sequence[tuple[str, float]],
     total_s: float,
 ) -> str:
@@ -44,11 +46,20 @@ def banner(
             "KV pool",
             f"{num_blocks:,} blocks x {block_size} = {tokens:,} tokens ({pool}, {config.kv_dtype})",
         ),
-        ("fits", f"{fits} at once (at most {config.max_num_seqs:,} sequences run at a time; more wait)"),
+        *([("KV memory", memory_note)] if memory_note else []),
+        ("fits", f"{fits} at once (at most {config.num_seqs(num_blocks):,} sequences run at a time; {config.max_waiting:,} more wait)"),
+        ("policy", _policy(config, num_host_blocks, num_host_blocks * block_size * spec.kv_bytes_per_token(config.kv_dtype))),
         ("started", f"in {total_s:.2f} s ({times}; some at the same time)"),
     ]
-    lines = [f"Quire {__version__}", "", *(f"  {name:<9}{text}" for name, text in rows)]
+    lines = [f"Quire {__version__}", "", *(f"  {name:<10}{text}" for name, text in rows)]
     return "\n".join([*lines, "", "Try it:", f"  {curl(url, model)}", "", "Stop with Ctrl-C.", ""])
+
+
+def _policy(config: EngineConfig, num_host_blocks: int, host_bytes: int) -> str:
+    """How the pool is used: what is shared, who is let in, what becomes of those that have to make room."""
+    swap = f"preempted requests are swapped to {_bytes(host_bytes)} ({num_host_blocks:,} blocks)" if num_host_blocks else ""
+    caching = f"prefix caching {'on' if config.prefix_caching else 'off'}"
+    return ", ".join(filter(None, (caching, f"admission {config.admission}", swap)))
 
 
 def curl(url: str, model: str) -> str:

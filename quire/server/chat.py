@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from quire.outputs import Choice
 from quire.sampling_params import SamplingParams
-from quire.server.chunks import events, head, json_bytes, reason_json, text_json, usage_object
+from quire.server.chunks import head, json_bytes, reason_json, respond, text_json, usage_object
 from quire.server.context import Context, context_of
 from quire.server.fields import parse
 from quire.server.generation import Generation, Piece, new_id
@@ -19,7 +19,6 @@ from quire.server.logprobs import chat_logprobs
 from quire.server.prompts import Prompt, chat_prompt
 from quire.server.sampling import chat_names, chat_params
 from quire.server.schemas import ChatCompletionRequest
-from quire.server.sse import EventStream, answer
 
 
 async def chat_completions(request: Request) -> Response:
@@ -39,12 +38,9 @@ async def chat_completions(request: Request) -> Response:
             max_bytes=max_text_bytes(context.max_model_len),
         )
         # A message that is continued goes on in the middle of its text.
-        generation = Generation(context, call_id, [(prompt, params)], continues_prompt=bool(body.continue_final_message))
-    context.client.check()
+        generation = Generation(context, call_id, body, [(prompt, params)], continues_prompt=bool(body.continue_final_message))
     form = _Form(context, body, params, call_id, prompt)
-    if body.stream:
-        return EventStream(events(generation, form, body.stream_options))
-    return await answer(request, form.whole(generation))
+    return await respond(request, generation, form, body)
 
 
 class _Form:
@@ -79,8 +75,7 @@ class _Form:
         return chat_logprobs(self._tokenizer, token_ids, positions, self._top or 0)
 
     async def whole(self, generation: Generation) -> bytes:
-        with generation:
-            choices = await generation.run()
+        choices = await generation.run()
         made = {
             "id": self._id, "object": "chat.completion", "created": self._created, "model": self._model,
             "system_fingerprint": None,

@@ -12,12 +12,15 @@ from collections.abc import AsyncIterator
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
+from fastapi import Request
+from fastapi.responses import Response
+
 from quire.errors import QuireError
 from quire.outputs import Usage
 from quire.server.errors import INTERNAL, error_bytes
 from quire.server.generation import Generation, Piece
-from quire.server.schemas import StreamOptions
-from quire.server.sse import DONE, PING, PING_S
+from quire.server.schemas import GenerationRequest, StreamOptions
+from quire.server.sse import DONE, PING, PING_S, EventStream, answer
 
 log = logging.getLogger("quire.server")
 
@@ -31,6 +34,19 @@ class Writer(Protocol):
     def choices(self, piece: Piece) -> list[bytes]:
         """JSON objects that go into ``choices``, each in a chunk of its own; none where there is nothing to say."""
         ...
+
+    async def whole(self, generation: Generation) -> bytes:
+        """The answer in one piece."""
+        ...
+
+
+async def respond(request: Request, generation: Generation, writer: Writer, body: GenerationRequest) -> Response:
+    """Run a generation, and answer in the form that ``body`` asks for. What can't be queued is refused before the answer begins."""
+    generation.submit()
+    if body.stream:
+        return EventStream(events(generation, writer, body.stream_options), generation.close)
+    with generation:
+        return await answer(request, writer.whole(generation))
 
 
 async def events(generation: Generation, writer: Writer, options: StreamOptions | None) -> AsyncIterator[bytes]:

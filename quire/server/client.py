@@ -9,12 +9,11 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Sequence
-from types import TracebackType
 
 from quire.core.admission import RequestLimits
 from quire.core.sequence import Request
 from quire.core.stats import EngineStats
-from quire.errors import EngineError
+from quire.errors import EngineError, QueueFullError
 from quire.outputs import SequenceOutput
 from quire.server.engine_loop import EngineLoop, SteppedEngine
 from quire.server.errors import UnavailableError
@@ -24,7 +23,7 @@ CLOSING = "the server is shutting down"
 
 
 class Stream:
-    """What the engine makes of some requests. Leaving the ``with`` block ends all of them that have not ended.
+    """What the engine makes of some requests. ``close`` ends all of them that have not ended.
 
     Outputs that nobody has fetched wait here, and are fetched together: a slow reader gets fewer, larger pieces, and what
     waits for it is bounded by the tokens that its requests may generate.
@@ -33,17 +32,16 @@ class Stream:
     def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
         self._client = client
         self._requests = requests
-        self._open = {(r.request_id, i) for r in requests for i in range(r.params.n)}
+        self._open = {(r.request_id, i) for r in requests for i in range(r.params.num_outputs)}
         self._arrived: list[SequenceOutput] = []
         self._news = asyncio.Event()
         self._failure: str | None = None
 
-    def __enter__(self) -> Stream:
-        self._client._submit(self, self._requests)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Nothing more is wanted of any of the requests. May be called twice."""
         self._client._leave(self._requests, {request_id for request_id, _ in self._open})
+        self._client.in_flight -= len(self._open)
+        self._open.clear()
 
     @property
     def finished(self) -> bool:
@@ -53,7 +51,7 @@ class Stream:
     def end(self, request_id: str, index: int) -> None:
         """Nothing more is wanted of one sequence (a stop string was found in its text): free its blocks now."""
         if (request_id, index) in self._open:
-            self._open.discard((request_id, index))
+            self._ended((request_id, index))
             self._client._abort(request_id, index)
 
     async def fetch(self, timeout: float | None = None) -> list[SequenceOutput]:
@@ -78,9 +76,13 @@ class Stream:
         if key not in self._open:  # ended by its reader
             return
         if output.finish_reason is not None:
-            self._open.discard(key)
+            self._ended(key)
         self._arrived.append(output)
         self._news.set()
+
+    def _ended(self, key: tuple[str, int]) -> None:
+        self._open.discard(key)
+        self._client.in_flight -= 1
 
     def _fail(self, reason: str) -> None:
         self._failure = reason
@@ -88,10 +90,18 @@ class Stream:
 
 
 class EngineClient:
-    """Sends requests to an engine and brings back what it makes of them."""
+    """Sends requests to an engine and brings back what it makes of them.
 
-    def __init__(self, limits: RequestLimits) -> None:
+    max_waiting: the bound on the queue. It is kept here and not in the engine, so that a request is refused before its answer
+    begins, and one that was taken is never refused later: at most ``limits.max_num_seqs + max_waiting`` sequences are in flight
+    when a request is taken. A sequence counts from its submission to its end; a beam search as the outputs that it returns.
+    """
+
+    def __init__(self, limits: RequestLimits, max_waiting: int) -> None:
         self.limits = limits
+        self.max_waiting = max_waiting
+        self.in_flight = 0
+        """Sequences that were submitted and have not ended."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: EngineLoop | None = None
         self._streams: dict[str, Stream] = {}
@@ -118,8 +128,23 @@ class EngineClient:
             self._engine.stop(timeout)
 
     def submit(self, requests: Sequence[Request]) -> Stream:
-        """Use as ``with client.submit(requests) as stream``. Request ids must be unique among those in flight."""
-        return Stream(self, requests)
+        """Queue requests; close the stream in the end, whatever happens. Request ids must be unique among those in flight.
+
+        Raises UnavailableError where nothing can be generated any more, QueueFullError where too much is in flight.
+        """
+        self.check()
+        if self.in_flight >= (most := self.limits.max_num_seqs + self.max_waiting):
+            raise QueueFullError(
+                f"{self.in_flight:,} sequences run or wait, and this server takes {most:,} (--max-num-seqs {self.limits.max_num_seqs:,} + "
+                f"--max-waiting {self.max_waiting:,}): try again in a moment, or serve with a larger --max-waiting"
+            )
+        assert self._engine is not None
+        stream = Stream(self, requests)
+        self.in_flight += len(stream._open)
+        for request in requests:
+            self._streams[request.request_id] = stream
+            self._engine.send(Add(request))
+        return stream
 
     async def stats(self, timeout: float = 5.0) -> EngineStats:
         """The engine's counters, after all that was sent before.
@@ -144,13 +169,6 @@ class EngineClient:
         """Raises UnavailableError where nothing can be generated any more."""
         if self.dead is not None or self.closing or self._engine is None:
             raise UnavailableError(self.dead or (CLOSING if self.closing else "the engine has not started"))
-
-    def _submit(self, stream: Stream, requests: Sequence[Request]) -> None:
-        self.check()
-        assert self._engine is not None
-        for request in requests:
-            self._streams[request.request_id] = stream
-            self._engine.send(Add(request))
 
     def _leave(self, requests: Sequence[Request], unfinished: set[str]) -> None:
         for request in requests:

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from quire.outputs import Choice
 from quire.sampling_params import SamplingParams
-from quire.server.chunks import events, head, json_bytes, reason_json, text_json, usage_object
+from quire.server.chunks import head, json_bytes, reason_json, respond, text_json, usage_object
 from quire.server.context import Context, context_of
 from quire.server.fields import parse
 from quire.server.generation import Generation, Piece, new_id
@@ -19,7 +19,6 @@ from quire.server.logprobs import CompletionLogprobs
 from quire.server.prompts import Prompt, completion_prompts
 from quire.server.sampling import completion_params, fit_default
 from quire.server.schemas import CompletionRequest
-from quire.server.sse import EventStream, answer
 
 
 async def completions(request: Request) -> Response:
@@ -27,16 +26,14 @@ async def completions(request: Request) -> Response:
     body = parse(CompletionRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
     params = completion_params(body, context.sampling_defaults)
-    prompts = await completion_prompts(context, body.prompt, params.n, body.add_special_tokens is not False)
+    width = params.num_beams if params.use_beam_search else params.num_sequences
+    prompts = await completion_prompts(context, body.prompt, width, body.add_special_tokens is not False)
     limits = context.client.limits
     call_id = new_id("cmpl")
     fitted = [(prompt, fit_default(params, body, len(prompt.token_ids), limits)) for prompt in prompts]
-    generation = Generation(context, call_id, fitted, continues_prompt=True)
-    context.client.check()
+    generation = Generation(context, call_id, body, fitted, continues_prompt=True)
     form = _Form(context, body, params, call_id, prompts)
-    if body.stream:
-        return EventStream(events(generation, form, body.stream_options))
-    return await answer(request, form.whole(generation))
+    return await respond(request, generation, form, body)
 
 
 class _Form:
@@ -67,8 +64,7 @@ class _Form:
         return [b'{"index":%d,"text":%b,"logprobs":%b,%b}' % (piece.index, text_json(text), logprobs, end)]
 
     async def whole(self, generation: Generation) -> bytes:
-        with generation:
-            choices = await generation.run()
+        choices = await generation.run()
         return json_bytes({
             "id": self._id, "object": "text_completion", "created": self._created, "model": self._model,
             "system_fingerprint": None,

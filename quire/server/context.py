@@ -10,6 +10,7 @@ from fastapi import Request
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.server.client import EngineClient
+from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
 
 
@@ -24,6 +25,7 @@ class Context:
     sampling_defaults: dict[str, float] = field(default_factory=dict)
     """The model's own, where a request says nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
+    salts: Salts = field(default_factory=Salts)
 
     @property
     def max_model_len(self) -> int:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from quire.core.sequence import Request
 from quire.core.stats import EngineStats
-from quire.errors import InvalidRequestError
+from quire.errors import QuireError
 from quire.outputs import SequenceOutput
 from quire.server.messages import Abort, Add, Died, FromEngine, GetStats, Outputs, Stats, Stop, ToEngine
 
@@ -102,8 +102,8 @@ class EngineLoop:
             case Add(request):
                 try:
                     self._engine.add(request)
-                except InvalidRequestError as e:
-                    return [SequenceOutput(request.request_id, i, [], None, "error", e.message) for i in range(request.params.n)]
+                except QuireError as e:
+                    return [SequenceOutput(request.request_id, i, [], None, "error", e.message) for i in range(request.params.num_outputs)]
             case Abort(request_id, index):
                 return self._engine.abort(request_id, index)
             case GetStats(ticket):

@@ -61,7 +61,7 @@ class ClientGoneError(Exception):
 
 
 def error_object(error: QuireError) -> dict[str, dict[str, str | None]]:
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = "rate_limit_error" if error.status == 429 else "invalid_request_error" if error.status < 500 else "server_error"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
@@ -73,6 +73,8 @@ def error_response(error: QuireError) -> Response:
     headers = {}
     if error.status not in (408, 429, 503):
         headers["x-should-retry"] = "false"  # the same request would get the same answer
+    if error.status == 429:
+        headers["retry-after"] = "1"
     if error.status in (408, 413):
         headers["connection"] = "close"  # part of the body may still be on its way
     return Response(error_bytes(error), status_code=error.status, media_type="application/json", headers=headers)

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from quire.core.sequence import Request
-from quire.errors import EngineError
+from quire.core.sequence import Request, Retention
+from quire.errors import EngineError, InvalidRequestError
 from quire.outputs import Choice, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
+from quire.server.client import Stream
 from quire.server.context import Context
 from quire.server.prompts import Prompt
 from quire.server.sampling import draw_seed
-from quire.text.output import Delta, OutputAssembler
+from quire.server.schemas import GenerationRequest
+from quire.text.output import Delta, OutputAssembler, best_choices
 
 
 def new_id(prefix: str) -> str:
@@ -30,61 +32,94 @@ class Piece:
     """What a call's client gets next of one of its choices."""
 
     index: int
-    """Of the choice: prompt's number times n, plus the sample's number."""
+    """Of the choice: prompt's number times n, plus the sample's number. (Where samples are chosen from, nothing is streamed.)"""
     first: bool
     """Nothing was sent of this choice before."""
     delta: Delta
 
 
 class Generation:
-    """Use as a context manager: leaving it, for whatever reason, ends what has not ended, and frees its blocks."""
+    """Once submitted, use it as a context manager: leaving it, for whatever reason, ends what has not ended, and frees its blocks."""
 
-    def __init__(self, context: Context, call_id: str, prompts: Sequence[tuple[Prompt, SamplingParams]], *, continues_prompt: bool) -> None:
+    def __init__(
+        self,
+        context: Context,
+        call_id: str,
+        body: GenerationRequest,
+        prompts: Sequence[tuple[Prompt, SamplingParams]],
+        *,
+        continues_prompt: bool,
+    ) -> None:
         """Checks every prompt against the engine's limits. Raises InvalidRequestError or ContextLengthError.
 
         continues_prompt: the output goes on with the prompt's text (completions), and is not a text of its own (chat).
         """
         self.prompts = [prompt for prompt, _ in prompts]
         self.n = prompts[0][1].n
-        requests = []
-        self._first_choice: dict[str, int] = {}
+        self._width = prompts[0][1].num_outputs
+        """Samples of a prompt; the best ``n`` of them become choices."""
+        self._client = context.client
+        self._stream: Stream | None = None
+        salt, retention = context.salts.derive(body.cache_salt), _retention(body)
+        self._requests: list[Request] = []
+        self._first_sample: dict[str, int] = {}
         self._assemblers: list[OutputAssembler] = []
         for number, (prompt, params) in enumerate(prompts):
             context.client.limits.check(prompt.token_ids, params)
-            request = Request(f"{call_id}-{number}", prompt.token_ids, params, draw_seed(params), context.eos_token_ids)
-            requests.append(request)
-            self._first_choice[request.request_id] = number * self.n
+            request = Request(
+                f"{call_id}-{number}", prompt.token_ids, params, draw_seed(params), context.eos_token_ids,
+                priority=body.priority or 0, salt=salt, retention=retention,
+            )  # fmt: skip
+            self._requests.append(request)
+            self._first_sample[request.request_id] = number * self._width
             seen = prompt.token_ids if continues_prompt else ()
-            self._assemblers += [OutputAssembler(context.tokenizer, params, seen) for _ in range(self.n)]
+            self._assemblers += [OutputAssembler(context.tokenizer, params, seen) for _ in range(self._width)]
         self._started = [False] * len(self._assemblers)
-        self._stream = context.client.submit(requests)
+        self._uncounted = set(self._first_sample)
+        """Requests of which it is not known how much was cached."""
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts))
 
+    def submit(self) -> None:
+        """Queue the requests. Raises UnavailableError, or QueueFullError."""
+        self._stream = self._client.submit(self._requests)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
     def __enter__(self) -> Generation:
-        self._stream.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stream.__exit__(kind, error, trace)
+        self.close()
 
     @property
     def finished(self) -> bool:
+        assert self._stream is not None
         return self._stream.finished
 
     def choices(self) -> list[Choice]:
-        """Everything so far, in order."""
-        return [assembler.choice(index) for index, assembler in enumerate(self._assemblers)]
+        """The best of everything, in the order of the prompts."""
+        choices = []
+        for number in range(len(self.prompts)):
+            samples = self._assemblers[number * self._width : (number + 1) * self._width]
+            choices += best_choices(samples, self.n, number * self.n)
+        return choices
 
     async def next(self, timeout: float | None = None) -> list[Piece]:
         """What the engine has made since the last call; empty after ``timeout`` seconds without anything.
 
         Raises EngineError where the work of one sequence failed, UnavailableError where the engine or server stopped.
         """
+        assert self._stream is not None
         pieces = []
         for output in _merged(await self._stream.fetch(timeout)):
             if output.finish_reason == "error":
                 raise EngineError(f"the request could not be finished: {output.stop_reason}")
-            index = self._first_choice[output.request_id] + output.index
+            if output.cached_tokens is not None and output.request_id in self._uncounted:
+                self._uncounted.discard(output.request_id)
+                self.usage.cached_tokens += output.cached_tokens
+            index = self._first_sample[output.request_id] + output.index
             assembler = self._assemblers[index]
             delta = assembler.feed(output)
             self.usage.completion_tokens += len(delta.token_ids)
@@ -99,6 +134,16 @@ class Generation:
         while not self.finished:
             await self.next()
         return self.choices()
+
+
+def _retention(body: GenerationRequest) -> Retention | None:
+    wish = body.cache_retention
+    if wish is None:
+        return None
+    try:
+        return Retention(wish.priority, wish.seconds)
+    except InvalidRequestError as e:  # "retention.seconds must be ..."
+        raise InvalidRequestError(f"cache_{e.message}", param=f"cache_{e.param}") from None
 
 
 def _merged(outputs: list[SequenceOutput]) -> list[SequenceOutput]:

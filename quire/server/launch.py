@@ -11,17 +11,23 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ServerConfig
 from quire.errors import ConfigError, QuireError
+from quire.logs import ThrottledLog
 
 if TYPE_CHECKING:
     from quire.backends.base import Backend
+    from quire.core.engine import Engine, Executor
+    from quire.server.client import EngineClient
 
 KEEP_ALIVE_S = 75
 """Longer than common clients keep idle connections, so that it is they who close them."""
+UNBOUNDED = 1 << 20
+"""As ``max_waiting``: the most that it may be."""
 GRACE_S = 5
 """After a signal, streams end with an error at once; a client that does not read it is cut off after this time."""
 
@@ -47,14 +53,11 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
         phases.append(("tokenizer", time.perf_counter() - started))
         backend = loading.result()
         started = time.perf_counter()
-        from quire.core.engine import Engine
         from quire.server.app import create_app
         from quire.server.banner import banner, base_url
-        from quire.server.client import EngineClient
         from quire.server.context import Context
 
-        engine = Engine(backend, engine_config)
-        client = EngineClient(engine.limits)
+        engine, client = make_engine(backend, engine_config)
         model = server_config.served_model_name or folder.resolve().name
         app = create_app(Context(client, tokenizer, server_config, model, backend.spec.eos_token_ids, dict(backend.spec.sampling_defaults)))
         phases.append(("engine", time.perf_counter() - started))
@@ -63,12 +66,23 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             url = base_url(server_config.host, listener.getsockname()[1])
             print(banner(
                 url=url, model=model, spec=backend.spec, config=engine_config, num_blocks=backend.num_blocks, block_size=backend.block_size,
-                max_model_len=backend.max_model_len, phases=phases, total_s=since_process_start(),
+                num_host_blocks=backend.num_host_blocks, max_model_len=backend.max_model_len, memory_note=backend.memory_note, phases=phases, total_s=since_process_start(),
             ), flush=True)  # fmt: skip
 
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
         EngineServer(app, client, engine, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S).run(sockets=[listener])
     return 0
+
+
+def make_engine(backend: Executor, config: EngineConfig) -> tuple[Engine, EngineClient]:
+    """An engine, and the front's side of it. Raises CapacityError."""
+    from quire.core.engine import Engine
+    from quire.server.client import EngineClient
+
+    # The front bounds the queue: what it has taken, the engine takes too.
+    engine = Engine(backend, replace(config, max_waiting=UNBOUNDED), time.monotonic)
+    engine.on_preemption(ThrottledLog(logging.getLogger("quire.engine")).warning)
+    return engine, EngineClient(engine.limits, config.max_waiting)
 
 
 class _Loading:

@@ -23,7 +23,7 @@ spaces long, 4 bytes on average; text beyond the bound is refused without tokeni
 MIN_TEXT_BYTES = 1 << 20
 """/tokenize counts at least this much text, however short the context is."""
 MAX_SEQUENCES = 1024
-"""Prompts times ``n`` in one request."""
+"""Prompts times samples (or beams) in one request."""
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _ERROR = {
             "type": "object",
             "properties": {
                 "message": {"type": "string"},
-                "type": {"enum": ["invalid_request_error", "server_error"]},
+                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
                 "param": {"type": ["string", "null"]},
                 "code": {"type": "string"},
             },
@@ -39,6 +39,7 @@ _ERRORS = {
     404: "no such model",
     413: "the body is too large",
     415: "the content type is not application/json",
+    429: "too many requests run or wait; try again after Retry-After",
     503: "the engine has died, or the server is shutting down",
 }
 

@@ -26,10 +26,10 @@ class Prompt:
     """None where the client sent token ids."""
 
 
-async def completion_prompts(context: Context, prompt: object, n: int, add_special_tokens: bool) -> list[Prompt]:
+async def completion_prompts(context: Context, prompt: object, width: int, add_special_tokens: bool) -> list[Prompt]:
     """The prompts of a /v1/completions request: a text, a list of texts, token ids, or a list of lists of token ids.
 
-    Raises InvalidRequestError or ContextLengthError.
+    ``width``: samples or beams of each. Raises InvalidRequestError or ContextLengthError.
     """
     items = _items(prompt)
     most = context.config.max_prompts_per_request
@@ -37,9 +37,10 @@ async def completion_prompts(context: Context, prompt: object, n: int, add_speci
         raise InvalidRequestError(
             f"prompt holds {len(items):,} prompts; at most {most:,} are allowed: send several requests", param="prompt"
         )
-    if len(items) * n > MAX_SEQUENCES:
+    if len(items) * width > MAX_SEQUENCES:
         raise InvalidRequestError(
-            f"{len(items):,} prompts with n {n} are {len(items) * n:,} outputs; one request may have {MAX_SEQUENCES:,}: send several",
+            f"{len(items):,} prompts with {width} samples or beams each are {len(items) * width:,} sequences; one request may have "
+            f"{MAX_SEQUENCES:,}: send several",
             param="n",
         )
     texts = [item for item in items if isinstance(item, str)]

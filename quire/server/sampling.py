@@ -18,15 +18,14 @@ DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions, as in OpenAI's API."""
 
 _SAME_NAME = (
-    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "min_tokens",
+    "n", "best_of", "use_beam_search", "beam_width", "length_penalty", "early_stopping", "temperature", "top_p", "top_k",
+    "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "min_tokens",
     "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
 )  # fmt: skip
 
 
 def completion_params(body: CompletionRequest, defaults: Mapping[str, float]) -> SamplingParams:
     """``defaults``: the model's own, where the request says nothing. Raises InvalidRequestError."""
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise InvalidRequestError(f"best_of {body.best_of} must equal n {body.n or 1}: leave it out", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequestError("echo together with logprobs is not supported: leave one of them out", param="echo")
     max_tokens = body.max_tokens
@@ -59,8 +58,28 @@ def chat_names(body: ChatCompletionRequest) -> Iterator[None]:
 def _params(body: GenerationRequest, defaults: Mapping[str, float], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream to be true", param="stream_options")
-    values: dict[str, Any] = {**defaults, **{name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}}
-    return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, stop=_stop(body.stop), logit_bias=_bias(body.logit_bias))
+    beams = _wants_beams(body)
+    values: dict[str, Any] = {} if beams else dict(defaults)  # a beam search ranks the model's own probabilities
+    values |= {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
+    params = SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, stop=_stop(body.stop), logit_bias=_bias(body.logit_bias))
+    if body.stream and params.num_outputs > params.n:
+        raise InvalidRequestError(
+            f"best_of {params.best_of} > n {params.n} can't be streamed, since the best samples are known only at the end: leave out "
+            "stream, or best_of",
+            param="best_of",
+        )
+    return params
+
+
+def _wants_beams(body: GenerationRequest) -> bool:
+    """Raises InvalidRequestError where fields contradict each other."""
+    if body.use_beam_search or (body.use_beam_search is None and body.beam_width is not None):
+        return True
+    for name, nothing in (("beam_width", ()), ("length_penalty", (1,)), ("early_stopping", (False,))):
+        value = getattr(body, name)
+        if value is not None and value not in nothing:
+            raise InvalidRequestError(f"{name} needs use_beam_search to be true, got {name} {shown(value)}", param=name)
+    return False
 
 
 def _stop(value: object) -> list[str]:

@@ -19,6 +19,7 @@ _PROMPT = {
         {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
     ]
 }
+_EARLY_STOPPING = {"anyOf": [{"type": "boolean"}, {"const": "never"}, {"type": "null"}]}
 _CONTENT = {
     "anyOf": [
         {"type": "string"},
@@ -33,6 +34,7 @@ _MESSAGE = {
 
 Prompt = Annotated[Any, WithJsonSchema(_PROMPT)]
 Stop = Annotated[Any, WithJsonSchema(_STOP)]
+EarlyStopping = Annotated[Any, WithJsonSchema(_EARLY_STOPPING)]
 Message = Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]
 
 
@@ -47,11 +49,23 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = Field(None, description="accepted and ignored")
 
 
+class CacheRetention(_Body):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    priority: int = Field(description="1 to 100; higher is kept longer")
+    seconds: float = Field(description="how long the wish holds; above 0, at most 86400")
+
+
 class GenerationRequest(_Body):
     """What /v1/completions and /v1/chat/completions have in common."""
 
     model: str | None = Field(None, description="id from /v1/models; may be left out, since one model is served")
     n: int | None = Field(None, description="samples for each prompt")
+    best_of: int | None = Field(None, description="make this many samples, return the n with the highest mean log-probability")
+    use_beam_search: bool | None = Field(None, description="search for the most likely outputs instead of sampling")
+    beam_width: int | None = Field(None, description="number of beams; default: best_of, or n")
+    length_penalty: float | None = Field(None, description="beams are ranked by sum of log-probabilities / length ** length_penalty")
+    early_stopping: EarlyStopping = Field(None, description='when a beam search ends: true, false or "never", as in transformers')
     temperature: float | None = Field(None, description="0 is greedy")
     top_p: float | None = Field(None, description="in (0, 1]")
     top_k: int | None = Field(None, description="0 or -1 keeps every token")
@@ -69,6 +83,9 @@ class GenerationRequest(_Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = Field(None, description="let the tokenizer add its special tokens to text prompts")
+    priority: int | None = Field(None, description="lower runs earlier; default 0")
+    cache_salt: str | None = Field(None, description="cached prefixes are shared only among requests with the same salt")
+    cache_retention: CacheRetention | None = Field(None, description="a wish that the prompt stays in the prefix cache")
     return_token_ids: bool | None = Field(None, description="return token ids beside the text")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -78,7 +95,6 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompt = Field(description="text, token ids, or a list of either")
     echo: bool | None = Field(None, description="put the prompt before the output")
     logprobs: int | None = Field(None, description="report this many most likely tokens for each position")
-    best_of: int | None = Field(None, description="must equal n")
 
 
 class ChatCompletionRequest(GenerationRequest):

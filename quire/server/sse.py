@@ -49,17 +49,17 @@ async def answer(request: Request, work: Coroutine[Any, Any, bytes]) -> Response
 
 
 class EventStream(Response):
-    """Server-sent events. ``events`` gives whole events in bytes; it is closed when the client hangs up.
+    """Server-sent events. ``events`` gives whole events in bytes; ``close`` is called at the end, or when the client hangs up.
 
     A client that reads slowly stops ``events`` at its next item, through the transport's flow control.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._close = events, close
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         async def pump() -> None:
@@ -72,5 +72,6 @@ class EventStream(Response):
             with contextlib.suppress(ClientGoneError):
                 await while_connected(receive, pump())
         finally:
+            self._close()  # also where ``events`` was never begun
             if (close := getattr(self._events, "aclose", None)) is not None:
                 await close()

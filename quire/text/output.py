@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from quire.outputs import Choice, Logprob, SequenceOutput, TokenLogprobs
@@ -44,6 +45,7 @@ class OutputAssembler:
         "_stop_reason",
         "_texts",
         "_tokenizer",
+        "_total_logprob",
         "finished",
         "token_ids",
     )
@@ -56,6 +58,7 @@ class OutputAssembler:
         self._texts: list[str] = []
         self.token_ids: list[int] = []
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._total_logprob = 0.0
         self._finish_reason: str | None = None
         self._stop_reason: int | str | None = None
         self.finished = False
@@ -76,12 +79,21 @@ class OutputAssembler:
         if output.finish_reason is not None and not self.finished:
             texts.append(self._end(output.finish_reason, output.stop_reason))
         delta = Delta("".join(texts), output.token_ids[:count], None, self._finish_reason, self._stop_reason)
+        if output.logprobs is not None:
+            self._total_logprob += sum(entry.token[0] for entry in output.logprobs[:count])
         if self._logprobs is not None:
             delta.logprobs = [self._convert(token, lp) for token, lp in zip(delta.token_ids, output.logprobs or (), strict=False)]
             self._logprobs += delta.logprobs
         if delta.text:
             self._texts.append(delta.text)
         return delta
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of the tokens, where the engine reports them; minus infinity for a sample that failed."""
+        if self._finish_reason == "error" or not self.token_ids:
+            return -math.inf
+        return self._total_logprob / len(self.token_ids)
 
     def choice(self, index: int) -> Choice:
         """Everything so far."""
@@ -116,3 +128,11 @@ class OutputAssembler:
             if top not in made:
                 made[top] = Logprob(value, rank, text(top))
         return made
+
+
+def best_choices(samples: Sequence[OutputAssembler], n: int, first_index: int = 0) -> list[Choice]:
+    """The ``n`` samples with the highest mean log-probability, best first, numbered from ``first_index``; where there are no more
+    than ``n``, all of them as they come."""
+    if len(samples) > n:
+        samples = sorted(samples, key=lambda sample: -sample.mean_logprob)[:n]  # stable: the lower index among equals
+    return [sample.choice(index) for index, sample in enumerate(samples, start=first_index)]

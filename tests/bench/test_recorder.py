@@ -11,7 +11,7 @@ SPEC = TransformerSpec("Tiny", 50, 8, 2, 2, 1, 4, 16, 64, dtype="bfloat16")
 
 class Nothing:
     spec = SPEC
-    num_blocks, block_size, max_model_len = 8, 4, 32
+    num_blocks, num_host_blocks, block_size, max_model_len, window = 8, 0, 4, 32, 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         return StepResult([7])

@@ -18,20 +18,30 @@ class Row:
     tokens: list[int]
     start: RowStart
     blocks: list[int] = field(default_factory=list)
-    computed: int = 0
 
 
 class FakeBackend:
     """Writes (row token, position) into a pool by the plan, as a real backend writes KV, and reads it back.
 
-    The sampled token is a hash of every token that the row's blocks hold, so a wrong block table, a block with two
-    owners or a skipped position changes the output.
+    What it writes for a position stands for the KV of a real model: it depends on every token up to there. The sampled token
+    is a hash of it, so a wrong block table, a block with two writers, a wrong prefix or a skipped position changes the output.
+    A window hides what is before it from every query, as in a model with sliding-window attention in all layers.
     """
 
-    def __init__(self, num_blocks: int = 16, block_size: int = 4, max_model_len: int = 32, vocab_size: int = 50) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_model_len: int = 32,
+        vocab_size: int = 50,
+        *,
+        num_host_blocks: int = 0,
+        window: int = 0,
+    ) -> None:
         self.spec = Vocab(vocab_size)
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
-        self.pool: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.num_host_blocks, self.window = num_host_blocks, window
+        self.pool: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks + num_host_blocks)]
         self.rows: dict[int, Row] = {}
         self.fail_rows: set[int] = set()
         self.plans: list[StepPlan] = []
@@ -42,39 +52,74 @@ class FakeBackend:
             self.rows[start.row] = Row(list(start.tokens), start)
         for source, destination in plan.copies:
             self.pool[destination] = list(self.pool[source])
-        result = StepResult()
+        written: set[tuple[int, int]] = set()
         for work in plan.work:
             row = self.rows[work.row]
             assert work.count > 0
-            assert work.start == row.computed, "positions are computed in order, none twice"
-            row.blocks += work.new_blocks
+            row.tokens += work.tokens
+            row.blocks[work.first_block :] = work.new_blocks
+            assert all(0 <= block < self.num_blocks or block == -1 for block in row.blocks), "a table holds a block of the swap pool"
+            assert work.write or work.count == 1
             for position in range(work.start, work.start + work.count):
-                self.pool[row.blocks[position // self.block_size]][position % self.block_size] = row.tokens[position]
-            row.computed += work.count
+                if work.write:
+                    place = (row.blocks[position // self.block_size], position % self.block_size)
+                    assert place not in written, "a position of a block is written twice in one step"
+                    written.add(place)
+                    self.pool[place[0]][place[1]] = fingerprint(row.tokens[: position + 1])
+        result = StepResult()
         for work in plan.work:  # read after every write of the step, so that a shared block shows
+            row = self.rows[work.row]
+            self._look(row, work.start, work.start + work.count)
             if work.sample:
-                row = self.rows[work.row]
-                assert row.computed == len(row.tokens)
-                held = [self.pool[row.blocks[p // self.block_size]][p % self.block_size] for p in range(row.computed)]
-                assert held == row.tokens, "the row's blocks hold something else than its tokens"
-                if work.row in self.fail_rows:
-                    result.tokens.append(-1)
-                    result.logprobs.append(None)
-                    result.errors[work.row] = "logits are not finite"
-                    continue
-                token = expected_token(row.tokens, row.start.seed, self.spec.vocab_size)
-                row.tokens.append(token)
-                result.tokens.append(token)
-                result.logprobs.append(TokenLogprobs((-1.0, 1), []) if row.start.params.logprobs is not None else None)
+                assert work.start + work.count == len(row.tokens)
+                self._sample(row, work.row, result)
         return result
+
+    def _look(self, row: Row, start: int, end: int) -> None:
+        """What the queries at positions ``start`` to ``end`` see is what it should be."""
+        for position in range(max(0, start + 1 - self.window) if self.window else 0, end):
+            block = row.blocks[position // self.block_size]
+            assert block >= 0, "a block was given back before it left the window"
+            held = self.pool[block][position % self.block_size]
+            assert held == fingerprint(row.tokens[: position + 1]), "the row's blocks hold something else than its tokens"
+
+    def _sample(self, row: Row, number: int, result: StepResult) -> None:
+        if number in self.fail_rows:
+            result.tokens.append(-1)
+            result.logprobs.append(None)
+            result.errors[number] = "logits are not finite"
+            return
+        if row.start.num_candidates:
+            result.tokens.append(0)
+            result.logprobs.append(TokenLogprobs((0.0, 1), candidates(row.tokens, row.start.num_candidates, self.spec.vocab_size)))
+            return
+        token = expected_token(row.tokens, row.start.seed, self.spec.vocab_size)
+        row.tokens.append(token)
+        result.tokens.append(token)
+        result.logprobs.append(TokenLogprobs((-1.0, 1), []) if row.start.params.logprobs is not None else None)
+
+
+_PRIME = (1 << 61) - 1
+
+
+def fingerprint(tokens: list[int]) -> int:
+    """A number that stands for all of ``tokens``."""
+    value = 1
+    for token in tokens:
+        value = (value * 1_000_003 + token + 7) % _PRIME
+    return value
 
 
 def expected_token(tokens: list[int], seed: int, vocab_size: int) -> int:
     """The token that FakeBackend samples after ``tokens``."""
-    value = seed + 1
-    for token in tokens:
-        value = (value * 1_000_003 + token) % ((1 << 61) - 1)
-    return value % vocab_size
+    return (fingerprint(tokens) * 31 + seed * 1_000_003) % _PRIME % vocab_size
+
+
+def candidates(tokens: list[int], count: int, vocab_size: int) -> list[tuple[int, float]]:
+    """The ``count`` most likely tokens after ``tokens``, with made-up log-probabilities, all different."""
+    value = fingerprint(tokens)
+    scored = [(token, -((value * (token + 1) * 7919) % 10_007) / 1000 - token * 1e-6) for token in range(vocab_size)]
+    return sorted(scored, key=lambda entry: -entry[1])[:count]
 
 
 def expected_output(prompt: list[int], seed: int, count: int, vocab_size: int = 50) -> list[int]:

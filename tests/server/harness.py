@@ -22,13 +22,11 @@ import httpx
 import quire
 from core.fake_backend import FakeBackend
 from quire.config import EngineConfig, ServerConfig
-from quire.core.engine import Engine
 from quire.core.plan import StepPlan, StepResult
 from quire.outputs import TokenLogprobs
 from quire.server.app import create_app
-from quire.server.client import EngineClient
 from quire.server.context import Context
-from quire.server.launch import open_socket
+from quire.server.launch import make_engine, open_socket
 from quire.server.uvicorn_server import EngineServer
 from quire.text.tokenizer import Tokenizer
 
@@ -57,10 +55,11 @@ class PacedBackend(FakeBackend):
         self.plans.clear()  # 200 clients make many
         sampled = [work for work in plan.work if work.sample]
         for i, work in enumerate(sampled):
-            if result.logprobs[i] is not None:
-                count = self.rows[work.row].start.params.logprobs or 0
-                top = [((result.tokens[i] + k) % self.spec.vocab_size, -0.5 - k) for k in range(count)]
-                result.logprobs[i] = TokenLogprobs((-0.5, 1), top)
+            start = self.rows[work.row].start
+            if result.logprobs[i] is not None and not start.num_candidates:
+                value = -0.5 - result.tokens[i] % 16 / 64  # differs, and adds up without rounding
+                top = [((result.tokens[i] + k) % self.spec.vocab_size, value - k) for k in range(start.params.logprobs or 0)]
+                result.logprobs[i] = TokenLogprobs((value, 1), top)
         return result
 
 
@@ -69,9 +68,8 @@ class Server:
 
     def __init__(self, tokenizer: Tokenizer, backend: PacedBackend, **options: Any) -> None:
         self.backend, self.tokenizer = backend, tokenizer
-        engine_options = {name: options.pop(name) for name in ("max_num_seqs",) if name in options}
-        self.engine = Engine(backend, EngineConfig(**engine_options))
-        self.client = EngineClient(self.engine.limits)
+        engine_options = {name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options}
+        self.engine, self.client = make_engine(backend, EngineConfig(**engine_options))
         config = ServerConfig(port=0, **options)
         self._socket = open_socket("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]

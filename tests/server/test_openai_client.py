@@ -111,7 +111,8 @@ def test_seed_and_stop(client: openai.OpenAI) -> None:
 
 
 def test_chat(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="embedded", messages=HELLO, max_completion_tokens=12, temperature=0, n=1)
+    cold = {"cache_salt": "nobody has computed this"}
+    answer = client.chat.completions.create(model="embedded", messages=HELLO, max_completion_tokens=12, temperature=0, n=1, extra_body=cold)
     assert answer.object == "chat.completion"
     (choice,) = answer.choices
     assert choice.message.role == "assistant"

@@ -192,7 +192,11 @@ class Decoder:
         if spec.rope is not None:
             native.rotary(heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions, self.cos, self.sin)
         where = (batch.block_tables, batch.rows, batch.query_start, batch.start)
-        native.write_kv(keys, values, layer.key_cache, layer.value_cache, *where)
+        if (part := batch.written) is None:
+            native.write_kv(keys, values, layer.key_cache, layer.value_cache, *where)
+        elif len(part.tokens):
+            cache = (layer.key_cache, layer.value_cache, batch.block_tables, part.rows, part.query_start, part.start)
+            native.write_kv(keys[part.tokens], values[part.tokens], *cache)
         native.paged_attention(queries, layer.key_cache, layer.value_cache, attended, *where, spec.scale, layer.window)
         layer.o(attended, residual, accumulate=True)
 

@@ -35,6 +35,20 @@ class Batch:
     """[rows, blocks] the tables of all rows."""
     logit_rows: I32
     """[samples] which of the T positions' hidden states become logits."""
+    written: Written | None = None
+    """The positions whose KV is written; None for all of them."""
+
+
+@dataclass(slots=True)
+class Written:
+    """The part of a batch whose KV is not in the blocks yet."""
+
+    tokens: I32
+    """Which of the T positions."""
+    rows: I32
+    query_start: I32
+    start: I32
+    """As in Batch."""
 
 
 class Rows:
@@ -46,7 +60,6 @@ class Rows:
         self.lengths = np.zeros(num_rows, np.int64)
         self.num_prompt = np.zeros(num_rows, np.int64)
         self.block_tables = np.zeros((num_rows, -(-max_len // block_size)), np.int32)
-        self.block_counts = [0] * num_rows
         self.starts: list[RowStart | None] = [None] * num_rows
 
     def begin(self, start: RowStart) -> None:
@@ -55,16 +68,17 @@ class Rows:
         self.tokens[row, :count] = start.tokens
         self.lengths[row] = count
         self.num_prompt[row] = start.num_prompt
-        self.block_counts[row] = 0
         self.starts[row] = start
 
     def batch(self, work: list[RowWork]) -> Batch:
-        """Append the plan's new blocks and lay out its positions."""
+        """Put the plan's new blocks and tokens into the tables, and lay out its positions."""
         for w in work:
             if w.new_blocks:
-                held = self.block_counts[w.row]
-                self.block_counts[w.row] = held + len(w.new_blocks)
-                self.block_tables[w.row, held : held + len(w.new_blocks)] = w.new_blocks
+                self.block_tables[w.row, w.first_block : w.first_block + len(w.new_blocks)] = w.new_blocks
+            if w.tokens:
+                length = self.lengths[w.row]
+                self.tokens[w.row, length : length + len(w.tokens)] = w.tokens
+                self.lengths[w.row] = length + len(w.tokens)
         rows = np.array([w.row for w in work], np.int32)
         start = np.array([w.start for w in work], np.int32)
         counts = np.array([w.count for w in work], np.int32)
@@ -74,9 +88,20 @@ class Rows:
         ids = self.tokens[np.repeat(rows, counts), positions]
         last = query_start[1:] - 1
         logit_rows = last[np.array([w.sample for w in work], bool)]
-        return Batch(rows, query_start, start, positions, ids, self.block_tables, logit_rows)
+        batch = Batch(rows, query_start, start, positions, ids, self.block_tables, logit_rows)
+        if not all(w.write for w in work):
+            write = np.array([w.write for w in work], bool)
+            batch.written = _written(batch, counts, write)
+        return batch
 
     def append(self, rows: I32, tokens: npt.NDArray[Any]) -> None:
         """Each of ``rows`` grew by one sampled token."""
         self.tokens[rows, self.lengths[rows]] = tokens
         self.lengths[rows] += 1
+
+
+def _written(batch: Batch, counts: I32, write: npt.NDArray[np.bool_]) -> Written:
+    query_start = np.zeros(int(write.sum()) + 1, np.int32)
+    np.cumsum(counts[write], out=query_start[1:])
+    tokens = np.flatnonzero(np.repeat(write, counts)).astype(np.int32)
+    return Written(tokens, batch.rows[write], query_start, batch.start[write])

@@ -53,6 +53,8 @@ class Sampler:
         self._top_k = np.zeros(count, np.int32)
         self._seed = np.zeros(count, np.uint64)
         self._num_logprobs = np.full(count, -1, np.int32)
+        self.beams = np.zeros(count, bool)
+        """[rows] which rows report candidates, and get their token from the next plan."""
 
     def begin(self, start: RowStart) -> None:
         """A sequence takes a row."""
@@ -62,6 +64,10 @@ class Sampler:
         self._top_k[row] = max(0, params.top_k)
         self._seed[row] = start.seed
         self._num_logprobs[row] = -1 if params.logprobs is None else min(params.logprobs, self._vocab_size)
+        self.beams[row] = start.num_candidates > 0
+        if start.num_candidates:  # the search chooses; what is drawn here is not used
+            self._floats["temperature"][row] = 0.0
+            self._num_logprobs[row] = min(start.num_candidates, self._vocab_size)
 
     def sample(self, logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int32]) -> StepResult:
         """One token for each of ``rows``; logits [len(rows), vocab] float32."""

@@ -147,6 +147,22 @@ def test_one_long_sequence_is_shared_by_the_threads():
         assert np.array_equal(out, whole[2896:])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_heads_share_a_task_or_not(dtype):
+    """How many KV heads a task has, and whether it is cut, follows from the neighbours and the threads; the bytes do not."""
+    heads, kv_heads, dim, n = 12, 12, 16, 600
+    q, k, v = tokens(30, n, heads, kv_heads, dim)
+    whole = Layer(kv_heads, dim, 16, dtype).run([(0, 0, q, k, v)], heads, 0.2)[0]
+    for block_size, threads, others in ((4, 1, 0), (4, 2, 3), (8, 2, 0), (8, 3, 5), (16, 4, 0), (32, 2, 1), (256, 3, 2)):
+        native.set_num_threads(threads)
+        layer = Layer(kv_heads, dim, block_size, dtype, blocks=(others + 1) * -(-n // block_size))
+        layer.run([(i, 0, q[: n - 2], k[: n - 2], v[: n - 2]) for i in range(others + 1)], heads, 0.2)
+        for at in (n - 2, n - 1):
+            cut = slice(at, at + 1)
+            for out in layer.run([(i, at, q[cut], k[cut], v[cut]) for i in range(others + 1)], heads, 0.2):
+                assert np.array_equal(out.view(np.uint32), whole[cut].view(np.uint32)), (block_size, threads, others)
+
+
 def test_extreme_scores():
     """Large scores neither overflow nor lose the maximum; equal scores average."""
     q, k, v = tokens(21, 200, 2, 1, 16)

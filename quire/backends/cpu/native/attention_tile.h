@@ -11,47 +11,102 @@ constexpr int kRows = kWidth == 16 ? 6 : 3;            // rows in a register til
 constexpr int kTile = static_cast<int>(kKeyTile);
 constexpr int kTileVecs = kTile / kWidth;
 
-// scores[r][0..kVecs * kWidth) for MT rows of q; every lane is a chain over the dimensions. The vector v of dimension d
-// is at at[v] + d * stride. With Ahead, the same place of the next tile is prefetched at each step.
-template <int MT, bool Ahead, class T>
-void scores(const float* q, int64_t dim, const T* const* at, const T* const* next, int64_t stride, float* out) {
+// Where a tile lies in the cache, for the first KV head of a task. Its keys as pieces of up to a vector, each from one block (of dimension 0); its values as
+// tokens. Where a partial tile has no key, some key that it has is repeated.
+constexpr int kPieces = kTile / 4;
+template <class T> struct Place {
+    const T* k[kPieces];
+    const T* v[kTile];
+};
+
+// The keys of a coming tile, to be prefetched in the order in which they lie in memory: `runs` runs, the first key of each
+// at k[0] + offset, k[step] + offset and so on. For each dimension of q goes a stretch of kVecs vectors, `pitch` elements after the one before.
+template <class C> struct Coming {
+    const C* const* k;
+    int runs, step;
+    int64_t pitch, offset;
+};
+
+// scores[r][0..kVecs * kWidth) for MT rows of q; every lane is a chain over the dimensions. Dimension d of the vector v,
+// which is in Parts pieces, is at at[v * Parts] + offset + d * stride.
+template <int MT, int Parts, class C, class T>
+void scores(const float* q, int64_t dim, const T* const* at, int64_t offset, int64_t stride, const Coming<C>& next, float* out) {
     vf acc[MT][kVecs];
     for (int m = 0; m < MT; ++m)
         for (int j = 0; j < kVecs; ++j) acc[m][j] = zero();
-    const T *k0 = at[0], *k1 = at[1], *k2 = at[2], *k3 = at[3];
-    const T *n0 = next[0], *n1 = next[1], *n2 = next[2], *n3 = next[3];
-    for (int64_t d = 0; d < dim; ++d) {
-        const int64_t i = d * stride;
-        const vf kv[kVecs] = {load(k0 + i), load(k1 + i), load(k2 + i), load(k3 + i)};
-        if constexpr (Ahead) prefetch_l2(n0 + i), prefetch_l2(n1 + i), prefetch_l2(n2 + i), prefetch_l2(n3 + i);
+    const T* k[kVecs * Parts];
+    for (int j = 0; j < kVecs * Parts; ++j) k[j] = at[j] + offset;
+    const auto add_dimension = [&](int64_t d) __attribute__((always_inline)) {
+        vf kv[kVecs];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) kv[j] = load_parts<Parts>(k + j * Parts, d * stride);
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m) {
             const vf qv = set1(q[m * dim + d]);
 #pragma GCC unroll 4
             for (int j = 0; j < kVecs; ++j) acc[m][j] = fma(qv, kv[j], acc[m][j]);
         }
+    };
+    int64_t d = 0;
+    const int64_t share = next.runs ? dim / next.runs : 0;
+    for (int run = 0; run < next.runs; ++run) {
+        const char* line = reinterpret_cast<const char*>(next.k[run * next.step] + next.offset);
+        for (const int64_t end = d + share; d < end; ++d) {
+#pragma GCC unroll 4
+            for (size_t i = 0; i < kVecs * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
+            line += next.pitch * static_cast<int64_t>(sizeof(C));
+            add_dimension(d);
+        }
     }
+    for (; d < dim; ++d) add_dimension(d);
     for (int m = 0; m < MT; ++m)
         for (int j = 0; j < kVecs; ++j) store(out + m * kTile + j * kWidth, acc[m][j]);
 }
 
+template <int Parts, class C, class T>
+void scores_rows(int mt, const float* q, int64_t dim, const T* const* at, int64_t offset, int64_t stride, const Coming<C>& next,
+                 float* out) {
+    switch (mt) {
+        case 1: return scores<1, Parts>(q, dim, at, offset, stride, next, out);
+        case 2: return scores<2, Parts>(q, dim, at, offset, stride, next, out);
+        case 3: return scores<3, Parts>(q, dim, at, offset, stride, next, out);
+#if defined(QUIRE_ISA_avx512)
+        case 4: return scores<4, Parts>(q, dim, at, offset, stride, next, out);
+        case 5: return scores<5, Parts>(q, dim, at, offset, stride, next, out);
+        case 6: return scores<6, Parts>(q, dim, at, offset, stride, next, out);
+#endif
+    }
+}
+
+// The tokens [from, to) of V, each at key[t] + offset; the accumulators of a row have `padded` columns, those of the next
+// lie `stride` further. next: the tokens of a coming tile, to be prefetched at next[t] + next_offset, or null.
+template <class C, class T> struct Stretch {
+    const T* const* key;
+    int64_t offset;
+    const C* const* next;
+    int64_t next_offset;
+    int from, to;
+    int64_t stride, padded;
+};
+
 // acc[r] += p[r][t] * V[t] for t in [from, to), ascending, over NV vectors of columns.
-template <int MT, int NV, bool Ahead, class T>
-void values(const float* p, const T* const* key, const T* const* next, int64_t column, int from, int to, float* acc,
-            int64_t acc_stride) {
+template <int MT, int NV, class C, class T> void values(const float* p, const Stretch<C, T>& v, int64_t column, float* acc) {
     vf sum[MT][NV];
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) sum[m][j] = load(acc + m * acc_stride + j * kWidth);
-    for (int t = from; t < to; ++t) {
+        for (int j = 0; j < NV; ++j) sum[m][j] = load(acc + m * v.stride + j * kWidth);
+    const T* const* const key = v.key;
+    const C* const* const next = v.next;
+    const int64_t at = v.offset + column, next_at = v.next_offset + column;
+    for (int t = v.from, to = v.to; t < to; ++t) {
         vf vv[NV];
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) vv[j] = load(key[t] + column + j * kWidth);
-        if constexpr (Ahead) {
-            const char* line = reinterpret_cast<const char*>(next[t] + column);
+        for (int j = 0; j < NV; ++j) vv[j] = load(key[t] + at + j * kWidth);
+        if (next) {
+            const char* line = reinterpret_cast<const char*>(next[t] + next_at);
 #pragma GCC unroll 4
-            for (size_t i = 0; i < NV * kWidth * sizeof(T); i += 64) prefetch_l2(line + i);
+            for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m) {
@@ -63,51 +118,28 @@ void values(const float* p, const T* const* key, const T* const* next, int64_t c
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) store(acc + m * acc_stride + j * kWidth, sum[m][j]);
+        for (int j = 0; j < NV; ++j) store(acc + m * v.stride + j * kWidth, sum[m][j]);
 }
 
-template <bool Ahead, class T>
-void scores_rows(int mt, const float* q, int64_t dim, const T* const* at, const T* const* next, int64_t stride, float* out) {
-    switch (mt) {
-        case 1: return scores<1, Ahead>(q, dim, at, next, stride, out);
-        case 2: return scores<2, Ahead>(q, dim, at, next, stride, out);
-        case 3: return scores<3, Ahead>(q, dim, at, next, stride, out);
-#if defined(QUIRE_ISA_avx512)
-        case 4: return scores<4, Ahead>(q, dim, at, next, stride, out);
-        case 5: return scores<5, Ahead>(q, dim, at, next, stride, out);
-        case 6: return scores<6, Ahead>(q, dim, at, next, stride, out);
-#endif
-    }
-}
-
-// The tokens [from, to) of V; the accumulators of a row have `padded` columns, those of the next lie `stride` further.
-template <class T> struct Stretch {
-    const T* const* key;
-    const T* const* next;
-    int from, to;
-    int64_t stride, padded;
-};
-
-template <int MT, bool Ahead, class T> void values_columns(const float* p, const Stretch<T>& v, float* acc) {
+template <int MT, class C, class T> void values_columns(const float* p, const Stretch<C, T>& v, float* acc) {
     int64_t c = 0;
-    for (; c + kVecs * kWidth <= v.padded; c += kVecs * kWidth)
-        values<MT, kVecs, Ahead>(p, v.key, v.next, c, v.from, v.to, acc + c, v.stride);
+    for (; c + kVecs * kWidth <= v.padded; c += kVecs * kWidth) values<MT, kVecs>(p, v, c, acc + c);
     switch ((v.padded - c) / kWidth) {
-        case 1: return values<MT, 1, Ahead>(p, v.key, v.next, c, v.from, v.to, acc + c, v.stride);
-        case 2: return values<MT, 2, Ahead>(p, v.key, v.next, c, v.from, v.to, acc + c, v.stride);
-        case 3: return values<MT, 3, Ahead>(p, v.key, v.next, c, v.from, v.to, acc + c, v.stride);
+        case 1: return values<MT, 1>(p, v, c, acc + c);
+        case 2: return values<MT, 2>(p, v, c, acc + c);
+        case 3: return values<MT, 3>(p, v, c, acc + c);
     }
 }
 
-template <bool Ahead, class T> void values_rows(int mt, const float* p, const Stretch<T>& v, float* acc) {
+template <class C, class T> void values_rows(int mt, const float* p, const Stretch<C, T>& v, float* acc) {
     switch (mt) {
-        case 1: return values_columns<1, Ahead>(p, v, acc);
-        case 2: return values_columns<2, Ahead>(p, v, acc);
-        case 3: return values_columns<3, Ahead>(p, v, acc);
+        case 1: return values_columns<1>(p, v, acc);
+        case 2: return values_columns<2>(p, v, acc);
+        case 3: return values_columns<3>(p, v, acc);
 #if defined(QUIRE_ISA_avx512)
-        case 4: return values_columns<4, Ahead>(p, v, acc);
-        case 5: return values_columns<5, Ahead>(p, v, acc);
-        case 6: return values_columns<6, Ahead>(p, v, acc);
+        case 4: return values_columns<4>(p, v, acc);
+        case 5: return values_columns<5>(p, v, acc);
+        case 6: return values_columns<6>(p, v, acc);
 #endif
     }
 }

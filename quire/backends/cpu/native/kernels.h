@@ -102,9 +102,9 @@ struct WriteKvArgs {
     int64_t tokens, k_stride, k_head_stride, v_stride, v_head_stride;
 };
 
-// A few queries of one sequence against one KV head, over the splits [split_begin, split_end) of the positions.
+// A few queries of one sequence against some KV heads, over the splits [split_begin, split_end) of the positions.
 struct AttentionWork {
-    int32_t seq, kv_head, query, count, split_begin, split_end;
+    int32_t seq, kv_head, kv_heads, query, count, split_begin, split_end;
     float* partial;      // null: this work sees all splits, and writes the output itself
 };
 

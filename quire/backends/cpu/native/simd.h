@@ -62,6 +62,26 @@ QUIRE_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 QUIRE_INLINE vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 QUIRE_INLINE vf widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 QUIRE_INLINE vf load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+QUIRE_INLINE vf widen(__m256i x, f16) { return _mm512_cvtph_ps(x); }
+QUIRE_INLINE vf widen(__m256i x, bf16) { return widen_bf16(x); }
+QUIRE_INLINE vf load_halves(const float* a, const float* b) {
+    return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(_mm512_castps256_ps512(_mm256_loadu_ps(a))),
+                                               _mm256_castps_pd(_mm256_loadu_ps(b)), 1));
+}
+template <class T> QUIRE_INLINE vf load_halves(const T* a, const T* b) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a)), y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+    return widen(_mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1), T{});
+}
+QUIRE_INLINE vf load_quarters(const float* a, const float* b, const float* c, const float* d) {
+    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+    const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(c)), _mm_loadu_ps(d), 1);
+    return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(_mm512_castps256_ps512(low)), _mm256_castps_pd(high), 1));
+}
+template <class T> QUIRE_INLINE vf load_quarters(const T* a, const T* b, const T* c, const T* d) {
+    const auto four = [](const T* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); };
+    const __m128i low = _mm_unpacklo_epi64(four(a), four(b)), high = _mm_unpacklo_epi64(four(c), four(d));
+    return widen(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), T{});
+}
 QUIRE_INLINE vf load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 QUIRE_INLINE vf load_n(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 QUIRE_INLINE vf load_n(const bf16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
@@ -105,9 +125,15 @@ QUIRE_INLINE __m256i first_lanes(int n) {
 }
 QUIRE_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 QUIRE_INLINE vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-QUIRE_INLINE vf load(const bf16* p) {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+QUIRE_INLINE vf widen(__m128i x, f16) { return _mm256_cvtph_ps(x); }
+QUIRE_INLINE vf widen(__m128i x, bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+QUIRE_INLINE vf load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), bf16{}); }
+QUIRE_INLINE vf load_halves(const float* a, const float* b) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+}
+template <class T> QUIRE_INLINE vf load_halves(const T* a, const T* b) {
+    const auto four = [](const T* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); };
+    return widen(_mm_unpacklo_epi64(four(a), four(b)), T{});
 }
 QUIRE_INLINE vf load_n(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 QUIRE_INLINE void store(float* p, vf a) { _mm256_storeu_ps(p, a); }
@@ -212,6 +238,18 @@ QUIRE_INLINE void store_n(bf16* p, vf a, int n) {
     for (int i = 0; i < n; ++i) from_float(buffer[i], p[i]);
 }
 QUIRE_INLINE void store(bf16* p, vf a) { store_n(p, a, kWidth); }
+
+// A vector whose halves, or quarters, lie at at[0] + i, at[1] + i and so on.
+template <int Parts, class T> QUIRE_INLINE vf load_parts(const T* const* at, int64_t i) {
+    static_assert(Parts == 1 || kWidth / Parts >= 4);
+    if constexpr (Parts == 1) return load(at[0] + i);
+#if !defined(QUIRE_ISA_portable)
+    if constexpr (Parts == 2) return load_halves(at[0] + i, at[1] + i);
+#endif
+#if defined(QUIRE_ISA_avx512)
+    if constexpr (Parts == 4) return load_quarters(at[0] + i, at[1] + i, at[2] + i, at[3] + i);
+#endif
+}
 
 // Across lanes, halves first, always in the same order.
 #if defined(QUIRE_ISA_portable)

@@ -1,0 +1,111 @@
+"""Counts what is in a KV pool while it is full, step by step, in time proportional to the running sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
+from quire.core.admission import AdmissionPolicy
+from quire.core.block_manager import BlockManager
+from quire.core.contiguous import ContiguousManager
+from quire.core.plan import StepPlan
+from quire.core.scheduler import Scheduler
+from quire.core.sequence import Sequence
+
+
+class Watched:
+    """An admission policy that remembers whether it has turned somebody away."""
+
+    def __init__(self, policy: AdmissionPolicy) -> None:
+        self.refused = False
+        self._policy = policy
+
+    def admits(self, running: Seq[Sequence], seq: Sequence, need: int, room: int, manager: BlockManager) -> bool:
+        admitted = self._policy.admits(running, seq, need, room, manager)
+        self.refused = self.refused or not admitted
+        return admitted
+
+    def ended(self, generated: int) -> None:
+        self._policy.ended(generated)
+
+
+class Tally:
+    """Sums over the steps from the first that left a sequence waiting for memory (or for a row) to the last before the queue
+    was empty; over all steps where there was no such step.
+
+    ends: a sequence's seed → positions that it has computed at its end. rows: sequences that may run at once. ``see`` is to be
+    called with each plan when it was executed: its positions are written, and nobody has ended yet.
+    """
+
+    def __init__(self, scheduler: Scheduler, ends: Mapping[int, int], rows: int) -> None:
+        self.more = True
+        """There are requests that the engine does not know yet."""
+        self.saturated = False
+        self.limited_by_rows = False
+        self.max_sequences = 0
+        self._scheduler = scheduler
+        self._manager = scheduler.manager
+        self._policy = scheduler.policy = Watched(scheduler.policy)
+        self._ends = ends
+        self._rows = rows
+        self._contiguous = isinstance(scheduler.manager, ContiguousManager)
+        self._done = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.steps = 0
+        # Sums over steps, in positions but for the last two.
+        self.tokens = self.reserved = self.owned = self.sequences = 0
+        self.saved = 0.0
+
+    @property
+    def positions(self) -> int:
+        """Positions of the pool, summed over steps."""
+        return self.steps * self._manager.pool.num_blocks * self._manager.block_size
+
+    def see(self, plan: StepPlan) -> None:
+        scheduler = self._scheduler
+        running, waiting = scheduler.running, bool(scheduler.waiting)
+        self.max_sequences = max(self.max_sequences, len(running))
+        full = waiting and len(running) == self._rows
+        self.limited_by_rows = self.limited_by_rows or full
+        if not self.saturated and (full or self._policy.refused):
+            self.saturated = True
+            self._clear()
+        if self.saturated and not waiting and not self.more:
+            self._done = True
+        if not self._done:
+            self._count(running, {work.row: work.start + work.count for work in plan.work})
+
+    def _count(self, running: list[Sequence], computed: Mapping[int, int]) -> None:
+        """computed: row → positions that are computed, for the rows of the step."""
+        pool, size = self._manager.pool, self._manager.block_size
+        owned = pool.num_owned * size
+        ends = self._ends
+        tokens = reserved = 0
+        if self._contiguous:
+            for seq in running:
+                filled = computed.get(seq.row, seq.num_computed)
+                tokens += filled
+                reserved += ends[seq.seed] - filled
+        else:
+            # Last block → positions in it: those that hold tokens, and those that will. All other blocks are full.
+            last: dict[int, tuple[int, int]] = {}
+            for seq in running:
+                if not (table := seq.block_table):
+                    continue
+                before = (len(table) - 1) * size
+                fill, will = computed.get(seq.row, seq.num_computed) - before, min(size, ends[seq.seed] - before)
+                if (other := last.get(block := table[-1])) is not None:  # shared
+                    fill, will = max(fill, other[0]), max(will, other[1])
+                last[block] = fill, will
+            filled = sum(fill for fill, _ in last.values())
+            tokens = owned - len(last) * size + filled
+            reserved = sum(will for _, will in last.values()) - filled
+        self.steps += 1
+        self.tokens += tokens
+        self.reserved += reserved
+        self.owned += owned
+        self.sequences += len(running)
+        if pool.num_references:
+            self.saved += 1 - pool.num_owned / pool.num_references

@@ -1,0 +1,123 @@
+"""Contiguous allocators: no two owners share a unit, a run is as long as promised, and everything coalesces back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.core.contiguous import RESERVATIONS, Buddy, ContiguousAllocator, FirstFit, reservation
+from quire.errors import ConfigError
+
+KINDS = [Buddy, FirstFit]
+Kind = type[ContiguousAllocator]
+
+
+def longest_run(kind: Kind, owned: set[int], size: int) -> int:
+    """``largest_free_run``, unit by unit, for small pools."""
+    longest = 0
+    for units in range(1, size + 1):
+        if kind is Buddy and units & (units - 1):
+            continue
+        step = units if kind is Buddy else 1
+        if any(owned.isdisjoint(range(start, start + units)) for start in range(0, size - units + 1, step)):
+            longest = units
+    return longest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(size=st.integers(1, 70), operations=st.lists(st.integers(-20, 40), max_size=60))
+def test_random_operations(kind: Kind, size: int, operations: list[int]) -> None:
+    """Positive: allocate so many units. Others: free one of the runs."""
+    pool, runs = kind(size), {}
+    for operation in operations:
+        if operation > 0:
+            possible = operation <= pool.largest_free_run
+            start = pool.allocate(operation)
+            assert (start is not None) == possible, "largest_free_run is what can be allocated"
+            if start is not None:
+                granted = pool.granted(start)
+                assert granted == operation if kind is FirstFit else operation <= granted < 2 * operation
+                assert 0 <= start <= size - granted
+                runs[start] = set(range(start, start + granted))
+        elif runs:
+            start = sorted(runs)[-operation % len(runs)]
+            pool.free(start)
+            del runs[start]
+        pool.check()
+        owned = set().union(*runs.values())
+        assert len(owned) == sum(map(len, runs.values())), "two runs overlap"
+        assert pool.free_units == size - len(owned)
+        assert pool.largest_free_run == longest_run(kind, owned, size)
+    for start in runs:
+        pool.free(start)
+    pool.check()
+    assert sorted(pool._holes()) == sorted(kind(size)._holes()), "everything coalesces back"
+
+
+def test_first_fit_takes_the_lowest_hole_that_is_long_enough() -> None:
+    pool = FirstFit(10)
+    assert [pool.allocate(n) for n in (2, 1, 3, 1)] == [0, 2, 3, 6]
+    pool.free(0)
+    pool.free(3)
+    assert pool.allocate(3) == 3, "the hole at 0 is too short"
+    assert pool.allocate(1) == 0
+    assert pool.allocate(4) is None, "4 units are free, in two holes"
+    assert (pool.free_units, pool.largest_free_run) == (4, 3)
+    pool.free(6)
+    assert pool.allocate(4) == 6
+
+
+def test_buddy_splits_rounds_up_and_joins() -> None:
+    pool = Buddy(13)  # 8 + 4 + 1
+    assert pool.largest_free_run == 8
+    assert [pool.allocate(n) for n in (1, 3, 2, 5)] == [12, 8, 0, None], "the shortest run that fits, then the lowest"
+    assert [pool.granted(s) for s in (12, 8, 0)] == [1, 4, 2]
+    assert (pool.free_units, pool.largest_free_run) == (6, 4)
+    pool.free(0)
+    assert pool.allocate(5) == 0
+    assert pool.granted(0) == 8
+    assert pool.allocate(1) is None
+    for start in (0, 8):
+        pool.free(start)
+    assert [pool.allocate(1) for _ in range(4)] == [8, 9, 10, 11]
+    for start in (10, 8):
+        pool.free(start)
+    assert pool.allocate(1) == 8, "the lowest, whichever was freed last"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_misuse(kind: Kind) -> None:
+    with pytest.raises(ValueError, match="at least 1 unit, got 0"):
+        kind(0)
+    pool = kind(4)
+    with pytest.raises(ValueError, match="at least 1 unit, got 0"):
+        pool.allocate(0)
+    start = pool.allocate(4)
+    assert start == 0
+    pool.free(start)
+    for wrong in (0, 1):
+        with pytest.raises(KeyError):
+            pool.free(wrong)
+    pool.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_sees_a_lost_unit(kind: Kind) -> None:
+    pool = kind(8)
+    start = pool.allocate(4)
+    del pool._runs[start]
+    with pytest.raises(AssertionError):
+        pool.check()
+
+
+def test_reservation() -> None:
+    def all_three(prompt: int, output: int) -> tuple[int, ...]:
+        return tuple(reservation(policy, prompt, output, 100) for policy in RESERVATIONS)
+
+    assert all_three(10, 25) == (100, 42, 35), "the paper's example: 25 becomes 32"
+    assert all_three(10, 32) == (100, 42, 42)
+    assert all_three(10, 1) == (100, 11, 11)
+    assert all_three(50, 40) == (100, 100, 90), "no more than the longest sequence"
+    with pytest.raises(ConfigError, match="no reservation policy 'most'; choose from: max, pow2, oracle"):
+        reservation("most", 1, 1, 10)

@@ -1,0 +1,372 @@
+"""Sharing as its users see it: samples, beams, prefixes; who finds what, who never does, and what is counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from core.fake_backend import FakeBackend, expected_output
+from quire.config import EngineConfig
+from quire.core import prefix_cache
+from quire.core.engine import Engine
+from quire.core.events import BlockCopied, BlockEvicted, BlockRemoved, BlockShared, BlockStored, Event, Preempted
+from quire.core.sequence import Request, Retention, derive_seed
+from quire.errors import CapacityError, InvalidRequestError, QueueFullError
+from quire.outputs import SequenceOutput
+from quire.sampling_params import SamplingParams
+
+
+def make(num_blocks: int = 64, block_size: int = 4, *, clock: Any = lambda: 0.0, **options: Any) -> Engine:
+    backend_options = {name: options.pop(name) for name in ("num_host_blocks", "window", "vocab_size") if name in options}
+    backend = FakeBackend(num_blocks, block_size, options.pop("max_model_len", 64), **backend_options)
+    return Engine(backend, EngineConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, **options}), clock)
+
+
+def ask(
+    name: str,
+    prompt: list[int],
+    seed: int = 0,
+    *,
+    salt: bytes = b"",
+    priority: int = 0,
+    retention: Retention | None = None,
+    **params: Any,
+) -> Request:
+    return Request(name, prompt, SamplingParams(**params), seed, (), priority, salt, retention)
+
+
+def drain(engine: Engine) -> dict[tuple[str, int], list[SequenceOutput]]:
+    outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault((output.request_id, output.index), []).append(output)
+        engine.check()
+    return outputs
+
+
+def run(engine: Engine, *requests: Request) -> dict[tuple[str, int], list[SequenceOutput]]:
+    for request in requests:
+        engine.add(request)
+    return drain(engine)
+
+
+def tokens(outputs: list[SequenceOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_samples_compute_the_prompt_once_and_copy_its_last_block_on_write(caching: bool) -> None:
+    engine = make(prefix_caching=caching)
+    prompt = list(range(10))  # two blocks and a half
+    engine.add(ask("a", prompt, 3, n=4, max_tokens=5))
+    engine.step()
+    assert engine.stats().tokens_computed == 10
+    assert (engine.stats().running, engine.stats().waiting) == (1, 3)
+    engine.step()
+    kv = engine.stats().kv
+    # The first goes on; the others share all three blocks, and compute the last position for their first tokens.
+    assert engine.stats().tokens_computed == 10 + 1 + 3
+    assert (kv.shared_blocks, kv.saved_blocks, kv.positions_used) == (3, 3 * 3, 11)
+    drain(engine)
+    assert engine.stats().kv.counters.blocks_copied == 3
+    assert engine.stats().tokens_computed == 10 + 3 + 4 * 4
+    outputs = run(engine, ask("b", prompt, 3, n=4, max_tokens=5))
+    for index in range(4):
+        assert tokens(outputs[("b", index)]) == expected_output(prompt, derive_seed(3, index), 5)
+
+
+def test_samples_that_come_later_still_find_the_prompt() -> None:
+    engine = make(max_num_seqs=1)
+    outputs = run(engine, ask("a", list(range(10)), n=3, max_tokens=4))
+    assert engine.stats().tokens_computed == 10 + 3 + 2 * (1 + 3)
+    assert all(len(tokens(output)) == 4 for output in outputs.values())
+
+
+def test_best_of_reports_log_probabilities_for_the_choice() -> None:
+    outputs = run(make(), ask("a", [1, 2], n=1, best_of=3, max_tokens=3))
+    assert set(outputs) == {("a", 0), ("a", 1), ("a", 2)}
+    assert all(output.logprobs is not None for stream in outputs.values() for output in stream)
+
+
+def test_beams_share_and_end_together() -> None:
+    engine = make()
+    events: list[Event] = []
+    engine.listen(events.append)
+    outputs = run(engine, ask("a", list(range(10)), n=2, beam_width=4, max_tokens=6))
+    assert set(outputs) == {("a", 0), ("a", 1)}
+    assert [len(stream) for stream in outputs.values()] == [1, 1]
+    assert len(tokens(outputs[("a", 0)])) == 6
+    assert engine.stats().tokens_computed == 10 + 5 * 4
+    assert any(isinstance(event, BlockShared) for event in events)
+    assert any(isinstance(event, BlockCopied) for event in events)
+
+
+def test_a_failing_beam_ends_its_search_only() -> None:
+    engine = make()
+    backend = engine.backend
+    assert isinstance(backend, FakeBackend)
+    engine.add(ask("beams", [1, 2, 3], n=2, beam_width=3, max_tokens=6))
+    engine.add(ask("other", [4, 5], max_tokens=6))
+    engine.step()
+    backend.fail_rows.add(next(s for s in engine.scheduler.running if s.group.search).row)
+    outputs = drain(engine)
+    assert [outputs[("beams", i)][-1].finish_reason for i in (0, 1)] == ["error", "error"]
+    assert tokens(outputs[("other", 0)]) == expected_output([4, 5], 0, 6)[1:]
+
+
+def test_a_second_prompt_finds_the_first_ones_blocks_also_in_part() -> None:
+    engine = make()
+    first = list(range(20))
+    run(engine, ask("a", first, max_tokens=4))
+    before = engine.stats().tokens_computed
+    # Same prompt: everything is found, the last position is computed for its logits.
+    (output, *_) = run(engine, ask("b", first, max_tokens=1))[("b", 0)]
+    assert output.cached_tokens == 19
+    assert engine.stats().tokens_computed - before == 1
+    # A prompt that leaves the first one's way inside its fourth block: two of that block's tokens are copied.
+    (output, *_) = run(engine, ask("c", [*first[:14], 40, 41, 42], max_tokens=1))[("c", 0)]
+    assert output.cached_tokens == 14
+    # Chat: prompt and answer are the beginning of the next prompt.
+    answer = expected_output(first, 0, 4)
+    (output, *_) = run(engine, ask("d", [*first, *answer, 7, 7, 7, 7, 7], max_tokens=1))[("d", 0)]
+    assert output.cached_tokens == 20 + 3, "all but the last token of the answer, which was never computed"
+    kv = engine.stats().kv
+    assert kv.counters.hit_tokens == 19 + 14 + 23
+    assert kv.hit_rate == kv.counters.hit_tokens / (20 + 20 + 17 + 29)
+
+
+def test_without_a_cache_nothing_is_found() -> None:
+    engine = make(prefix_caching=False)
+    run(engine, ask("a", list(range(20)), max_tokens=2))
+    outputs = run(engine, ask("b", list(range(20)), max_tokens=2))
+    assert outputs[("b", 0)][0].cached_tokens == 0
+    assert engine.stats().kv.cached_blocks == 0
+
+
+def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
+    engine = make(max_num_batched_tokens=16)
+    prompt = list(range(30))
+    outputs = run(engine, *(ask(str(i), prompt, i, max_tokens=3) for i in range(5)))
+    assert engine.stats().tokens_computed == 30 + 4 + 5 * 2
+    for i in range(5):
+        assert tokens(outputs[(str(i), 0)]) == expected_output(prompt, i, 3)
+
+
+def test_short_equal_prompts_too() -> None:
+    engine = make(block_size=16)
+    run(engine, *(ask(str(i), [1, 2, 3], i, max_tokens=2) for i in range(4)))
+    assert engine.stats().tokens_computed == 3 + 3 + 4
+
+
+def test_prompts_with_an_equal_beginning_compute_it_once() -> None:
+    engine = make()
+    system = list(range(16))
+    run(engine, *(ask(str(i), [*system, 30 + i, 31, 32], max_tokens=1) for i in range(4)))
+    assert engine.stats().tokens_computed == 16 + 4 * 3
+
+
+def test_tenants_share_nothing_and_can_not_tell() -> None:
+    """By counters: the second tenant's request takes the steps and positions that it takes on a fresh engine."""
+
+    def costs(engine: Engine, salt: bytes) -> tuple[int, int, int | None]:
+        before = engine.stats()
+        outputs = run(engine, ask("x", list(range(20)), max_tokens=3, salt=salt))
+        after = engine.stats()
+        return after.steps - before.steps, after.tokens_computed - before.tokens_computed, outputs[("x", 0)][0].cached_tokens
+
+    cold = costs(make(), b"mine")
+    engine = make()
+    run(engine, ask("a", list(range(20)), max_tokens=3, salt=b"theirs"))
+    assert costs(engine, b"mine") == cold
+    assert costs(engine, b"mine") != cold
+    # Nor together: nobody waits for another tenant's prompt.
+    engine = make()
+    run(engine, *(ask(str(i), list(range(20)), max_tokens=1, salt=bytes([i])) for i in range(3)))
+    assert engine.stats().tokens_computed == 60
+    assert engine.stats().steps == 1
+
+
+class Colliding(bytes):
+    """Bytes of which all have the same hash."""
+
+    def __hash__(self) -> int:
+        return 7
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        return Colliding(part) if isinstance(part, bytes) else part
+
+
+def test_a_hash_collision_serves_nobody_elses_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "encode", lambda tokens, encode=prefix_cache.encode: Colliding(encode(tokens)))
+    engine = make()
+    a, b = list(range(20)), list(range(1, 21))
+    assert hash(prefix_cache.encode(a)) == hash(prefix_cache.encode(b))
+    run(engine, ask("a", a, max_tokens=2))
+    outputs = run(engine, ask("b", b, max_tokens=2), ask("again", a, max_tokens=2))
+    assert outputs[("b", 0)][0].cached_tokens == 0
+    assert outputs[("again", 0)][0].cached_tokens == 19
+    assert tokens(outputs[("b", 0)]) == expected_output(b, 0, 2)
+
+
+def test_a_preempted_sequence_finds_its_own_blocks() -> None:
+    engine = make()
+    engine.add(ask("a", list(range(12)), max_tokens=8))
+    for _ in range(4):
+        engine.step()
+    engine.scheduler.preempt(0, "the test says so")
+    engine.check()
+    outputs = drain(engine)
+    assert tokens(outputs[("a", 0)]) == expected_output(list(range(12)), 0, 8)[4:]
+    assert (engine.stats().preemptions, engine.stats().tokens_recomputed) == (1, 0)
+
+
+def test_swap_moves_blocks_to_the_host_and_back() -> None:
+    engine = make(num_host_blocks=8, prefix_caching=False)
+    events: list[Event] = []
+    engine.listen(events.append)
+    engine.add(ask("a", list(range(12)), max_tokens=8))
+    for _ in range(4):
+        engine.step()
+    engine.scheduler.preempt(0, "the test says so")
+    assert engine.stats().kv.host_blocks_used == 4
+    assert [e for e in events if isinstance(e, Preempted)] == [Preempted("a", 0, 15, True, "the test says so")]
+    outputs = drain(engine)
+    assert tokens(outputs[("a", 0)]) == expected_output(list(range(12)), 0, 8)[4:]
+    kv = engine.stats().kv
+    assert (kv.counters.blocks_swapped_out, kv.counters.blocks_swapped_in, kv.host_blocks_used) == (4, 4, 0)
+    assert engine.stats().tokens_recomputed == 0
+
+
+def test_a_full_swap_pool_falls_back_to_computing_again() -> None:
+    engine = make(num_host_blocks=2, prefix_caching=False)
+    engine.add(ask("a", list(range(12)), max_tokens=8))
+    engine.step()
+    engine.scheduler.preempt(0, "the test says so")
+    drain(engine)
+    assert engine.stats().tokens_recomputed == 12
+
+
+def test_priorities_order_the_queue_and_protect_from_preemption() -> None:
+    engine = make(12, max_model_len=24, admission="watermark")
+    engine.add(ask("low", [1] * 10, priority=5, max_tokens=14))
+    engine.add(ask("high", [2] * 10, priority=-5, max_tokens=14))
+    engine.add(ask("middle", [3] * 10, max_tokens=14))
+    engine.step()
+    assert [s.request.request_id for s in engine.scheduler.running] == ["high", "middle", "low"]
+    victims: list[str] = []
+    engine.listen(lambda e: victims.append(e.request_id) if isinstance(e, Preempted) else None)
+    drain(engine)
+    assert victims
+    assert "high" not in victims
+    assert victims[0] == "low"
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    engine = make(64, max_model_len=128, max_num_batched_tokens=16)
+    engine.add(ask("long", list(range(40)) * 2, max_tokens=2))
+    engine.step()
+    engine.add(ask("short", [49] * 8, max_tokens=2))
+    assert [o.request_id for o in engine.step()] == ["short"]
+    drain(engine)
+
+
+def test_blocks_that_left_the_window_are_given_back() -> None:
+    engine = make(max_model_len=64, window=8)
+    engine.add(ask("a", [1, 2, 3], max_tokens=50))
+    most = 0
+    while engine.has_work:
+        engine.step()
+        engine.check()
+        most = max(most, engine.stats().kv.used_blocks)
+    assert most <= 8 // 4 + 1
+    outputs = run(engine, ask("b", [1, 2, 3, *expected_output([1, 2, 3], 0, 30)], max_tokens=2))
+    assert outputs[("b", 0)][0].cached_tokens == 32, "what the window needs is found, though its beginning may be gone"
+
+
+def test_content_that_was_found_again_survives_a_flood() -> None:
+    engine = make(20, max_model_len=64)
+    system = list(range(16))
+    run(engine, ask("a", [*system, 40], max_tokens=1))
+    run(engine, ask("b", [*system, 41], max_tokens=1))
+    for i in range(12):  # each seen once, together many times the pool
+        run(engine, ask(f"flood {i}", [(7 * i + k) % 50 for k in range(30)], max_tokens=2))
+    outputs = run(engine, ask("c", [*system, 42], max_tokens=1))
+    assert outputs[("c", 0)][0].cached_tokens == 16
+
+
+@pytest.mark.parametrize(("priority", "wait", "found"), [(0, 0, False), (100, 0, True), (100, 60, False), (1, 0, False)])
+def test_retention_keeps_content_for_a_while_and_pins_nothing(priority: int, wait: float, found: bool) -> None:
+    now = 0.0
+    engine = make(16, max_model_len=64, clock=lambda: now)
+    wish = Retention(priority, 30.0) if priority else None
+    run(engine, ask("a", [40] * 16, max_tokens=1, retention=wish))
+    now = wait
+    for i in range(8):
+        run(engine, ask(f"flood {i}", [(7 * i + k) % 39 for k in range(30)], max_tokens=2))
+    outputs = run(engine, ask("b", [40] * 16, max_tokens=1))
+    assert (outputs[("b", 0)][0].cached_tokens == 15) == found
+
+
+def test_a_pool_full_of_retained_content_still_serves() -> None:
+    engine = make(16, max_model_len=64)
+    run(engine, ask("a", [40] * 16, max_tokens=1, retention=Retention(100, 3600.0)))
+    for i in range(40):
+        run(engine, ask(f"more {i}", [(11 * i + k) % 39 for k in range(50)], max_tokens=2, retention=Retention(100, 3600.0)))
+    assert run(engine, ask("b", [40] * 16, max_tokens=1))[("b", 0)][0].cached_tokens == 0
+
+
+def test_events_tell_what_can_be_found() -> None:
+    engine = make(12, max_model_len=40)
+    held: dict[int, tuple[int, tuple[int, ...]]] = {}
+    seen: set[type] = set()
+
+    def mirror(event: Event) -> None:
+        seen.add(type(event))
+        match event:
+            case BlockStored(block, content, _, stored):
+                assert block not in held
+                held[block] = (content, stored)
+            case BlockRemoved(block, content) | BlockEvicted(block, content):
+                assert held.pop(block)[0] == content
+
+    engine.listen(mirror)
+    for i in range(6):
+        run(engine, ask(str(i), [i % 3] * 9 + [i], n=2, max_tokens=8))
+        assert len(held) == len(engine.scheduler.manager.cache)
+    engine.reset_prefix_cache()
+    assert not held
+    assert seen >= {BlockStored, BlockRemoved, BlockEvicted, BlockShared, BlockCopied}
+
+
+def test_statistics_see_free_space_as_a_contiguous_allocator_would() -> None:
+    engine = make(8, 4, max_model_len=16, prefix_caching=False)
+    for i in range(4):
+        engine.add(ask(str(i), [i] * 7, max_tokens=4))
+    engine.step()
+    engine.abort("0")
+    engine.abort("2")
+    kv = engine.stats().kv
+    assert (kv.free_blocks, kv.largest_free_run, kv.fragmentation) == (4, 2, 0.5)
+
+
+def test_the_queue_is_bounded() -> None:
+    engine = make(max_waiting=2)
+    engine.add(ask("a", [1]))
+    engine.add(ask("b", [1]))
+    with pytest.raises(QueueFullError, match="2 sequences are waiting, and --max-waiting is 2"):
+        engine.add(ask("c", [1]))
+    drain(engine)
+    engine.add(ask("c", [1]))
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    engine = make(10, max_model_len=40, max_num_seqs=4)
+    with pytest.raises(InvalidRequestError, match="5 beams > --max-num-seqs 4"):
+        engine.add(ask("a", [1], beam_width=5))
+    with pytest.raises(InvalidRequestError, match=r"4 beams of up to 33 tokens may need 27 KV blocks of 4, but the pool has 10"):
+        engine.add(ask("a", list(range(13)), beam_width=4, max_tokens=20))
+    assert not engine.has_work
+    with pytest.raises(CapacityError, match="less than one block for each of 9 sequences"):
+        make(8, max_model_len=16, max_num_seqs=9)
