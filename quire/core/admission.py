@@ -1,13 +1,28 @@
-"""What a request must satisfy before it enters the engine, and the policies that let a waiting sequence into the pool."""
+"""What a request must satisfy before it enters the engine, and when a waiting sequence may start.
+
+May the head of the queue start, when nobody knows how long the running sequences will get? A sequence takes one more position
+a step until it ends; then all of its blocks come back. Admitting too many means that the pool runs dry and a victim is
+preempted, and what it had computed is computed again; admitting too few leaves memory empty. Three answers:
+
+    Watermark    what is needed now, and a share of the pool stays free
+    NoEvict      the exact peak if every sequence runs to its limit: never preempts
+    PastFuture   the peak expected from the lengths seen so far, and a margin for chance (past_future.py)
+
+A policy counts blocks to come; that a candidate's blocks are free now is for the scheduler to check. In a step:
+
+    policy.survey(footprints of the running sequences, free blocks)
+    while the queue's head fits and policy.admits(its footprint): start it
+
+and ``policy.ended(...)`` whenever a sequence ends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from quire.core.block_manager import BlockManager
-from quire.core.sequence import Sequence
 from quire.errors import ContextLengthError, InvalidRequestError
 from quire.sampling_params import SamplingParams
 
@@ -86,23 +101,117 @@ class RequestLimits:
             )
 
 
+class Footprint(NamedTuple):
+    """What a policy knows of a sequence. A tuple, since one is made for each running sequence at a survey."""
+
+    held: int
+    """Blocks that come back when it ends (those that nobody else owns)."""
+    generated: int
+    positions: int
+    """Tokens now, with those that are not computed yet."""
+    remaining: int
+    """Most tokens that it may still generate."""
+    shared: int = 0
+    """Blocks of its table that others own too: not counted again."""
+
+
 class AdmissionPolicy(Protocol):
-    """Decides whether a waiting sequence may start. It must let any sequence in that fits when nothing is running."""
+    """The decisions of one step: ``survey`` once, then ``admits`` for one candidate after another."""
 
-    def admits(self, running: Seq[Sequence], seq: Sequence, need: int, room: int, manager: BlockManager) -> bool:
-        """need: free blocks that ``seq`` takes to compute its known tokens; room: free blocks that nobody has a claim on."""
-        ...
+    def survey(self, running: Iterable[Footprint], free: int) -> None:
+        """Look at the pool: who runs, and how many blocks are free."""
 
-    def ended(self, generated: int) -> None:
-        """A sequence has come to its end with ``generated`` tokens."""
-        ...
+    def admits(self, candidate: Footprint) -> bool:
+        """Whether it may start beside the others. If so it counts as running from here on."""
+
+    def ended(self, generated: int, stopped: bool) -> None:
+        """A sequence ended after ``generated`` tokens; ``stopped``: by its own will, not by a limit."""
 
 
 class Watermark:
-    """Admit what fits, and keep 1 % of the pool free so that running sequences can grow without preempting at once."""
+    """Admit what fits now, while a share of the pool stays free for the running ones to grow into."""
 
-    def admits(self, running: Seq[Sequence], seq: Sequence, need: int, room: int, manager: BlockManager) -> bool:
-        return need + (manager.pool.num_blocks // 100 if running else 0) <= room
+    def __init__(self, block_size: int, share: float = 0.01) -> None:
+        self._block_size = block_size
+        self._share = share
+        self._left = 0
+        self._reserve = 0
+        self._keep = 0
 
-    def ended(self, generated: int) -> None:
+    def survey(self, running: Iterable[Footprint], free: int) -> None:
+        self._left = capacity = free
+        empty = True
+        for seq in running:
+            self._left -= -(-seq.positions // self._block_size) - seq.shared - seq.held  # what its prompt still lacks
+            capacity += seq.held
+            empty = False
+        self._keep = int(capacity * self._share)
+        self._reserve = 0 if empty else self._keep
+
+    def admits(self, candidate: Footprint) -> bool:
+        left = self._left + candidate.held + candidate.shared + -candidate.positions // self._block_size
+        if left < self._reserve:
+            return False
+        self._left, self._reserve = left, self._keep
+        return True
+
+    def ended(self, generated: int, stopped: bool) -> None:
         pass
+
+
+class NoEvict:
+    """Admit only what can never lead to a preemption: the peak when every sequence runs to its limit.
+
+    All advance together, so use grows until a sequence ends, and the peak is just before one of the ends. With the
+    sequences in order of remaining tokens r_1 >= r_2 >= ..., of p_j positions each (LightLLM's ``need_max_token_num``,
+    arXiv 2507.10150 section 3, here exact in blocks of B):
+
+        peak = max over i of  sum over j <= i of ceil((p_j + r_i) / B)
+
+    ``ceil((p + t) / B)`` is p // B + t // B plus 0, 1 or 2, by p % B + t % B alone; a sorted list of the p % B gives the sum
+    without a second loop. O(n log n) a decision.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._capacity = 0
+        self._running: list[tuple[int, int]] = []  # (-remaining, positions that count), sorted
+
+    def survey(self, running: Iterable[Footprint], free: int) -> None:
+        self._capacity = free
+        self._running.clear()
+        for seq in running:
+            self._capacity += seq.held
+            self._running.append(self._item(seq))
+        self._running.sort()
+
+    def admits(self, candidate: Footprint) -> bool:
+        self._capacity += candidate.held
+        item = self._item(candidate)
+        insort(self._running, item)
+        if self.peak() <= self._capacity:
+            return True
+        self._running.remove(item)
+        self._capacity -= candidate.held
+        return False
+
+    def peak(self) -> int:
+        """Blocks that the surveyed and admitted sequences hold together at their worst moment."""
+        size = self._block_size
+        peak = whole = 0
+        parts: list[int] = []
+        for count, (minus_remaining, positions) in enumerate(self._running, 1):
+            blocks, part = divmod(positions, size)
+            whole += blocks
+            insort(parts, part)
+            blocks, part = divmod(-minus_remaining, size)
+            begun = count if part else count - bisect_left(parts, 1)  # p % B + t % B > 0
+            twice = count - bisect_right(parts, size - part)  # p % B + t % B > B
+            peak = max(peak, whole + count * blocks + begun + twice)
+        return peak
+
+    def ended(self, generated: int, stopped: bool) -> None:
+        pass
+
+    def _item(self, seq: Footprint) -> tuple[int, int]:
+        return -seq.remaining, seq.positions - seq.shared * self._block_size

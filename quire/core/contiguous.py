@@ -14,9 +14,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
 from dataclasses import replace
 
+from quire.core.admission import Footprint
 from quire.core.block_manager import BlockManager
 from quire.core.block_pool import BlockPool
 from quire.core.prefix_cache import Match, PrefixCache
@@ -271,12 +271,9 @@ class ContiguousManager(BlockManager):
     # Queries.
 
     def need(self, seq: Sequence, match: Match) -> int:
-        """Blocks that ``seq`` asks for; they have to be in one run (``fits``)."""
-        return self.blocks_for(self._reserve(seq))
-
-    def fits(self, seq: Sequence) -> bool:
-        """The allocator can hand out the run of ``seq`` now."""
-        return self.blocks_for(self._reserve(seq)) <= self._pool.allocator.largest_free_run
+        """Blocks of the run that ``seq`` asks for; more than the pool has where no free run is long enough."""
+        need = self.blocks_for(self._reserve(seq))
+        return need if need <= self._pool.allocator.largest_free_run else self.pool.num_blocks + 1
 
     def lacking(self, seq: Sequence) -> int:
         return 0
@@ -287,8 +284,8 @@ class ContiguousManager(BlockManager):
     # Commands.
 
     def start(self, seq: Sequence, match: Match) -> None:
-        run = self._pool.take_run(self.need(seq, match))
-        assert run is not None, "start() was called without looking at fits()"
+        run = self._pool.take_run(self.blocks_for(self._reserve(seq)))
+        assert run is not None, "start() was called without looking at need()"
         self._runs[seq] = run
 
     def grow(self, seq: Sequence, num_positions: int) -> bool:
@@ -331,15 +328,15 @@ class ContiguousManager(BlockManager):
 
 
 class FirstCome:
-    """Admission to contiguous memory: the next in line starts as soon as there is a run for it."""
+    """Admission to contiguous memory: the next in line starts as soon as there is a run for it, and the manager knows that."""
 
-    def __init__(self, manager: ContiguousManager) -> None:
-        self._manager = manager
+    def survey(self, running: Iterable[Footprint], free: int) -> None:
+        pass
 
-    def admits(self, running: Seq[Sequence], seq: Sequence, need: int, room: int, manager: BlockManager) -> bool:
-        return self._manager.fits(seq)
+    def admits(self, candidate: Footprint) -> bool:
+        return True
 
-    def ended(self, generated: int) -> None:
+    def ended(self, generated: int, stopped: bool) -> None:
         pass
 
 

@@ -16,10 +16,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from quire.config import EngineConfig
-from quire.core.admission import AdmissionPolicy, RequestLimits, Watermark
+from quire.core.admission import AdmissionPolicy, NoEvict, RequestLimits, Watermark
 from quire.core.beam import BeamSearch
 from quire.core.block_manager import BlockManager
 from quire.core.events import Listener
+from quire.core.past_future import PastFuture
 from quire.core.plan import StepPlan, StepResult
 from quire.core.scheduler import Scheduler
 from quire.core.sequence import Group, Request, Sequence, derive_seed
@@ -85,9 +86,8 @@ class Engine:
             backend.max_model_len, backend.spec.vocab_size, self._max_num_seqs, backend.num_blocks, backend.block_size
         )
         self._max_waiting = config.max_waiting
-        self.scheduler = Scheduler(
-            manager, policy or Watermark(), self._max_num_seqs, config.max_num_batched_tokens, swap=backend.num_host_blocks > 0
-        )
+        policy = policy or admission_policy(config, backend.block_size, backend.max_model_len)
+        self.scheduler = Scheduler(manager, policy, self._max_num_seqs, config.max_num_batched_tokens, swap=backend.num_host_blocks > 0)
         self._live: dict[str, Group] = {}
         self._arrivals = 0
         self._steps = 0
@@ -196,6 +196,16 @@ class Engine:
     def _forget(self, group: Group) -> None:
         if not group.sequences:
             self._live.pop(group.request.request_id, None)
+
+
+def admission_policy(config: EngineConfig, block_size: int, max_model_len: int) -> AdmissionPolicy:
+    """The policy that ``--admission`` names; ``auto`` goes by the device."""
+    name = config.admission
+    if name == "auto":
+        name = "past-future" if config.device == "cpu" else "watermark"
+    if name == "watermark":
+        return Watermark(block_size)
+    return NoEvict(block_size) if name == "no-evict" else PastFuture(block_size, max_model_len)
 
 
 def _check_pool(backend: Executor, manager: BlockManager, config: EngineConfig) -> None:

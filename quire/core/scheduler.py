@@ -16,18 +16,18 @@ first alone always fits (the engine refuses what does not), so every sequence en
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 
-from quire.core.admission import AdmissionPolicy
+from quire.core import beams
+from quire.core.admission import AdmissionPolicy, Footprint
 from quire.core.block_manager import BlockManager
 from quire.core.content import Node
 from quire.core.events import Listener, Preempted
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
 from quire.core.prefix_cache import NOTHING, Match
 from quire.core.sequence import Group, Sequence, Status
-from quire.outputs import SequenceOutput, TokenLogprobs
+from quire.outputs import SequenceOutput
 
 MAX_PARTIAL_PROMPTS = 4
 """Prompts that are computed in chunks at the same time; with more of them each would only finish later."""
@@ -67,6 +67,14 @@ class Scheduler:
         self._rows = list(range(max_num_seqs - 1, -1, -1))
         self._planned: list[Sequence] = []
         """The sequences of the plan's work."""
+        self.short = False
+        """The last plan left a sequence waiting for want of memory."""
+        self._refused: Sequence | None = None
+        """The policy refused it. It need not be asked again before somebody gives memory back: until then the pool only fills."""
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._rows)
 
     def add(self, seq: Sequence) -> None:
         insort(self.waiting, seq, key=_order)
@@ -86,11 +94,14 @@ class Scheduler:
         """The next step. Empty (no work) only where nothing is waiting or running."""
         plan = StepPlan()
         self._planned = []
+        self.short = False
         before = self.manager.counters.preemptions
         prompts = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1]
         budget = self._continue(plan, prompts)
         if self.manager.counters.preemptions == before:
             self._admit(plan, prompts, budget)
+        else:
+            self.short = True
         # Beams that wait for another beam hold memory without using it: they give way rather than block it.
         while not plan.work and self.running and self.waiting:
             self.preempt(len(self.running) - 1, "beams that wait for another beam of their search held the memory that it needs")
@@ -101,7 +112,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """Advance the planned sequences by the step's result; finished ones are freed. Outputs in the plan's order."""
         outputs: list[SequenceOutput] = []
-        beams: list[Group] = []
+        searches: list[Group] = []
         advance = self.manager.advance
         tokens, errors = iter(result.tokens), result.errors
         logprobs = iter(result.logprobs)
@@ -117,12 +128,12 @@ class Scheduler:
                 continue
             token, entry = next(tokens), next(logprobs)
             if errors and work.row in errors:
-                outputs += self._fail(seq, errors[work.row])
+                outputs += beams.fail(self, seq, errors[work.row])
                 continue
             if seq.group.search is not None:
                 assert entry is not None, "a beam's row reports its candidates"
                 seq.candidates = entry.top
-                beams.append(seq.group)
+                searches.append(seq.group)
                 continue
             seq.tokens.append(token)
             output = SequenceOutput(seq.request.request_id, seq.index, [token], None if entry is None else [entry])
@@ -131,14 +142,14 @@ class Scheduler:
                 output.cached_tokens = seq.group.cached_tokens
             if (end := seq.end_reason()) is not None:
                 output.finish_reason, output.stop_reason = end
-                self.policy.ended(seq.num_generated)
+                self.policy.ended(seq.num_generated, end[0] == "stop")
                 self.remove(seq)
             outputs.append(output)
         self.counters.tokens_computed += plan.num_tokens
         self.counters.tokens_sampled += len(result.tokens)
-        for group in beams:
+        for group in searches:
             if group.sequences and all(beam.candidates is not None for beam in group.sequences):
-                outputs += self._advance(group)
+                outputs += beams.advance(self, group)
         return outputs
 
     def check(self, live: list[Sequence]) -> None:
@@ -235,6 +246,7 @@ class Scheduler:
         # All that a sequence has to compute must fit beside what the running ones still have to (the rest of a chunked
         # prompt), though it is allocated chunk by chunk.
         room = manager.pool.num_free - sum(manager.lacking(seq) for seq in prompts)
+        surveyed = False
         partial = len(prompts)
         computing = {(seq.node, self._next_key(seq)) for seq in prompts if seq.node is not None}
         i = 0
@@ -256,8 +268,17 @@ class Scheduler:
                 i += 1
                 continue
             need = manager.need(seq, match) if parent is None else manager.need_fork(seq)
-            if not self.policy.admits(self.running, seq, need, room, manager):
+            if seq is self._refused or need > room:
+                self.short = True
                 return
+            if self.running:
+                if not surveyed:
+                    self.policy.survey([self._footprint(s) for s in self.running], manager.pool.num_free)
+                    surveyed = True
+                if not self.policy.admits(self._candidate(seq, parent, match)):
+                    self._refused = seq
+                    self.short = True
+                    return
             room -= need
             del self.waiting[i]
             self._enter(seq, parent, match)
@@ -286,9 +307,10 @@ class Scheduler:
             group.cached_tokens = min(seq.num_computed, seq.num_prompt - 1)
             counters.prompt_tokens += seq.num_prompt
             counters.hit_tokens += group.cached_tokens
-        self._run(seq)
+        self.run(seq)
 
-    def _run(self, seq: Sequence) -> None:
+    def run(self, seq: Sequence) -> None:
+        """``seq``, which has its blocks, takes a row. There must be one."""
         seq.row = self._rows.pop()
         seq.started = False
         seq.status = Status.RUNNING
@@ -296,6 +318,21 @@ class Scheduler:
             insort(self.running, seq, key=_order)
         else:
             self.running.append(seq)
+
+    def _footprint(self, seq: Sequence) -> Footprint:
+        """What a running sequence holds alone. What it borrowed is not counted: others may hold it when it ends."""
+        others = max(seq.num_borrowed, seq.num_trimmed)
+        generated = len(seq.tokens) - seq.num_prompt
+        return Footprint(len(seq.block_table) - others, generated, len(seq.tokens), seq.max_tokens - generated, others)
+
+    def _candidate(self, seq: Sequence, parent: Sequence | None, match: Match) -> Footprint:
+        if parent is not None:
+            shared = self.manager.blocks_for(seq.num_prompt)
+        else:
+            counts = self.manager.pool.ref_counts
+            shared = sum(block < 0 or counts[block] > 0 for block in match.blocks)
+        generated = seq.num_generated
+        return Footprint(0, generated, seq.num_tokens, seq.max_tokens - generated, shared)
 
     def _sibling(self, seq: Sequence) -> tuple[Sequence | None, bool]:
         """A running sequence of the same request to share the prompt's blocks with; and whether one is computing the prompt."""
@@ -348,88 +385,6 @@ class Scheduler:
             self.listener(Preempted(seq.request.request_id, seq.index, positions, swapped, reason))
 
     def _vacate(self, seq: Sequence) -> None:
+        self._refused = None
         self._rows.append(seq.row)
         seq.row = -1
-
-    # Ends, and beams.
-
-    def _fail(self, seq: Sequence, message: str) -> list[SequenceOutput]:
-        """One row failed: its sequence ends, and with a beam its whole search."""
-        request, group = seq.request, seq.group
-        indices: Iterable[int] = [seq.index] if group.search is None else range(request.params.n)
-        for gone in [seq] if group.search is None else list(group.sequences):
-            if gone.status is not Status.FINISHED:
-                self.remove(gone)
-        if group.search is not None:
-            group.search = None
-        return [SequenceOutput(request.request_id, index, [], None, "error", message) for index in indices]
-
-    def _advance(self, group: Group) -> list[SequenceOutput]:
-        """All beams of a search have their candidates: it decides which go on. They fork; those that end free their blocks."""
-        assert group.search is not None
-        beams = list(group.sequences)
-        moves = group.search.advance([self._candidates(beam) for beam in beams])
-        for beam in beams:
-            beam.candidates = None
-        if not moves:
-            for beam in beams:
-                self.remove(beam)
-            return self._hypotheses(group)
-        goes_on = {move.parent for move in moves}
-        for i, beam in enumerate(beams):
-            if i not in goes_on:
-                self.remove(beam)
-        group.sequences.clear()
-        taken: set[int] = set()
-        for slot, move in enumerate(moves):
-            parent = beams[move.parent]
-            if move.parent in taken:
-                group.sequences.append(self._fork(parent, slot, move.token))
-            else:
-                taken.add(move.parent)
-                group.sequences.append(parent)
-        for beam, move in zip(group.sequences, moves, strict=True):
-            if beam is beams[move.parent]:  # after its forks: they begin with the tokens before this one
-                beam.tokens.append(move.token)
-                beam.unsent.append(move.token)
-        return []
-
-    def _candidates(self, beam: Sequence) -> list[tuple[int, float]]:
-        """A beam's candidates, without those that would end it before min_tokens."""
-        candidates = beam.candidates or []
-        if beam.num_generated < beam.request.params.min_tokens:
-            return [candidate for candidate in candidates if candidate[0] not in beam.stop_ids]
-        return candidates
-
-    def _fork(self, parent: Sequence, slot: int, token: int) -> Sequence:
-        """A new beam: ``parent``'s tokens and blocks, and one more token."""
-        child = replace(
-            parent, index=slot, tokens=[*parent.tokens, token], order=(*parent.order[:2], slot), row=-1, status=Status.WAITING, unsent=[],
-            num_computed=0, block_table=[], num_sent=0, num_trimmed=0, num_borrowed=0, shared_tail=False, node=None, num_published=0,
-            host_blocks=None, num_swapped=0, num_lost=0, started=False,
-        )  # fmt: skip
-        if parent.status is Status.RUNNING and self._rows:
-            self.manager.fork(parent, child, parent.num_computed)
-            self._run(child)
-        else:  # without a row, or without blocks to share, it waits as if it had been preempted
-            self.add(child)
-        return child
-
-    def _hypotheses(self, group: Group) -> list[SequenceOutput]:
-        request, search = group.request, group.search
-        assert search is not None
-        found = search.hypotheses()
-        outputs = []
-        for index in range(request.params.n):
-            if index >= len(found):
-                message = f"the model allows only {len(found)} different continuations, fewer than n={request.params.n}"
-                outputs.append(SequenceOutput(request.request_id, index, [], None, "error", message))
-                continue
-            best = found[index]
-            logprobs = None
-            if request.params.logprobs is not None:
-                logprobs = [TokenLogprobs((value, 0), []) for value in best.logprobs]
-            output = SequenceOutput(request.request_id, index, best.token_ids, logprobs, best.finish_reason, best.stop_reason)
-            output.cached_tokens = group.cached_tokens
-            outputs.append(output)
-        return outputs

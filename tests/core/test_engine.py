@@ -14,7 +14,9 @@ from quire.sampling_params import SamplingParams
 
 
 def make(backend: FakeBackend | None = None, **options: int) -> Engine:
-    return Engine(backend or FakeBackend(), EngineConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 8, **options}))
+    return Engine(
+        backend or FakeBackend(), EngineConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 8, "admission": "watermark", **options})
+    )
 
 
 def request(name: str, prompt: list[int], seed: int = 0, eos: tuple[int, ...] = (), **params: object) -> Request:

@@ -20,7 +20,7 @@ from quire.sampling_params import SamplingParams
 def make(num_blocks: int = 64, block_size: int = 4, *, clock: Any = lambda: 0.0, **options: Any) -> Engine:
     backend_options = {name: options.pop(name) for name in ("num_host_blocks", "window", "vocab_size") if name in options}
     backend = FakeBackend(num_blocks, block_size, options.pop("max_model_len", 64), **backend_options)
-    return Engine(backend, EngineConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, **options}), clock)
+    return Engine(backend, EngineConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, "admission": "watermark", **options}), clock)
 
 
 def ask(
@@ -249,7 +249,7 @@ def test_a_full_swap_pool_falls_back_to_computing_again() -> None:
 
 
 def test_priorities_order_the_queue_and_protect_from_preemption() -> None:
-    engine = make(12, max_model_len=24, admission="watermark")
+    engine = make(12, max_model_len=24)
     engine.add(ask("low", [1] * 10, priority=5, max_tokens=14))
     engine.add(ask("high", [2] * 10, priority=-5, max_tokens=14))
     engine.add(ask("middle", [3] * 10, max_tokens=14))
