@@ -78,9 +78,8 @@ def test_no_evict_knows_the_exact_peak() -> None:
             Footprint(-(-positions // size), 0, positions, rng.randrange(0, 40))
             for positions in (rng.randrange(1, 60) for _ in range(rng.randrange(1, 8)))
         ]
-        peak = max(
-            sum(-(-(s.positions + step) // size) for s in running if step <= s.remaining) for step in range(max(s.remaining for s in running) + 1)
-        )  # fmt: skip
+        last = max(s.remaining for s in running)
+        peak = max(sum(-(-(s.positions + t) // size) for s in running if t <= s.remaining) for t in range(last + 1))
         policy = NoEvict(size)
         policy.survey(running, 0)
         assert policy.peak() == peak
@@ -103,12 +102,12 @@ def test_lifetimes_are_not_fooled_by_those_that_end_first() -> None:
     counts[lifetimes.bucket(50)], ages[lifetimes.bucket(50)] = 100, 100 * 50
     table = lifetimes.survival(counts, ages, [40])
     assert 0.35 < table[0][0] < 0.65
-    assert table[lifetimes.bucket(50)][0] > 0.8
+    assert table[lifetimes.bucket(50)][0] > 0.7
 
 
 def test_past_future_does_not_expect_more_than_the_limits_allow() -> None:
     policy = PastFuture(4, 1000)
-    policy.survey([Footprint(10, 0, 40, 4)] * 9, 13)
+    policy.survey([Footprint(10, 0, 40, 4)] * 9, 30)
     assert policy.admits(Footprint(0, 0, 40, 4))
-    policy.survey([Footprint(10, 0, 40, 900)] * 9, 13)
+    policy.survey([Footprint(10, 0, 40, 900)] * 9, 30)
     assert not policy.admits(Footprint(0, 0, 40, 900))
