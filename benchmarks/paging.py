@@ -1,10 +1,12 @@
 """What paging costs in the attention kernel: blocks of 8, 16 and 32 in random order against contiguous memory.
 
-    python benchmarks/paging.py [--rounds 9] [--pool 256] [--offset 0] [--json FILE] [--only WORDS]
+    python benchmarks/paging.py [--rounds 9] [--pool 256] [--threads N] [--offset 0] [--json FILE] [--only WORDS]
 
 Every layout cuts the same memory, and they take turns; printed are medians, over the rounds, of the ratio of two times within
 a round. For shuffled blocks of each size: "run" over consecutive blocks of that size; "256" over consecutive blocks of 256
 positions (of the whole context, where that is shorter); "best" over whatever consecutive layout was the fastest.
+"near" is the time with blocks shuffled only among neighbours (256 KiB of keys) over "run": what it leaves out against full
+shuffling is the cost of translating addresses all over the pool, which is large where the host maps memory in 4 KiB pages.
 
 A measurement goes through tables that cover a pool of --pool MiB, one call after the other, as the layers of a model are gone
 through: the KV of a call has left the caches when it is asked for again. Prefill: 256 queries, the last of their context.
@@ -53,12 +55,14 @@ class Case:
 class Layout:
     block: int
     shuffled: bool
+    near: bool = False
 
 
 CONTIGUOUS = Layout(LARGEST, False)
 RUNS = [CONTIGUOUS] + [Layout(block, False) for block in BLOCKS]
-LAYOUTS = RUNS + [Layout(block, True) for block in BLOCKS]
-OVER = ("run", "256", "best")
+LAYOUTS = RUNS + [Layout(block, True, near) for block in BLOCKS for near in (False, True)]
+OVER = ("run", "256", "best", "near")
+NEAR = 1 << 18
 
 
 class Pool:
@@ -97,7 +101,10 @@ def work_of(case: Case, layout: Layout, pool: Pool) -> tuple[Callable[[], None],
     keys, values = (a[: positions * kv_heads * dim] for a in pool.arrays(case.dtype, positions * kv_heads * dim))
     key_cache, value_cache = keys.reshape(-1, kv_heads, dim, block), values.reshape(-1, kv_heads, block, dim)
     rng = np.random.default_rng(1)
-    ids = rng.permutation(positions // block) if layout.shuffled else np.arange(positions // block)
+    ids = np.arange(positions // block)
+    stretch = max(2, 2 * NEAR // (position * block)) if layout.near else len(ids)
+    if layout.shuffled:
+        ids = np.concatenate([rng.permutation(ids[i : i + stretch]) for i in range(0, len(ids), stretch)])
     tables = ids[: calls * case.batch * per_sequence].astype(np.int32).reshape(calls, case.batch, per_sequence)
     rows = np.arange(case.batch, dtype=np.int32)
     query_start = np.arange(case.batch + 1, dtype=np.int32) * np.int32(case.queries)
@@ -126,14 +133,21 @@ def measure(case: Case, pool: Pool, rounds: int) -> dict[str, Any]:
         return statistics.median(x / y for x, y in zip(times[a][1:], times[b][1:], strict=True))
 
     best = min(RUNS, key=lambda layout: statistics.median(times[layout][1:]))
-    over = {block: {"run": Layout(block, False), "256": CONTIGUOUS, "best": best} for block in BLOCKS}
+
+    def over(block: int) -> dict[str, float]:
+        runs = {"run": Layout(block, False), "256": CONTIGUOUS, "best": best}
+        ratios = {name: ratio(Layout(block, True), run) for name, run in runs.items()}
+        return ratios | {"near": ratio(Layout(block, True, True), runs["run"])}
+
     return {
         **asdict(case),
         "gb_s": {
-            f"{layout.block} {'shuffled' if layout.shuffled else 'run'}": works[layout][1] / statistics.median(times[layout][1:]) / 1e9
+            f"{layout.block} {'near' if layout.near else 'shuffled' if layout.shuffled else 'run'}": works[layout][1]
+            / statistics.median(times[layout][1:])
+            / 1e9
             for layout in LAYOUTS
         },
-        "shuffled_over": {block: {name: ratio(Layout(block, True), over[block][name]) for name in OVER} for block in BLOCKS},
+        "shuffled_over": {block: over(block) for block in BLOCKS},
     }
 
 
@@ -152,10 +166,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", default=[], help="words of the row to be printed, e.g. decode float16")
     parser.add_argument("--offset", type=int, default=0, help="bytes, a multiple of 4")
+    parser.add_argument("--threads", type=int, default=native.num_threads())
     args = parser.parse_args()
+    native.set_num_threads(args.threads)
     bandwidth, pool = native.measure_read_bandwidth(), Pool(args.pool, args.offset)
     print(f"{native.isa()}, {native.num_threads()} threads; read bandwidth {bandwidth:.1f} GB/s")
-    print(f"{'GB/s: consecutive blocks of 256, shuffled of 16':61}" + "".join(f" |{block:3}: run   256  best" for block in BLOCKS))
+    print(f"{'GB/s: consecutive blocks of 256, shuffled of 16':61}" + "".join(f" |{block:3}: run   256  best  near" for block in BLOCKS))
 
     def line(name: str, over: dict[int, dict[str, float]]) -> None:
         columns = (" ".join(f"{over[block][what]:5.3f}" for what in OVER) for block in BLOCKS)

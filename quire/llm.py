@@ -237,7 +237,7 @@ class _Run:
 
 
 def _priorities(priority: int | Sequence[int] | None, count: int) -> list[int]:
-    if not isinstance(priority, Sequence):
+    if not isinstance(priority, Sequence) or isinstance(priority, str):
         return [0 if priority is None else priority] * count
     if len(priority) != count:
         raise InvalidRequestError(f"{count} prompts but {len(priority)} priorities: give one, or one for each prompt", param="priority")

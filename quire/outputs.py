@@ -15,7 +15,7 @@ class Logprob:
     logprob: float
     """Natural logarithm."""
     rank: int
-    """1 for the most likely token."""
+    """1 for the most likely token; 0 where it is not known (beam search)."""
     decoded_token: str = ""
 
 
@@ -64,7 +64,7 @@ class TokenLogprobs:
     """Log-probabilities of one sampled position, from the unmodified logits."""
 
     token: tuple[float, int]
-    """(log-probability, rank from 1) of the chosen token."""
+    """(log-probability, rank from 1, 0 where it is not known) of the chosen token."""
     top: list[tuple[int, float]]
     """(token id, log-probability), most likely first, lower id first among equals; ``params.logprobs`` of them."""
 

@@ -11,8 +11,10 @@ import pytest
 from quire import LLM, SamplingParams
 from quire.backends.cpu import memory
 from quire.config import EngineConfig, parse_bytes
-from quire.core.sequence import Request
+from quire.core.sequence import Request, Retention
 from quire.errors import CapacityError, ConfigError, ContextLengthError, InvalidRequestError, ModelLoadError
+from quire.outputs import Choice, SequenceOutput, TokenLogprobs
+from quire.text.output import OutputAssembler, best_choices
 
 PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def push(self, item):"]
 
@@ -201,3 +203,138 @@ def test_a_pool_a_quarter_of_what_is_asked_for_finishes_everything(llm: LLM) -> 
     small = LLM(kv_memory="1MiB", max_model_len=256)
     assert [o.outputs for o in small.generate(prompts, params)] == [o.outputs for o in llm.generate(prompts, params)]
     assert small.engine.stats().preemptions > 0
+
+
+def test_best_of_is_chosen_by_the_mean_logprob(llm: LLM) -> None:
+    fields: dict[str, Any] = {"temperature": 1.0, "seed": 6, "max_tokens": 20, "stop": ["\n", "("]}
+    (every,) = llm.generate(PROMPTS[0], SamplingParams(n=6, logprobs=0, **fields))
+
+    def mean(choice: Choice) -> float:
+        assert choice.logprobs is not None
+        return sum(entry[token].logprob for token, entry in zip(choice.token_ids, choice.logprobs, strict=True)) / len(choice.token_ids)
+
+    ranked = sorted(every.outputs, key=lambda choice: -mean(choice))
+    assert len({len(choice.token_ids) for choice in ranked}) > 1
+    before = llm.engine.stats().tokens_computed
+    (best,) = llm.generate(PROMPTS[0], SamplingParams(n=2, best_of=6, **fields))
+    assert [choice.token_ids for choice in best.outputs] == [choice.token_ids for choice in ranked[:2]]
+    assert [(choice.index, choice.logprobs) for choice in best.outputs] == [(0, None), (1, None)]
+    generated = sum(len(choice.token_ids) for choice in every.outputs)
+    assert best.usage.completion_tokens == generated
+    # The prompt is there already; each sample's last token is never computed, but for those that a stop string ended late.
+    assert llm.engine.stats().tokens_computed - before <= 6 + generated
+    (shown,) = llm.generate(PROMPTS[0], SamplingParams(n=2, best_of=6, logprobs=0, **fields))
+    assert [choice.logprobs for choice in shown.outputs] == [choice.logprobs for choice in ranked[:2]]
+
+
+def test_a_sample_that_fails_is_not_the_best(llm: LLM) -> None:
+    params = SamplingParams(best_of=2)
+    samples = [OutputAssembler(llm.tokenizer, params) for _ in range(2)]
+    samples[0].feed(SequenceOutput("a", 0, [5], [TokenLogprobs((-0.1, 1), [])]))
+    samples[0].feed(SequenceOutput("a", 0, [], None, "error", "not finite"))
+    samples[1].feed(SequenceOutput("a", 1, [6], [TokenLogprobs((-9.0, 1), [])], "length"))
+    (choice,) = best_choices(samples, 1)
+    assert (choice.index, choice.token_ids) == (0, [6])
+
+
+def test_beams(llm: LLM) -> None:
+    (found,) = llm.generate(PROMPTS[0], SamplingParams(n=3, beam_width=4, max_tokens=12, ignore_eos=True, logprobs=0))
+    assert [choice.index for choice in found.outputs] == [0, 1, 2]
+    totals = []
+    for choice in found.outputs:
+        assert choice.logprobs is not None
+        assert (len(choice.token_ids), choice.finish_reason) == (12, "length")
+        assert choice.text == llm.tokenizer.decode(choice.token_ids)
+        totals.append(sum(entry[token].logprob for token, entry in zip(choice.token_ids, choice.logprobs, strict=True)))
+    assert totals == sorted(totals, reverse=True)
+    (greedy,) = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0))
+    assert greedy.outputs[0].logprobs is not None
+    assert totals[0] >= sum(next(iter(entry.values())).logprob for entry in greedy.outputs[0].logprobs) - 1e-6
+    one = SamplingParams(beam_width=4, max_tokens=12, ignore_eos=True)
+    assert "".join(llm.stream(PROMPTS[0], one)) == found.outputs[0].text
+    assert not llm.engine.has_work
+    with pytest.raises(InvalidRequestError, match="32 beams of up to 2,048 tokens may need"):
+        llm.generate(PROMPTS, SamplingParams(beam_width=32, max_tokens=None))
+    for params, name in ((SamplingParams(n=2), "n=2"), (SamplingParams(best_of=3), "best_of=3")):
+        with pytest.raises(InvalidRequestError, match=f"one sample, got {name}"):
+            llm.stream(PROMPTS[0], params)
+
+
+def test_the_prefix_cache_and_its_salts() -> None:
+    llm = LLM(kv_memory="16MiB")
+    prompt, params = "x = 1\n" * 40, SamplingParams(temperature=0, max_tokens=4)
+
+    def cached(**options: Any) -> int:
+        (output,) = llm.generate(prompt, params, **options)
+        assert output.outputs == first.outputs
+        return output.usage.cached_tokens
+
+    (first,) = llm.generate(prompt, params)
+    most = len(first.prompt_token_ids) - 1
+    assert first.usage.cached_tokens == 0
+    assert cached() == most
+    before = llm.engine.stats().tokens_computed
+    assert [cached(cache_salt=salt) for salt in ("a", "b", "a")] == [0, 0, most]
+    assert llm.engine.stats().tokens_computed - before == 2 * (most + 4) + 4
+    llm.reset_prefix_cache()
+    assert cached() == 0
+    assert cached(retention=Retention(50, 60.0)) == most
+    both = llm.generate([prompt, prompt], SamplingParams(temperature=0, max_tokens=4, n=2))
+    assert [output.usage.cached_tokens for output in both] == [most, most]
+
+
+def test_scheduling_options_are_checked(llm: LLM) -> None:
+    for options, words in (
+        ({"priority": [1, 2]}, "3 prompts but 2 priorities"),
+        ({"priority": 1 << 31}, "priority must be from -2147483648 to 2147483647"),
+        ({"priority": "low"}, "priority must be an integer, got 'low'"),
+        ({"priority": [1, 2, "x"]}, "priority must be an integer"),
+        ({"cache_salt": ""}, "1 to 128 characters, got 0"),
+        ({"cache_salt": b"raw"}, "1 to 128 characters, got b'raw'"),
+    ):
+        with pytest.raises(InvalidRequestError, match=words):
+            llm.generate(PROMPTS, SamplingParams(max_tokens=1), **options)  # type: ignore[arg-type]
+    for arguments, words in (((0, 1.0), "from 1 to 100"), ((1, 0), "above 0"), ((1, float("nan")), "86400"), ((True, 1), "an integer")):
+        with pytest.raises(InvalidRequestError, match=words):
+            Retention(*arguments)
+    assert not llm.engine.has_work
+
+
+def test_priorities_are_the_order_of_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also among more prompts than may wait at a time."""
+    llm = LLM(kv_memory="16MiB", max_num_seqs=1, max_waiting=2)
+    ended: list[str] = []
+    step = llm.engine.step
+
+    def watched() -> list[SequenceOutput]:
+        outputs = step()
+        ended.extend(output.request_id for output in outputs if output.finish_reason)
+        return outputs
+
+    monkeypatch.setattr(llm.engine, "step", watched)
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    outputs = llm.generate(["a"] * 7, params, priority=[3, 0, 2, -1, 2, 1, 0])
+    assert ended == ["3", "1", "6", "5", "2", "4", "0"]
+    assert [output.request_id for output in outputs] == list("0123456")
+
+
+def test_more_prompts_than_may_wait(llm: LLM) -> None:
+    """Offline nobody is refused: prompts, samples and streams are given to the engine as it has room."""
+    small = LLM(kv_memory="16MiB", max_num_seqs=2, max_waiting=2)
+    params = SamplingParams(n=3, seed=1, max_tokens=5)
+    prompts = [f"x{i} = " for i in range(20)]
+    assert [o.outputs for o in small.generate(prompts, params)] == [o.outputs for o in llm.generate(prompts, params)]
+    one = SamplingParams(temperature=0, max_tokens=5)
+    small.engine.add(Request("others", [5] * 20, SamplingParams(n=6, max_tokens=8, ignore_eos=True), 0))
+    assert small.engine.stats().waiting > 2
+    text = "".join(small.stream(prompts[0], one))
+    assert text == llm.generate(prompts[0], one)[0].outputs[0].text
+
+
+def test_preemptions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    small = LLM(kv_memory="1MiB", max_model_len=256, admission="watermark")
+    small.generate([f"def function_{i}(argument):" for i in range(24)], SamplingParams(max_tokens=100, ignore_eos=True))
+    assert small.engine.stats().preemptions > 0
+    lines = [record.getMessage() for record in caplog.records if record.name == "quire.engine"]
+    assert lines
+    assert "was preempted" in lines[0]

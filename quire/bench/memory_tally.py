@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as Seq
 
-from quire.core.admission import AdmissionPolicy
-from quire.core.block_manager import BlockManager
 from quire.core.contiguous import ContiguousManager
 from quire.core.plan import StepPlan
 from quire.core.scheduler import Scheduler
 from quire.core.sequence import Sequence
 
 
-class Watched:
-    """An admission policy that remembers whether it has turned somebody away."""
-
-    def __init__(self, policy: AdmissionPolicy) -> None:
-        self.refused = False
-        self._policy = policy
-
-    def admits(self, running: Seq[Sequence], seq: Sequence, need: int, room: int, manager: BlockManager) -> bool:
-        admitted = self._policy.admits(running, seq, need, room, manager)
-        self.refused = self.refused or not admitted
-        return admitted
-
-    def ended(self, generated: int) -> None:
-        self._policy.ended(generated)
-
-
 class Tally:
     """Sums over the steps from the first that left a sequence waiting for memory (or for a row) to the last before the queue
     was empty; over all steps where there was no such step.
 
-    ends: a sequence's seed → positions that it has computed at its end. rows: sequences that may run at once. ``see`` is to be
-    called with each plan when it was executed: its positions are written, and nobody has ended yet.
+    ends: a sequence's seed → positions that it has computed at its end. ``see`` is to be called with each plan when
+    it was executed: its positions are written, and nobody has ended yet.
     """
 
-    def __init__(self, scheduler: Scheduler, ends: Mapping[int, int], rows: int) -> None:
+    def __init__(self, scheduler: Scheduler, ends: Mapping[int, int]) -> None:
         self.more = True
         """There are requests that the engine does not know yet."""
         self.saturated = False
@@ -45,9 +26,7 @@ class Tally:
         self.max_sequences = 0
         self._scheduler = scheduler
         self._manager = scheduler.manager
-        self._policy = scheduler.policy = Watched(scheduler.policy)
         self._ends = ends
-        self._rows = rows
         self._contiguous = isinstance(scheduler.manager, ContiguousManager)
         self._done = False
         self._clear()
@@ -67,9 +46,9 @@ class Tally:
         scheduler = self._scheduler
         running, waiting = scheduler.running, bool(scheduler.waiting)
         self.max_sequences = max(self.max_sequences, len(running))
-        full = waiting and len(running) == self._rows
+        full = waiting and scheduler.num_free_rows == 0
         self.limited_by_rows = self.limited_by_rows or full
-        if not self.saturated and (full or self._policy.refused):
+        if not self.saturated and (full or scheduler.short):
             self.saturated = True
             self._clear()
         if self.saturated and not waiting and not self.more:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
 from quire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from quire.workload import TraceRequest
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,6 +36,49 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     throughput.add_argument("--config", metavar="FILE", help="TOML file with options of the engine")
     add_arguments(throughput, EngineConfig)
     throughput.set_defaults(run=run_throughput)
+    _add_memory(kinds)
+
+
+def _add_memory(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    memory = kinds.add_parser(
+        "memory",
+        help="how much of a KV pool holds tokens: paged memory against contiguous",
+        description="Run requests through the engine's own scheduler and block manager, all of them from the start, and print how much of "
+        "the full KV pool holds tokens, and how many sequences run in it: paged, and with contiguous runs of the longest sequence that is "
+        "allowed (max), of the output rounded up to a power of two (pow2), of the true length (oracle). No model runs, unless --execute is "
+        "given. The engine does not know how long an output will be. The lists give one run for each combination.",
+        allow_abbrev=False,
+    )
+    add = memory.add_argument
+    add("model", nargs="?", metavar="MODEL",
+        help=f"with --execute: folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
+    add("--dist", metavar="NAME",
+        help="draw the lengths: sharegpt-paper or alpaca-paper, the datasets of the PagedAttention paper (default: sharegpt-paper); an "
+        "output that would not fit into --max-len ends there")  # fmt: skip
+    add("--trace", metavar="FILE", help="take the lengths, and which prompts share a prefix, from a .csv or .jsonl file, perhaps .gz")
+    add("--requests", type=int, metavar="N", help="number of requests (default: 2000 with --dist, all of a trace)")
+    add("--seed", type=int, default=0, metavar="N", help="draws lengths and prompts (default: 0)")
+    add("--pool", type=int, default=15_700, metavar="TOKENS",
+        help="token positions that the KV pool holds (default: 15700, those of OPT-13B in the paper)")  # fmt: skip
+    add("--max-len", type=int, default=2048, metavar="TOKENS",
+        help="longest sequence that the server allows, prompt and output together (default: 2048)")  # fmt: skip
+    add("--policy", default="paged,max,pow2,oracle", metavar="LIST", help="of paged, max, pow2, oracle (default: all)")
+    add("--block-size", default="16", metavar="LIST",
+        help="of paged memory: powers of two up to 1024, with --execute those of the device (default: 16)")  # fmt: skip
+    add("--allocator", default="buddy", metavar="LIST", help="of contiguous memory: buddy, first-fit (default: buddy)")
+    add("--n", type=int, default=1, metavar="N", help="samples of each request (default: 1)")
+    add("--beam-width", type=int, metavar="N", help="beams of each request; needs --execute and --policy paged")
+    add("--admission", default="auto", metavar="NAME",
+        help="to paged memory: watermark, no-evict, past-future or auto (see quire serve --help; default: auto)")  # fmt: skip
+    add("--max-num-seqs", type=int, metavar="N",
+        help="most sequences at once; 1 runs one after the other (default: 4096, or 1024 with --execute)")  # fmt: skip
+    add("--max-num-batched-tokens", type=int, metavar="N", help="most token positions in a step (default: no limit, or 512 with --execute)")
+    add("--execute", action="store_true", help="run a model on the memory; its outputs are forced to the lengths")
+    add("--json", metavar="FILE", help="write the runs to FILE; - writes them to standard output instead of the table")
+    add("--plot", default="quire-bench-memory", metavar="NAME",
+        help="write a picture to NAME.png and NAME.svg (default: quire-bench-memory)")  # fmt: skip
+    add("--no-plot", action="store_true", help="write no picture")
+    memory.set_defaults(run=run_memory)
 
 
 def run_throughput(args: argparse.Namespace) -> int:
@@ -56,6 +103,71 @@ def run_throughput(args: argparse.Namespace) -> int:
     if args.json is not None:
         _write(args.json, text + "\n")
     return 0
+
+
+def run_memory(args: argparse.Namespace) -> int:
+    import json
+
+    from quire.bench import memory, memory_load, memory_plot
+
+    load = memory_load.Load(
+        _requests(args),
+        **{name: getattr(args, name) for name in ("pool", "max_len", "n", "beam_width", "seed", "admission", "max_num_seqs")},
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        model=(args.model or EMBEDDED_MODEL) if args.execute else None,
+    )
+    if not args.execute and (name := "MODEL" if args.model else "--beam-width" if args.beam_width is not None else None):
+        raise ConfigError(f"{name} needs --execute: without it, no model runs")
+    layouts = memory_load.layouts(args.policy.split(","), args.allocator.split(","), _block_sizes(args.block_size))
+    for layout in layouts:
+        memory_load.check(load, layout)
+    # Before the work: what can't be written should not cost a run.
+    if not args.no_plot:
+        memory_plot.require_matplotlib()
+        for kind in ("png", "svg"):
+            _write(f"{args.plot}.{kind}", "")
+    if args.json not in (None, "-"):
+        _write(args.json, "")
+    runs = [memory.run(load, layout) for layout in layouts]
+    text = json.dumps({"runs": runs}, indent=2) + "\n"
+    if args.json == "-":
+        print(text, end="")
+    else:
+        print(memory_plot.describe(runs))
+        for note in memory.notes(runs):
+            print(note)
+        if args.json is not None:
+            _write(args.json, text)
+    if not args.no_plot:
+        paths = memory_plot.plot(runs, args.plot)
+        if args.json != "-":
+            print(f"picture: {', '.join(map(str, paths))}")
+    return 0
+
+
+def _requests(args: argparse.Namespace) -> list[TraceRequest]:
+    """What ``--trace`` or ``--dist`` says."""
+    from quire.bench.memory_load import ended_by
+    from quire.workload import draw_requests, paper_lengths, read_trace
+
+    if args.requests is not None and args.requests < 1:
+        raise ConfigError(f"--requests must be at least 1, got {args.requests}")
+    if args.trace is None:
+        lengths = paper_lengths(args.dist or "sharegpt-paper")
+        return ended_by(draw_requests(args.requests or 2000, *lengths, args.seed), args.max_len)
+    if args.dist is not None:
+        raise ConfigError("--trace and --dist both say which requests to run: pass one of them")
+    requests = read_trace(args.trace)
+    if args.requests is not None and args.requests > len(requests):
+        raise ConfigError(f"--requests {args.requests:,}, but the trace {args.trace} has only {len(requests):,}: lower it, or leave it out")
+    return requests[: args.requests]
+
+
+def _block_sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--block-size must be numbers with commas between them, such as 8,16,32, got {text!r:.60}") from None
 
 
 def _write(path: str, text: str) -> None:

@@ -25,12 +25,11 @@ PROVEN_SHARE = 0.3
 """Of the pool, at most: idle blocks whose content was found again."""
 GHOST_SHARE = 1.0
 """Ghosts that are remembered, for each block of the pool."""
-REPRIEVES = 8
-"""Most retained blocks that are passed over before one goes all the same: an eviction has a bounded cost."""
 
 
 class EvictionOrder:
-    """The idle blocks (content, but no owner) of a pool of ``num_blocks``. Every operation takes constant time."""
+    """The idle blocks (content, but no owner) of a pool of ``num_blocks``. Every operation takes constant time, but for passing over what
+    is retained."""
 
     __slots__ = ("_ghosts", "_most_ghosts", "_most_proven", "_new", "_proven")
 
@@ -71,15 +70,16 @@ class EvictionOrder:
             self._proven.pop(block, None)
 
     def evict(self, now: float) -> Node:
-        """The content whose turn it is; its block goes. Retained content is passed over, and its retention decays."""
-        for _ in range(REPRIEVES):
-            queue = self._new or self._proven
+        """The content whose turn it is; its block goes. Retained content is passed over, and its retention decays: it costs at
+        most log2(priority) + 1 turns for each block, however they are spread over the evictions."""
+        queue = self._new or self._proven
+        for _ in range(len(queue)):
             block, node = next(iter(queue.items()))
             if node.priority == 0 or node.until <= now:
                 break
             node.priority //= 2
             queue.move_to_end(block)
-        _, node = (self._new or self._proven).popitem(last=False)
+        _, node = queue.popitem(last=False)
         node.proven = False
         return node
 

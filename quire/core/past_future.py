@@ -27,7 +27,7 @@ class Lifetimes:
     sequence that runs: an end adds one number per statistic, and exposures are summed when the estimate is renewed.
     """
 
-    PRIOR_AGE = 64.0
+    PRIOR_AGE = 256.0
     PRIOR_ENDS = 1.0
     BUCKET = 16
     """Width of the youngest buckets; old ones are a quarter of their age wide."""
@@ -111,7 +111,7 @@ class PastFuture:
 
     HORIZON = 90
 
-    def __init__(self, block_size: int, max_tokens: int, z: float = 1.4, memory: int = 1000) -> None:
+    def __init__(self, block_size: int, max_tokens: int, z: float = 1.35, memory: int = 1000) -> None:
         self._block_size = block_size
         self._z = z
         self._lifetimes = Lifetimes(max_tokens, memory)

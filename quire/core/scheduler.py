@@ -70,7 +70,7 @@ class Scheduler:
         self.short = False
         """The last plan left a sequence waiting for want of memory."""
         self._refused: Sequence | None = None
-        """The policy refused it. It need not be asked again before somebody gives memory back: until then the pool only fills."""
+        """There was no room for it. It need not be looked at again before somebody gives memory back."""
 
     @property
     def num_free_rows(self) -> int:
@@ -99,7 +99,8 @@ class Scheduler:
         prompts = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1]
         budget = self._continue(plan, prompts)
         if self.manager.counters.preemptions == before:
-            self._admit(plan, prompts, budget)
+            budget = self._admit(plan, prompts, budget)
+            self._spend(plan, budget)
         else:
             self.short = True
         # Beams that wait for another beam hold memory without using it: they give way rather than block it.
@@ -217,12 +218,26 @@ class Scheduler:
             parts -= 1
         return shares
 
+    def _spend(self, plan: StepPlan, budget: int) -> None:
+        """What newcomers did not take of the budget goes to the planned prompts, in order."""
+        for work, seq in zip(plan.work, self._planned, strict=True):
+            if budget <= 0:
+                return
+            end = work.start + work.count
+            extra = min(len(seq.tokens) - end, budget)
+            # A tail that was shared in this step stays as it was planned: a copy would come too late.
+            if extra > 0 and not seq.shared_tail and self.manager.grow(seq, end + extra):
+                budget -= extra
+                work.count += extra
+                work.sample = end + extra == len(seq.tokens)
+                work.new_blocks = seq.block_table[work.first_block :]
+                seq.num_sent = len(seq.block_table)
+
     def _plan(self, plan: StepPlan, seq: Sequence, start: int, count: int) -> None:
         table = seq.block_table
         blocks, first = [], seq.num_sent
         if first < len(table):
-            blocks = table[first:]
-            seq.num_sent = len(table)
+            blocks, seq.num_sent = table[first:], len(table)
         work = RowWork(seq.row, start, count, blocks, start + count == len(seq.tokens), first)
         if not seq.started:
             seq.started = True
@@ -239,9 +254,10 @@ class Scheduler:
 
     # Who comes in.
 
-    def _admit(self, plan: StepPlan, prompts: list[Sequence], budget: int) -> None:
+    def _admit(self, plan: StepPlan, prompts: list[Sequence], budget: int) -> int:
+        """Start waiting sequences, in order, as far as rows, memory, policy and ``budget`` allow; returns what is left of it."""
         if not self.waiting or not self._rows or budget <= 0:
-            return
+            return budget
         manager = self.manager
         # All that a sequence has to compute must fit beside what the running ones still have to (the rest of a chunked
         # prompt), though it is allocated chunk by chunk.
@@ -252,6 +268,9 @@ class Scheduler:
         i = 0
         while i < min(len(self.waiting), MAX_PASSED_OVER) and self._rows and budget > 0:
             seq = self.waiting[i]
+            if seq is self._refused:
+                self.short = True
+                return budget
             parent, wait = self._sibling(seq)
             if seq.candidates is not None or wait:
                 i += 1
@@ -268,17 +287,14 @@ class Scheduler:
                 i += 1
                 continue
             need = manager.need(seq, match) if parent is None else manager.need_fork(seq)
-            if seq is self._refused or need > room:
+            if self.running and not surveyed:
+                self.policy.survey([self._footprint(s) for s in self.running], manager.pool.num_free)
+                surveyed = True
+            if need > room or (self.running and not self.policy.admits(self._candidate(seq, parent, match))):
+                # A window gives memory back while a sequence runs; without one the pool only fills until somebody leaves.
+                self._refused = None if manager.cache.window else seq
                 self.short = True
-                return
-            if self.running:
-                if not surveyed:
-                    self.policy.survey([self._footprint(s) for s in self.running], manager.pool.num_free)
-                    surveyed = True
-                if not self.policy.admits(self._candidate(seq, parent, match)):
-                    self._refused = seq
-                    self.short = True
-                    return
+                return budget
             room -= need
             del self.waiting[i]
             self._enter(seq, parent, match)
@@ -292,6 +308,7 @@ class Scheduler:
             assert grown, "the blocks of an admitted sequence were counted before"
             self._plan(plan, seq, begin, count)
             budget -= count
+        return budget
 
     def _enter(self, seq: Sequence, parent: Sequence | None, match: Match) -> None:
         """A waiting sequence gets a row, and the blocks that are there for it."""
@@ -376,6 +393,7 @@ class Scheduler:
         self.manager.counters.preemptions += 1
         swapped = self._swap and self.manager.swap_out(seq)
         if not swapped:
+            self.manager.cache.found(seq.block_table)  # it comes back for its blocks: they go last
             self.manager.free(seq)
             seq.num_lost = positions
         self._vacate(seq)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from quire import __version__
 from quire.config import EngineConfig
-from quire.models.spec import TransformerSpec
+
+if TYPE_CHECKING:
+    from quire.backends.base import Backend
 
 SHORT_REQUEST = 512
 
@@ -20,19 +24,16 @@ def base_url(host: str, port: int) -> str:
 
 
 def banner(
-    *,
     url: str,
     model: str,
-    spec: TransformerSpec,
+    backend: Backend,
     config: EngineConfig,
-    num_blocks: int,
-    block_size: int,
-    num_host_blocks: int,
-    max_model_len: int,
-    memory_note: str,
+    policy: str,
     phases: Sequence[tuple[str, float]],
     total_s: float,
 ) -> str:
+    """``policy``: name of the class that admits; ``phases``: what took how many seconds."""
+    spec, num_blocks, block_size, max_model_len = backend.spec, backend.num_blocks, backend.block_size, backend.max_model_len
     tokens = num_blocks * block_size
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     lengths = sorted({max_model_len, min(SHORT_REQUEST, max_model_len)}, reverse=True)
@@ -46,20 +47,22 @@ def banner(
             "KV pool",
             f"{num_blocks:,} blocks x {block_size} = {tokens:,} tokens ({pool}, {config.kv_dtype})",
         ),
-        *([("KV memory", memory_note)] if memory_note else []),
+        *([("KV memory", backend.memory_note)] if backend.memory_note else []),
         ("fits", f"{fits} at once (at most {config.num_seqs(num_blocks):,} sequences run at a time; {config.max_waiting:,} more wait)"),
-        ("policy", _policy(config, num_host_blocks, num_host_blocks * block_size * spec.kv_bytes_per_token(config.kv_dtype))),
+        ("policy", ", ".join(_policies(backend, config, policy))),
         ("started", f"in {total_s:.2f} s ({times}; some at the same time)"),
     ]
     lines = [f"Quire {__version__}", "", *(f"  {name:<10}{text}" for name, text in rows)]
     return "\n".join([*lines, "", "Try it:", f"  {curl(url, model)}", "", "Stop with Ctrl-C.", ""])
 
 
-def _policy(config: EngineConfig, num_host_blocks: int, host_bytes: int) -> str:
-    """How the pool is used: what is shared, who is let in, what becomes of those that have to make room."""
-    swap = f"preempted requests are swapped to {_bytes(host_bytes)} ({num_host_blocks:,} blocks)" if num_host_blocks else ""
-    caching = f"prefix caching {'on' if config.prefix_caching else 'off'}"
-    return ", ".join(filter(None, (caching, f"admission {config.admission}", swap)))
+def _policies(backend: Backend, config: EngineConfig, policy: str) -> Iterator[str]:
+    """How the pool is used: whether content is shared, who is let in, what becomes of those that have to make room."""
+    yield f"prefix caching {'on' if config.prefix_caching else 'off'}"
+    yield "admission " + re.sub(r"(?<!^)(?=[A-Z])", "-", policy).lower()
+    if blocks := backend.num_host_blocks:
+        size = blocks * backend.block_size * backend.spec.kv_bytes_per_token(config.kv_dtype)
+        yield f"preempted requests are swapped to {_bytes(size)} ({blocks:,} blocks)"
 
 
 def curl(url: str, model: str) -> str:

@@ -64,10 +64,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
 
         def ready() -> None:
             url = base_url(server_config.host, listener.getsockname()[1])
-            print(banner(
-                url=url, model=model, spec=backend.spec, config=engine_config, num_blocks=backend.num_blocks, block_size=backend.block_size,
-                num_host_blocks=backend.num_host_blocks, max_model_len=backend.max_model_len, memory_note=backend.memory_note, phases=phases, total_s=since_process_start(),
-            ), flush=True)  # fmt: skip
+            policy = type(engine.scheduler.policy).__name__
+            print(banner(url, model, backend, engine_config, policy, phases, since_process_start()), flush=True)
 
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
         EngineServer(app, client, engine, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S).run(sockets=[listener])

@@ -1,4 +1,5 @@
-"""Contiguous allocators: no two owners share a unit, a run is as long as promised, and everything coalesces back."""
+"""Contiguous allocators: no two owners share a unit, a run is as long as promised, and everything coalesces back. And sequences on
+contiguous memory, which give the outputs that they give on paged memory."""
 
 from __future__ import annotations
 
@@ -6,8 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.core.contiguous import RESERVATIONS, Buddy, ContiguousAllocator, FirstFit, reservation
+from core.fake_backend import FakeBackend, expected_output
+from quire.config import EngineConfig
+from quire.core.contiguous import RESERVATIONS, Buddy, ContiguousAllocator, ContiguousManager, FirstCome, FirstFit, reservation
+from quire.core.engine import Engine
+from quire.core.prefix_cache import NOTHING
+from quire.core.sequence import Request, derive_seed
 from quire.errors import ConfigError
+from quire.sampling_params import SamplingParams
 
 KINDS = [Buddy, FirstFit]
 Kind = type[ContiguousAllocator]
@@ -121,3 +128,93 @@ def test_reservation() -> None:
     assert all_three(50, 40) == (100, 100, 90), "no more than the longest sequence"
     with pytest.raises(ConfigError, match="no reservation policy 'most'; choose from: max, pow2, oracle"):
         reservation("most", 1, 1, 10)
+
+
+# The manager, on the engine's scheduler.
+
+
+def engine(kind: Kind, blocks: int, block_size: int, reserve: int, rows: int = 8) -> tuple[Engine, ContiguousManager]:
+    backend = FakeBackend(blocks, block_size, 32)
+    manager = ContiguousManager(kind(blocks), block_size, lambda seq: reserve or seq.num_prompt + seq.max_tokens)
+    config = EngineConfig(max_num_seqs=min(rows, blocks), max_num_batched_tokens=16)
+    return Engine(backend, config, manager=manager, policy=FirstCome()), manager
+
+
+def request(number: int, prompt: int, output: int, n: int = 1) -> Request:
+    tokens = [(7 * number + i) % 50 for i in range(prompt)]
+    return Request(str(number), tokens, SamplingParams(n=n, max_tokens=output, ignore_eos=True), number)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    block_size=st.sampled_from([1, 2, 4]),
+    lengths=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3)), min_size=1, max_size=8),
+    reserve=st.sampled_from([0, 24]),
+    aborted=st.integers(0, 8),
+)
+def test_outputs_are_those_of_paged_memory(
+    kind: Kind, block_size: int, lengths: list[tuple[int, int, int]], reserve: int, aborted: int
+) -> None:
+    """FakeBackend sees every read; each output is what an undisturbed run gives; and nothing is ever preempted or shared."""
+    blocks = 64 // block_size
+    run, manager = engine(kind, blocks, block_size, reserve)
+    outputs: dict[tuple[int, int], list[int]] = {}
+    for number, (prompt, output, n) in enumerate(lengths):
+        run.add(request(number, prompt, output, n))
+    for _ in range(3):
+        run.step()
+    run.abort(str(aborted))
+    while run.has_work:
+        for output in run.step():
+            outputs.setdefault((int(output.request_id), output.index), []).extend(output.token_ids)
+        run.check()
+        stats = run.stats().kv
+        assert stats.saved_blocks == stats.shared_blocks == stats.counters.preemptions == 0
+        assert stats.free_blocks == blocks - sum(map(len, manager._runs.values()))
+        assert stats.positions_used == sum(seq.num_computed for seq in run.scheduler.running)
+    for (number, index), tokens in outputs.items():
+        prompt, output, _ = lengths[number]
+        if number != aborted:
+            expected = expected_output(request(number, prompt, output).prompt_token_ids, derive_seed(number, index), output)
+            assert tokens == expected[-len(tokens) :]
+    assert run.stats().kv.free_blocks == blocks
+    run.check()
+
+
+def test_a_sequence_waits_for_its_run() -> None:
+    run, manager = engine(Buddy, 64, 1, 20)  # two runs of 32
+    for number in range(4):
+        run.add(request(number, 4, 5 + number))
+    run.step()
+    assert [seq.request.request_id for seq in run.scheduler.running] == ["0", "1"]
+    assert run.scheduler.short
+    assert run.stats().kv.positions_allocated == 64, "what is reserved has an owner"
+    assert run.stats().kv.positions_used == 8
+    assert manager.need(run.scheduler.waiting[0], NOTHING) > 64
+    for _ in range(5):
+        run.step()
+    assert [seq.request.request_id for seq in run.scheduler.running] == ["1", "2"], "in order, as runs come back"
+    while run.has_work:
+        run.step()
+    assert not run.scheduler.short
+
+
+def test_what_contiguous_memory_does_not_do() -> None:
+    run, manager = engine(FirstFit, 64, 1, 20)
+    run.add(request(0, 4, 8))
+    run.step()
+    (seq,) = run.scheduler.running
+    assert not manager.can_fork(seq, 1)
+    assert not manager.swap_out(seq)
+    with pytest.raises(NotImplementedError):
+        manager.fork(seq, seq, 1)
+    with pytest.raises(AssertionError, match="21 positions in a run of 20 blocks of 1"):
+        manager.grow(seq, 21)
+    run.check()
+    seq.block_table.reverse()
+    with pytest.raises(AssertionError, match="a table differs from its run"):
+        run.check()
+    seq.block_table.reverse()
+    manager._runs.clear()
+    with pytest.raises(AssertionError, match="a run has no owner"):
+        run.check()

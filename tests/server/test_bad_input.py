@@ -335,7 +335,8 @@ def test_harmless_fields_are_ignored(fake: Server) -> None:
         "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "suffix": None, "best_of": 1, "tools": None,
         "response_format": {"type": "text"}, "use_beam_search": False, "stop": None, "ignore_eos": True, "logprobs": None, "n": 1,
         "length_penalty": 1.0, "early_stopping": False, "priority": 0, "cache_salt": None, "prompt_cache_key": "x",
-        "prompt_cache_retention": "24h", "repetition_penalty": 1.0, "prompt_logprobs": None, "temperature": None, "not_known_but_null": None,
+        "prompt_cache_retention": "24h", "repetition_penalty": 1.0, "prompt_logprobs": None, "temperature": None,
+        "not_known_but_null": None,
     }  # fmt: skip
     answer = httpx.post(fake.url + COMPLETIONS, json=text(**harmless))
     assert answer.status_code == 200, answer.text

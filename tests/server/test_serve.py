@@ -49,6 +49,21 @@ def test_banner(real: Process) -> None:
         assert phase in real.banner
 
 
+def test_banner_says_how_the_memory_is_used() -> None:
+    process = Process("--kv-memory", "auto", "--max-num-seqs", "4", "--no-prefix-caching", "--swap-memory", "16MiB")
+    process.kill()
+    for words in (
+        "KV memory",
+        "GB free",
+        "80% of it",
+        "512 blocks x 16 = 8,192 tokens",
+        "prefix caching off, admission ",
+        "swapped to 16.0 MiB (341 blocks)",
+        "at most 4 sequences run at a time; 1,024 more wait",
+    ):
+        assert words in process.banner, process.banner
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_curl_line_works_when_pasted(real: Process) -> None:
     (line,) = [line for line in real.banner.splitlines() if line.strip().startswith("curl")]

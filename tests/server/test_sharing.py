@@ -245,11 +245,11 @@ def test_no_prefix_caching(tokenizer: Tokenizer) -> None:
 def test_a_wish_to_keep_a_prompt_is_heard(tokenizer: Tokenizer) -> None:
     """Traffic that fills the pool twice pushes out one prompt, and not the other."""
     server = Server(tokenizer, PacedBackend(vocab_size=tokenizer.vocab_size, num_blocks=64))
-    kept, plain = ids(90, 11), ids(90, 12)
+    kept, plain = ids(160, 11), ids(90, 12)
     cost(server, prompt=kept, cache_retention={"priority": 100, "seconds": 600})
     cost(server, prompt=plain)
     for number in range(6):
         assert cost(server, prompt=ids(300, 13 + number))[1] == 0
     assert cost(server, prompt=plain)[1] == 0
-    assert cost(server, prompt=kept)[1] == 89
+    assert cost(server, prompt=kept)[1] == 159
     server.stop()

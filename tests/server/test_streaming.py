@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -334,3 +335,23 @@ def test_the_loop_refuses_what_the_engine_refuses(fake: Server) -> None:
     assert isinstance(message, Outputs)
     assert [(o.index, o.finish_reason) for o in message.outputs] == [(0, "error"), (1, "error")]
     assert "empty" in str(message.outputs[0].stop_reason)
+
+
+def test_a_client_that_leaves_before_the_first_byte() -> None:
+    """The generator of events was never begun then, so nothing in it can clean up."""
+    from quire.server.sse import EventStream
+
+    closed = []
+
+    async def events_() -> AsyncIterator[bytes]:
+        pytest.fail("begun")
+        yield b""
+
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def blocked(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    asyncio.run(EventStream(events_(), lambda: closed.append(True))({}, gone, blocked))
+    assert closed == [True]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from quire.outputs import Logprob, SequenceOutput, TokenLogprobs
 from quire.sampling_params import SamplingParams
-from quire.text.output import OutputAssembler
+from quire.text.output import OutputAssembler, best_choices
 from quire.text.tokenizer import Tokenizer
 from sample_tokenizers import sample
 
@@ -123,3 +123,30 @@ def test_without_a_tokenizer() -> None:
     assembler = OutputAssembler(None, SamplingParams(logprobs=0))
     delta = assembler.feed(SequenceOutput("r", 0, [5], [TokenLogprobs((-1.0, 1), [])], "length"))
     assert (delta.text, delta.token_ids, delta.finish_reason) == ("", [5], "length")
+
+
+def test_the_best_samples() -> None:
+    """By the mean and not the sum; the lower index among equals; whole where there is nothing to choose."""
+
+    def sample(*values: float) -> OutputAssembler:
+        assembler = OutputAssembler(BYTES, SamplingParams(best_of=4))
+        for value in values:
+            assembler.feed(SequenceOutput("r", 0, [len(values)], [TokenLogprobs((value, 1), [])]))
+        return assembler
+
+    samples = [sample(-1.0), sample(-0.5, -0.5, -0.5), sample(-0.25, -0.75), sample(-float("inf"))]
+    assert samples[1].mean_logprob == samples[2].mean_logprob == -0.5
+    assert [(choice.index, len(choice.token_ids)) for choice in best_choices(samples, 2, 10)] == [(10, 3), (11, 2)]
+    assert [len(choice.token_ids) for choice in best_choices(samples, 4)] == [1, 3, 2, 1]
+    assert all(choice.logprobs is None for choice in best_choices(samples, 3))
+
+
+def test_tokens_after_a_stop_string_do_not_count() -> None:
+    assembler = OutputAssembler(BYTES, SamplingParams(best_of=2, stop="a"))
+    ids = tokens("xa") + tokens("bb")
+    ids = [token for token in ids if BYTES.decode([token])]
+    values = [-1.0] * len(ids)
+    values[-1] = -100.0
+    assembler.feed(SequenceOutput("r", 0, ids, [TokenLogprobs((value, 1), []) for value in values]))
+    assert assembler.finished
+    assert assembler.mean_logprob == -1.0

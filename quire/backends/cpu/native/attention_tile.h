@@ -11,16 +11,17 @@ constexpr int kRows = kWidth == 16 ? 6 : 3;            // rows in a register til
 constexpr int kTile = static_cast<int>(kKeyTile);
 constexpr int kTileVecs = kTile / kWidth;
 
-// Where a tile lies in the cache, for the first KV head of a task. Its keys as pieces of up to a vector, each from one block (of dimension 0); its values as
-// tokens. Where a partial tile has no key, some key that it has is repeated.
+// Where a tile lies in the cache, for the first KV head of a task. Its keys as pieces of up to a vector, each from one
+// block (of dimension 0); its values as tokens. Where a partial tile has no key, some key that it has is repeated.
 constexpr int kPieces = kTile / 4;
 template <class T> struct Place {
     const T* k[kPieces];
     const T* v[kTile];
 };
 
-// The keys of a coming tile, to be prefetched in the order in which they lie in memory: `runs` runs, the first key of each
-// at k[0] + offset, k[step] + offset and so on. For each dimension of q goes a stretch of kVecs vectors, `pitch` elements after the one before.
+// The keys of a coming tile, to be prefetched in the order in which they lie in memory: `runs` runs, the first key of
+// each at k[0] + offset, k[step] + offset and so on. For each dimension of q goes a stretch of kVecs vectors, `pitch`
+// elements after the one before.
 template <class C> struct Coming {
     const C* const* k;
     int runs, step;

@@ -1,12 +1,20 @@
-"""What stands where the device does in ``quire bench memory``: nothing, or a model whose outputs are cut to length."""
+"""What quire bench memory runs on: no device at all, or a model; in both, outputs are forced to their lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
 
+import quire
+from quire.bench.memory_load import Layout, Load, engine_config, unit
+from quire.config import EngineConfig
 from quire.core.engine import Executor
 from quire.core.plan import StepPlan, StepResult
+from quire.models.weights import load_spec, resolve_model
+from quire.text.tokenizer import Tokenizer
+from quire.workload import TraceRequest, prompt_token_ids
 
 _TOKENS = 1 << 30
 
@@ -81,3 +89,49 @@ class Forced:
             entry.top = [(self._eos, 0.0)]
         else:
             result.tokens[i] = self._eos
+
+
+@dataclass(slots=True, frozen=True)
+class Device:
+    """What an engine runs on, and how."""
+
+    executor: Executor
+    config: EngineConfig
+    eos: tuple[int, ...]
+    """Tokens that end a text."""
+    prompt: Callable[[TraceRequest, int], list[int]]
+    """A request and its number → its prompt."""
+
+
+def open_device(load: Load, layout: Layout) -> Device:
+    """With the pool of ``load``. Raises what opening a model raises."""
+    blocks, config = load.pool // unit(load, layout), engine_config(load, layout)
+    if load.model is not None:
+        return _open_model(load, load.model, config, blocks)
+    device = NoModel(blocks, unit(load, layout), load.max_len)
+    vocab_size = device.spec.vocab_size
+    return Device(device, config, (vocab_size - 1,), lambda work, number: prompt_token_ids(work, number, vocab_size, load.seed))
+
+
+def _open_model(load: Load, model: str, config: EngineConfig, blocks: int) -> Device:
+    from quire.llm import LLM
+
+    size = blocks * config.block_size * load_spec(resolve_model(model)).kv_bytes_per_token(config.kv_dtype)
+    config = replace(config, model=model, kv_memory=str(size))
+    llm = LLM.from_config(config)
+    text = _text(llm.tokenizer)
+
+    def prompt(work: TraceRequest, number: int) -> list[int]:
+        if work.prefix_ids is not None:
+            return prompt_token_ids(work, number, llm.backend.spec.vocab_size, load.seed)
+        start = int(Random(f"{load.seed}/{number}").random() * len(text))
+        return [text[(start + i) % len(text)] for i in range(work.prompt_tokens)]
+
+    return Device(llm.backend, config, llm.backend.spec.eos_token_ids or (0,), prompt)
+
+
+def _text(tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a text to cut prompts from: Quire's own source. After random tokens a model is at a loss, and its beams part
+    sooner than after text."""
+    files = sorted(Path(quire.__file__).parent.rglob("*.py"))
+    return [token for file in files for token in tokenizer.encode(file.read_text(encoding="utf-8"), add_special_tokens=False)]
