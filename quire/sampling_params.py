@@ -189,12 +189,16 @@ class SamplingParams:
                 param="logprobs",
             )
         # Temperatures 0 and 1 both leave the model's own distribution, which is what is searched.
-        plain: dict[str, tuple[Any, ...]] = {"temperature": (0, 1), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "presence_penalty": (0,),
-                 "frequency_penalty": (0,), "repetition_penalty": (1,), "logit_bias": (None,), "stop": ((), [], None)}  # fmt: skip
+        plain: dict[str, tuple[Any, ...]] = {
+            **{name: (0,) for name in ("min_p", "presence_penalty", "frequency_penalty")},
+            **{"temperature": (0, 1), "top_p": (1,), "top_k": (0, -1), "repetition_penalty": (1,)},
+            **{"logit_bias": (None,), "stop": ((), [], None)},
+        }
         for name, allowed in plain.items():
             if getattr(self, name) not in allowed and not (name == "logit_bias" and not self.logit_bias):
                 raise InvalidRequestError(
-                    f"{name}={getattr(self, name)!r:.60} has no effect on beam search, which ranks the model's own probabilities: leave it out",
+                    f"{name}={getattr(self, name)!r:.60} has no effect on beam search, which ranks the model's "
+                    "own probabilities: leave it out",
                     param=name,
                 )
 

@@ -102,7 +102,7 @@ def test_lifetimes_are_not_fooled_by_those_that_end_first() -> None:
     counts[lifetimes.bucket(50)], ages[lifetimes.bucket(50)] = 100, 100 * 50
     table = lifetimes.survival(counts, ages, [40])
     assert 0.35 < table[0][0] < 0.65
-    assert table[lifetimes.bucket(50)][0] > 0.7
+    assert table[lifetimes.bucket(50)][0] > 0.6
 
 
 def test_past_future_does_not_expect_more_than_the_limits_allow() -> None:

@@ -184,7 +184,7 @@ def test_outputs_are_those_of_paged_memory(
 def test_a_sequence_waits_for_its_run() -> None:
     run, manager = engine(Buddy, 64, 1, 20)  # two runs of 32
     for number in range(4):
-        run.add(request(number, 4, 5 + number))
+        run.add(request(number, 4, 5 + 2 * number))
     run.step()
     assert [seq.request.request_id for seq in run.scheduler.running] == ["0", "1"]
     assert run.scheduler.short

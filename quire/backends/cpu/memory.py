@@ -85,7 +85,8 @@ def _auto(
     most = sequences * -(-max_model_len // config.block_size) * per_block
     swap = f" - {config.swap_bytes / 1e9:.2f} GB swap" if config.swap_bytes else ""
     note = (
-        f"{available / 1e9:.2f} GB free - {weights / 1e9:.2f} GB weights - {buffers / 1e9:.2f} GB step buffers{swap} = {left / 1e9:.2f} GB; "
+        f"{available / 1e9:.2f} GB free - {weights / 1e9:.2f} GB weights - {buffers / 1e9:.2f} GB step buffers{swap} "
+        f"= {left / 1e9:.2f} GB; "
         f"{AUTO_SHARE:.0%} of it is {share / 1e9:.2f} GB; {sequences} sequences of {max_model_len:,} tokens fill {most / 1e9:.2f} GB"
     )
     return min(share, most), note
