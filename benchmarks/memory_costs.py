@@ -123,13 +123,14 @@ def main() -> None:
         )
     if args.only in (None, "quarter"):
         quarter = str(max(whole // 4, args.requests, -(-longest // 16)) * per_block)
+        swap = str(whole * per_block)
         results["quarter"] = compare(
             f"a quarter of the pool ({whole} blocks for all {args.requests})",
             {
                 "all fit": ({**common, "kv_memory": str((whole + args.requests) * per_block)}, rounds),
                 "quarter": ({**common, "kv_memory": quarter}, rounds),
                 "quarter, watermark": ({**common, "kv_memory": quarter, "admission": "watermark"}, rounds),
-                "quarter, swap": ({**common, "kv_memory": quarter, "admission": "watermark", "swap_memory": str(whole * per_block)}, rounds),
+                "quarter, swap": ({**common, "kv_memory": quarter, "admission": "watermark", "swap_memory": swap}, rounds),
             },
         )
     if args.json:

@@ -189,11 +189,8 @@ class SamplingParams:
                 param="logprobs",
             )
         # Temperatures 0 and 1 both leave the model's own distribution, which is what is searched.
-        plain: dict[str, tuple[Any, ...]] = {
-            **{name: (0,) for name in ("min_p", "presence_penalty", "frequency_penalty")},
-            **{"temperature": (0, 1), "top_p": (1,), "top_k": (0, -1), "repetition_penalty": (1,)},
-            **{"logit_bias": (None,), "stop": ((), [], None)},
-        }
+        plain: dict[str, tuple[Any, ...]] = {"temperature": (0, 1), "top_p": (1,), "top_k": (0, -1), "repetition_penalty": (1,)}
+        plain |= {"min_p": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": (None,), "stop": ((), [], None)}
         for name, allowed in plain.items():
             if getattr(self, name) not in allowed and not (name == "logit_bias" and not self.logit_bias):
                 raise InvalidRequestError(

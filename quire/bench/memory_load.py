@@ -124,10 +124,16 @@ def check(load: Load, layout: Layout) -> None:
         )
     engine_config(load, layout)
     SamplingParams(n=load.n, beam_width=load.beam_width)
+    if load.beam_width is not None and layout.allocator is not None:
+        raise ConfigError("--beam-width works with --policy paged only: beams share memory, and contiguous memory can't be shared")
+    most = (load.beam_width or 1) * -(-load.max_len // positions) * positions
+    if most > fits:
+        raise ConfigError(
+            f"--beam-width {load.beam_width} beams of --max-len {load.max_len:,} tokens may need {most:,} positions together, but --pool "
+            f"holds {fits:,}: raise --pool, or lower --max-len or --beam-width"
+        )
     if layout.allocator is None:
         return
-    if load.beam_width is not None:
-        raise ConfigError("--beam-width works with --policy paged only: beams share memory, and contiguous memory can't be shared")
     run = ALLOCATORS[layout.allocator](load.pool // positions).largest_free_run * positions
     asked = max(reservation(layout.policy, r.prompt_tokens, r.output_tokens, load.max_len) for r in load.requests)
     if asked > run:

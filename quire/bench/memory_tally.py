@@ -68,19 +68,21 @@ class Tally:
                 tokens += filled
                 reserved += ends[seq.seed] - filled
         else:
-            # Last block → positions in it: those that hold tokens, and those that will. All other blocks are full.
-            last: dict[int, tuple[int, int]] = {}
+            # Last block → positions in it that hold tokens, positions that will, and how many tables it is the last of.
+            last: dict[int, tuple[int, int, int]] = {}
             for seq in running:
                 if not (table := seq.block_table):
                     continue
                 before = (len(table) - 1) * size
-                fill, will = computed.get(seq.row, seq.num_computed) - before, min(size, ends[seq.seed] - before)
-                if (other := last.get(block := table[-1])) is not None:  # shared
-                    fill, will = max(fill, other[0]), max(will, other[1])
-                last[block] = fill, will
-            filled = sum(fill for fill, _ in last.values())
-            tokens = owned - len(last) * size + filled
-            reserved = sum(will for _, will in last.values()) - filled
+                fill, will, tables = computed.get(seq.row, seq.num_computed) - before, min(size, ends[seq.seed] - before), 1
+                if (other := last.get(block := table[-1])) is not None:
+                    fill, will, tables = max(fill, other[0]), max(will, other[1]), other[2] + 1
+                last[block] = fill, will, tables
+            tokens, owners = owned, pool.ref_counts
+            for block, (fill, will, tables) in last.items():
+                if fill < size and tables == owners[block]:  # where it is not the last of some table, it is full
+                    tokens -= size - fill
+                    reserved += will - fill
         self.steps += 1
         self.tokens += tokens
         self.reserved += reserved

@@ -84,7 +84,7 @@ def test_greedy_tokens_after_preemption(saved: Saved) -> None:
     length, block_size = PROMPT + STEPS, 8
     memory = 2 * (-(-length // block_size)) * block_size * saved.model.spec.kv_bytes_per_token("float32")
     engine = running().open_engine(saved.folder, kv_dtype="float32", block_size=block_size, kv_memory=str(memory), max_model_len=length)
-    done = running().run(engine, [request(name, saved.prompt) for name in "abcd"])
+    done = running().run(engine, [request(name, saved.prompt) for name in "abcd"], preempt_every=5)
     assert done.stats.preemptions > 0
     for name in "abcd":
         assert done.outputs[name, 0].token_ids == saved.chosen

@@ -81,7 +81,7 @@ def test_greedy_tokens_after_preemption(golden: Golden) -> None:
     length = len(golden.prompt) + len(golden.tokens)
     memory = 2 * (-(-length // 8)) * 8 * golden.model.spec.kv_bytes_per_token("float32")
     engine = running.open_engine(golden.folder, kv_dtype="float32", block_size=8, kv_memory=str(memory), max_model_len=length)
-    done = running.run(engine, [greedy(name, golden) for name in "abcd"])
+    done = running.run(engine, [greedy(name, golden) for name in "abcd"], preempt_every=5)
     assert done.stats.preemptions > 0
     assert all(done.outputs[name, 0].token_ids == golden.tokens for name in "abcd")
 
