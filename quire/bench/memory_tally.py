@@ -87,6 +87,6 @@ class Tally:
         self.tokens += tokens
         self.reserved += reserved
         self.owned += owned
-        self.sequences += len(running)
+        self.sequences += len(running) - (self._scheduler.early is not None)
         if pool.num_references:
             self.saved += 1 - pool.num_owned / pool.num_references

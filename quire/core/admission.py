@@ -124,6 +124,9 @@ class AdmissionPolicy(Protocol):
     def admits(self, candidate: Footprint) -> bool:
         """Whether it may start beside the others. If so it counts as running from here on."""
 
+    def room(self) -> int:
+        """Blocks that nobody is expected to need soon: a prompt that does not fit may begin in them. May be negative."""
+
     def ended(self, generated: int, stopped: bool) -> None:
         """A sequence ended after ``generated`` tokens; ``stopped``: by its own will, not by a limit."""
 
@@ -154,6 +157,9 @@ class Watermark:
             return False
         self._left, self._reserve = left, self._keep
         return True
+
+    def room(self) -> int:
+        return self._left - self._reserve
 
     def ended(self, generated: int, stopped: bool) -> None:
         pass
@@ -209,6 +215,9 @@ class NoEvict:
             twice = count - bisect_right(parts, size - part)  # p % B + t % B > B
             peak = max(peak, whole + count * blocks + begun + twice)
         return peak
+
+    def room(self) -> int:
+        return self._capacity - self.peak()
 
     def ended(self, generated: int, stopped: bool) -> None:
         pass

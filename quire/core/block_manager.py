@@ -200,6 +200,25 @@ class BlockManager:
             seq.host_blocks = None
             seq.num_swapped = 0
 
+    def shrink(self, seq: Sequence) -> int:
+        """Give back ``seq``'s last block; returns the computed positions that went with it."""
+        table = seq.block_table
+        block = table.pop()
+        lost = max(0, seq.num_computed - len(table) * self.block_size)
+        seq.num_computed -= lost
+        seq.num_sent, seq.num_borrowed = min(seq.num_sent, len(table)), min(seq.num_borrowed, len(table))
+        seq.shared_tail = False
+        while seq.num_published > len(table):
+            seq.num_published -= 1
+            if (node := seq.node) is not None:
+                assert node.parent is not None
+                seq.node = node.parent
+                self.cache.hold(seq.node)
+                self.cache.drop(node)
+        self.pool.release([block])
+        self._set_advance(seq)
+        return lost
+
     def swap_out(self, seq: Sequence) -> bool:
         """Move ``seq``'s blocks to the swap pool. False, with nothing changed, where it has too few."""
         need = len(seq.block_table) - seq.num_trimmed

@@ -336,6 +336,9 @@ class FirstCome:
     def admits(self, candidate: Footprint) -> bool:
         return True
 
+    def room(self) -> int:
+        return 0
+
     def ended(self, generated: int, stopped: bool) -> None:
         pass
 

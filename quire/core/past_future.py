@@ -111,7 +111,7 @@ class PastFuture:
 
     HORIZON = 90
 
-    def __init__(self, block_size: int, max_tokens: int, z: float = 1.35, memory: int = 1000) -> None:
+    def __init__(self, block_size: int, max_tokens: int, z: float = 1.5, memory: int = 1000) -> None:
         self._block_size = block_size
         self._z = z
         self._lifetimes = Lifetimes(max_tokens, memory)
@@ -182,6 +182,10 @@ class PastFuture:
                 return False
         self._capacity, self._mean, self._variance = capacity, mean, variance
         return True
+
+    def room(self) -> int:
+        peak = max(mean + z * sqrt(variance) for mean, z, variance in zip(self._mean, self._margin, self._variance, strict=True))
+        return int((self._capacity - peak) // self._block_size)
 
     def ended(self, generated: int, stopped: bool) -> None:
         self._lifetimes.ended(generated, stopped)

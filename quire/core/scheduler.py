@@ -8,6 +8,9 @@ as the admission policy lets them into the pool.
 A waiting sequence is passed over while somebody else computes what it would compute next: the prompt of its own request, or
 an equal prefix. It finds the blocks a step later.
 
+The head of the queue may start *early*, with the part of its prompt that memory is free for; it gives blocks back one by one
+before anybody is preempted, and is like any other as soon as all of it fits.
+
 A running sequence that can't get a block preempts one that comes after it (or goes itself): the victim's blocks are freed,
 though still findable, or swapped out, and it waits at its place in the queue. Nobody is preempted by those behind, and the
 first alone always fits (the engine refuses what does not), so every sequence ends.
@@ -67,6 +70,9 @@ class Scheduler:
         self._rows = list(range(max_num_seqs - 1, -1, -1))
         self._planned: list[Sequence] = []
         """The sequences of the plan's work."""
+        self.early: Sequence | None = None
+        """A running sequence that has not room for all of its prompt: it computes what it can in memory that nobody is expected
+        to need soon, and gives it back, the last block first, before anybody is preempted. Nobody comes in before it fits."""
         self.short = False
         """The last plan left a sequence waiting for want of memory."""
         self._refused: Sequence | None = None
@@ -96,7 +102,7 @@ class Scheduler:
         self._planned = []
         self.short = False
         before = self.manager.counters.preemptions
-        prompts = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1]
+        prompts = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1 and seq is not self.early]
         budget = self._continue(plan, prompts)
         if self.manager.counters.preemptions == before:
             budget = self._admit(plan, prompts, budget)
@@ -104,8 +110,9 @@ class Scheduler:
         else:
             self.short = True
         # Beams that wait for another beam hold memory without using it: they give way rather than block it.
-        while not plan.work and self.running and self.waiting:
-            self.preempt(len(self.running) - 1, "beams that wait for another beam of their search held the memory that it needs")
+        while not plan.work and (self.waiting or self.early) and (idle := [s for s in self.running if s is not self.early]):
+            reason = "beams that wait for another beam of their search held the memory that it needs"
+            self.preempt(self.running.index(idle[-1]), reason)
             self._admit(plan, [], self.max_num_batched_tokens)
         plan.copies = self.manager.take_copies()
         return plan
@@ -161,6 +168,7 @@ class Scheduler:
         assert self.waiting == sorted(self.waiting, key=_order), "the queue is not in order"
         rows = [seq.row for seq in self.running]
         assert len(set(rows + self._rows)) == len(rows) + len(self._rows), "a row is used twice"
+        assert self.early is None or self.early in self.running
         for seq in self.running:
             assert seq.status is Status.RUNNING
             assert seq.row >= 0
@@ -180,6 +188,9 @@ class Scheduler:
         i = 0
         while i < len(running) and budget > 0:
             seq = running[i]
+            if seq is self.early:  # takes what the others leave
+                i += 1
+                continue
             start = seq.num_computed
             count = len(seq.tokens) - start
             if count > 1:
@@ -196,6 +207,9 @@ class Scheduler:
                 start, count = start - 1, 1
             if start + count > len(seq.block_table) * size or seq.shared_tail:
                 while not manager.grow(seq, start + count):
+                    if self.early is not None and self.early.block_table:
+                        manager.counters.tokens_recomputed += manager.shrink(self.early)
+                        continue
                     victim = self._victim(i)
                     self.preempt(victim, f"no free block was left for request {seq.request.request_id}")
                     if victim == i:
@@ -226,7 +240,7 @@ class Scheduler:
             end = work.start + work.count
             extra = min(len(seq.tokens) - end, budget)
             # A tail that was shared in this step stays as it was planned: a copy would come too late.
-            if extra > 0 and not seq.shared_tail and self.manager.grow(seq, end + extra):
+            if extra > 0 and seq is not self.early and not seq.shared_tail and self.manager.grow(seq, end + extra):
                 budget -= extra
                 work.count += extra
                 work.sample = end + extra == len(seq.tokens)
@@ -256,6 +270,8 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, prompts: list[Sequence], budget: int) -> int:
         """Start waiting sequences, in order, as far as rows, memory, policy and ``budget`` allow; returns what is left of it."""
+        if self.early is not None:
+            return self._go_on(plan, self.early, prompts, budget)
         if not self.waiting or not self._rows or budget <= 0:
             return budget
         manager = self.manager
@@ -291,9 +307,16 @@ class Scheduler:
                 self.policy.survey([self._footprint(s) for s in self.running], manager.pool.num_free)
                 surveyed = True
             if need > room or (self.running and not self.policy.admits(self._candidate(seq, parent, match))):
+                self.short = True
+                if parent is None and seq.host_blocks is None and lack > 1 and not manager.cache.window:
+                    spare = min(self.policy.room(), room) if self.running else room
+                    if spare > need - manager.blocks_for(lack):
+                        del self.waiting[i]
+                        self._enter(seq, parent, match)
+                        self.early = seq
+                        return self._begin(plan, seq, spare - (need - manager.lacking(seq)), budget)
                 # A window gives memory back while a sequence runs; without one the pool only fills until somebody leaves.
                 self._refused = None if manager.cache.window else seq
-                self.short = True
                 return budget
             room -= need
             del self.waiting[i]
@@ -307,6 +330,37 @@ class Scheduler:
             grown = manager.grow(seq, begin + count)
             assert grown, "the blocks of an admitted sequence were counted before"
             self._plan(plan, seq, begin, count)
+            budget -= count
+        return budget
+
+    def _go_on(self, plan: StepPlan, seq: Sequence, prompts: list[Sequence], budget: int) -> int:
+        """The sequence that started early: it is one like any other if it fits now, else it computes what there is room for."""
+        if seq is self._refused or budget <= 0:
+            self.short = True
+            return budget
+        manager = self.manager
+        others = [self._footprint(s) for s in self.running if s is not seq]
+        room = manager.pool.num_free - sum(manager.lacking(s) for s in prompts)
+        need = manager.lacking(seq)
+        self.policy.survey(others, manager.pool.num_free)
+        if need <= room and (not others or self.policy.admits(self._footprint(seq))):
+            self.early = None
+            return self._begin(plan, seq, need, budget)
+        self.short = True
+        left = self._begin(plan, seq, min(self.policy.room(), room, need - 1), budget)
+        if left == budget:
+            self._refused = seq
+        return left
+
+    def _begin(self, plan: StepPlan, seq: Sequence, blocks: int, budget: int) -> int:
+        """Compute what fits into ``blocks`` more blocks of a running sequence's prompt; returns what is left of the budget."""
+        end = (len(seq.block_table) + max(0, blocks)) * self.manager.block_size
+        count = min(seq.num_tokens, end) - seq.num_computed
+        if self.early is seq:  # the last position would make it a sequence that grows
+            count = min(count, seq.num_tokens - 1 - seq.num_computed)
+        count = min(count, budget)
+        if count > 0 and self.manager.grow(seq, seq.num_computed + count):
+            self._plan(plan, seq, seq.num_computed, count)
             budget -= count
         return budget
 
@@ -380,10 +434,11 @@ class Scheduler:
         """Whom to preempt for running[i]: of those behind it with the lowest priority, the one that has least to compute again;
         itself where nobody is behind it."""
         running = self.running
-        if i + 1 >= len(running):
+        behind = [j for j in range(i + 1, len(running)) if running[j] is not self.early]
+        if not behind:
             return i
-        lowest = running[-1].order[0]
-        behind = [j for j in range(i + 1, len(running)) if running[j].order[0] == lowest]
+        lowest = running[behind[-1]].order[0]
+        behind = [j for j in behind if running[j].order[0] == lowest]
         return min(behind, key=lambda j: (running[j].num_computed, -j))
 
     def preempt(self, i: int, reason: str) -> None:
@@ -404,5 +459,7 @@ class Scheduler:
 
     def _vacate(self, seq: Sequence) -> None:
         self._refused = None
+        if seq is self.early:
+            self.early = None
         self._rows.append(seq.row)
         seq.row = -1
