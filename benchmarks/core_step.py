@@ -60,7 +60,7 @@ def measure(sequences: int, length: int, blocks: int, steps: int, waiting: int =
         scheduler.commit(plan, result)
         if step >= 8:
             times.append(1000 * (scheduled - start + perf_counter() - executed))
-    assert (len(scheduler.running), len(scheduler.waiting)) == (sequences, waiting)
+    assert sequences <= len(scheduler.running) <= sequences + 1, "the head of the queue may start early"
     return Cost(median(times), quantiles(times, n=100)[-1])
 
 

@@ -5,7 +5,8 @@ queue shortly before their turn, so that the tokens of a long trace need not be 
 and a sequence ends at its length; the engine does not know that length, the reservations ``pow2`` and ``oracle`` do.
 
 What is reported are means over steps (as in the PagedAttention paper, arXiv 2309.06180, Fig. 2), from the first step that
-left a request waiting to the last one before the queue was empty: what a full pool looks like.
+left a request waiting to the last one before the queue was empty: what a full pool looks like. A step is looked at when its
+positions are written and nobody has ended.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ QUEUE = 512
 class Result(MemoryRun):
     """One run, as ``--json`` writes it."""
 
+    saved_share_in_step: float
+    """``saved_share`` is between steps, as KVStats has it. In a step, those that fork have a block of their own to write."""
     n: int
     beam_width: int | None
     pool_tokens: int
@@ -84,6 +87,7 @@ def run(load: Load, layout: Layout) -> Result:
                 tally.more = submitted < len(load.requests)
             if ended := sum(output.finish_reason is not None for output in engine.step()):
                 progress.update(ended)
+            tally.see_between()
             steps += 1
     return _result(load, layout, engine, tally, steps, perf_counter() - start)
 
@@ -136,6 +140,7 @@ def _result(load: Load, layout: Layout, engine: Engine, tally: Tally, steps: int
         "recomputed_tokens": counters.tokens_recomputed,
         "hit_share": counters.hit_tokens / counters.prompt_tokens,
         "saved_share": tally.saved / counted,
+        "saved_share_in_step": tally.saved_in_step / counted,
         "n": load.n,
         "beam_width": load.beam_width,
         "pool_tokens": manager.pool.num_blocks * manager.block_size,

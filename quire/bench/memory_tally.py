@@ -15,7 +15,8 @@ class Tally:
     was empty; over all steps where there was no such step.
 
     ends: a sequence's seed → positions that it has computed at its end. ``see`` is to be called with each plan when
-    it was executed: its positions are written, and nobody has ended yet.
+    it was executed: its positions are written, and nobody has ended yet. What sharing saves is counted between the steps too:
+    there a fork still shares the block that it is about to write.
     """
 
     def __init__(self, scheduler: Scheduler, ends: Mapping[int, int]) -> None:
@@ -28,14 +29,14 @@ class Tally:
         self._manager = scheduler.manager
         self._ends = ends
         self._contiguous = isinstance(scheduler.manager, ContiguousManager)
-        self._done = False
+        self._done = self._counted = False
         self._clear()
 
     def _clear(self) -> None:
         self.steps = 0
-        # Sums over steps, in positions but for the last two.
+        # Sums over steps, in positions but for the last three.
         self.tokens = self.reserved = self.owned = self.sequences = 0
-        self.saved = 0.0
+        self.saved = self.saved_in_step = 0.0
 
     @property
     def positions(self) -> int:
@@ -53,8 +54,14 @@ class Tally:
             self._clear()
         if self.saturated and not waiting and not self.more:
             self._done = True
-        if not self._done:
+        self._counted = not self._done
+        if self._counted:
             self._count(running, {work.row: work.start + work.count for work in plan.work})
+
+    def see_between(self) -> None:
+        """To be called after each step."""
+        if self._counted:
+            self.saved += self._saved_share()
 
     def _count(self, running: list[Sequence], computed: Mapping[int, int]) -> None:
         """computed: row → positions that are computed, for the rows of the step."""
@@ -88,5 +95,9 @@ class Tally:
         self.reserved += reserved
         self.owned += owned
         self.sequences += len(running) - (self._scheduler.early is not None)
-        if pool.num_references:
-            self.saved += 1 - pool.num_owned / pool.num_references
+        self.saved_in_step += self._saved_share()
+
+    def _saved_share(self) -> float:
+        """Of the blocks that all tables name: those that sharing saves."""
+        pool = self._manager.pool
+        return 1 - pool.num_owned / pool.num_references if pool.num_references else 0.0

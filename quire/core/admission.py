@@ -5,7 +5,7 @@ a step until it ends; then all of its blocks come back. Admitting too many means
 preempted, and what it had computed is computed again; admitting too few leaves memory empty. Three answers:
 
     Watermark    what is needed now, and a share of the pool stays free
-    NoEvict      the exact peak if every sequence runs to its limit: never preempts
+    NoEvict      the peak if every sequence runs to its limit: exact where nothing is shared and prompts take one step
     PastFuture   the peak expected from the lengths seen so far, and a margin for chance (past_future.py)
 
 A policy counts blocks to come; that a candidate's blocks are free now is for the scheduler to check. In a step:
@@ -166,7 +166,8 @@ class Watermark:
 
 
 class NoEvict:
-    """Admit only what can never lead to a preemption: the peak when every sequence runs to its limit.
+    """Admit only what fits when every sequence runs to its limit. Never preempts where sequences share nothing and each prompt is
+    computed in one step; sharing and chunks move the peak a little, and then a preemption can happen.
 
     All advance together, so use grows until a sequence ends, and the peak is just before one of the ends. With the
     sequences in order of remaining tokens r_1 >= r_2 >= ..., of p_j positions each (LightLLM's ``need_max_token_num``,

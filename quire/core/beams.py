@@ -39,6 +39,7 @@ def advance(scheduler: Scheduler, group: Group) -> list[SequenceOutput]:
         beam.candidates = None
     if not moves:
         for beam in beams:
+            scheduler.policy.ended(beam.num_generated, False)
             scheduler.remove(beam)
         return _hypotheses(group)
     goes_on = {move.parent for move in moves}

@@ -132,25 +132,25 @@ class BlockManager:
         False, with nothing changed, where the pool has too few blocks.
         """
         table = seq.block_table
+        tail = len(table) - 1
         missing = -(-num_positions // self.block_size) - len(table)
-        copy = False
-        if seq.shared_tail and num_positions > seq.num_computed and seq.num_computed < len(table) * self.block_size:
-            copy = self.pool.ref_counts[table[-1]] > 1
-            missing += copy
-            if not copy:  # the last owner: what others wrote behind this sequence's positions goes
-                self.cache.forget_beyond(table[-1], seq.num_computed - (len(table) - 1) * self.block_size)
+        writes_tail = seq.shared_tail and seq.num_computed < min(num_positions, len(table) * self.block_size)
+        copy = writes_tail and self.pool.ref_counts[table[tail]] > 1
+        missing += copy
         if missing > 0:
             blocks = self.pool.take(missing)
             if blocks is None:
                 return False
             if copy:
                 block = blocks.pop()
-                self._copy(table[-1], block)
+                self._copy(table[tail], block)
                 self.counters.blocks_copied += 1
-                self.pool.release([table[-1]])
-                table[-1] = block
-                seq.num_sent = min(seq.num_sent, len(table) - 1)
+                self.pool.release([table[tail]])
+                table[tail] = block
+                seq.num_sent = min(seq.num_sent, tail)
             table.extend(blocks)
+        if writes_tail and not copy:  # the last owner: what others wrote behind this sequence's positions goes
+            self.cache.forget_beyond(table[tail], seq.num_computed - tail * self.block_size)
         if num_positions > seq.num_computed:
             seq.shared_tail = False
         return True
@@ -161,7 +161,7 @@ class BlockManager:
         table = parent.block_table[:count]
         self.pool.share([block for block in table if block >= 0])
         child.block_table.extend(table)
-        child.num_borrowed = count
+        child.num_borrowed = num_positions // self.block_size  # the tail will be its own
         child.num_trimmed = min(parent.num_trimmed, count)
         child.num_computed = num_positions
         if num_positions % self.block_size:
@@ -249,11 +249,14 @@ class BlockManager:
     def stats(self, running: Iterable[Sequence]) -> KVStats:
         """Counts of the pool; ``running`` are the sequences that own blocks."""
         size = self.block_size
-        fills: dict[int, int] = {}
+        last: dict[int, tuple[int, int]] = {}  # last block of tables → positions filled, tables that end with it
         for seq in running:
-            if seq.block_table and (last := seq.block_table[-1]) >= 0:
-                fill = seq.num_computed - (len(seq.block_table) - 1) * size
-                fills[last] = max(fill, fills.get(last, 0))
+            if seq.block_table and (block := seq.block_table[-1]) >= 0:
+                fill, tables = last.get(block, (0, 0))
+                last[block] = max(fill, seq.num_computed - (len(seq.block_table) - 1) * size), tables + 1
+        counts = self.pool.ref_counts
+        # Where a table goes on behind the block, the block is full.
+        empty = sum(size - fill for block, (fill, tables) in last.items() if tables == counts[block])
         pool, counters = self.pool, self.counters
         return KVStats(
             num_blocks=pool.num_blocks,
@@ -262,7 +265,7 @@ class BlockManager:
             cached_blocks=self.cache.num_idle,
             shared_blocks=pool.num_shared,
             saved_blocks=pool.num_references - pool.num_owned,
-            positions_used=pool.num_owned * size - sum(size - fill for fill in fills.values()),
+            positions_used=pool.num_owned * size - empty,
             largest_free_run=pool.largest_free_run(),
             host_blocks=self.num_host_blocks,
             host_blocks_used=self.num_host_blocks - len(self._host_free),

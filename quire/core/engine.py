@@ -147,6 +147,7 @@ class Engine:
             gone = [seq for seq in group.sequences if index is None or seq.index == index]
             ended = [seq.index for seq in gone]
         for seq in gone:
+            self.scheduler.policy.ended(seq.num_generated, False)
             self.scheduler.remove(seq)
         self._forget(group)
         return [SequenceOutput(request_id, i, [], None, "abort") for i in ended]

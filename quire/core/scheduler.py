@@ -34,8 +34,8 @@ from quire.outputs import SequenceOutput
 
 MAX_PARTIAL_PROMPTS = 4
 """Prompts that are computed in chunks at the same time; with more of them each would only finish later."""
-MAX_PASSED_OVER = 64
-"""Waiting sequences that are looked at in a step and passed over."""
+MAX_LOOKED_AT = 64
+"""Waiting sequences that are looked at in a step; those that are known to wait for another's prompt do not count."""
 
 _order = attrgetter("order")
 
@@ -110,7 +110,7 @@ class Scheduler:
         else:
             self.short = True
         # Beams that wait for another beam hold memory without using it: they give way rather than block it.
-        while not plan.work and (self.waiting or self.early) and (idle := [s for s in self.running if s is not self.early]):
+        while not plan.work and (self.waiting or self.early) and (idle := [s for s in self.running if s.candidates is not None]):
             reason = "beams that wait for another beam of their search held the memory that it needs"
             self.preempt(self.running.index(idle[-1]), reason)
             self._admit(plan, [], self.max_num_batched_tokens)
@@ -184,7 +184,10 @@ class Scheduler:
         manager, size = self.manager, self.manager.block_size
         running = self.running
         budget = self.max_num_batched_tokens
-        shares = self._shares(prompts, budget - (len(running) - len(prompts))) if prompts else {}
+        shares = {}
+        if prompts:
+            idle = sum(seq.candidates is not None for seq in running) + (self.early is not None)
+            shares = self._shares(prompts, budget - (len(running) - len(prompts) - idle))
         i = 0
         while i < len(running) and budget > 0:
             seq = running[i]
@@ -196,10 +199,10 @@ class Scheduler:
             if count > 1:
                 count = min(shares[seq.row], budget)
                 if count == 0:
-                    if i > 0:
+                    if plan.work:
                         i += 1
                         continue
-                    count = 1  # the first goes on, whatever the others need
+                    count = 1  # somebody goes on, whatever the others need
             elif count == 0:
                 if seq.candidates is not None:  # a beam that waits for the others
                     i += 1
@@ -270,8 +273,12 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, prompts: list[Sequence], budget: int) -> int:
         """Start waiting sequences, in order, as far as rows, memory, policy and ``budget`` allow; returns what is left of it."""
+        gave_way = False
         if self.early is not None:
-            return self._go_on(plan, self.early, prompts, budget)
+            if not self.waiting or self.waiting[0].order > self.early.order:
+                return self._go_on(plan, self.early, prompts, budget)
+            self.preempt(self.running.index(self.early), f"request {self.waiting[0].request.request_id} comes before it")
+            gave_way = True
         if not self.waiting or not self._rows or budget <= 0:
             return budget
         manager = self.manager
@@ -280,13 +287,17 @@ class Scheduler:
         room = manager.pool.num_free - sum(manager.lacking(seq) for seq in prompts)
         surveyed = False
         partial = len(prompts)
-        computing = {(seq.node, self._next_key(seq)) for seq in prompts if seq.node is not None}
-        i = 0
-        while i < min(len(self.waiting), MAX_PASSED_OVER) and self._rows and budget > 0:
+        computing = {(seq.node, self._next_key(seq)): seq for seq in prompts if seq.node is not None}
+        i = looked_at = 0
+        while i < len(self.waiting) and looked_at < MAX_LOOKED_AT and self._rows and budget > 0:
             seq = self.waiting[i]
             if seq is self._refused:
                 self.short = True
                 return budget
+            if self._is_held(seq):
+                i += 1
+                continue
+            looked_at += 1
             parent, wait = self._sibling(seq)
             if seq.candidates is not None or wait:
                 i += 1
@@ -297,7 +308,7 @@ class Scheduler:
                 parent = None
             start = match.num_positions if parent is None else seq.num_prompt
             lack = max(1, seq.num_tokens - max(start, seq.num_swapped))
-            if (parent is None and start < seq.num_tokens and self._is_computed(seq, match, computing)) or (
+            if (parent is None and start < seq.num_tokens and self._hold(seq, match, computing)) or (
                 lack > budget and partial >= MAX_PARTIAL_PROMPTS
             ):
                 i += 1
@@ -308,7 +319,9 @@ class Scheduler:
                 surveyed = True
             if need > room or (self.running and not self.policy.admits(self._candidate(seq, parent, match))):
                 self.short = True
-                if parent is None and seq.host_blocks is None and lack > 1 and not manager.cache.window:
+                # Nobody who comes before it waits, nor a sample that would share what it holds.
+                alone = i == 0 and not gave_way and len(seq.group.sequences) == 1
+                if alone and parent is None and seq.host_blocks is None and lack > 1 and not manager.cache.window:
                     spare = min(self.policy.room(), room) if self.running else room
                     if spare > need - manager.blocks_for(lack):
                         del self.waiting[i]
@@ -325,7 +338,7 @@ class Scheduler:
             if count < lack:
                 partial += 1
             if lack > 1 and seq.node is not None:
-                computing.add((seq.node, self._next_key(seq)))
+                computing[seq.node, self._next_key(seq)] = seq
             begin = seq.num_tokens - lack
             grown = manager.grow(seq, begin + count)
             assert grown, "the blocks of an admitted sequence were counted before"
@@ -398,7 +411,7 @@ class Scheduler:
 
     def _candidate(self, seq: Sequence, parent: Sequence | None, match: Match) -> Footprint:
         if parent is not None:
-            shared = self.manager.blocks_for(seq.num_prompt)
+            shared = seq.num_prompt // self.manager.block_size
         else:
             counts = self.manager.pool.ref_counts
             shared = sum(block < 0 or counts[block] > 0 for block in match.blocks)
@@ -422,11 +435,29 @@ class Scheduler:
         """Tokens of the first block of ``seq`` that is not published."""
         return self.manager.cache.key(seq.tokens, seq.num_published * self.manager.block_size)
 
-    def _is_computed(self, seq: Sequence, match: Match, computing: set[tuple[Node, bytes]]) -> bool:
-        """Somebody computes the block that ``seq`` would compute next."""
+    def _hold(self, seq: Sequence, match: Match, computing: dict[tuple[Node, bytes], Sequence]) -> bool:
+        """Whether somebody computes the block that ``seq`` would compute next; then ``seq`` waits for what they have in common."""
         if not computing or match.node is None:
             return False
-        return (match.node, self.manager.cache.key(seq.tokens, len(match.blocks) * self.manager.block_size)) in computing
+        size = self.manager.block_size
+        runner = computing.get((match.node, self.manager.cache.key(seq.tokens, len(match.blocks) * size)))
+        if runner is None:
+            return False
+        common = len(match.blocks) * size
+        longest = min(seq.num_tokens, runner.num_tokens)
+        while common < longest and seq.tokens[common : common + size] == runner.tokens[common : common + size]:
+            common = min(common + size, longest)
+        seq.held = runner, common
+        return True
+
+    def _is_held(self, seq: Sequence) -> bool:
+        if seq.held is None:
+            return False
+        runner, common = seq.held
+        if runner.status is Status.RUNNING and runner.num_computed < common:
+            return True
+        seq.held = None
+        return False
 
     # Who goes.
 

@@ -32,7 +32,7 @@ class Retention:
     """A wish that what a request computes stays in the prefix cache. It decays, and pins nothing."""
 
     priority: int
-    """1 to 100: the content is passed over log2(priority) + 1 times when its turn to go comes."""
+    """1 to 100: the content is passed over up to log2(priority) + 1 times when its turn to go comes and there is other content."""
     seconds: float
     """Above 0, at most 86,400. Afterwards it is content like any other."""
 
@@ -116,6 +116,8 @@ class Sequence:
     """Newest tokens that the backend does not know: those that a beam search chose."""
     candidates: list[tuple[int, float]] | None = None
     """Of a beam: its most likely next tokens, until all beams have theirs."""
+    held: tuple[Sequence, int] | None = None
+    """While waiting: who computes the tokens that it would compute next, and how many positions they have in common."""
     first_output: bool = True
     """Nothing was put out yet."""
     num_lost: int = 0

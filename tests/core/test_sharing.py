@@ -370,3 +370,29 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
     assert not engine.has_work
     with pytest.raises(CapacityError, match="less than one block for each of 9 sequences"):
         make(8, max_model_len=16, max_num_seqs=9)
+
+
+def test_a_prompt_that_does_not_fit_starts_early_and_gives_way() -> None:
+    engine = make(20, max_model_len=80, max_num_batched_tokens=16)
+    engine.add(ask("first", [1] * 40, max_tokens=30))
+    for _ in range(4):
+        engine.step()
+    long = list(range(44))
+    engine.add(ask("long", long, max_tokens=4))
+    engine.step()
+    early = engine.scheduler.early
+    assert early is not None
+    assert 0 < early.num_computed < 44, "part of its prompt is computed in what is free"
+    held = early.num_computed
+    engine.add(ask("urgent", [9] * 4, priority=-1, max_tokens=2))
+    outputs: dict[str, int] = {}
+    steps = 0
+    while engine.has_work:
+        steps += 1
+        for output in engine.step():
+            outputs.setdefault(output.request_id, steps)
+        engine.check()
+    assert outputs["urgent"] <= 2, "what comes before it does not wait for it"
+    assert engine.stats().tokens_recomputed <= 2 * held
+    (output, *_) = run(engine, ask("again", long, max_tokens=1))[("again", 0)]
+    assert output.token_ids == expected_output(long, 0, 1)
