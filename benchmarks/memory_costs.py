@@ -2,6 +2,9 @@
 
     python benchmarks/memory_costs.py [MODEL] [--requests 64] [--prompt 128] [--output 128] [--rounds 5] [--json FILE]
 
+The pools are written once before anything is measured: the first write to a page of fresh memory costs about as much as the
+system's page faults, once, and a cache reaches fresh pages where a pool without one reuses those that it has.
+
 - cache: random prompts, which never hit, with the prefix cache on against off. The work is the same; the difference is the
   cost of publishing.
 - quarter: all requests at once in a pool that holds them all, against a quarter of it (preemption by recompute, and by swap).
@@ -51,7 +54,9 @@ def compare(name: str, variants: dict[str, tuple[dict[str, Any], list[list[Reque
     engines = {}
     for label, (options, _) in variants.items():
         config = EngineConfig(**options)
-        engines[label] = Engine(open_backend(config), config)
+        backend: Any = open_backend(config)
+        backend.decoder.poison_blocks(list(range(backend.num_blocks)))
+        engines[label] = Engine(backend, config)
     rounds = len(next(iter(variants.values()))[1])
     speeds: dict[str, list[float]] = {label: [] for label in variants}
     stats: dict[str, Any] = {}
