@@ -7,7 +7,19 @@ import sys
 
 import pytest
 
-HEAVY = ["numpy", "tokenizers", "fastapi", "pydantic", "uvicorn", "tqdm", "jinja2", "asyncio", "torch", "quire.backends.cpu._native"]
+HEAVY = [
+    "numpy",
+    "tokenizers",
+    "fastapi",
+    "pydantic",
+    "uvicorn",
+    "tqdm",
+    "jinja2",
+    "asyncio",
+    "torch",
+    "matplotlib",
+    "quire.backends.cpu._native",
+]
 
 
 def imported_by(code: str) -> set[str]:
