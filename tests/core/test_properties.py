@@ -170,4 +170,4 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=1000, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+TestCore.settings = settings(max_examples=1500, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
