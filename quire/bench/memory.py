@@ -18,7 +18,7 @@ from time import perf_counter
 from tqdm import tqdm
 
 from quire.bench.memory_device import Device, Forced, open_device
-from quire.bench.memory_load import ALLOCATORS, Layout, Load, check
+from quire.bench.memory_load import ALLOCATORS, PAGED, Layout, Load, check
 from quire.bench.memory_plot import MemoryRun, label
 from quire.bench.memory_tally import Tally
 from quire.core.contiguous import ContiguousManager, FirstCome, reservation
@@ -129,6 +129,7 @@ def _result(load: Load, layout: Layout, engine: Engine, tally: Tally, steps: int
     positions, counted = max(1, tally.positions), max(1, tally.steps)
     return {
         "policy": layout.policy,
+        "admission": load.admission if layout.policy == PAGED else None,
         "allocator": layout.allocator,
         "block_size": None if manager.block_size == 1 and layout.block_size is None else manager.block_size,
         "token_share": tally.tokens / positions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from quire.config import EngineConfig
+from quire.config import DEFAULT_NUM_SEQS, EngineConfig
 from quire.core.contiguous import RESERVATIONS, Buddy, ContiguousAllocator, FirstFit, reservation
 from quire.errors import ConfigError
 from quire.sampling_params import SamplingParams
@@ -87,6 +87,8 @@ def unit(load: Load, layout: Layout) -> int:
 def engine_config(load: Load, layout: Layout) -> EngineConfig:
     """All but the model and its memory. ConfigError for a value that no engine takes."""
     most = NUM_SEQS if load.model is None else NUM_SEQS_EXECUTED
+    if any(request.prefix_ids for request in load.requests):
+        most = DEFAULT_NUM_SEQS  # with all at once, running sequences would hold what the cache is to keep
     config = EngineConfig(
         max_model_len=load.max_len,
         admission=load.admission,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from quire.errors import ConfigError
 
@@ -18,6 +18,8 @@ class MemoryRun(TypedDict):
     """Of contiguous memory; None where there is none."""
     block_size: int | None
     """Positions; None where memory is not in blocks."""
+    admission: NotRequired[str | None]
+    """To paged memory."""
     token_share: float
     """Of the pool: positions that hold tokens."""
     reserved_share: float
@@ -46,9 +48,9 @@ def _shares(run: MemoryRun) -> tuple[float, float, float, float]:
 
 
 def label(run: MemoryRun) -> str:
-    """``paged / block 16``, ``max / buddy``."""
+    """``paged / block 16 / watermark``, ``max / buddy``."""
     block = None if run["block_size"] is None else f"block {run['block_size']}"
-    return " / ".join(part for part in (run["policy"], run["allocator"], block) if part)
+    return " / ".join(part for part in (run["policy"], run["allocator"], block, run.get("admission")) if part)
 
 
 def require_matplotlib() -> None:

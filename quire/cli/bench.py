@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
@@ -10,6 +11,9 @@ from quire.errors import ConfigError
 
 if TYPE_CHECKING:
     from quire.workload import TraceRequest
+
+
+DEFAULT_MAX_LEN = 2048
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -60,23 +64,24 @@ def _add_memory(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add("--seed", type=int, default=0, metavar="N", help="draws lengths and prompts (default: 0)")
     add("--pool", type=int, default=15_700, metavar="TOKENS",
         help="token positions that the KV pool holds (default: 15700, those of OPT-13B in the paper)")  # fmt: skip
-    add("--max-len", type=int, default=2048, metavar="TOKENS",
-        help="longest sequence that the server allows, prompt and output together (default: 2048)")  # fmt: skip
+    add("--max-len", type=int, metavar="TOKENS",
+        help="longest sequence that the server allows (default: 2048, or what a trace needs if that is more)")  # fmt: skip
     add("--policy", default="paged,max,pow2,oracle", metavar="LIST", help="of paged, max, pow2, oracle (default: all)")
     add("--block-size", default="16", metavar="LIST",
         help="of paged memory: powers of two up to 1024, with --execute those of the device (default: 16)")  # fmt: skip
     add("--allocator", default="buddy", metavar="LIST", help="of contiguous memory: buddy, first-fit (default: buddy)")
     add("--n", type=int, default=1, metavar="N", help="samples of each request (default: 1)")
     add("--beam-width", type=int, metavar="N", help="beams of each request; needs --execute and --policy paged")
-    add("--admission", default="auto", metavar="NAME",
-        help="to paged memory: watermark, no-evict, past-future or auto (see quire serve --help; default: auto)")  # fmt: skip
+    add("--admission", default="watermark,past-future", metavar="LIST",
+        help="of paged memory: watermark, no-evict, past-future, auto (default: watermark,past-future)")  # fmt: skip
     add("--max-num-seqs", type=int, metavar="N",
-        help="most sequences at once; 1 runs one after the other (default: 4096, or 1024 with --execute)")  # fmt: skip
+        help="most sequences at once; 1 runs one after the other (default: 4096; 1024 with --execute; 64, as quire serve has it, for a "
+        "trace that says which prompts share a prefix, for with all at once the cache would have no memory left)")  # fmt: skip
     add("--max-num-batched-tokens", type=int, metavar="N", help="most token positions in a step (default: no limit, or 512 with --execute)")
     add("--execute", action="store_true", help="run a model on the memory; its outputs are forced to the lengths")
     add("--json", metavar="FILE", help="write the runs to FILE; - writes them to standard output instead of the table")
-    add("--plot", default="quire-bench-memory", metavar="NAME",
-        help="write a picture to NAME.png and NAME.svg (default: quire-bench-memory)")  # fmt: skip
+    add("--plot", metavar="NAME",
+        help="write a picture to NAME.png and NAME.svg (default: quire-bench-memory, where matplotlib is installed)")  # fmt: skip
     add("--no-plot", action="store_true", help="write no picture")
     memory.set_defaults(run=run_memory)
 
@@ -107,28 +112,43 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 def run_memory(args: argparse.Namespace) -> int:
     import json
+    from dataclasses import replace
 
     from quire.bench import memory, memory_load, memory_plot
 
+    if args.max_len is None:
+        args.max_len = DEFAULT_MAX_LEN  # what --dist's outputs are cut to
+        args.max_len = max(DEFAULT_MAX_LEN, *(r.prompt_tokens + r.output_tokens for r in _requests(args)))
     load = memory_load.Load(
         _requests(args),
-        **{name: getattr(args, name) for name in ("pool", "max_len", "n", "beam_width", "seed", "admission", "max_num_seqs")},
+        **{name: getattr(args, name) for name in ("pool", "max_len", "n", "beam_width", "seed", "max_num_seqs")},
         max_num_batched_tokens=args.max_num_batched_tokens,
         model=(args.model or EMBEDDED_MODEL) if args.execute else None,
     )
     if not args.execute and (name := "MODEL" if args.model else "--beam-width" if args.beam_width is not None else None):
         raise ConfigError(f"{name} needs --execute: without it, no model runs")
     layouts = memory_load.layouts(args.policy.split(","), args.allocator.split(","), _block_sizes(args.block_size))
-    for layout in layouts:
-        memory_load.check(load, layout)
+    # Admission is a matter of paged memory: a contiguous run is there, or it is not.
+    names = args.admission.split(",")
+    todo = [(replace(load, admission=name), layout) for layout in layouts for name in (names if layout.allocator is None else names[:1])]
+    for each, layout in todo:
+        memory_load.check(each, layout)
     # Before the work: what can't be written should not cost a run.
-    if not args.no_plot:
-        memory_plot.require_matplotlib()
+    plot = None if args.no_plot else args.plot or "quire-bench-memory"
+    if plot is not None:
+        try:
+            memory_plot.require_matplotlib()
+        except ConfigError as e:
+            if args.plot is not None:
+                raise
+            print(f"quire: no picture is written: {e.message}", file=sys.stderr)
+            plot = None
+    if plot is not None:
         for kind in ("png", "svg"):
-            _write(f"{args.plot}.{kind}", "")
+            _write(f"{plot}.{kind}", "")
     if args.json not in (None, "-"):
         _write(args.json, "")
-    runs = [memory.run(load, layout) for layout in layouts]
+    runs = [memory.run(each, layout) for each, layout in todo]
     text = json.dumps({"runs": runs}, indent=2) + "\n"
     if args.json == "-":
         print(text, end="")
@@ -138,8 +158,8 @@ def run_memory(args: argparse.Namespace) -> int:
             print(note)
         if args.json is not None:
             _write(args.json, text)
-    if not args.no_plot:
-        paths = memory_plot.plot(runs, args.plot)
+    if plot is not None:
+        paths = memory_plot.plot(runs, plot)
         if args.json != "-":
             print(f"picture: {', '.join(map(str, paths))}")
     return 0

@@ -166,7 +166,7 @@ def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*SMALL, "--block-size", "8,16", "--allocator", "buddy,first-fit", "--json", str(file), "--plot", str(name)]) == 0
     shown = capsys.readouterr().out
     runs = json.loads(file.read_text())["runs"]
-    assert len(runs) == 2 + 3 * 2
+    assert len(runs) == 2 * 2 + 3 * 2
     assert "paged / block 8" in shown
     assert "oracle / first-fit" in shown
     assert "60 requests, " in shown
@@ -246,7 +246,7 @@ def test_execute(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     options = ["bench", "memory", "--execute", "--dist", "alpaca-paper", "--requests", "4", "--pool", "2048", "--json", "-", "--no-plot"]
     assert main([*options, "--policy", "paged,oracle", "--block-size", "8", "--max-num-seqs", "2"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
-    assert [run["block_size"] for run in runs] == [8, 4]
+    assert [run["block_size"] for run in runs] == [8, 8, 4]
     outputs = sum(request.output_tokens for request in paper("alpaca-paper", 4))
     assert next(generated) == 2 * outputs, "forced to the lengths of the load"
     assert main([*options, "--policy", "paged", "--max-len", "400", "--beam-width", "3"]) == 0
