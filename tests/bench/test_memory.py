@@ -244,9 +244,10 @@ def test_execute(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Engine, "step", counted)
     options = ["bench", "memory", "--execute", "--dist", "alpaca-paper", "--requests", "4", "--pool", "2048", "--json", "-", "--no-plot"]
+    options += ["--admission", "past-future"]
     assert main([*options, "--policy", "paged,oracle", "--block-size", "8", "--max-num-seqs", "2"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
-    assert [run["block_size"] for run in runs] == [8, 8, 4]
+    assert [run["block_size"] for run in runs] == [8, 4]
     outputs = sum(request.output_tokens for request in paper("alpaca-paper", 4))
     assert next(generated) == 2 * outputs, "forced to the lengths of the load"
     assert main([*options, "--policy", "paged", "--max-len", "400", "--beam-width", "3"]) == 0
