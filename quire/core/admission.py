@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from quire.core.sequence import Sequence
 from quire.errors import ContextLengthError, InvalidRequestError
 from quire.sampling_params import SamplingParams
 
@@ -113,6 +114,18 @@ class Footprint(NamedTuple):
     """Most tokens that it may still generate."""
     shared: int = 0
     """Blocks of its table that others own too: not counted again."""
+
+
+def footprint(seq: Sequence) -> Footprint:
+    """Of a running sequence. What it borrowed is not counted: others may hold it when it ends."""
+    others = max(seq.num_borrowed, seq.num_trimmed)
+    generated = len(seq.tokens) - seq.num_prompt
+    return Footprint(len(seq.block_table) - others, generated, len(seq.tokens), seq.max_tokens - generated, others)
+
+
+def expected_footprint(seq: Sequence, shared: int) -> Footprint:
+    """Of a waiting sequence that would begin with ``shared`` blocks which others own."""
+    return Footprint(0, seq.num_generated, seq.num_tokens, seq.max_tokens - seq.num_generated, shared)
 
 
 class AdmissionPolicy(Protocol):

@@ -82,6 +82,11 @@ class BlockManager:
         revived = sum(block >= 0 and counts[block] == 0 for block in match.blocks)
         return self.blocks_for(seq.num_tokens) - len(match.blocks) + revived
 
+    def shared(self, match: Match) -> int:
+        """Blocks of ``match`` that have an owner already, or that the window has left behind: they cost nothing."""
+        counts = self.pool.ref_counts
+        return sum(block < 0 or counts[block] > 0 for block in match.blocks)
+
     def need_fork(self, seq: Sequence) -> int:
         """Free blocks that ``seq`` takes until all its known tokens are computed, if it starts as a fork at the end of its prompt;
         one is for the copy of the partly filled block."""

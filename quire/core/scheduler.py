@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from quire.core import beams
-from quire.core.admission import AdmissionPolicy, Footprint
+from quire.core.admission import AdmissionPolicy, expected_footprint, footprint
 from quire.core.block_manager import BlockManager
-from quire.core.content import Node
 from quire.core.events import Listener, Preempted
+from quire.core.holding import Computing, is_held, sibling
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
 from quire.core.prefix_cache import NOTHING, Match
 from quire.core.sequence import Group, Sequence, Status
@@ -287,18 +287,18 @@ class Scheduler:
         room = manager.pool.num_free - sum(manager.lacking(seq) for seq in prompts)
         surveyed = False
         partial = len(prompts)
-        computing = {(seq.node, self._next_key(seq)): seq for seq in prompts if seq.node is not None}
+        computing = Computing(manager, prompts)
         i = looked_at = 0
         while i < len(self.waiting) and looked_at < MAX_LOOKED_AT and self._rows and budget > 0:
             seq = self.waiting[i]
             if seq is self._refused:
                 self.short = True
                 return budget
-            if self._is_held(seq):
+            if is_held(seq):
                 i += 1
                 continue
             looked_at += 1
-            parent, wait = self._sibling(seq)
+            parent, wait = sibling(manager, seq)
             if seq.candidates is not None or wait:
                 i += 1
                 continue
@@ -308,26 +308,24 @@ class Scheduler:
                 parent = None
             start = match.num_positions if parent is None else seq.num_prompt
             lack = max(1, seq.num_tokens - max(start, seq.num_swapped))
-            if (parent is None and start < seq.num_tokens and self._hold(seq, match, computing)) or (
+            if (parent is None and start < seq.num_tokens and computing.hold(seq, match)) or (
                 lack > budget and partial >= MAX_PARTIAL_PROMPTS
             ):
                 i += 1
                 continue
             need = manager.need(seq, match) if parent is None else manager.need_fork(seq)
+            shared = manager.shared(match) if parent is None else seq.num_prompt // manager.block_size
             if self.running and not surveyed:
-                self.policy.survey([self._footprint(s) for s in self.running], manager.pool.num_free)
+                self.policy.survey([footprint(s) for s in self.running], manager.pool.num_free)
                 surveyed = True
-            if need > room or (self.running and not self.policy.admits(self._candidate(seq, parent, match))):
-                self.short = True
-                # Nobody who comes before it waits, nor a sample that would share what it holds.
+            if need > room or (self.running and not self.policy.admits(expected_footprint(seq, shared))):
+                # Early, where nobody who comes before it waits, nor a sample that would share what it holds.
                 alone = i == 0 and not gave_way and len(seq.group.sequences) == 1
-                if alone and parent is None and seq.host_blocks is None and lack > 1 and not manager.cache.window:
+                if alone and lack > 1 and seq.host_blocks is None and not manager.cache.window:
                     spare = min(self.policy.room(), room) if self.running else room
                     if spare > need - manager.blocks_for(lack):
-                        del self.waiting[i]
-                        self._enter(seq, parent, match)
-                        self.early = seq
-                        return self._begin(plan, seq, spare - (need - manager.lacking(seq)), budget)
+                        return self._start_early(plan, seq, match, spare, budget)
+                self.short = True
                 # A window gives memory back while a sequence runs; without one the pool only fills until somebody leaves.
                 self._refused = None if manager.cache.window else seq
                 return budget
@@ -337,8 +335,8 @@ class Scheduler:
             count = min(lack, budget)
             if count < lack:
                 partial += 1
-            if lack > 1 and seq.node is not None:
-                computing[seq.node, self._next_key(seq)] = seq
+            if lack > 1:
+                computing.add(seq)
             begin = seq.num_tokens - lack
             grown = manager.grow(seq, begin + count)
             assert grown, "the blocks of an admitted sequence were counted before"
@@ -346,17 +344,25 @@ class Scheduler:
             budget -= count
         return budget
 
+    def _start_early(self, plan: StepPlan, seq: Sequence, match: Match, spare: int, budget: int) -> int:
+        """The head of the queue, for whose prompt there is not room enough, begins in ``spare`` blocks."""
+        need = self.manager.need(seq, match)
+        self.waiting.remove(seq)
+        self._enter(seq, None, match)
+        self.early, self.short = seq, True
+        return self._begin(plan, seq, spare - (need - self.manager.lacking(seq)), budget)
+
     def _go_on(self, plan: StepPlan, seq: Sequence, prompts: list[Sequence], budget: int) -> int:
         """The sequence that started early: it is one like any other if it fits now, else it computes what there is room for."""
         if seq is self._refused or budget <= 0:
             self.short = True
             return budget
         manager = self.manager
-        others = [self._footprint(s) for s in self.running if s is not seq]
+        others = [footprint(s) for s in self.running if s is not seq]
         room = manager.pool.num_free - sum(manager.lacking(s) for s in prompts)
         need = manager.lacking(seq)
         self.policy.survey(others, manager.pool.num_free)
-        if need <= room and (not others or self.policy.admits(self._footprint(seq))):
+        if need <= room and (not others or self.policy.admits(footprint(seq))):
             self.early = None
             return self._begin(plan, seq, need, budget)
         self.short = True
@@ -402,62 +408,6 @@ class Scheduler:
             insort(self.running, seq, key=_order)
         else:
             self.running.append(seq)
-
-    def _footprint(self, seq: Sequence) -> Footprint:
-        """What a running sequence holds alone. What it borrowed is not counted: others may hold it when it ends."""
-        others = max(seq.num_borrowed, seq.num_trimmed)
-        generated = len(seq.tokens) - seq.num_prompt
-        return Footprint(len(seq.block_table) - others, generated, len(seq.tokens), seq.max_tokens - generated, others)
-
-    def _candidate(self, seq: Sequence, parent: Sequence | None, match: Match) -> Footprint:
-        if parent is not None:
-            shared = seq.num_prompt // self.manager.block_size
-        else:
-            counts = self.manager.pool.ref_counts
-            shared = sum(block < 0 or counts[block] > 0 for block in match.blocks)
-        generated = seq.num_generated
-        return Footprint(0, generated, seq.num_tokens, seq.max_tokens - generated, shared)
-
-    def _sibling(self, seq: Sequence) -> tuple[Sequence | None, bool]:
-        """A running sequence of the same request to share the prompt's blocks with; and whether one is computing the prompt."""
-        siblings = seq.group.sequences
-        if len(siblings) == 1:
-            return None, False
-        wait = False
-        for sibling in siblings:
-            if sibling.status is Status.RUNNING:
-                if self.manager.can_fork(sibling, seq.num_prompt):
-                    return sibling, False
-                wait = wait or sibling.num_computed < sibling.num_prompt
-        return None, wait
-
-    def _next_key(self, seq: Sequence) -> bytes:
-        """Tokens of the first block of ``seq`` that is not published."""
-        return self.manager.cache.key(seq.tokens, seq.num_published * self.manager.block_size)
-
-    def _hold(self, seq: Sequence, match: Match, computing: dict[tuple[Node, bytes], Sequence]) -> bool:
-        """Whether somebody computes the block that ``seq`` would compute next; then ``seq`` waits for what they have in common."""
-        if not computing or match.node is None:
-            return False
-        size = self.manager.block_size
-        runner = computing.get((match.node, self.manager.cache.key(seq.tokens, len(match.blocks) * size)))
-        if runner is None:
-            return False
-        common = len(match.blocks) * size
-        longest = min(seq.num_tokens, runner.num_tokens)
-        while common < longest and seq.tokens[common : common + size] == runner.tokens[common : common + size]:
-            common = min(common + size, longest)
-        seq.held = runner, common
-        return True
-
-    def _is_held(self, seq: Sequence) -> bool:
-        if seq.held is None:
-            return False
-        runner, common = seq.held
-        if runner.status is Status.RUNNING and runner.num_computed < common:
-            return True
-        seq.held = None
-        return False
 
     # Who goes.
 
