@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import count
 from pathlib import Path
 
@@ -255,3 +256,20 @@ def test_execute(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert next(generated) - 1 == 3 * outputs
     assert result["max_sequences"] >= 3
     assert result["saved_share"] > 0.3
+
+
+def test_a_missing_matplotlib_costs_only_the_picture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*SMALL, "--policy", "max", "--max-len", "800"]) == 0
+    printed = capsys.readouterr()
+    assert "max / buddy" in printed.out
+    assert "no picture is written: the plot needs matplotlib" in printed.err
+    assert main([*SMALL, "--policy", "max", "--plot", "x"]) == 2
+
+
+def test_a_trace_brings_its_own_longest_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("t_s,prompt,output\n0,3000,10\n1,20,5\n")
+    assert main(["bench", "memory", "--trace", str(trace), "--policy", "paged", "--json", "-", "--no-plot"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["admission"] for run in runs] == ["watermark", "past-future"]
