@@ -6,7 +6,7 @@ import pytest
 
 from quire.backends.cpu import _native as native
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 
 
 @pytest.fixture(params=native.available_isas(), autouse=True)
@@ -29,8 +29,12 @@ class Layer:
 
     def __init__(self, kv_heads, head_dim, block_size, dtype="float32", blocks=400, sequences=8, seed=0):
         self.block_size, self.dtype = block_size, DTYPES[dtype]
-        self.k = np.full((blocks, kv_heads, head_dim, block_size), np.nan, np.float32).astype(self.dtype)
-        self.v = np.full((blocks, kv_heads, block_size, head_dim), np.nan, np.float32).astype(self.dtype)
+        nothing = 77 if dtype == "int8" else np.nan
+        self.k = np.full((blocks, kv_heads, head_dim, block_size), nothing, np.float32).astype(self.dtype)
+        self.v = np.full((blocks, kv_heads, block_size, head_dim), nothing, np.float32).astype(self.dtype)
+        self.scales = {}
+        if dtype == "int8":
+            self.scales = {name: np.full((blocks, kv_heads, block_size), np.nan, np.float16) for name in ("k_scales", "v_scales")}
         self.tables = np.full((sequences, blocks), -1, np.int32)
         self.free = list(np.random.default_rng(seed).permutation(blocks))
 
@@ -54,15 +58,24 @@ class Layer:
         fused = np.concatenate([q, k, v], axis=1)
         kv_heads = k.shape[1]
         where = (self.tables, rows, query_start, start)
-        native.write_kv(fused[:, heads : heads + kv_heads], fused[:, heads + kv_heads :], *self.arrays(), *where)
+        native.write_kv(fused[:, heads : heads + kv_heads], fused[:, heads + kv_heads :], *self.arrays(), *where, **self.scales)
         out = np.full((len(q), heads * q.shape[2]), np.nan, np.float32)
-        native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window)
+        native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window, **self.scales)
         return np.split(out, query_start[1:-1])
 
 
 def tokens(seed, n, heads, kv_heads, dim):
     rng = np.random.default_rng(seed)
     return tuple(rng.standard_normal((n, h, dim)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
+
+
+def stored(x, dtype):
+    """[tokens, heads, dim] as a cache of ``dtype`` holds it."""
+    if dtype != "int8":
+        return x.astype(DTYPES[dtype])
+    scale = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0, dtype=np.float32)
+    return np.clip(np.rint(x * inverse), -127, 127).astype(np.float64) * scale
 
 
 def reference(q, k, v, scale, window=0, last=None):
@@ -88,14 +101,43 @@ def test_matches_float64(dtype, heads, kv_heads, dim, block_size, n, window):
     q, k, v = tokens(n + dim, n, heads, kv_heads, dim)
     layer = Layer(kv_heads, dim, block_size, dtype)
     out = layer.run([(2, 0, q, k, v)], heads, dim**-0.5, window)[0]
-    exact = reference(q, k.astype(DTYPES[dtype]), v.astype(DTYPES[dtype]), dim**-0.5, window)
+    exact = reference(q, stored(k, dtype), stored(v, dtype), dim**-0.5, window)
     np.testing.assert_allclose(out, exact, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_int8_is_near_what_it_rounds(block_size):
+    """Large and tiny vectors, zeros and one outlier: half a step of the vector's own scale at most, and nothing where it is 0."""
+    rng = np.random.default_rng(40)
+    kv_heads, dim, n = 3, 40, 20
+    k = rng.standard_normal((n, kv_heads, dim)).astype(np.float32) * 10.0 ** rng.integers(-6, 5, (n, kv_heads, 1))
+    k = k.astype(np.float32)
+    k[3], k[4, 1, 7], v = 0, 1000, k[::-1].copy()
+    layer = Layer(kv_heads, dim, block_size, "int8")
+    layer.run([(0, 0, np.zeros((n, kv_heads, dim), np.float32), k, v)], kv_heads, 1.0)
+    for cache, scales, x, axes in ((layer.k, "k_scales", k, (0, 3, 1, 2)), (layer.v, "v_scales", v, (0, 2, 1, 3))):
+        blocks = layer.tables[0, : -(-n // block_size)]
+        numbers = cache[blocks].transpose(axes).reshape(-1, kv_heads, dim)[:n].astype(np.float64)
+        scale = layer.scales[scales][blocks].transpose(0, 2, 1).reshape(-1, kv_heads, 1)[:n].astype(np.float64)
+        assert np.array_equal(numbers * scale, stored(x, "int8"))
+        assert (abs(numbers * scale - x) <= 0.5001 * scale + 127 * 3e-8).all()  # float16 has no scale below 6e-8
+        assert not numbers[x == 0].any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_int8_does_not_hide_what_is_not_finite(bad):
+    q, k, v = tokens(41, 9, 2, 2, 16)
+    k[4, 0, 3] = v[6, 1, 2] = bad
+    layer = Layer(2, 16, 4, "int8")
+    out = layer.run([(0, 0, q, k, v)], 2, 0.3)[0].reshape(9, 2, 16)
+    wrong = np.isnan(out).any(-1)
+    assert wrong.tolist() == [[t >= 4, t >= 6] for t in range(9)]
 
 
 SHAPES = [(4, 2, 64, 0), (3, 3, 20, 0), (8, 1, 32, 0), (6, 2, 16, 200)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), SHAPES)
 def test_whole_chunks_and_decode_are_the_same_bytes(dtype, heads, kv_heads, dim, window):
     """Also for every block size: what a token sees is fixed by its position, not by how it was computed or stored."""
@@ -115,14 +157,15 @@ def test_whole_chunks_and_decode_are_the_same_bytes(dtype, heads, kv_heads, dim,
             at += size
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), SHAPES)
-def test_neighbours_and_threads_do_not_matter(heads, kv_heads, dim, window):
+def test_neighbours_and_threads_do_not_matter(dtype, heads, kv_heads, dim, window):
     lengths = [1300, 3, 64, 700]
     sequences = [tokens(10 + i, n, heads, kv_heads, dim) for i, n in enumerate(lengths)]
-    alone = [Layer(kv_heads, dim, 16, "float16").run([(0, 0, *s)], heads, 0.3, window)[0] for s in sequences]
+    alone = [Layer(kv_heads, dim, 16, dtype).run([(0, 0, *s)], heads, 0.3, window)[0] for s in sequences]
     for threads in (1, 2, 3):
         native.set_num_threads(threads)
-        layer = Layer(kv_heads, dim, 32, "float16")
+        layer = Layer(kv_heads, dim, 32, dtype)
         # Prefill of some together with a chunk of others, then decode of all in one call, in another order.
         split = [1298, 1, 40, 0]
         layer.run([(i, 0, *(a[: split[i]] for a in s)) for i, s in enumerate(sequences) if split[i]], heads, 0.3, window)
@@ -147,7 +190,7 @@ def test_one_long_sequence_is_shared_by_the_threads():
         assert np.array_equal(out, whole[2896:])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_heads_share_a_task_or_not(dtype):
     """How many KV heads a task has, and whether it is cut, follows from the neighbours and the threads; the bytes do not."""
     heads, kv_heads, dim, n = 12, 12, 16, 600
@@ -214,9 +257,9 @@ def test_wrong_calls():
     layer.run([(0, 0, q, k, v)], 4, 1.0)
     out = np.zeros((3, 64), np.float32)
 
-    def attend(q=q, k=layer.k, v=layer.v, out=out, tables=layer.tables, rows=(0,), ends=(0, 3), start=(0,), window=0):
+    def attend(q=q, k=layer.k, v=layer.v, out=out, tables=layer.tables, rows=(0,), ends=(0, 3), start=(0,), window=0, **scales):
         ints = [np.array(a, np.int32) for a in (rows, ends, start)]
-        native.paged_attention(q, k, v, out, tables, *ints, 1.0, window)
+        native.paged_attention(q, k, v, out, tables, *ints, 1.0, window, **scales)
 
     attend()
     for wrong, message in (
@@ -242,6 +285,22 @@ def test_wrong_calls():
         attend(k=np.zeros((2, 2, 16, 12), np.float32), v=np.zeros((2, 2, 12, 16), np.float32))
     with pytest.raises(TypeError, match="dtype"):
         attend(k=layer.k.astype(np.float16))
+    quantized, scales = Layer(2, 16, 32, "int8", blocks=10), np.zeros((10, 2, 32), np.float16)
+    numbers = {"k": quantized.k, "v": quantized.v}
+    attend(**numbers, k_scales=scales, v_scales=scales)
+    for wrong, message in (
+        ({**numbers}, "k_scales are needed"),
+        ({**numbers, "k_scales": scales}, "v_scales are needed"),
+        ({**numbers, "k_scales": scales[:9], "v_scales": scales}, "k_scales must be"),
+        ({**numbers, "k_scales": scales, "v_scales": scales[:, :, ::2]}, "v_scales must be"),
+        ({"k_scales": scales, "v_scales": scales}, "not int8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(**wrong)
+    with pytest.raises(TypeError, match="v_scales must be float16"):
+        attend(**numbers, k_scales=scales, v_scales=scales.astype(np.float32))
+    with pytest.raises(TypeError, match="k_cache must be float32"):
+        attend(k=layer.k.astype(np.float64), v=layer.v)
     with pytest.raises(TypeError, match="block_tables"):
         attend(tables=layer.tables.astype(np.int64))
     with pytest.raises(ValueError, match="k and v must be"):

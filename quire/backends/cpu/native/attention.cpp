@@ -9,6 +9,8 @@
 // many rows a tile is first gathered into float32 scratch, which changes no arithmetic. A task may have several KV
 // heads, which take turns at each tile: what a block holds for them lies together, and memory likes long stretches.
 // The first rows of a tile prefetch the next one: the hardware can't know which block follows.
+#include <type_traits>
+
 #include "attention_tile.h"
 #include "threads.h"
 
@@ -19,6 +21,7 @@ constexpr int64_t kGatherRows = 2 * kRows + 1;         // from here on gathering
 
 // One task: `rows` rows against each of `heads` KV heads, with everything it needs in this thread's scratch.
 template <class T> struct Task {
+    static constexpr bool kScaled = std::is_same_v<T, i8>;
     const AttentionArgs& a;
     const AttentionWork& w;
     const int64_t group = a.heads / a.cache.kv_heads, rows = w.count * group, heads = w.kv_heads;
@@ -31,20 +34,26 @@ template <class T> struct Task {
     const T* v_cache = static_cast<const T*>(a.cache.v) + w.kv_head * head_size;
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(block));
     float *q = nullptr, *s = nullptr, *state = nullptr, *merged = nullptr, *k_wide = nullptr, *v_wide = nullptr;
+    Scales* scales = nullptr;
     int32_t *first = nullptr, *last = nullptr;   // the keys of a row are first[row] to last[row], both included
 
     void allocate(bool several) {
         const int64_t states = heads * rows * row_floats;
-        const int64_t floats[7] = {heads * rows * dim, rows * kTile,   states,  several ? states : 0,
-                                   dim * kTile,        kTile * padded, 2 * rows};
+        const int64_t floats[8] = {heads * rows * dim, rows * kTile,   states,   several ? states : 0,
+                                   dim * kTile,        kTile * padded, 2 * rows, 2 * kTile};
         int64_t total = 0;
         for (int64_t n : floats) total += (n + 15) / 16 * 16;
         float* p = static_cast<float*>(thread_scratch(kScratchAttention, static_cast<size_t>(total) * sizeof(float)));
-        float* at[7];
-        for (int i = 0; i < 7; ++i) at[i] = p, p += (floats[i] + 15) / 16 * 16;
+        float* at[8];
+        for (int i = 0; i < 8; ++i) at[i] = p, p += (floats[i] + 15) / 16 * 16;
         q = at[0], s = at[1], state = at[2], merged = at[3], k_wide = at[4], v_wide = at[5];
         first = reinterpret_cast<int32_t*>(at[6]), last = first + rows;
+        scales = reinterpret_cast<Scales*>(at[7]);
     }
+
+    // One tile of keys, the first of them at position `base`. Rows are ordered by position, so those that see anything
+    // of it, [r0, r1), are consecutive; together they see the keys [from, to) of it.
+    struct Seen { int64_t base, r0, r1; int from, to; };
 
     const T* key_at(int64_t key) const { return k_cache + table[key >> shift] * block_size + (key & (block - 1)); }
     const T* value_at(int64_t key) const { return v_cache + table[key >> shift] * block_size + (key & (block - 1)) * dim; }
@@ -74,6 +83,29 @@ template <class T> struct Task {
         }
         for (int i = 0; i < begin; ++i) at.v[i] = at.v[begin];
         for (int i = t; i < kTile; ++i) at.v[i] = at.v[t - 1];
+        if constexpr (kScaled)   // the hardware can't know where these are either
+            for (t = begin; t < to; t += run)
+                for (int64_t i = 0, from = scale_at(base + t, 0); i < heads * block; i += 32) {
+                    prefetch_l2(a.cache.k_scales + from + i);
+                    prefetch_l2(a.cache.v_scales + from + i);
+                }
+    }
+
+    // Where the scale of a key is, for the first KV head of this task or a later one.
+    int64_t scale_at(int64_t key, int64_t head) const {
+        return (table[key >> shift] * a.cache.kv_heads + w.kv_head + head) * block + (key & (block - 1));
+    }
+
+    void gather_scales(const Seen& n, int64_t head) {
+        const int run = static_cast<int>(block < kTile ? block : kTile);
+        for (int t = n.from / run * run; t < n.to; t += run) {
+            const int64_t at = scale_at(n.base + t, head);
+            for (int i = 0; i < run; i += kWidth) {
+                const int left = run - i < kWidth ? run - i : kWidth;
+                store_n(scales->k + t + i, load_n(a.cache.k_scales + at + i, left), left);
+                store_n(scales->v + t + i, load_n(a.cache.v_scales + at + i, left), left);
+            }
+        }
     }
 
     // follow: the work that this thread will probably do next, or null.
@@ -110,6 +142,7 @@ template <class T> struct Task {
                 }
                 const Seen n = seen(base);
                 for (int64_t head = 0; head < heads; ++head) {
+                    if constexpr (kScaled) gather_scales(n, head);
                     const bool stay = head + 1 < heads;   // the next turn is at this tile
                     step(n, {*here, head * head_size, stay ? *here : *next, stay ? (head + 1) * head_size : 0,
                              q + head * rows * dim, state + head * rows * row_floats}, many);
@@ -147,9 +180,6 @@ template <class T> struct Task {
         }
     }
 
-    // One tile of keys, the first of them at position `base`. Rows are ordered by position, so those that see anything
-    // of it, [r0, r1), are consecutive; together they see the keys [from, to) of it.
-    struct Seen { int64_t base, r0, r1; int from, to; };
     Seen seen(int64_t base) const {
         Seen s{base, 0, rows, static_cast<int>(low() > base ? low() - base : 0),
                static_cast<int>(high() < base + kTile ? high() - base : kTile)};
@@ -199,8 +229,8 @@ template <class T> struct Task {
         for (int64_t row = n.r0; row < n.r1; ++row) {
             float* p = t.state + row * row_floats;
             const int from = begin_of(row, n.base), to = end_of(row, n.base);
-            if (from == 0 && to == kTile) soften<true>(s + row * kTile, from, to, a.scale, p[0], p[1], p + 16, padded);
-            else soften<false>(s + row * kTile, from, to, a.scale, p[0], p[1], p + 16, padded);
+            if (from == 0 && to == kTile) soften<true, kScaled>(s + row * kTile, from, to, a.scale, *scales, p[0], p[1], p + 16, padded);
+            else soften<false, kScaled>(s + row * kTile, from, to, a.scale, *scales, p[0], p[1], p + 16, padded);
         }
     }
 
@@ -274,10 +304,11 @@ template <class T> void task(const void* context, int64_t index, int64_t next) {
 }  // namespace
 
 void attention(const AttentionArgs& a) {
-    switch (a.cache.dtype) {
-        case DType::f32: return run_tasks(a.num_works, task<float>, &a);
-        case DType::f16: return run_tasks(a.num_works, task<f16>, &a);
-        case DType::bf16: return run_tasks(a.num_works, task<bf16>, &a);
+    switch (a.cache.type) {
+        case KvType::f32: return run_tasks(a.num_works, task<float>, &a);
+        case KvType::f16: return run_tasks(a.num_works, task<f16>, &a);
+        case KvType::bf16: return run_tasks(a.num_works, task<bf16>, &a);
+        case KvType::i8: return run_tasks(a.num_works, task<i8>, &a);
     }
 }
 

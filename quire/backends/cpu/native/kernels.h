@@ -12,6 +12,7 @@ namespace quire {
 
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
+struct i8 { int8_t value; };
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
@@ -86,11 +87,15 @@ struct Ragged {
     int64_t seqs, table_stride;
 };
 
-// One layer: k is [num_blocks][kv_heads][head_dim][block_size], v is [num_blocks][kv_heads][block_size][head_dim].
+// One layer: k is [num_blocks][kv_heads][head_dim][block_size], v is [num_blocks][kv_heads][block_size][head_dim]. Where
+// they are int8, each head's vector of a token has a scale: both [num_blocks][kv_heads][block_size], else null.
+enum class KvType : int32_t { f32, f16, bf16, i8 };
 struct Cache {
     void* k;
     void* v;
-    DType dtype;
+    f16* k_scales;
+    f16* v_scales;
+    KvType type;
     int64_t kv_heads, head_dim, block_size;
 };
 
