@@ -46,7 +46,7 @@ class Layer:
     def arrays(self):
         return (self.k.view(np.uint16), self.v.view(np.uint16)) if self.dtype == ml_dtypes.bfloat16 else (self.k, self.v)
 
-    def run(self, parts, heads, scale, window=0):
+    def run(self, parts, heads, scale, window=0, share=None):
         """parts: (row, start, q, k, v) each. Writes k and v, attends, and returns one output for each part."""
         rows = np.array([p[0] for p in parts], np.int32)
         start = np.array([p[1] for p in parts], np.int32)
@@ -60,7 +60,7 @@ class Layer:
         where = (self.tables, rows, query_start, start)
         native.write_kv(fused[:, heads : heads + kv_heads], fused[:, heads + kv_heads :], *self.arrays(), *where, **self.scales)
         out = np.full((len(q), heads * q.shape[2]), np.nan, np.float32)
-        native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window, **self.scales)
+        self.saved = native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window, **self.scales, share=share)
         return np.split(out, query_start[1:-1])
 
 
@@ -204,6 +204,77 @@ def test_heads_share_a_task_or_not(dtype):
             cut = slice(at, at + 1)
             for out in layer.run([(i, at, q[cut], k[cut], v[cut]) for i in range(others + 1)], heads, 0.2):
                 assert np.array_equal(out.view(np.uint32), whole[cut].view(np.uint32)), (block_size, threads, others)
+
+
+class Tree:
+    """Sequences that share beginnings: 0 and 1 the first 700 tokens, 2 and 3 the first 1,100, all four 520 (as forks would);
+    4 to 6 another 130; 7 is alone, 8 has no whole tile. Lengths before the step, and the queries that each has in it."""
+
+    LENGTHS = [1500, 701, 1100, 1290, 130, 257, 131, 900, 20]
+    QUERIES = [1, 3, 1, 1, 2, 40, 1, 1, 1]  # 5 has too many to take part
+    SHARED = [(1, 0, 700), (2, 0, 520), (3, 2, 1100), (5, 4, 130), (6, 4, 130)]
+
+    def __init__(self, heads, kv_heads, dim, window):
+        self.heads, self.window, whole = heads, window, []
+        for i, (length, queries) in enumerate(zip(self.LENGTHS, self.QUERIES, strict=True)):
+            whole.append(tokens(50 + i, length + queries, heads, kv_heads, dim))
+            for later, earlier, n in self.SHARED:
+                if later == i:
+                    for mine, theirs in zip(whole[i][1:], whole[earlier][1:], strict=True):
+                        mine[:n] = theirs[:n]
+        self.whole, self.shape = whole, (kv_heads, dim)
+
+    def alone(self, dtype):
+        """[queries, heads * dim] of each sequence, computed as a whole."""
+        layers = (Layer(*self.shape, 16, dtype) for _ in self.whole)
+        outs = [layer.run([(0, 0, *s)], self.heads, 0.3, self.window)[0] for layer, s in zip(layers, self.whole, strict=True)]
+        return [out[n:] for out, n in zip(outs, self.LENGTHS, strict=True)]
+
+    def layer(self, dtype, block_size):
+        """The cache before the step: forks have the blocks of their parents, with a copy of one that is shared in part."""
+        layer = Layer(*self.shape, block_size, dtype, blocks=6000 // block_size + 40, sequences=9)
+        parents = {later: (earlier, n) for later, earlier, n in self.SHARED}
+        for i, length in enumerate(self.LENGTHS):
+            begin = 0
+            if i in parents:
+                blocks = parents[i][1] // block_size
+                layer.tables[i, :blocks] = layer.tables[parents[i][0], :blocks]
+                begin = blocks * block_size
+            layer.run([(i, begin, *(a[begin:length] for a in self.whole[i]))], self.heads, 0.3, self.window)
+        return layer
+
+    def step(self, layer, members, share):
+        parts = [(i, self.LENGTHS[i], *(a[self.LENGTHS[i] :] for a in self.whole[i])) for i in members]
+        return layer.run(parts, self.heads, 0.3, self.window, share)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 64, 0), (3, 3, 20, 0), (8, 1, 32, 0), (6, 2, 16, 1000)])
+def test_shared_reads_are_the_same_bytes(dtype, heads, kv_heads, dim, window):
+    tree = Tree(heads, kv_heads, dim, window)
+    alone = tree.alone(dtype)
+    rng = np.random.default_rng(60)
+    for block_size, threads in ((4, 2), (16, 1), (16, 3), (64, 2), (256, 2)):
+        native.set_num_threads(threads)
+        layer = tree.layer(dtype, block_size)
+        for share in (True, None, False):
+            order = rng.permutation(9)
+            for i, out in zip(order, tree.step(layer, order, share), strict=True):
+                assert np.array_equal(out.view(np.uint32), alone[i].view(np.uint32)), (block_size, threads, share, i)
+            assert layer.saved == 0 if share is False else layer.saved >= 0
+            if share and threads == 1 and block_size <= 64:
+                # Tiles of 64: 512 for four, 1,088 for two, 640 for two; 128 for two. A window of 1,000 is behind four of them.
+                assert layer.saved == (3 * 8 + 9 + 2 + 2 if not window else 2)
+
+
+def test_shared_reads_where_nothing_is_shared():
+    tree = Tree(4, 2, 64, 0)
+    layer = tree.layer("float16", 16)
+    for members, saved in (((0,), 0), ((0, 7), 0), ((0, 4, 7, 8), 0), ((4, 5), 0), ((4, 6), 2), ((0, 1), 10), ((0, 2), 8), ((0, 0), 23)):
+        tree.step(layer, members, True)
+        assert layer.saved == saved, members
+        tree.step(layer, members, None)
+        assert layer.saved == (saved if saved > 16 else 0), members  # 32 KiB each: less than 512 KiB is not worth a region
 
 
 def test_extreme_scores():

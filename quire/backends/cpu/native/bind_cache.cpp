@@ -111,9 +111,9 @@ void write_kv(const Array& k_, const Array& v_, const OutArray& k_cache, const O
     active_kernels().write_kv({seq, c.cache, k.data, v.data, k.rows, k.stride, k.head_stride, v.stride, v.head_stride});
 }
 
-void attention(const Array& q_, const Array& k_cache, const Array& v_cache, const OutArray& out_, const Array& tables,
+int64_t attention(const Array& q_, const Array& k_cache, const Array& v_cache, const OutArray& out_, const Array& tables,
                const Array& rows, const Array& query_start, const Array& start, float scale, int64_t window,
-               const MaybeArray& k_scales, const MaybeArray& v_scales) {
+               const MaybeArray& k_scales, const MaybeArray& v_scales, std::optional<bool> share) {
     const CheckedCache c = check_cache(k_cache, v_cache, k_scales, v_scales);
     const Heads q = heads(q_, "q");
     require_ndim(q_, 3, "q");
@@ -126,8 +126,10 @@ void attention(const Array& q_, const Array& k_cache, const Array& v_cache, cons
     require(window >= 0, "window must not be negative");
     const Ragged seq = check_ragged(c, q.rows, tables, rows, query_start, start, true, window);
     nb::gil_scoped_release release;
-    paged_attention(active_kernels(), {seq, c.cache, q.data, out.data, q.rows, q.heads, q.stride, q.head_stride,
-                                       out.stride, window, scale, nullptr, 0});
+    return paged_attention(
+        active_kernels(), {seq, c.cache, q.data, out.data, q.rows, q.heads, q.stride, q.head_stride, out.stride, window, scale, nullptr, 0,
+                           nullptr, 0},
+        !share ? Sharing::where_it_pays : *share ? Sharing::always : Sharing::never);
 }
 
 // Blocks along the first axis of a cache, as bytes.
@@ -191,7 +193,8 @@ void bind_cache(nb::module_& m) {
           nb::arg("v_scales") = nb::none());
     m.def("paged_attention", attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("out"),
           nb::arg("block_tables"), nb::arg("rows"), nb::arg("query_start"), nb::arg("start"), nb::arg("scale"),
-          nb::arg("window") = 0, nb::arg("k_scales") = nb::none(), nb::arg("v_scales") = nb::none());
+          nb::arg("window") = 0, nb::arg("k_scales") = nb::none(), nb::arg("v_scales") = nb::none(),
+          nb::arg("share") = nb::none());
     m.def("copy_blocks", copy_blocks, nb::arg("cache"), nb::arg("pairs"));
     m.def("fill_blocks", fill_blocks, nb::arg("cache"), nb::arg("ids"), nb::arg("value"));
 }

@@ -110,7 +110,20 @@ struct WriteKvArgs {
 // A few queries of one sequence against some KV heads, over the splits [split_begin, split_end) of the positions.
 struct AttentionWork {
     int32_t seq, kv_head, kv_heads, query, count, split_begin, split_end;
+    int32_t key_begin;   // whole tiles before it are done: what came of them is in `merged` and `running`
     float* partial;      // null: this work sees all splits, and writes the output itself
+    float* merged;       // [kv_heads][rows] of whole splits, or null
+    float* running;      // likewise, of the split that key_begin lies in
+};
+
+// A few sequences over the tiles of keys that they have in common. Rows are those of all members, one after the other; a
+// run concerns some of them.
+struct SharedMember { int32_t seq, query, count; float *merged, *running; };   // of all KV heads: [kv_heads][rows]
+struct SharedRun { int32_t seq, row_begin, row_end, tile_begin, tile_end; };   // seq: whose table names the blocks
+struct AttentionShared {
+    const SharedMember* members;
+    const SharedRun* runs;   // for each row in ascending order of tiles, from 0 without a gap
+    int64_t num_members, num_runs, rows;
 };
 
 struct AttentionArgs {
@@ -122,6 +135,8 @@ struct AttentionArgs {
     float scale;
     const AttentionWork* works;
     int64_t num_works;
+    const AttentionShared* shared;
+    int64_t num_shared;
 };
 
 // Part of the arithmetic: changing either changes the bytes of every attention output.
@@ -143,6 +158,7 @@ struct Kernels {
     void (*embed)(const EmbedArgs&);
     void (*convert)(const ConvertArgs&);
     void (*write_kv)(const WriteKvArgs&);
+    void (*attention_shared)(const AttentionArgs&);  // runs args.shared, which args.works may need
     void (*attention)(const AttentionArgs&);         // runs args.works
     void (*attention_merge)(const AttentionArgs&, const AttentionWork* splits, int64_t n);
     // Sampler primitives over one row of logits.
