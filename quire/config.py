@@ -73,7 +73,11 @@ class EngineConfig(_Checked):
     dtype: str = option("auto", "width of the weights; auto keeps the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
     max_model_len: int | None = option(None, "longest sequence in tokens, prompt and output together (default: the model's context)", low=2)
     block_size: int = option(16, "token positions in a block of KV memory", choices=(4, 8, 16, 32, 64, 128, 256))
-    kv_dtype: str = option("float16", "width of the KV cache", choices=("float16", "float32"))
+    kv_dtype: str = option(
+        "float16",
+        "width of the KV cache; int8 has a scale for each head's key and value of a token, and takes a little more than half of float16",
+        choices=("float16", "float32", "bfloat16", "int8"),
+    )
     kv_memory: str = option(
         "2GiB", "memory for the KV cache, e.g. 2GiB or 512MiB; auto takes what the machine can spare, and says how much", metavar="SIZE"
     )

@@ -134,6 +134,31 @@ def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
         native.set_isa(before)
 
 
+KV_TYPES = [("qwen3", "bfloat16"), ("qwen3", "int8"), ("mistral", "int8"), ("embedded", "float32"), ("embedded", "int8")]
+
+
+@pytest.mark.parametrize(("model", "kv_dtype"), KV_TYPES)
+def test_whatever_the_cache_holds(model: str, kv_dtype: str) -> None:
+    """The other KV types, under the variants in which blocks are filled, copied, found and swapped in other ways."""
+    folder = folder_of(model)
+    engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False, kv_dtype=kv_dtype)
+    spec, context = engine.backend.spec, engine.limits.max_model_len
+    requests = requests_for(spec.vocab_size, context, spec.eos_token_ids)
+    reference: dict[tuple[str, int], running.Output] = {}
+    for request in requests:
+        reference |= running.run(engine, [request]).outputs
+    for name in ("all together", "chunks of 33", "NaN in fresh blocks"):
+        engine = running.open_engine(folder, **VARIANTS[name], kv_dtype=kv_dtype)
+        for turn in ("cold", "warm"):
+            assert running.run(engine, requests).outputs == reference, f"{name}, {turn}"
+    tiny = -(-max(running.positions(r) for r in requests) // 16) * 16 * spec.kv_bytes_per_token(kv_dtype)
+    context = max(len(r.prompt_token_ids) + (r.params.max_tokens or 0) for r in requests)
+    options = {**SQUEEZED["swap"], "kv_memory": str(tiny), "max_model_len": context, "kv_dtype": kv_dtype}
+    squeezed = running.run(running.open_engine(folder, **options), requests, preempt_every=5)
+    assert squeezed.outputs == reference, "squeezed"
+    assert squeezed.stats.kv.counters.blocks_swapped_in > 0
+
+
 def test_a_seed_decides_and_only_where_it_should() -> None:
     engine = running.open_engine(folder_of("embedded"))
     prompt = [5, 6, 7]

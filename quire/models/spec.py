@@ -21,7 +21,10 @@ from typing import Literal
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+KV_SCALE_BYTES = {"int8": 2}
+"""Of the scale (float16) of one head's key, or value, of one token; KV types that are not here have none."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -179,8 +182,9 @@ class TransformerSpec:
         return self.num_parameters() * DTYPE_BYTES[dtype or self.dtype]
 
     def kv_bytes_per_token(self, kv_dtype: str) -> int:
-        """Bytes of KV cache for one token position, all layers, keys and values."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[kv_dtype]
+        """Bytes of KV cache for one token position, all layers, keys and values, with their scales."""
+        vector = self.head_dim * DTYPE_BYTES[kv_dtype] + KV_SCALE_BYTES.get(kv_dtype, 0)
+        return 2 * self.num_layers * self.num_kv_heads * vector
 
     def matmul_parameters(self) -> int:
         """Parameters that one computed position multiplies by, without lm_head."""

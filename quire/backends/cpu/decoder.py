@@ -65,12 +65,20 @@ class Layer:
     """[num_blocks, kv_heads, head_dim, block_size]"""
     value_cache: npt.NDArray[Any]
     """[num_blocks, kv_heads, block_size, head_dim]"""
+    key_scales: npt.NDArray[np.float16] | None
+    """[num_blocks, kv_heads, block_size] where KV is int8"""
+    value_scales: npt.NDArray[np.float16] | None
+
+    def pools(self) -> list[npt.NDArray[Any]]:
+        """All arrays that hold something for each block."""
+        return [pool for pool in (self.key_cache, self.value_cache, self.key_scales, self.value_scales) if pool is not None]
 
 
 class Decoder:
     """The model's weights, its KV pool, and the forward pass.
 
-    tensors: canonical names (see TransformerSpec). kv_dtype: float16 or float32. weight_dtype: None keeps each tensor's.
+    tensors: canonical names (see TransformerSpec). kv_dtype: float32, float16, bfloat16 or int8. weight_dtype: None keeps each
+    tensor's.
     """
 
     def __init__(
@@ -115,6 +123,8 @@ class Decoder:
                 window=spec.window(i),
                 key_cache=_cache((*shape, d, block_size), kv_dtype),
                 value_cache=_cache((*shape, block_size, d), kv_dtype),
+                key_scales=_cache((*shape, block_size), "float16") if kv_dtype == "int8" else None,
+                value_scales=_cache((*shape, block_size), "float16") if kv_dtype == "int8" else None,
             )
             self.layers.append(layer)
         self.final_norm = self._norm("final_norm") if spec.final_norm else None
@@ -153,15 +163,16 @@ class Decoder:
         """Copy whole blocks, (source, destination), in every layer."""
         ids = np.array(pairs, np.int32)
         for layer in self.layers:
-            native.copy_blocks(layer.key_cache, ids)
-            native.copy_blocks(layer.value_cache, ids)
+            for pool in layer.pools():
+                native.copy_blocks(pool, ids)
 
     def poison_blocks(self, blocks: list[int]) -> None:
-        """Fill blocks with NaN: what reads them before they are written shows."""
+        """Fill blocks with NaN (int8: their scales): what reads them before they are written shows."""
         ids = np.array(blocks, np.int32)
         for layer in self.layers:
-            native.fill_blocks(layer.key_cache, ids, np.nan)
-            native.fill_blocks(layer.value_cache, ids, np.nan)
+            for pool in layer.pools():
+                if pool.dtype != np.int8:
+                    native.fill_blocks(pool, ids, np.nan)
 
     def weight_bytes(self) -> int:
         """Bytes of all packed linears, lm_head included: what a step reads."""
@@ -193,12 +204,13 @@ class Decoder:
         if spec.rope is not None:
             native.rotary(heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions, self.cos, self.sin)
         where = (batch.block_tables, batch.rows, batch.query_start, batch.start)
+        cache, scales = (layer.key_cache, layer.value_cache), (layer.key_scales, layer.value_scales)
         if (part := batch.written) is None:
-            native.write_kv(keys, values, layer.key_cache, layer.value_cache, *where)
+            native.write_kv(keys, values, *cache, *where, *scales)
         elif len(part.tokens):
-            cache = (layer.key_cache, layer.value_cache, batch.block_tables, part.rows, part.query_start, part.start)
-            native.write_kv(keys[part.tokens], values[part.tokens], *cache)
-        native.paged_attention(queries, layer.key_cache, layer.value_cache, attended, *where, spec.scale, layer.window)
+            there = (batch.block_tables, part.rows, part.query_start, part.start)
+            native.write_kv(keys[part.tokens], values[part.tokens], *cache, *there, *scales)
+        native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales)
         layer.o(attended, residual, accumulate=True)
 
     def _feed_forward(self, layer: Layer, x: F32, residual: F32) -> None:
@@ -253,6 +265,7 @@ class Decoder:
 def _cache(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     """Zeros that start on a cache line, so that a block of 8 fills whole lines. numpy's start 16 bytes beside one: attention
     then reads an extra line for every stretch, and most of its loads cross two."""
+    dtype = "uint16" if dtype == "bfloat16" else dtype  # numpy has no bfloat16: its bits
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

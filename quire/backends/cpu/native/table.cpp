@@ -12,6 +12,7 @@ void activation(const ActivationArgs&);
 void embed(const EmbedArgs&);
 void convert(const ConvertArgs&);
 void write_kv(const WriteKvArgs&);
+void attention_shared(const AttentionArgs&);
 void attention(const AttentionArgs&);
 void attention_merge(const AttentionArgs&, const AttentionWork*, int64_t);
 RowScan scan(const float*, int64_t);
@@ -38,6 +39,7 @@ const Kernels kernels = {
     .embed = embed,
     .convert = convert,
     .write_kv = write_kv,
+    .attention_shared = attention_shared,
     .attention = attention,
     .attention_merge = attention_merge,
     .scan = scan,
