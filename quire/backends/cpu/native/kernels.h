@@ -1,6 +1,6 @@
 // What every kernel takes, and the table through which it is called.
 //
-// The files gemm, attention, norms, elementwise, reduce and limits are compiled once per instruction set, each time
+// The files gemm, attention, norms, elementwise, reduce and peaks are compiled once per instruction set, each time
 // in a namespace of its own (see simd.h). Nothing but plain structs of pointers crosses the border, and no template or
 // inline function from here may be emitted by two of those compilations: the linker would merge them, and a machine
 // without AVX-512 could end up in AVX-512 code.
@@ -151,8 +151,8 @@ struct Kernels {
     void (*run_maxima)(const float* z, int64_t n, float* maxima);    // of each run of kMaxRun values
     // Limits of the machine.
     double (*read_sum)(const float* p, int64_t n);
-    double (*fma_loop)(int64_t iterations);          // does fma_flops flops an iteration
-    int64_t fma_flops;
+    int64_t (*fma_loop)(int64_t iterations);         // returns the float32 operations that it did
+    int64_t (*int8_loop)(int64_t iterations);        // likewise, of int8
 };
 
 constexpr int64_t kSumRun = 1024;
@@ -161,5 +161,6 @@ constexpr int64_t kMaxRun = 64;
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512vnni { int64_t int8_loop(int64_t iterations); }
 
 }  // namespace quire
