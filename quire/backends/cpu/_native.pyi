@@ -39,11 +39,24 @@ def set_num_threads(n: int) -> None:
 def default_num_threads() -> int:
     """CPUs that the affinity mask and the cgroup's quota allow; what is used until set_num_threads."""
 
-def measure_read_bandwidth() -> float:
-    """GB/s (10^9) of reading 512 MiB with the pool's threads."""
+# Each is the best of many short tries with the pool's threads and the instruction set in use.
+
+def measure_read_bandwidth(bytes: int = 1 << 29, seconds: float = 0.2) -> float:
+    """GB/s (10^9) of reading the same `bytes` (at least 4096) on huge pages again and again, for so long; the default is far more
+    than caches hold. ValueError for numbers out of range."""
 
 def measure_fma_peak() -> float:
-    """GFLOP/s (10^9) of independent float32 multiply-adds in registers with the pool's threads."""
+    """GFLOP/s (10^9) of independent float32 multiply-adds in registers."""
+
+def measure_int8_peak() -> float:
+    """G operations/s (10^9, two for a multiply-add) of int8 with int32 sums in registers, exact for all operands."""
+
+def measure_vnni_peak() -> float:
+    """The same with AVX-512 VNNI whatever is in use; 0 where the CPU lacks it."""
+
+def measure_region(together: bool = False, asleep: bool = False) -> float:
+    """Seconds of a parallel region without work, median. together: until every thread has taken a task of it, which an empty
+    region does not wait for. asleep: after a pause, so that the threads must be woken."""
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 

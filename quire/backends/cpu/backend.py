@@ -10,6 +10,7 @@ import numpy as np
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.decoder import Decoder
+from quire.backends.cpu.machine import use_threads
 from quire.backends.cpu.memory import KVMemory, kv_memory
 from quire.backends.cpu.rows import Rows
 from quire.backends.cpu.sampler import Sampler
@@ -44,7 +45,7 @@ class CpuBackend:
         """Load ``config.model``. ``report`` hears each phase's name and seconds. Raises as ``open_backend``."""
         tell = report or (lambda phase, seconds: None)
         start = perf_counter()
-        native.set_num_threads(config.threads or native.default_num_threads())
+        use_threads(config.threads)
         model = load_model(resolve_model(config.model))
         spec = model.spec
         max_model_len = _context(config, spec)

@@ -120,5 +120,6 @@ inline void require_ids(const int32_t* ids, int64_t n, int64_t limit, const char
 void bind_layers(nb::module_& m);
 void bind_cache(nb::module_& m);
 void bind_sampling(nb::module_& m);
+void bind_limits(nb::module_& m);
 
 }  // namespace quire

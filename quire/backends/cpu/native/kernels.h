@@ -1,8 +1,8 @@
 // What every kernel takes, and the table through which it is called.
 //
-// The files gemm, gemm_quantized, pack_quantized, attention, norms, elementwise, reduce and limits are compiled once per instruction set, each time
-// in a namespace of its own (see simd.h). Nothing but plain structs of pointers crosses the border, and no template or
-// inline function from here may be emitted by two of those compilations: the linker would merge them, and a machine
+// The files gemm, gemm_quantized, pack_quantized, attention, kv_cache, norms, elementwise, reduce and peaks are compiled once per
+// instruction set, each time in a namespace of its own (see simd.h). Nothing but plain structs of pointers crosses the border,
+// and no template or inline function from here may be emitted by two of those compilations: the linker would merge them, and a machine
 // without AVX-512 could end up in AVX-512 code.
 #pragma once
 #include <cstddef>
@@ -189,8 +189,8 @@ struct Kernels {
     void (*run_maxima)(const float* z, int64_t n, float* maxima);    // of each run of kMaxRun values
     // Limits of the machine.
     double (*read_sum)(const float* p, int64_t n);
-    double (*fma_loop)(int64_t iterations);          // does fma_flops flops an iteration
-    int64_t fma_flops;
+    int64_t (*fma_loop)(int64_t iterations);         // returns the float32 operations that it did
+    int64_t (*int8_loop)(int64_t iterations);        // likewise, of int8
 };
 
 constexpr int64_t kSumRun = 1024;
@@ -200,6 +200,9 @@ namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 // AVX-512 with VNNI is the table of AVX-512 with these in place of its own.
-namespace avx512vnni { void linear_quantized(const LinearArgs&); }
+namespace avx512vnni {
+void linear_quantized(const LinearArgs&);
+int64_t int8_loop(int64_t iterations);
+}
 
 }  // namespace quire

@@ -7,7 +7,6 @@
 
 #include "arrays.h"
 #include "dispatch.h"
-#include "limits.h"
 #include "threads.h"
 
 NB_MODULE(_native, m) {
@@ -30,9 +29,7 @@ NB_MODULE(_native, m) {
         set_num_threads(n);
     }, nb::arg("n"));
     m.def("default_num_threads", default_num_threads);
-    m.def("measure_read_bandwidth", [] { return measure_read_bandwidth(active_kernels()); },
-          nb::call_guard<nb::gil_scoped_release>());
-    m.def("measure_fma_peak", [] { return measure_fma_peak(active_kernels()); }, nb::call_guard<nb::gil_scoped_release>());
+    bind_limits(m);
     bind_layers(m);
     bind_cache(m);
     bind_sampling(m);

@@ -22,7 +22,8 @@ int64_t select_at_least(const float*, int64_t, float, int32_t*);
 int64_t find_equal(const float*, int64_t, float);
 void run_maxima(const float*, int64_t, float*);
 double read_sum(const float*, int64_t);
-double fma_loop(int64_t);
+int64_t fma_loop(int64_t);
+int64_t int8_loop(int64_t);
 
 #define QUIRE_STRING_(x) #x
 #define QUIRE_STRING(x) QUIRE_STRING_(x)
@@ -50,7 +51,7 @@ const Kernels kernels = {
     .run_maxima = run_maxima,
     .read_sum = read_sum,
     .fma_loop = fma_loop,
-    .fma_flops = 2 * 12 * kWidth,
+    .int8_loop = int8_loop,
 };
 
 }  // namespace quire::QUIRE_NS
