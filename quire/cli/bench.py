@@ -1,4 +1,4 @@
-"""quire bench: measure a model on this machine."""
+"""quire bench: measure a model, or what it is made of, on this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from quire.cli import bench_kernels
 from quire.cli.output import check_writable, write
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
 from quire.errors import ConfigError
@@ -41,6 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     throughput.add_argument("--config", metavar="FILE", help="TOML file with options of the engine")
     add_arguments(throughput, EngineConfig)
     throughput.set_defaults(run=run_throughput)
+    bench_kernels.add_parser(kinds)
     _add_memory(kinds)
 
 

@@ -28,8 +28,8 @@ def test_the_report_says_what_the_machine_can_do(tmp_path: Path) -> None:
     assert report["machine"]["cpus_affinity"] == CPUS
     threads = report["threads"]
     assert threads == report["machine"]["default_threads"] <= CPUS
-    assert [b["threads"] for b in report["bandwidth"]][0] == 1
-    assert [b["threads"] for b in report["bandwidth"]][-1] == threads
+    assert report["bandwidth"][0]["threads"] == 1
+    assert report["bandwidth"][-1]["threads"] == threads
     assert report["bandwidth_buffer"] > 2 * max(c["bytes"] for c in report["machine"]["caches"])
     peaks = {p["isa"]: p for p in report["peaks"]}
     assert set(report["machine"]["isas"]) <= set(peaks)

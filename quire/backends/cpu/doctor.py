@@ -97,7 +97,7 @@ def thread_counts(most: int) -> list[int]:
 def _peaks(isa: str) -> tuple[float, float]:
     """(float32, int8) with the threads in use; of two tries some way apart, since a neighbour may fill a whole one."""
     if isa == VNNI and VNNI not in native.available_isas():
-        return max((_of("avx512", native.measure_fma_peak) for _ in range(2))), max(native.measure_vnni_peak() for _ in range(2))
+        return max(_of("avx512", native.measure_fma_peak) for _ in range(2)), max(native.measure_vnni_peak() for _ in range(2))
     return tuple(max(_of(isa, kind) for _ in range(2)) for kind in (native.measure_fma_peak, native.measure_int8_peak))  # type: ignore[return-value]
 
 
@@ -174,7 +174,10 @@ def describe(report: Report) -> str:
         figures = (p.float32_one_thread, p.float32, p.int8_one_thread, p.int8)
         text.append(f"  {p.isa:<12}{in_use:<16}" + "".join(f"{figure:>20,.0f}" for figure in figures))
     r = report.regions_us
-    text += ["", f"parallel region, µs: {r.empty:.2f} empty, {r.together:.2f} until all threads have taken part, {r.asleep:.2f} after sleeping"]
+    text += [
+        "",
+        f"parallel region, µs: {r.empty:.2f} empty, {r.together:.2f} until all threads have taken part, {r.asleep:.2f} after sleeping",
+    ]
     if report.notes:
         text += ["", "notes", *(f"  - {note}" for note in report.notes)]
     return "\n".join(text)
