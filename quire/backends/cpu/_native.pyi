@@ -37,7 +37,13 @@ def set_num_threads(n: int) -> None:
     """1 to 256 threads, the caller included."""
 
 def default_num_threads() -> int:
-    """CPUs that the affinity mask and the cgroup's quota allow; what is used until set_num_threads."""
+    """CPUs that the affinity mask and the control group's quota allow; what is used until set_num_threads."""
+
+def cpu_quota(root: str = "/") -> float | None:
+    """CPUs that the quotas of this process's control group (version 1 or 2) and of the groups above it are worth.
+
+    None without a quota. root: where /proc and /sys are found.
+    """
 
 # Each is the best of many short tries with the pool's threads and the instruction set in use.
 

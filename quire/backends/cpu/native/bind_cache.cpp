@@ -79,19 +79,19 @@ Ragged check_ragged(const CheckedCache& c, int64_t tokens, const Array& tables, 
     require_ids(rows, seqs, table_rows, "rows", "rows of block_tables");
     for (int64_t s = 0; s < seqs; ++s) {
         const int64_t count = int64_t{query_start[s + 1]} - query_start[s];
-        const std::string who = "sequence " + std::to_string(s);
-        require(count >= 0, who + ": query_start must not decrease");
-        require(start[s] >= 0, who + ": start must not be negative, but is " + std::to_string(start[s]));
+        const auto who = [s] { return "sequence " + std::to_string(s); };
+        require(count >= 0, who() + ": query_start must not decrease");
+        require(start[s] >= 0, who() + ": start must not be negative, but is " + std::to_string(start[s]));
         if (count == 0) continue;
         const int64_t last = start[s] + count - 1;
         require(last < (int64_t{1} << 31) - 256 && last / c.cache.block_size < width,
-                who + ": position " + std::to_string(last) + " is beyond the " + std::to_string(width) + " blocks of its table");
+                who() + ": position " + std::to_string(last) + " is beyond the " + std::to_string(width) + " blocks of its table");
         int64_t first = start[s];
         if (history) first = window > 0 && first >= window ? first - window + 1 : 0;
         const int32_t* blocks = table + rows[s] * table_stride;
         for (int64_t b = first / c.cache.block_size; b <= last / c.cache.block_size; ++b)
             if (blocks[b] < 0 || blocks[b] >= c.blocks)
-                fail(who + ": block " + std::to_string(b) + " of its table is " + std::to_string(blocks[b]) +
+                fail(who() + ": block " + std::to_string(b) + " of its table is " + std::to_string(blocks[b]) +
                      ", outside the " + std::to_string(c.blocks) + " blocks of the cache");
     }
     return {table, rows, query_start, start, seqs, table_stride};

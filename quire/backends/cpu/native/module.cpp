@@ -1,5 +1,6 @@
 // quire.backends.cpu._native: bindings only. What each function promises is written in _native.pyi.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -29,6 +30,10 @@ NB_MODULE(_native, m) {
         set_num_threads(n);
     }, nb::arg("n"));
     m.def("default_num_threads", default_num_threads);
+    m.def("cpu_quota", [](const std::string& root) -> std::optional<double> {
+        const double cpus = cpu_quota(root);
+        return cpus > 0 ? std::optional(cpus) : std::nullopt;
+    }, nb::arg("root") = "/");
     bind_limits(m);
     bind_layers(m);
     bind_cache(m);
