@@ -22,7 +22,7 @@ Floats = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16]
 # --- instruction sets, threads, limits ------------------------------------------------------------------------------
 
 def isa() -> str:
-    """The instruction set in use: 'avx512', 'avx2' or 'portable'. At import: QUIRE_ISA, or else the best available."""
+    """The instruction set in use: 'avx512vnni', 'avx512', 'avx2' or 'portable'. At import: QUIRE_ISA, or else the best available."""
 
 def available_isas() -> list[str]:
     """What this machine has, best first; 'portable' always."""
@@ -55,22 +55,45 @@ class PackedLinear:
     def k(self) -> int: ...
     @property
     def dtype(self) -> str:
-        """'float32', 'float16' or 'bfloat16'."""
+        """'float32', 'float16', 'bfloat16', 'int8' or 'int4'."""
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; 0 for one scale an output, and for floats."""
+    @property
+    def panel(self) -> int:
+        """Outputs in a panel: what the order of the bytes depends on, besides n, k, dtype and group_size."""
     @property
     def nbytes(self) -> int: ...
     @property
     def isa(self) -> str: ...
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """The packed bytes [nbytes], a read-only view that keeps them alive."""
 
-def pack_linear(weight: Floats | Sequence[Floats]) -> PackedLinear:
-    """Packs a copy of [n, k] weights, kept in their width. Any strides: pass w.T for weights stored as [k, n].
+def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None, group_size: int = 0) -> PackedLinear:
+    """Packs a copy of [n, k] weights. Any strides: pass w.T for weights stored as [k, n].
 
-    Several matrices with the same k and dtype are concatenated along n (q, k, v; gate, up).
+    Several matrices with the same k and dtype are concatenated along n (q, k, v; gate, up). quantize: None keeps their
+    width; 'int8' rounds to whole numbers -127..127, with one scale an output (group_size 0) or for each 32, 64 or 128
+    inputs; 'int4' to -8..7, with such groups always. Groups must divide k. Rounding is to nearest even, scales are rounded
+    to bfloat16 first. A NaN or infinity among weights that share a scale makes their output NaN.
     """
+
+def load_packed(data: NDArray[np.uint8], n: int, k: int, dtype: str, group_size: int = 0) -> PackedLinear:
+    """A linear over the bytes of another's ``data``, in place (a mapped file), for the instruction set in use.
+
+    They must come from one with the same n, k, dtype, group_size and ``panel()`` and lie at a multiple of 64 bytes; a wrong
+    size is a ValueError. Other bytes than that give other numbers, never a crash.
+    """
+
+def panel() -> int:
+    """Outputs in a panel of the instruction set in use."""
 
 def linear(packed: PackedLinear, x: F32, out: F32, bias: F32 | None = None, accumulate: bool = False) -> None:
     """out[m, n] = x[m, k] W^T (+ bias[n]); with accumulate, out += that (the sum is added after the chain).
 
-    x and out must not overlap.
+    With quantized weights each row of x is rounded to whole numbers -127..127 times max|x| / 127 first; a row with a NaN or
+    an infinity gives NaN. x and out must not overlap.
     """
 
 def rms_norm(x: F32, weight: F32, eps: float, out: F32) -> None:

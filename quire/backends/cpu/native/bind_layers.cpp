@@ -12,11 +12,28 @@
 namespace quire {
 namespace {
 
-const char* dtype_name(DType dtype) {
-    return dtype == DType::f32 ? "float32" : dtype == DType::f16 ? "float16" : "bfloat16";
+const char* dtype_name(const Panels& panels) {
+    if (panels.bits) return panels.bits == 8 ? "int8" : "int4";
+    return panels.dtype == DType::f32 ? "float32" : panels.dtype == DType::f16 ? "float16" : "bfloat16";
 }
 
-PackedLinear* pack_linear(const nb::object& weight) {
+// Which groups there are for quantized weights, and that they divide k.
+void require_group(const std::string& dtype, int64_t group, int64_t k) {
+    if (dtype == "int8" && group == 0) return;
+    const std::string whole = dtype == "int8" ? ", or 0 for one scale an output" : "";
+    require(group == 32 || group == 64 || group == 128,
+            "group_size is " + std::to_string(group) + ": choose 32, 64 or 128 for " + dtype + whole);
+    if (k % group == 0) return;
+    std::string choices;
+    for (int64_t g : {32, 64, 128})
+        if (k % g == 0) choices += (choices.empty() ? "" : " or ") + std::to_string(g);
+    if (dtype == "int8") choices += choices.empty() ? "0" : " or 0";
+    fail("group_size " + std::to_string(group) + " does not divide the " + std::to_string(k) + " inputs of this weight: " +
+         (choices.empty() ? "none of 32, 64 and 128 does, take int8 with group_size 0 or leave it unquantized"
+                          : "choose " + choices));
+}
+
+PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::string>& quantize, int64_t group) {
     std::vector<Array> arrays;
     if (nb::isinstance<nb::list>(weight) || nb::isinstance<nb::tuple>(weight)) {
         for (nb::handle item : weight) arrays.push_back(nb::cast<Array>(item));
@@ -36,8 +53,43 @@ PackedLinear* pack_linear(const nb::object& weight) {
         parts.push_back({static_cast<const char*>(a.data()), dim(a, 0), dim(a, 1), stride(a, 0, dim(a, 1)) * size,
                          stride(a, 1, 1) * size});
     }
+    int64_t bits = 0;
+    if (quantize) {
+        require(*quantize == "int8" || *quantize == "int4", "quantize is '" + *quantize + "': choose int8, int4 or None");
+        require_group(*quantize, group, parts[0].k);
+        bits = *quantize == "int8" ? 8 : 4;
+    } else {
+        require(group == 0, "group_size is " + std::to_string(group) + ", but quantize is None: choose int8 or int4 to go with it");
+    }
     nb::gil_scoped_release release;
-    return new PackedLinear(active_kernels(), parts, dtype);   // nanobind takes ownership
+    return new PackedLinear(active_kernels(), parts, dtype, bits, group);   // nanobind takes ownership
+}
+
+PackedLinear* load_packed(const Array& data, int64_t n, int64_t k, const std::string& dtype, int64_t group) {
+    const Kernels& kernels = active_kernels();
+    constexpr int64_t kMost = int64_t{1} << 31;   // so that no size overflows
+    require(n > 0 && k > 0 && n < kMost && k < kMost,
+            "n and k must be positive: " + std::to_string(n) + " and " + std::to_string(k));
+    Panels panels{data.data(), DType::f32, n, k, kernels.panel, 0, group};
+    if (dtype == "int8" || dtype == "int4") {
+        require_group(dtype, group, k);
+        panels.bits = dtype == "int8" ? 8 : 4;
+    } else {
+        if (dtype == "float16") panels.dtype = DType::f16;
+        else if (dtype == "bfloat16") panels.dtype = DType::bf16;
+        else require(dtype == "float32", "dtype '" + dtype + "' is unknown: choose float32, float16, bfloat16, int8 or int4");
+        require(group == 0, "group_size is " + std::to_string(group) + ", but " + dtype + " weights have no groups: leave it at 0");
+    }
+    vector<uint8_t>(data, "data", "uint8", packed_bytes(panels));
+    require(reinterpret_cast<uintptr_t>(data.data()) % 64 == 0, "data must be 64-byte aligned");
+    return new PackedLinear(kernels, panels);
+}
+
+// A view of the packed bytes that keeps their owner alive.
+nb::object packed_data(nb::handle self) {
+    const auto& p = nb::cast<const PackedLinear&>(self);
+    using View = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
+    return nb::cast(View(p.panels.data, {static_cast<size_t>(p.nbytes)}, self));
 }
 
 void linear(const PackedLinear& packed, const Array& x_, const OutArray& out_, const MaybeArray& bias, bool accumulate) {
@@ -47,7 +99,8 @@ void linear(const PackedLinear& packed, const Array& x_, const OutArray& out_, c
             "out must be [" + std::to_string(x.rows) + ", " + std::to_string(packed.panels.n) + "], not " + shape_of(out_));
     const float* b = bias ? vector<float>(*bias, "bias", "float32", packed.panels.n) : nullptr;
     nb::gil_scoped_release release;
-    packed.kernels.linear({packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate});
+    const auto run = packed.panels.bits ? packed.kernels.linear_quantized : packed.kernels.linear;
+    run({packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate});
 }
 
 void norm(const Array& x_, const Array& weight, const MaybeArray& bias, float eps, const OutArray& out_, bool centre) {
@@ -119,10 +172,16 @@ void bind_layers(nb::module_& m) {
     nb::class_<PackedLinear>(m, "PackedLinear")
         .def_prop_ro("n", [](const PackedLinear& p) { return p.panels.n; })
         .def_prop_ro("k", [](const PackedLinear& p) { return p.panels.k; })
-        .def_prop_ro("dtype", [](const PackedLinear& p) { return dtype_name(p.panels.dtype); })
+        .def_prop_ro("dtype", [](const PackedLinear& p) { return dtype_name(p.panels); })
+        .def_prop_ro("group_size", [](const PackedLinear& p) { return p.panels.group; })
+        .def_prop_ro("panel", [](const PackedLinear& p) { return p.panels.panel; })
+        .def_prop_ro("data", packed_data)
         .def_prop_ro("nbytes", [](const PackedLinear& p) { return p.nbytes; })
         .def_prop_ro("isa", [](const PackedLinear& p) { return p.kernels.name; });
-    m.def("pack_linear", pack_linear, nb::arg("weight"));
+    m.def("pack_linear", pack_linear, nb::arg("weights"), nb::arg("quantize") = nb::none(), nb::arg("group_size") = 0);
+    m.def("load_packed", load_packed, nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("dtype"), nb::arg("group_size") = 0,
+          nb::keep_alive<0, 1>());
+    m.def("panel", [] { return active_kernels().panel; });
     m.def("linear", linear, nb::arg("packed"), nb::arg("x"), nb::arg("out"), nb::arg("bias") = nb::none(),
           nb::arg("accumulate") = false);
     m.def("rms_norm",

@@ -7,14 +7,28 @@
 namespace quire {
 namespace {
 
+#if defined(QUIRE_X86_KERNELS)
+const Kernels& avx512vnni_kernels() {
+    static const Kernels kernels = [] {
+        Kernels k = avx512::kernels;
+        k.name = "avx512vnni";
+        k.linear_quantized = avx512vnni::linear_quantized;
+        return k;
+    }();
+    return kernels;
+}
+#endif
+
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> all;
 #if defined(QUIRE_X86_KERNELS)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        if (__builtin_cpu_supports("avx512vnni")) all.push_back(&avx512vnni_kernels());
         all.push_back(&avx512::kernels);
+    }
     if (v3) all.push_back(&avx2::kernels);
 #endif
     all.push_back(&portable::kernels);

@@ -1,6 +1,6 @@
 // What every kernel takes, and the table through which it is called.
 //
-// The files gemm, attention, norms, elementwise, reduce and limits are compiled once per instruction set, each time
+// The files gemm, gemm_quantized, pack_quantized, attention, norms, elementwise, reduce and limits are compiled once per instruction set, each time
 // in a namespace of its own (see simd.h). Nothing but plain structs of pointers crosses the border, and no template or
 // inline function from here may be emitted by two of those compilations: the linker would merge them, and a machine
 // without AVX-512 could end up in AVX-512 code.
@@ -21,6 +21,21 @@ struct Panels {
     const void* data;
     DType dtype;
     int64_t n, k, panel;
+    int64_t bits = 0;    // 8 or 4 where weights are quantized: quantized.h has their layout, and dtype means nothing
+    int64_t group = 0;   // then: positions of K that share a scale, or 0 for one scale a column
+};
+
+// A matrix somewhere in memory, at any address and with any strides (in bytes).
+struct Matrix {
+    const char* data;
+    int64_t n, k, n_stride, k_stride;
+};
+
+struct QuantizeArgs {
+    const Matrix* parts;   // concatenated along n
+    DType dtype;           // of the parts
+    Panels w;              // what to make
+    void* out;             // [panels][panel_bytes] of quantized.h, 64-byte aligned
 };
 
 struct LinearArgs {
@@ -132,6 +147,8 @@ struct Kernels {
     const char* name;
     int64_t panel;       // columns of a weight panel
     void (*linear)(const LinearArgs&);
+    void (*linear_quantized)(const LinearArgs&);     // w.bits is 8 or 4
+    void (*pack_quantized)(const QuantizeArgs&);
     void (*norm)(const NormArgs&);
     void (*rotary)(const RotaryArgs&);
     void (*activation)(const ActivationArgs&);
@@ -161,5 +178,7 @@ constexpr int64_t kMaxRun = 64;
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+// AVX-512 with VNNI is the table of AVX-512 with these in place of its own.
+namespace avx512vnni { void linear_quantized(const LinearArgs&); }
 
 }  // namespace quire

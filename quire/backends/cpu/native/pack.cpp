@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "quantized.h"
 #include "threads.h"
 
 namespace quire {
@@ -64,18 +65,32 @@ template <class T> void pack_task(const void* context, int64_t task, int64_t) {
 
 }  // namespace
 
-PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, DType dtype)
-    : kernels(kernels_), panels{nullptr, dtype, 0, parts[0].k, kernels_.panel} {
+int64_t packed_bytes(const Panels& p) {
+    const int64_t count = (p.n + p.panel - 1) / p.panel;
+    return count * (p.bits ? quant_layout(p).panel_bytes : p.panel * p.k * (p.dtype == DType::f32 ? 4 : 2));
+}
+
+PackedLinear::PackedLinear(const Kernels& kernels_, const Panels& panels_)
+    : kernels(kernels_), panels(panels_), nbytes(packed_bytes(panels_)), owned_(false) {}
+
+PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group)
+    : kernels(kernels_), panels{nullptr, dtype, 0, parts[0].k, kernels_.panel, bits, group}, owned_(true) {
     for (const Matrix& part : parts) panels.n += part.n;
-    const int64_t count = (panels.n + panels.panel - 1) / panels.panel;
-    const int64_t size = dtype == DType::f32 ? 4 : 2;
-    nbytes = count * panels.panel * panels.k * size;
+    nbytes = packed_bytes(panels);
     void* memory = allocate_large(static_cast<size_t>(nbytes));
     panels.data = memory;
+    if (bits) {
+        kernels.pack_quantized({parts.data(), dtype, panels, memory});
+        return;
+    }
+    const int64_t count = (panels.n + panels.panel - 1) / panels.panel;
+    const int64_t size = dtype == DType::f32 ? 4 : 2;
     Job job{&parts, static_cast<char*>(memory), panels.n, panels.k, panels.panel, 2048, (panels.k + 2047) / 2048};
     run_tasks(count * job.k_blocks, size == 4 ? pack_task<uint32_t> : pack_task<uint16_t>, &job);
 }
 
-PackedLinear::~PackedLinear() { free_large(const_cast<void*>(panels.data), static_cast<size_t>(nbytes)); }
+PackedLinear::~PackedLinear() {
+    if (owned_) free_large(const_cast<void*>(panels.data), static_cast<size_t>(nbytes));
+}
 
 }  // namespace quire

@@ -1,4 +1,6 @@
-// Weights of a linear layer, packed once into the order in which the inner loop reads them.
+// Weights of a linear layer, packed once into the order in which the inner loop reads them: Panels in kernels.h for floats,
+// quantized.h for 8 and 4 bits. The bytes depend on the width of a panel, which the instruction set decides, and on nothing
+// else of the machine: they may be kept in a file and mapped where the width is the same.
 #pragma once
 #include <vector>
 
@@ -6,15 +8,12 @@
 
 namespace quire {
 
-// A matrix somewhere in memory, at any address and with any strides (in bytes).
-struct Matrix {
-    const char* data;
-    int64_t n, k, n_stride, k_stride;
-};
-
 class PackedLinear {
 public:
-    PackedLinear(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype);
+    // Packs parts of one dtype, concatenated along n; bits and group as in Panels.
+    PackedLinear(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype, int64_t bits = 0, int64_t group = 0);
+    // Uses packed bytes where they are: panels.data must stay, and hold packed_bytes(panels).
+    PackedLinear(const Kernels& kernels, const Panels& panels);
     ~PackedLinear();
     PackedLinear(const PackedLinear&) = delete;
     PackedLinear& operator=(const PackedLinear&) = delete;
@@ -22,6 +21,11 @@ public:
     const Kernels& kernels;   // the packing is made for one instruction set, and runs on that one
     Panels panels;
     int64_t nbytes;
+
+private:
+    bool owned_;
 };
+
+int64_t packed_bytes(const Panels& panels);
 
 }  // namespace quire

@@ -10,7 +10,11 @@
 
 #include "kernels.h"
 
-#if defined(QUIRE_ISA_avx512)
+#if defined(QUIRE_ISA_avx512vnni)   // avx512, and the products of bytes in simd_int.h
+#define QUIRE_ISA_avx512
+#define QUIRE_NS avx512vnni
+#include <immintrin.h>
+#elif defined(QUIRE_ISA_avx512)
 #define QUIRE_NS avx512
 #include <immintrin.h>
 #elif defined(QUIRE_ISA_avx2)

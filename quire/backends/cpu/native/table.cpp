@@ -4,6 +4,8 @@
 namespace quire::QUIRE_NS {
 
 void linear(const LinearArgs&);
+void linear_quantized(const LinearArgs&);
+void pack_quantized(const QuantizeArgs&);
 void norm(const NormArgs&);
 void rotary(const RotaryArgs&);
 void activation(const ActivationArgs&);
@@ -28,6 +30,8 @@ const Kernels kernels = {
     .name = QUIRE_STRING(QUIRE_NS),
     .panel = 4 * kWidth,
     .linear = linear,
+    .linear_quantized = linear_quantized,
+    .pack_quantized = pack_quantized,
     .norm = norm,
     .rotary = rotary,
     .activation = activation,

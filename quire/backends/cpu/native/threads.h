@@ -19,7 +19,7 @@ constexpr int kMaxThreads = 256;
 
 // Memory of this thread, 64-byte aligned, at least `bytes`, contents undefined; valid until the next call with the
 // same slot on the same thread. Kernels that may be active at the same time on one thread use different slots.
-enum Scratch { kScratchGemm, kScratchAttention, kScratchSampler, kScratchHistory, kScratchSlots };
+enum Scratch { kScratchGemm, kScratchAttention, kScratchSampler, kScratchHistory, kScratchQuantized, kScratchSlots };
 void* thread_scratch(Scratch slot, size_t bytes);
 
 // Zeroed memory on huge pages where the system gives them; for weights.

@@ -1,0 +1,254 @@
+// out = x W^T (+ bias) (+ out) for weights of 8 and 4 bits. Each row of x is first rounded to 8 bits (quantize_rows.h).
+//
+// An element of out is one chain, whatever the rows, tiles and threads around it: for the segments of K in ascending order
+// (quantized.h), the exact integer sum of (q - zero) * a, as a float32, is fused into sum = fma(integer, scale, sum); at the
+// end sum * (the row's scale), + bias, + out, each rounded. The integers start at -zero * (the sum of a), so that the
+// products take q as it is stored. Integers have no order of summation: instruction sets differ only where fma does.
+//
+// As in gemm.cpp a task is a block of rows against one panel, which goes by in slices that fit L2 with room for the next.
+#include "quantize_rows.h"
+
+namespace quire::QUIRE_NS {
+namespace {
+
+constexpr int kVecs = 4;
+constexpr int kPanel = kVecs * kWidth;
+constexpr int kRows = kWidth == 16 ? 6 : 3;            // rows in a register tile
+constexpr int64_t kSlicePositions = 1024;
+constexpr int64_t kRowBlock = 192;
+constexpr int64_t kStepBytes = kPanel * 4;             // of weights; 4 positions of 8 bits or 8 of 4
+template <int Bits> constexpr int64_t kStepK = 32 / Bits;
+
+struct Slice {
+    const uint8_t* weights;   // of the first segment
+    const uint8_t* scales;
+    int64_t stride, scale_stride, segment, positions;
+};
+
+struct Tile {
+    const int8_t* a;
+    int64_t a_stride;
+    const int32_t* start;
+    int64_t start_stride;
+    float* sums;              // rows kPanel apart
+};
+
+QUIRE_INLINE vi broadcast4(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return set1_i(four);
+}
+QUIRE_INLINE vi low_nibbles(vi a) { return and_i(a, set1_i(0x0f0f0f0f)); }
+QUIRE_INLINE vi even_bytes(vi a) { return and_i(a, set1_i(0x00ff00ff)); }
+QUIRE_INLINE vi odd_bytes(vi a) { return even_bytes(shift_right16<8>(a)); }
+// Half 0 or 1 of a vector of weights: bytes of 8 bits have only the first.
+template <int Bits> QUIRE_INLINE vi unpack(vi w, int half) {
+    if constexpr (Bits == 8) return w;
+    return low_nibbles(half ? shift_right16<4>(w) : w);
+}
+
+// A step of the weights against MT rows, in the form that the instruction set has: bytes at once (VNNI), ...
+#if defined(QUIRE_ISA_avx512vnni)
+template <int Bits, int MT> QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][kVecs]) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 8 / Bits; ++half) {
+        vi v[kVecs];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) v[j] = unpack<Bits>(load_i(w + j * 64), half);
+#pragma GCC unroll 6
+        for (int m = 0; m < MT; ++m) {
+            const vi x = broadcast4(a + m * stride + 4 * half);
+#pragma GCC unroll 4
+            for (int j = 0; j < kVecs; ++j) acc[m][j] = dot(acc[m][j], v[j], x);
+        }
+    }
+}
+#else
+// ... small bytes (int4), or pairs of 16 bits.
+template <int Bits, int MT> QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][kVecs]) {
+    constexpr int kBytes = 4 * kWidth;
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+        const vi v = load_i(w + j * kBytes);
+        if constexpr (!kPairs<Bits>) {
+            const vi low = unpack<Bits>(v, 0), high = unpack<Bits>(v, 1);
+#pragma GCC unroll 6
+            for (int m = 0; m < MT; ++m)
+                acc[m][j] = add_i(acc[m][j], dot_small(low, broadcast4(a + m * stride), high, broadcast4(a + m * stride + 4)));
+        } else {
+            const vi even = even_bytes(v), odd = odd_bytes(v);
+#pragma GCC unroll 6
+            for (int m = 0; m < MT; ++m) {
+                const int8_t* x = a + m * stride;
+                acc[m][j] = add_i(acc[m][j], add_i(madd16(even, broadcast4(x)), madd16(odd, broadcast4(x + 4))));
+            }
+        }
+    }
+}
+#endif
+
+// The segments of a slice for MT rows; PF cache lines at `ahead` are prefetched with each step.
+template <int Bits, int MT, int PF> void tile(const Slice& s, const Tile& t, const char* ahead) {
+    const int8_t* a = t.a;
+    const uint8_t *weights = s.weights, *scales = s.scales;
+    const int32_t* start = t.start;
+    for (int64_t left = s.positions; left > 0; left -= s.segment) {
+        vi acc[MT][kVecs];
+#pragma GCC unroll 6
+        for (int m = 0; m < MT; ++m)
+#pragma GCC unroll 4
+            for (int j = 0; j < kVecs; ++j) acc[m][j] = set1_i(start[m * t.start_stride]);
+        const int64_t steps = ((left < s.segment ? left : s.segment) + kStepK<Bits> - 1) / kStepK<Bits>;
+        for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 4
+            for (int j = 0; j < PF; ++j) prefetch_l2(ahead + j * 64);
+            step<Bits, MT>(weights + i * kStepBytes, a, t.a_stride, acc);
+            a += kStepK<Bits> * kActivationBytes<Bits>;
+            ahead += PF * 64;
+        }
+        vf scale[kVecs];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) scale[j] = load(reinterpret_cast<const bf16*>(scales) + j * kWidth);
+#pragma GCC unroll 6
+        for (int m = 0; m < MT; ++m)
+#pragma GCC unroll 4
+            for (int j = 0; j < kVecs; ++j) {
+                float* sum = t.sums + m * kPanel + j * kWidth;
+                store(sum, fma(to_float_v(acc[m][j]), scale[j], load(sum)));
+            }
+        weights += s.stride;
+        scales += s.scale_stride;
+        ++start;
+    }
+}
+
+template <int Bits, int MT> void tile_ahead(int pf, const Slice& s, const Tile& t, const char* ahead) {
+    switch (pf) {
+        case 0: return tile<Bits, MT, 0>(s, t, ahead);
+        case 1: return tile<Bits, MT, 1>(s, t, ahead);
+        case 2: return tile<Bits, MT, 2>(s, t, ahead);
+        default: return tile<Bits, MT, 4>(s, t, ahead);
+    }
+}
+
+template <int Bits> void tile_rows(int rows, int pf, const Slice& s, const Tile& t, const char* ahead) {
+    switch (rows) {
+        case 1: return tile_ahead<Bits, 1>(pf, s, t, ahead);
+        case 2: return tile_ahead<Bits, 2>(pf, s, t, ahead);
+        case 3: return tile_ahead<Bits, 3>(pf, s, t, ahead);
+#if defined(QUIRE_ISA_avx512)
+        case 4: return tile_ahead<Bits, 4>(pf, s, t, ahead);
+        case 5: return tile_ahead<Bits, 5>(pf, s, t, ahead);
+        case 6: return tile_ahead<Bits, 6>(pf, s, t, ahead);
+#endif
+    }
+}
+
+struct Out {
+    float* out;              // the block's corner
+    int64_t stride;
+    const float* scale;      // of the rows
+    const float* bias;       // the panel's, or null
+    int columns;             // of the panel that exist
+    bool accumulate;
+};
+
+void finish(const Out& o, const float* sums, int64_t row, int rows) {
+    for (int m = 0; m < rows; ++m, ++row, sums += kPanel) {
+        float* out = o.out + row * o.stride;
+        const vf scale = set1(o.scale[row]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) {
+            const int n = o.columns - j * kWidth;
+            if (n <= 0) break;
+            vf y = mul(load(sums + j * kWidth), scale);
+            if (n >= kWidth) {
+                if (o.bias) y = add(y, load(o.bias + j * kWidth));
+                if (o.accumulate) y = add(load(out + j * kWidth), y);
+                store(out + j * kWidth, y);
+            } else {
+                if (o.bias) y = add(y, load_n(o.bias + j * kWidth, n));
+                if (o.accumulate) y = add(load_n(out + j * kWidth, n), y);
+                store_n(out + j * kWidth, y, n);
+            }
+        }
+    }
+}
+
+struct Plan {
+    LinearArgs args;
+    QuantLayout layout;
+    QuantRows rows;
+    int64_t row_blocks, rows_per_block;
+};
+
+// All tiles of a block of rows against one slice of a panel. The lines at `ahead` are spread over the first tiles.
+template <int Bits>
+void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, int64_t k, float* sums, const char* ahead,
+           int64_t lines, const Out* out) {
+    const int64_t tiles = (rows + kRows - 1) / kRows, steps = (s.positions + kStepK<Bits> - 1) / kStepK<Bits>;
+    int pf = 0;
+    if (lines > 0) {
+        const int64_t per_step = (lines + steps * tiles - 1) / (steps * tiles);
+        pf = per_step <= 1 ? 1 : per_step <= 2 ? 2 : 4;
+    }
+    const QuantRows& q = plan.rows;
+    for (int64_t i = 0, row = 0; i < tiles; ++i) {
+        const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
+        if (lines <= 0) pf = 0;
+        const int64_t at = first_row + row;
+        const Tile t{q.a + at * q.stride + k * kActivationBytes<Bits>, q.stride, q.start + at * q.segments + k / s.segment,
+                     q.segments, sums + row * kPanel};
+        tile_rows<Bits>(mt, pf, s, t, ahead);
+        if (out) finish(*out, t.sums, row, mt);
+        ahead += steps * pf * 64;
+        lines -= steps * pf;
+        row += mt;
+    }
+}
+
+template <int Bits> void task(const void* context, int64_t task, int64_t next) {
+    const Plan& plan = *static_cast<const Plan*>(context);
+    const LinearArgs& a = plan.args;
+    const QuantLayout& l = plan.layout;
+    const int64_t panel = task / plan.row_blocks, row = task % plan.row_blocks * plan.rows_per_block;
+    const int64_t rows = a.m - row < plan.rows_per_block ? a.m - row : plan.rows_per_block;
+    const uint8_t* base = static_cast<const uint8_t*>(a.w.data);
+    const uint8_t* w = base + panel * l.panel_bytes;
+    const uint8_t* after = next >= 0 && next / plan.row_blocks != panel ? base + next / plan.row_blocks * l.panel_bytes : nullptr;
+    float* sums = static_cast<float*>(thread_scratch(kScratchGemm, static_cast<size_t>(rows * kPanel) * sizeof(float)));
+    std::memset(sums, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
+
+    const int64_t left = a.w.n - panel * kPanel;
+    const Out out{a.out + row * a.out_stride + panel * kPanel, a.out_stride, plan.rows.scale + row,
+                  a.bias ? a.bias + panel * kPanel : nullptr, static_cast<int>(left < kPanel ? left : kPanel), a.accumulate};
+    const int64_t slice_bytes = kSlicePositions / l.segment * l.stride;
+    for (int64_t k = 0, at = 0; k < a.w.k; k += kSlicePositions, at += slice_bytes) {
+        const bool last = k + kSlicePositions >= a.w.k;
+        const Slice s{w + at + l.scale_bytes, w + (a.w.group ? at : 0), l.stride, l.scale_stride, l.segment,
+                      last ? a.w.k - k : kSlicePositions};
+        const uint8_t* ahead = last ? after : w + at + slice_bytes;
+        int64_t bytes = !ahead ? 0 : last ? l.panel_bytes : l.panel_bytes - at - slice_bytes;
+        if (bytes > slice_bytes) bytes = slice_bytes;
+        slice<Bits>(plan, s, row, rows, k, sums, reinterpret_cast<const char*>(ahead), (bytes + 63) / 64, last ? &out : nullptr);
+    }
+}
+
+}  // namespace
+
+void linear_quantized(const LinearArgs& args) {
+    if (args.m == 0 || args.w.n == 0) return;
+    const QuantLayout layout = quant_layout(args.w);
+    const int64_t panels = (args.w.n + kPanel - 1) / kPanel;
+    Plan plan{args, layout, args.w.bits == 8 ? quantize_rows<8>(args, layout) : quantize_rows<4>(args, layout), 1, args.m};
+    // Enough tasks for every thread, and row blocks that stay in L2.
+    const int64_t wanted = (8 * num_threads() + panels - 1) / panels, most = (args.m + 2 * kRows - 1) / (2 * kRows);
+    const int64_t fit = (args.m + kRowBlock - 1) / kRowBlock;
+    const int64_t blocks = wanted > most ? most : wanted;
+    const int64_t count = blocks > fit ? blocks : fit;
+    plan.rows_per_block = ((args.m + count - 1) / count + kRows - 1) / kRows * kRows;
+    plan.row_blocks = (args.m + plan.rows_per_block - 1) / plan.rows_per_block;
+    run_tasks(panels * plan.row_blocks, args.w.bits == 8 ? task<8> : task<4>, &plan);
+}
+
+}  // namespace quire::QUIRE_NS

@@ -1,0 +1,337 @@
+"""The linear with weights of 8 and 4 bits: exact integers, one chain for an element, and packing that a file can hold."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from quire.backends.cpu import _native as native
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+SEGMENT = 1024  # positions that one exact sum covers where a column has one scale
+TINY = np.float32(2.0**-100)
+KINDS = [("int8", 0), ("int8", 32), ("int8", 64), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128)]
+
+
+@pytest.fixture(params=native.available_isas(), autouse=True)
+def isa(request):
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = native.num_threads()
+    yield
+    native.set_num_threads(before)
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
+def kind(request):
+    return request.param
+
+
+def run(packed, x, bias=None, out=None, accumulate=False):
+    out = np.full((len(x), packed.n), np.nan, np.float32) if out is None else out
+    native.linear(packed, x, out, bias, accumulate)
+    return out
+
+
+def make(seed, m, n, k):
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((n, k)).astype(np.float32) * rng.lognormal(0, 1, (n, 1)).astype(np.float32)
+    return weight, rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal(n).astype(np.float32)
+
+
+def as_bfloat16(x):
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def quantize_weights(weight, bits, group):
+    """Whole numbers [n, k] and scales [n, groups] (float32 that bfloat16 holds)."""
+    n, k = weight.shape
+    groups = weight.reshape(n, -1, group or k)
+    most = np.abs(groups).max(-1)
+    scale = most / np.float32(127)
+    if bits == 4:
+        scale = np.where((groups == most[..., None]).any(-1), most / np.float32(-8), most / np.float32(8))
+    scale = as_bfloat16(np.where(most < TINY, np.float32(0), scale))
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    whole = np.clip(np.rint(groups * inverse[..., None]), low, high).astype(np.int64)
+    return whole.reshape(n, k), scale
+
+
+def quantize_rows(x):
+    most = np.abs(x).max(-1)
+    used = most >= TINY
+    inverse = np.where(used, np.float32(127) / np.where(used, most, 1), np.float32(0)).astype(np.float32)
+    return np.rint(x * inverse[:, None]).astype(np.int64), np.where(used, most / np.float32(127), np.float32(0)).astype(np.float32)
+
+
+def oracle(weight, x, bits, group, *, fused):
+    """The chain that the kernel promises. Only the rounding of a fused sum from float64 to float32 is twice rounded here."""
+    whole, scale = quantize_weights(weight, bits, group)
+    a, row_scale = quantize_rows(x)
+    step = group or SEGMENT
+    total = np.zeros((len(x), len(weight)), np.float32)
+    for i, k in enumerate(range(0, x.shape[1], step)):
+        integer = a[:, k : k + step] @ whole[:, k : k + step].T
+        assert np.abs(integer).max(initial=0) < 2**24
+        product = integer.astype(np.float64) * scale[:, i if group else 0]
+        total = ((product if fused else product.astype(np.float32)) + total).astype(np.float32)
+    return total * row_scale[:, None]
+
+
+def close(found, expected):
+    """Equal but for the last bit of a few sums."""
+    assert np.allclose(found, expected, rtol=2e-6, atol=1e-6 * np.abs(expected).max())
+    assert (found == expected).mean() > 0.9
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 128), (2, 64, 1024), (3, 100, 384), (7, 31, 1152), (20, 130, 256), (65, 200, 2176)])
+def test_matches_the_same_quantization_in_numpy(kind, isa, m, n, k):
+    quantize, group = kind
+    weight, x, bias = make(m * n * k, m, n, k)
+    packed = native.pack_linear(weight, quantize, group)
+    assert (packed.n, packed.k, packed.dtype, packed.group_size, packed.isa) == (n, k, quantize, group, isa)
+    expected = oracle(weight, x, 8 if quantize == "int8" else 4, group, fused=isa != "portable")
+    found = run(packed, x)
+    close(found, expected)
+    assert np.array_equal(run(packed, x, bias), found + bias)
+    residual = np.random.default_rng(1).standard_normal((m, n)).astype(np.float32)
+    assert np.array_equal(run(packed, x, bias, residual.copy(), accumulate=True), residual + (found + bias))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 15, 17, 33, 100, 1023, 1025, 2051])
+def test_one_scale_a_column_takes_any_number_of_inputs(isa, k):
+    weight, x, _ = make(k, 9, 70, k)
+    expected = oracle(weight, x, 8, 0, fused=isa != "portable")
+    close(run(native.pack_linear(weight, "int8"), x), expected)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_odd_numbers_of_groups(isa, quantize, group):
+    for groups in (1, 3, 9, 35):
+        weight, x, _ = make(groups, 8, 33, groups * group)
+        expected = oracle(weight, x, 8 if quantize == "int8" else 4, group, fused=isa != "portable")
+        close(run(native.pack_linear(weight, quantize, group), x), expected)
+
+
+def test_the_extremes_are_exact(kind):
+    """Weights and activations all at the ends of their ranges: nothing saturates, wraps or rounds."""
+    quantize, group = kind
+    k = 2048
+    low = -8.0 if quantize == "int4" else -127.0
+    weight = np.full((3, k), low, np.float32)
+    weight[1] = 7.0 if quantize == "int4" else 127.0
+    weight[:, ::32] = low  # so that the scale is 1
+    x = np.array([[127.0], [-127.0]], np.float32).repeat(k, 1)
+    x[1, 1::2] = 127.0
+    exact = x.astype(np.float64) @ weight.astype(np.float64).T
+    assert np.array_equal(run(native.pack_linear(weight, quantize, group), x), exact.astype(np.float32))
+
+
+def test_one_chain_whatever_the_number_of_rows(kind):
+    quantize, group = kind
+    weight, x, bias = make(2, 400, 150, 1152)
+    packed = native.pack_linear(weight, quantize, group)
+    whole = run(packed, x, bias)
+    alone = np.concatenate([run(packed, x[i : i + 1], bias) for i in range(len(x))])
+    assert np.array_equal(alone, whole)
+    for m in [*range(1, 21), 23, 24, 25, 30, 64, 193, 200]:
+        first = (m * 37) % (len(x) - m + 1)
+        assert np.array_equal(run(packed, x[first : first + m], bias), whole[first : first + m]), m
+    for n in [1, 2, 3]:
+        native.set_num_threads(n)
+        assert np.array_equal(run(packed, x, bias), whole)
+        assert np.array_equal(run(packed, x[:1], bias), whole[:1])
+        assert np.array_equal(native.pack_linear(weight, quantize, group).data, packed.data)
+
+
+def test_instruction_sets_agree(kind, isa):
+    """The packed bytes depend on the panel's width only; results differ only where there is no fused multiply-add."""
+    quantize, group = kind
+    weight, x, bias = make(3, 30, 100, 1152)
+    packed = native.pack_linear(weight, quantize, group)
+    native.set_isa("portable")
+    plain = native.pack_linear(weight, quantize, group)
+    close(run(packed, x, bias), run(plain, x, bias))
+    for other in native.available_isas()[:-1] if isa != "portable" else []:
+        native.set_isa(other)
+        same = native.pack_linear(weight, quantize, group)
+        assert np.array_equal(run(same, x, bias), run(packed, x, bias)), other
+        if same.panel == packed.panel:
+            assert np.array_equal(same.data, packed.data)
+
+
+def unpack(packed):
+    """Whole numbers [n, k] and scales [n, groups], read back from the bytes as quantized.h describes them."""
+    bits, columns, group = (8 if packed.dtype == "int8" else 4), packed.panel, packed.group_size
+    span = group or (packed.k + 3) // 4 * 4
+    records = packed.data.reshape(-1, 2 * columns + span * columns * bits // 8)
+    scale = records[:, : 2 * columns].copy().view(ml_dtypes.bfloat16).astype(np.float32).reshape(-1, packed.k // span or 1, columns)
+    stored = records[:, 2 * columns :].reshape(len(records), -1, columns, 4)
+    if bits == 4:
+        stored = np.stack([stored & 15, stored >> 4], axis=3).transpose(0, 1, 3, 2, 4).reshape(len(records), -1, columns, 4)
+    whole = stored.transpose(0, 2, 1, 3).reshape(-1, scale.shape[1], columns, span).transpose(0, 2, 1, 3)
+    whole = whole.astype(np.int64) - (128 if bits == 8 else 8)
+    panels = len(whole) * columns
+    return whole.reshape(panels, -1)[: packed.n, : packed.k], scale.transpose(0, 2, 1).reshape(panels, -1)[: packed.n]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_bytes_are_the_documented_layout(kind, dtype):
+    quantize, group = kind
+    weight = make(4, 1, 150, 384)[0].astype(DTYPES[dtype])
+    packed = native.pack_linear(weight.view(np.uint16) if dtype == "bfloat16" else weight, quantize, group)
+    whole, scale = unpack(packed)
+    expected, expected_scale = quantize_weights(weight.astype(np.float32), 8 if quantize == "int8" else 4, group)
+    assert np.array_equal(whole, expected)
+    assert np.array_equal(scale, expected_scale)
+
+
+def test_concatenated_transposed_and_unaligned_sources(kind):
+    quantize, group = kind
+    rng = np.random.default_rng(5)
+    parts = [rng.standard_normal((n, 1280)).astype(np.float32) for n in (40, 7, 70)]
+    together = native.pack_linear(parts, quantize, group)
+    assert np.array_equal(together.data, native.pack_linear(np.concatenate(parts), quantize, group).data)
+    stored = np.ascontiguousarray(parts[2].T)  # [k, n], as GPT-2 keeps it
+    plain = native.pack_linear(parts[2], quantize, group)
+    assert np.array_equal(native.pack_linear(stored.T, quantize, group).data, plain.data)
+    spread = np.zeros((140, 2560), np.float32)
+    spread[::2, ::2] = parts[2]
+    assert np.array_equal(native.pack_linear(spread[::2, ::2], quantize, group).data, plain.data)
+    unaligned = np.frombuffer(b"?" + parts[2].tobytes(), np.float32, offset=1).reshape(parts[2].shape)
+    assert np.array_equal(native.pack_linear(unaligned, quantize, group).data, plain.data)
+
+
+def test_zeros_and_the_tiny(kind):
+    quantize, group = kind
+    weight, x, bias = make(6, 4, 40, 256)
+    weight[3], weight[5, 128:], weight[7] = 0, 0, 2.0**-120
+    x[1], x[2] = 0, 2.0**-110
+    found = run(native.pack_linear(weight, quantize, group), x, bias)
+    assert np.isfinite(found).all()
+    assert np.array_equal(found[1:3], np.tile(bias, (2, 1)))
+    assert (found[:, [3, 7]] == bias[[3, 7]]).all()
+    zeros = run(native.pack_linear(np.zeros((5, 256), np.float32), quantize, group), x)
+    assert not zeros.any()
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])
+def test_large_and_small_numbers_keep_their_precision(kind, scale):
+    """A power of two on the weights, or on a row, is a power of two on the result."""
+    quantize, group = kind
+    weight, x, _ = make(7, 3, 40, 256)
+    expected = run(native.pack_linear(weight, quantize, group), x)
+    factor = np.float32(scale)
+    assert np.array_equal(run(native.pack_linear(weight * factor, quantize, group), x), expected * factor)
+    assert np.array_equal(run(native.pack_linear(weight, quantize, group), x * factor), expected * factor)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_a_number_stays_where_it_is(kind, bad):
+    quantize, group = kind
+    weight, x, bias = make(8, 13, 100, 384)
+    packed = native.pack_linear(weight, quantize, group)
+    expected = run(packed, x, bias)
+    for at in (0, 17, 383):
+        broken = x.copy()
+        broken[4, at] = bad
+        found = run(packed, broken, bias)
+        assert np.isnan(found[4]).all()
+        assert np.array_equal(np.delete(found, 4, 0), np.delete(expected, 4, 0))
+    weight[9, 200] = bad
+    found = run(native.pack_linear(weight, quantize, group), x, bias)
+    assert np.isnan(found[:, 9]).all()
+    assert np.array_equal(np.delete(found, 9, 1), np.delete(expected, 9, 1))
+
+
+def test_strided_rows_and_no_rows(kind):
+    quantize, group = kind
+    weight, x, bias = make(9, 9, 33, 128)
+    packed = native.pack_linear(weight, quantize, group)
+    wide = np.full((9, 200), np.nan, np.float32)
+    wide[:, 10:138] = x
+    out = np.zeros((9, 100), np.float32)
+    native.linear(packed, wide[:, 10:138], out[:, 5:38], bias)
+    assert np.array_equal(out[:, 5:38], run(packed, x, bias))
+    assert not out[:, :5].any()
+    assert not out[:, 38:].any()
+    assert run(packed, x[:0]).shape == (0, 33)
+
+
+def aligned(data):
+    """A copy at a 64-byte boundary."""
+    memory = np.empty(len(data) + 64, np.uint8)
+    view = memory[-memory.ctypes.data % 64 :][: len(data)]
+    view[:] = data
+    return view
+
+
+@pytest.mark.parametrize(("dtype", "group"), [*KINDS, *((dtype, 0) for dtype in DTYPES)])
+def test_packed_bytes_make_the_same_linear(dtype, group):
+    weight, x, bias = make(10, 11, 100, 384)
+    if dtype in DTYPES:
+        weight = weight.astype(DTYPES[dtype])
+        packed = native.pack_linear(weight.view(np.uint16) if dtype == "bfloat16" else weight)
+    else:
+        packed = native.pack_linear(weight, dtype, group)
+    expected = run(packed, x, bias)
+    data = packed.data
+    n, k, nbytes = packed.n, packed.k, packed.nbytes
+    assert (packed.panel, packed.group_size) == (native.panel(), group)
+    assert (data.dtype, data.shape, data.flags.writeable) == (np.uint8, (nbytes,), False)
+    del packed  # the view keeps the bytes
+    kept = aligned(data)
+    kept.flags.writeable = False
+    loaded = native.load_packed(kept, n, k, dtype, group)
+    assert (loaded.n, loaded.k, loaded.dtype, loaded.group_size, loaded.nbytes) == (n, k, dtype, group, nbytes)
+    assert loaded.data.ctypes.data == kept.ctypes.data  # in place
+    del kept, data
+    assert np.array_equal(run(loaded, x, bias), expected)
+
+
+def test_wrong_ways_to_pack():
+    weight = np.ones((3, 320), np.float32)
+    for quantize, group, message in [
+        ("int3", 32, "quantize is 'int3': choose int8, int4 or None"),
+        (None, 32, "group_size is 32, but quantize is None"),
+        ("int4", 0, "group_size is 0: choose 32, 64 or 128 for int4$"),
+        ("int8", 48, "group_size is 48: choose 32, 64 or 128 for int8, or 0 for one scale an output$"),
+        ("int8", -32, "group_size is -32: choose"),
+        ("int8", 128, "group_size 128 does not divide the 320 inputs of this weight: choose 32 or 64 or 0$"),
+        ("int4", 128, "group_size 128 does not divide the 320 inputs of this weight: choose 32 or 64$"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            native.pack_linear(weight, quantize, group)
+    with pytest.raises(ValueError, match="does not divide the 100 inputs of this weight: none of 32, 64 and 128 does"):
+        native.pack_linear(np.ones((3, 100), np.float32), "int4", 32)
+
+
+def test_wrong_packed_bytes():
+    packed = native.pack_linear(np.ones((3, 128), np.float32), "int8", 32)
+    data = aligned(packed.data)
+    for change, message in [
+        ({"data": data[:-1]}, f"data must have length {packed.nbytes}"),
+        ({"data": np.concatenate([data, data])}, f"data must have length {packed.nbytes}"),
+        ({"n": 3 + packed.panel}, "data must have length"),
+        ({"n": 0}, "n and k must be positive"),
+        ({"k": 2**40}, "n and k must be positive"),
+        ({"group_size": 64}, "data must have length"),
+        ({"group_size": 0, "dtype": "int4"}, "group_size is 0"),
+        ({"k": 100}, "does not divide the 100 inputs"),
+        ({"dtype": "int2"}, "dtype 'int2' is unknown: choose float32, float16, bfloat16, int8 or int4"),
+        ({"dtype": "float32"}, "float32 weights have no groups"),
+        ({"data": np.empty(packed.nbytes + 65, np.uint8)[1:][: packed.nbytes]}, "data must be 64-byte aligned|length"),
+    ]:
+        arguments = {"data": data, "n": 3, "k": 128, "dtype": "int8", "group_size": 32} | change
+        with pytest.raises(ValueError, match=message):
+            native.load_packed(**arguments)
+    with pytest.raises(TypeError, match="uint8"):
+        native.load_packed(data.view(np.int8), 3, 128, "int8", 32)
