@@ -27,8 +27,10 @@ from typing import Any
 import numpy as np
 
 from quire.backends.cpu.decoder import Decoder
+from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.rows import Rows
 from quire.core.plan import RowStart, RowWork
+from quire.models.quantization import GROUP_SIZES, Quantization
 from quire.models.spec import TransformerSpec
 from quire.models.weights import load_model, resolve_model
 from quire.sampling_params import SamplingParams
@@ -105,6 +107,10 @@ class Variant:
     kv: str
 
     def decoder(self, spec: TransformerSpec, tensors: Mapping[str, Any], window: int, chunk: int) -> Decoder:
+        kind, _, group = self.weights.partition(":")
+        quantization = Quantization.named(kind, int(group) if group else None) if kind in GROUP_SIZES else None
+        if quantization is not None:
+            quantization.check(spec)
         return Decoder(
             spec,
             tensors,
@@ -114,7 +120,7 @@ class Variant:
             max_tokens=chunk,
             max_rows=chunk,
             max_model_len=window,
-            weight_dtype=self.weights,
+            packer=Packer(None if quantization else kind, quantization),
         )
 
 
