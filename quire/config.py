@@ -71,6 +71,15 @@ class EngineConfig(_Checked):
     model: str = field(default=EMBEDDED_MODEL, metadata={})
     device: str = option("cpu", "where the model runs", choices=("cpu",))
     dtype: str = option("auto", "width of the weights; auto keeps the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
+    quantize: str | None = option(None, "quantize the linear layers at load; --dtype is the width of the rest", choices=("int8", "int4"))
+    group_size: int | None = option(
+        None,
+        "with --quantize: inputs of a layer that share a scale; 0, with int8, is one scale for each output (default: int8 0, int4 32)",
+        choices=(0, 32, 64, 128),
+    )
+    cache_dir: str | None = option(
+        None, "with --quantize: folder that keeps the packed weights, so that the next start maps them instead", metavar="DIR"
+    )
     max_model_len: int | None = option(None, "longest sequence in tokens, prompt and output together (default: the model's context)", low=2)
     block_size: int = option(16, "token positions in a block of KV memory", choices=(4, 8, 16, 32, 64, 128, 256))
     kv_dtype: str = option(
@@ -113,6 +122,17 @@ class EngineConfig(_Checked):
         _Checked.__post_init__(self)  # super() does not find its class where slots made a new one
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
+        if self.quantize is None and self.group_size is not None:
+            raise ConfigError(
+                f"--group-size {self.group_size} is for quantized weights: add --quantize int8 or int4, or leave it out",
+                param="group_size",
+            )
+        if self.quantize is None and self.cache_dir is not None:
+            raise ConfigError(
+                "--cache-dir keeps quantized weights (others are packed as fast as they can be read): add --quantize int8 or int4, or "
+                "leave it out",
+                param="cache_dir",
+            )
         if self.preemption == "swap" and self.swap_bytes == 0:
             raise ConfigError("--preemption swap needs memory to swap to: add for example --swap-memory 1GiB", param="swap_memory")
         if self.preemption == "recompute" and self.swap_bytes > 0:

@@ -27,6 +27,8 @@ class Backend(Protocol):
     """Positions that a query sees in every layer (the model's sliding window); 0 where some layer sees all."""
     memory_note: str
     """How the size of the KV pool was found, with the arithmetic; empty where it was stated."""
+    weight_note: str
+    """How the weights are quantized; empty where they are not."""
     max_model_len: int
     """Most tokens of a sequence: the model's context or the user's smaller limit."""
 
@@ -40,6 +42,10 @@ class Backend(Protocol):
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads."""
+        ...
+
+    def head_bytes(self) -> int:
+        """Of which only a step with a row of logits reads (lm_head)."""
         ...
 
 

@@ -7,7 +7,7 @@ from time import perf_counter
 
 from quire.core.engine import Executor
 from quire.core.plan import StepPlan, StepResult
-from quire.models.spec import DTYPE_BYTES, TransformerSpec
+from quire.models.spec import TransformerSpec
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,8 +27,8 @@ class StepCost:
 class Recorder:
     """Stands between engine and backend. Changes nothing."""
 
-    def __init__(self, backend: Executor, spec: TransformerSpec, weight_dtype: str, kv_dtype: str) -> None:
-        """weight_dtype, kv_dtype: the widths in memory."""
+    def __init__(self, backend: Executor, spec: TransformerSpec, weight_bytes: int, head_bytes: int, kv_dtype: str) -> None:
+        """weight_bytes, head_bytes: what a step reads, as the Backend tells it. kv_dtype: the width in memory."""
         self.steps: list[StepCost] = []
         self.spec = spec
         self.num_blocks = backend.num_blocks
@@ -37,8 +37,8 @@ class Recorder:
         self.block_size = backend.block_size
         self.max_model_len = backend.max_model_len
         self._backend = backend
-        self._layer_bytes = spec.matmul_parameters() * DTYPE_BYTES[weight_dtype]
-        self._head_bytes = spec.vocab_size * spec.embedding_size * DTYPE_BYTES[weight_dtype]
+        self._layer_bytes = weight_bytes - head_bytes
+        self._head_bytes = head_bytes
         self._kv_bytes = spec.kv_bytes_per_token(kv_dtype)
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -43,6 +43,7 @@ def banner(
     rows = [
         ("URL", f"{url}/v1 (documentation: {url}/docs)"),
         ("model", f"{model}: {spec.architecture}, {_count(spec.num_parameters())} parameters, {dtype}, context {max_model_len:,} tokens"),
+        *([("weights", backend.weight_note)] if backend.weight_note else []),
         (
             "KV pool",
             f"{num_blocks:,} blocks x {block_size} = {tokens:,} tokens ({pool}, {config.kv_dtype})",

@@ -18,14 +18,15 @@ class Nothing:
 
 
 def test_costs() -> None:
-    recorder = Recorder(Nothing(), SPEC, "bfloat16", "float16")
+    head = 2 * 50 * 8
+    recorder = Recorder(Nothing(), SPEC, 2 * SPEC.matmul_parameters() + head, head, "float16")
     plan = StepPlan(work=[RowWork(0, 3, 5, [], True), RowWork(1, 10, 1, [], False)])
     assert recorder.execute(plan).tokens == [7], "the result is passed on"
     (cost,) = recorder.steps
     assert (cost.sequences, cost.tokens) == (2, 6)
     context = sum(position + 1 for position in (3, 4, 5, 6, 7, 10))
     assert cost.flops == SPEC.flops(6, context, 1)
-    weights = 2 * (SPEC.matmul_parameters() + 50 * 8)
+    weights = 2 * SPEC.matmul_parameters() + head
     assert cost.bytes_read == weights + (8 + 11) * SPEC.kv_bytes_per_token("float16")
     recorder.execute(StepPlan(work=[RowWork(0, 0, 1, [], False)]))
     assert recorder.steps[1].bytes_read == 2 * SPEC.matmul_parameters() + SPEC.kv_bytes_per_token("float16"), "no row of logits, no head"

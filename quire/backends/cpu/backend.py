@@ -12,11 +12,15 @@ from quire.backends.cpu import _native as native
 from quire.backends.cpu.decoder import Decoder
 from quire.backends.cpu.machine import use_threads
 from quire.backends.cpu.memory import KVMemory, kv_memory
+from quire.backends.cpu.packed_cache import PackedCache
+from quire.backends.cpu.packer import Packer
+from quire.backends.cpu.progress import Progress
 from quire.backends.cpu.rows import Rows
 from quire.backends.cpu.sampler import Sampler
 from quire.config import EngineConfig
 from quire.core.plan import StepPlan, StepResult
 from quire.errors import ConfigError
+from quire.models.quantization import Quantization
 from quire.models.spec import TransformerSpec
 from quire.models.weights import load_model, resolve_model
 
@@ -33,6 +37,8 @@ class CpuBackend:
         self.num_blocks = memory.num_blocks
         self.num_host_blocks = memory.num_host_blocks
         self.memory_note = memory.note
+        kind = Quantization.of(config)
+        self.weight_note = "" if kind is None else f"{kind}: {decoder.weight_bytes() / 1e6:,.0f} MB that a step reads"
         self.block_size = config.block_size
         self.max_model_len = max_model_len
         self.window = spec.common_window()
@@ -48,22 +54,39 @@ class CpuBackend:
         use_threads(config.threads)
         model = load_model(resolve_model(config.model))
         spec = model.spec
+        quantization = Quantization.of(config)
+        if quantization is not None:
+            quantization.check(spec)
         max_model_len = _context(config, spec)
         memory = kv_memory(config, spec, max_model_len)
         tell("map weights", perf_counter() - start)
         start = perf_counter()
-        decoder = Decoder(
-            spec,
-            model.tensors,
-            num_blocks=memory.num_blocks + memory.num_host_blocks,  # the swap pool is more of the same memory
-            block_size=config.block_size,
-            kv_dtype=config.kv_dtype,
-            max_tokens=config.max_num_batched_tokens,
-            max_rows=config.num_seqs(memory.num_blocks),
-            max_model_len=max_model_len,
-            weight_dtype=None if config.dtype == "auto" else config.dtype,
-        )
-        tell("pack weights", perf_counter() - start)
+        cache = None
+        if quantization is not None and config.cache_dir is not None:
+            cache = PackedCache(model.folder, config.cache_dir, quantization)
+            tell("check the weight cache", perf_counter() - start)
+        start = perf_counter()
+        try:
+            with Progress("packing the weights", sum(tensor.nbytes for tensor in model.tensors.values())) as progress:
+                decoder = Decoder(
+                    spec,
+                    model.tensors,
+                    num_blocks=memory.num_blocks + memory.num_host_blocks,  # the swap pool is more of the same memory
+                    block_size=config.block_size,
+                    kv_dtype=config.kv_dtype,
+                    max_tokens=config.max_num_batched_tokens,
+                    max_rows=config.num_seqs(memory.num_blocks),
+                    max_model_len=max_model_len,
+                    packer=Packer(None if config.dtype == "auto" else config.dtype, quantization, cache, progress),
+                )
+            tell("pack weights" if cache is None or not cache.found else "map packed weights", perf_counter() - start)
+            if cache is not None and not cache.found:
+                start = perf_counter()
+                cache.finish()
+                tell("write the weight cache", perf_counter() - start)
+        finally:
+            if cache is not None:
+                cache.close()
         return cls(spec, model.folder, decoder, config, memory, max_model_len)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -102,6 +125,10 @@ class CpuBackend:
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads."""
         return self.decoder.weight_bytes()
+
+    def head_bytes(self) -> int:
+        """Of which only a step with a row of logits reads."""
+        return self.decoder.head_bytes()
 
 
 def _context(config: EngineConfig, spec: TransformerSpec) -> int:

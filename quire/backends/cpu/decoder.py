@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
+from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.rows import Batch
 from quire.models.spec import TransformerSpec
 
@@ -77,8 +78,8 @@ class Layer:
 class Decoder:
     """The model's weights, its KV pool, and the forward pass.
 
-    tensors: canonical names (see TransformerSpec). kv_dtype: float32, float16, bfloat16 or int8. weight_dtype: None keeps each
-    tensor's.
+    tensors: canonical names (see TransformerSpec). kv_dtype: float32, float16, bfloat16 or int8. packer: makes the linears; None
+    keeps each tensor's width.
     """
 
     def __init__(
@@ -92,14 +93,14 @@ class Decoder:
         max_tokens: int,
         max_rows: int,
         max_model_len: int,
-        weight_dtype: str | None = None,
+        packer: Packer | None = None,
     ) -> None:
         self.spec = spec
         self._tensors = tensors
-        self._weight_dtype = weight_dtype
+        self._packer = packer or Packer()
         d = spec.head_dim
-        self.embed = self._matrix("embed.weight")
-        self.positions = self._matrix("positions.weight") if spec.rope is None else None
+        self.embed = self._packer.matrix(tensors["embed.weight"])
+        self.positions = self._packer.matrix(tensors["positions.weight"]) if spec.rope is None else None
         if spec.embedding_size != spec.hidden_size:
             self.embed_in, self.embed_out = self._linear("embed_in"), self._linear("embed_out")
         if spec.rope is not None:
@@ -128,7 +129,7 @@ class Decoder:
             )
             self.layers.append(layer)
         self.final_norm = self._norm("final_norm") if spec.final_norm else None
-        self.lm_head = self._linear("embed" if spec.tied else "lm_head")
+        self.lm_head = self._linear("embed" if spec.tied else "lm_head", head=True)
 
         def buffer(rows: int, width: int) -> F32:
             return np.zeros((rows, width), np.float32)
@@ -177,7 +178,13 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Bytes of all packed linears, lm_head included: what a step reads."""
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.up, layer.down)]
-        return sum(linear.packed.nbytes for linear in [*linears, self.lm_head])
+        if self.spec.embedding_size != self.spec.hidden_size:
+            linears += [self.embed_in, self.embed_out]
+        return sum(linear.packed.nbytes for linear in linears) + self.head_bytes()
+
+    def head_bytes(self) -> int:
+        """Of which lm_head: what a step without a row of logits does not read."""
+        return self.lm_head.packed.nbytes
 
     def _embed(self, batch: Batch) -> F32:
         count = len(batch.ids)
@@ -235,24 +242,13 @@ class Decoder:
         self.lm_head(last, logits)
         return logits
 
-    def _matrix(self, name: str) -> npt.NDArray[Any]:
-        """A weight as the kernels take it: in the width asked for, a bfloat16 as its bits."""
-        tensor = self._tensors[name]
-        if self._weight_dtype is not None and tensor.dtype.name != self._weight_dtype:
-            tensor = tensor.astype(self._weight_dtype)
-        return tensor.view(np.uint16) if tensor.dtype.name == "bfloat16" else tensor
-
     def _vector(self, name: str) -> F32:
         return np.ascontiguousarray(self._tensors[name], np.float32)
 
-    def _linear(self, *names: str) -> Linear:
+    def _linear(self, *names: str, head: bool = False) -> Linear:
         """One packed linear of the weights of ``names``, side by side."""
         biases = [self._vector(f"{name}.bias") for name in names if f"{name}.bias" in self._tensors]
-        weights = [self._matrix(f"{name}.weight") for name in names]
-        if len({weight.dtype for weight in weights}) > 1:  # a checkpoint of mixed widths: the widest holds them all
-            weights = [np.asarray(self._tensors[f"{name}.weight"], np.float32) for name in names]
-        packed = native.pack_linear(weights)
-        return Linear(packed, np.concatenate(biases) if biases else None)
+        return Linear(self._packer.linear(self._tensors, names, head=head), np.concatenate(biases) if biases else None)
 
     def _norm(self, name: str) -> Norm:
         bias = self._vector(f"{name}.bias") if self.spec.norm_bias else None

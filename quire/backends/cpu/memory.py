@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.errors import CapacityError, ConfigError
+from quire.models.quantization import Quantization
 from quire.models.spec import TransformerSpec
 
 AUTO_SHARE = 0.8
@@ -33,7 +34,8 @@ def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int) -
     per_block = spec.kv_bytes_per_token(config.kv_dtype) * config.block_size
     need = -(-max_model_len // config.block_size)
     available = available_bytes()
-    weights = spec.weight_bytes(None if config.dtype == "auto" else config.dtype)
+    dtype, quantization = None if config.dtype == "auto" else config.dtype, Quantization.of(config)
+    weights = spec.weight_bytes(dtype) if quantization is None else quantization.weight_bytes(spec, dtype)
     size, note = config.kv_bytes, ""
     if size is None:
         size, note = _auto(config, spec, max_model_len, per_block, available, weights)

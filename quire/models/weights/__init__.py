@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quire.models.weights.checkpoint import Model, load_model, load_spec, read_headers, resolve_model
+from quire.models.weights.content import content_digest
 from quire.models.weights.safetensors import TensorInfo
 
-__all__ = ["Model", "TensorInfo", "load_model", "load_spec", "read_headers", "resolve_model"]
+__all__ = ["Model", "TensorInfo", "content_digest", "load_model", "load_spec", "read_headers", "resolve_model"]

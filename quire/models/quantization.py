@@ -1,0 +1,90 @@
+"""Quantized weights: which kinds there are, which layers of a model get which, and how many bytes that makes.
+
+Every linear is quantized while it is packed. int8 has one scale for each output by default, int4 one for each 32 inputs of an
+output. Under int4 lm_head is int8: in 4 bits it alone would cost as much accuracy as all layers of a small model together
+(docs/benchmarks/cpu.md), for few bytes. Embeddings, which are looked up and not multiplied, are not quantized, nor are norms
+and biases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from quire.config import EngineConfig
+from quire.errors import ConfigError
+from quire.models.spec import TransformerSpec
+
+GROUP_SIZES: Final = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128)}
+"""Inputs that share a scale, 0 for all of an output's; the first is the default."""
+_SCALE_BYTES: Final = 2
+
+
+@dataclass(slots=True, frozen=True)
+class Quantization:
+    """How linears are quantized: ``dtype`` int8 or int4, ``group_size`` one of GROUP_SIZES."""
+
+    dtype: str
+    group_size: int
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Quantization | None:
+        """What the options ask for; None where weights stay as they are."""
+        return None if config.quantize is None else cls.named(config.quantize, config.group_size)
+
+    @classmethod
+    def named(cls, dtype: str, group_size: int | None = None) -> Quantization:
+        """group_size: None takes the default. Raises ConfigError."""
+        if dtype not in GROUP_SIZES:
+            raise ConfigError(f"--quantize {dtype!r:.40} is not supported; choose from: {', '.join(GROUP_SIZES)}", param="quantize")
+        sizes = GROUP_SIZES[dtype]
+        if group_size is not None and group_size not in sizes:
+            raise ConfigError(
+                f"--group-size {group_size} is not supported with --quantize {dtype}; choose from: {', '.join(map(str, sizes))}",
+                param="group_size",
+            )
+        return cls(dtype, sizes[0] if group_size is None else group_size)
+
+    @property
+    def head(self) -> Quantization:
+        """Of lm_head."""
+        return Quantization("int8", 0) if self.dtype == "int4" else self
+
+    def __str__(self) -> str:
+        each = f"in groups of {self.group_size}" if self.group_size else "with one scale for each output"
+        return f"{self.dtype} {each}" + (f", lm_head {self.head}" if self.head != self else "")
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of [n, k] weights and their scales, padding left out."""
+        return n * k * (8 if self.dtype == "int8" else 4) // 8 + _SCALE_BYTES * n * (k // self.group_size if self.group_size else 1)
+
+    def weight_bytes(self, spec: TransformerSpec, dtype: str | None = None) -> int:
+        """Bytes of all of a model's weights. dtype: the width of what is not quantized; None: the checkpoint's."""
+        total = spec.weight_bytes(dtype)
+        per_parameter = spec.weight_bytes(dtype) // spec.num_parameters()
+        for n, k, kind in self._linears(spec).values():
+            total += kind.nbytes(n, k) - n * k * per_parameter
+        if spec.tied:  # the table stays for looking up, beside its quantized copy
+            total += self.head.nbytes(spec.vocab_size, spec.embedding_size)
+        return total
+
+    def check(self, spec: TransformerSpec) -> None:
+        """Raises ConfigError where the group size does not divide the inputs of some linear."""
+        for name, (_, k, kind) in self._linears(spec).items():
+            if kind.group_size and k % kind.group_size:
+                self._refuse(spec, name, k)
+
+    def _linears(self, spec: TransformerSpec) -> dict[str, tuple[int, int, Quantization]]:
+        """Canonical name → outputs, inputs, kind, of every linear that is stored as one."""
+        shapes = {name.removesuffix(".weight"): shape for name, shape in spec.tensor_shapes().items() if len(shape) == 2}
+        tables = ("embed", "positions")
+        return {name: (n, k, self.head if name == "lm_head" else self) for name, (n, k) in shapes.items() if name not in tables}
+
+    def _refuse(self, spec: TransformerSpec, name: str, k: int) -> NoReturn:
+        widths = {k for _, k, kind in self._linears(spec).values() if kind == self}
+        fitting = [str(size) for size in GROUP_SIZES[self.dtype] if not size or not any(k % size for k in widths)]
+        if fitting:
+            remedy = f"choose {' or '.join(fitting)}" + (" (0: one scale for each output)" if "0" in fitting else "")
+        else:
+            remedy = "no group size does for all of this model's layers; use --quantize int8, whose scales need no groups"
+        raise ConfigError(f"--group-size {self.group_size} does not divide the {k:,} inputs of {name}: {remedy}", param="group_size")
