@@ -112,6 +112,15 @@ class EngineConfig(_Checked):
     max_num_seqs: int | None = option(
         None, f"most sequences that run at the same time (default: {DEFAULT_NUM_SEQS}, or one for each KV block)", low=1, high=4096
     )
+    speculation: str = option(
+        "prompt-lookup",
+        "guess tokens and verify them in the same step: prompt-lookup goes on as the text did where it stood before, as long as that pays; "
+        "outputs are the same with and without",
+        choices=("prompt-lookup", "off"),
+    )
+    speculation_positions: int = option(
+        8, "token positions up to which a step is filled up with guesses: about as many as take little longer than one", low=2, high=256
+    )
     threads: int | None = option(None, "threads that compute (default: the cores that this process may use)", low=1, high=256)
     seed: int = option(0, "seeds the requests that bring no seed of their own (offline API)", low=0, high=(1 << 63) - 1)
     kv_debug: bool = field(

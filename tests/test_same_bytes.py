@@ -2,8 +2,8 @@
 
 The same requests (greedy, sampled, several samples, beams; prompts that share beginnings) run under {block size} x {chunk
 budget} x {batch mix} x {prefix cache cold, warm, off} x {admission policy} x {forced preemption, swapped or recomputed} x
-{threads}, on every instruction set that this machine has, and are compared bit for bit with requests that run alone, with
-nothing to be found in a cache.
+{threads} x {speculation on, off, with guesses that are right up to anywhere}, on every instruction set that this machine has,
+and are compared bit for bit with requests that run alone, with nothing guessed and nothing to be found in a cache.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "NaN in fresh blocks": {"kv_debug": True, "block_size": 16, "max_num_batched_tokens": 40},
     "no cache": {"prefix_caching": False},
     "no cache, block size 4": {"prefix_caching": False, "block_size": 4, "max_num_batched_tokens": 19},
+    "no speculation": {"speculation": "off"},
 }
 WARM = ["all together", "chunks of 7", "block size 4", "block size 8", "block size 32", "block size 128", "NaN in fresh blocks"]
 """Run a second time on the same engine: everything is found, the last tokens of most prompts in partly matching blocks."""
@@ -54,6 +55,14 @@ SQUEEZED: dict[str, dict[str, Any]] = {
     "NaN in fresh blocks": {"admission": "watermark", "kv_debug": True, "swap_memory": "1MiB"},
 }
 """In a pool that holds just the largest request."""
+
+GUESSED: dict[str, dict[str, Any]] = {
+    "all together": {"speculation_positions": 64},
+    "three at a time, block size 4": {"max_num_seqs": 3, "block_size": 4},
+    "chunks of 7, NaN in fresh blocks": {"max_num_batched_tokens": 7, "kv_debug": True, "block_size": 8},
+    "no cache": {"prefix_caching": False, "max_num_seqs": 3, "block_size": 32},
+}
+"""With drafts made from the reference: right, or wrong from some token on."""
 
 
 def folder_of(model: str) -> Path:
@@ -102,7 +111,7 @@ def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
     before = native.isa()
     native.set_isa(isa)
     try:
-        engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False)
+        engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False, speculation="off")
         spec, context = engine.backend.spec, engine.limits.max_model_len
         requests = requests_for(spec.vocab_size, context, spec.eos_token_ids)
         reference: dict[tuple[str, int], running.Output] = {}
@@ -122,6 +131,15 @@ def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
                 assert engine.stats().kv.counters.hit_tokens - cold > 0.9 * prompts or spec.common_window()
         shuffled = random.Random(1).sample(requests, len(requests))
         assert running.run(running.open_engine(folder), shuffled).outputs == reference, "another order of arrival"
+
+        drafted = right = 0
+        for name, options in GUESSED.items():
+            engine = running.open_engine(folder, **options)
+            guessed = running.run(engine, requests, preempt_every=9, outputs_to_guess=reference)
+            assert guessed.outputs == reference, f"guessed, {name}"
+            drafted += guessed.stats.tokens_drafted
+            right += guessed.stats.tokens_accepted
+        assert 100 < right < 0.9 * drafted, "there were no guesses to speak of"
 
         longest = max(running.positions(r) for r in requests)
         for name, options in SQUEEZED.items():

@@ -51,7 +51,7 @@ class Recorder:
         keys = sum(w.start + w.count for w in plan.work)
         # Position p attends to p + 1 keys: an arithmetic series over the positions of a row.
         context = sum(w.count * (2 * w.start + w.count + 1) // 2 for w in plan.work)
-        sampled = sum(w.sample for w in plan.work)
+        sampled = sum(1 + len(w.draft) for w in plan.work if w.sample)
         return StepCost(
             sequences=len(plan.work),
             tokens=plan.num_tokens,
