@@ -23,7 +23,7 @@ import numpy as np
 from quire.backends.cpu import _native as native
 from quire.backends.cpu import decoder as module
 from quire.backends.cpu.decoder import Decoder
-from quire.backends.cpu.rows import Batch
+from quire.backends.cpu.rows import Batch, Part
 from quire.models.weights import load_model, resolve_model
 
 BLOCK = 16
@@ -73,7 +73,7 @@ def decode(rows: int, context: int, blocks: int) -> Batch:
     tables = np.random.default_rng(0).permutation(blocks)[: rows * per].astype(np.int32).reshape(rows, per)
     counter = np.arange(rows, dtype=np.int32)
     at = np.full(rows, context - 1, np.int32)
-    return Batch(counter, np.arange(rows + 1, dtype=np.int32), at, at, counter + np.int32(7), tables, counter)
+    return Batch(counter, np.arange(rows + 1, dtype=np.int32), at, at, counter + np.int32(7), tables, counter, at + 1)
 
 
 def prefill(tokens: int, blocks: int, start: int = 0) -> Batch:
@@ -82,7 +82,10 @@ def prefill(tokens: int, blocks: int, start: int = 0) -> Batch:
     table = np.random.default_rng(0).permutation(blocks)[:per].astype(np.int32).reshape(1, per)
     counter = np.arange(tokens, dtype=np.int32)
     ends = np.array([0, tokens], np.int32)
-    return Batch(np.zeros(1, np.int32), ends, np.array([start], np.int32), counter + np.int32(start), counter, table, ends[1:] - 1)
+    row, last = np.zeros(1, np.int32), np.array([tokens - 1], np.int32)
+    batch = Batch(row, ends, np.array([start], np.int32), counter + np.int32(start), counter, table, row, row + start + tokens)
+    batch.asked = Part(last, row, np.array([0, 1], np.int32), last + np.int32(start))
+    return batch
 
 
 def busy_seconds() -> float:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.packer import Packer
-from quire.backends.cpu.rows import Batch
+from quire.backends.cpu.rows import Batch, Part
 from quire.models.spec import TransformerSpec
 
 F32 = npt.NDArray[np.float32]
@@ -147,18 +147,21 @@ class Decoder:
     def forward(self, batch: Batch) -> F32:
         """Compute the batch's positions: write their KV, attend. Returns logits [samples, vocab], valid until the next call."""
         x = self._embed(batch)
+        last = self.layers[-1]
         for layer in self.layers:
+            # What the last layer does beyond keys and values is for the positions that are sampled.
+            asked = batch.asked if layer is last else None
             if self.spec.norm_first:
                 layer.attn_norm(x, self._normed[: len(x)])
-                self._attention(layer, self._normed[: len(x)], x, batch)
+                x = self._attention(layer, self._normed[: len(x)], x, batch, asked)
                 layer.mlp_norm(x, self._normed[: len(x)])
                 self._feed_forward(layer, self._normed[: len(x)], x)
             else:
-                self._attention(layer, x, x, batch)
+                x = self._attention(layer, x, x, batch, asked)
                 layer.attn_norm(x, x)
                 self._feed_forward(layer, x, x)
                 layer.mlp_norm(x, x)
-        return self._head(x, batch.logit_rows)
+        return self._head(x)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination), in every layer."""
@@ -196,10 +199,10 @@ class Decoder:
             native.add_rows(batch.positions + np.int32(self.spec.position_offset), self.positions, x)
         return x
 
-    def _attention(self, layer: Layer, x: F32, residual: F32, batch: Batch) -> None:
-        """residual += o(attention(x))"""
+    def _attention(self, layer: Layer, x: F32, residual: F32, batch: Batch, asked: Part | None) -> F32:
+        """residual += o(attention(x)); of the positions ``asked`` for, where not all are. Returns residual."""
         spec, count = self.spec, len(x)
-        qkv, attended = self._qkv[:count], self._attended[:count]
+        qkv = self._qkv[:count]
         layer.qkv(x, qkv)
         heads = qkv.reshape(count, -1, spec.head_dim)
         queries = heads[:, : spec.num_heads]
@@ -217,8 +220,13 @@ class Decoder:
         elif len(part.tokens):
             there = (batch.block_tables, part.rows, part.query_start, part.start)
             native.write_kv(keys[part.tokens], values[part.tokens], *cache, *there, *scales)
+        if asked is not None:
+            queries, residual = queries[asked.tokens], residual[asked.tokens]
+            where = (batch.block_tables, asked.rows, asked.query_start, asked.start)
+        attended = self._attended[: len(queries)]
         native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales)
         layer.o(attended, residual, accumulate=True)
+        return residual
 
     def _feed_forward(self, layer: Layer, x: F32, residual: F32) -> None:
         """residual += down(activation(up(x)))"""
@@ -228,18 +236,15 @@ class Decoder:
         native.activation(up, activated, self.spec.activation, self.spec.gated)
         layer.down(activated, residual, accumulate=True)
 
-    def _head(self, x: F32, rows: npt.NDArray[np.int32]) -> F32:
-        if len(rows) == 0:  # chunks of prompts only
-            return self._logits[:0]
-        last = np.take(x, rows, axis=0)
+    def _head(self, x: F32) -> F32:
         if self.final_norm is not None:
-            self.final_norm(last, last)
+            self.final_norm(x, x)
         if self.spec.embedding_size != self.spec.hidden_size:
-            projected = np.empty((len(rows), self.spec.embedding_size), np.float32)
-            self.embed_out(last, projected)
-            last = projected
-        logits = self._logits[: len(rows)]
-        self.lm_head(last, logits)
+            projected = np.empty((len(x), self.spec.embedding_size), np.float32)
+            self.embed_out(x, projected)
+            x = projected
+        logits = self._logits[: len(x)]
+        self.lm_head(x, logits)
         return logits
 
     def _vector(self, name: str) -> F32:
