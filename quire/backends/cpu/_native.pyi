@@ -57,9 +57,6 @@ def measure_fma_peak() -> float:
 def measure_int8_peak() -> float:
     """G operations/s (10^9, two for a multiply-add) of int8 with int32 sums in registers, exact for all operands."""
 
-def measure_vnni_peak() -> float:
-    """The same with AVX-512 VNNI whatever is in use; 0 where the CPU lacks it."""
-
 def measure_region(together: bool = False, asleep: bool = False) -> float:
     """Seconds of a parallel region without work, median. together: until every thread has taken a task of it, which an empty
     region does not wait for. asleep: after a pause, so that the threads must be woken."""
