@@ -60,6 +60,8 @@ class PackedLinear:
     def nbytes(self) -> int: ...
     @property
     def isa(self) -> str: ...
+    def set_then(self, then: PackedLinear) -> None:
+        """``then`` is usually the next to be read: its first panels are prefetched at the end of this one. Changes no result."""
 
 def pack_linear(weight: Floats | Sequence[Floats]) -> PackedLinear:
     """Packs a copy of [n, k] weights, kept in their width. Any strides: pass w.T for weights stored as [k, n].

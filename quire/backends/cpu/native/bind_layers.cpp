@@ -47,7 +47,10 @@ void linear(const PackedLinear& packed, const Array& x_, const OutArray& out_, c
             "out must be [" + std::to_string(x.rows) + ", " + std::to_string(packed.panels.n) + "], not " + shape_of(out_));
     const float* b = bias ? vector<float>(*bias, "bias", "float32", packed.panels.n) : nullptr;
     nb::gil_scoped_release release;
-    packed.kernels.linear({packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate});
+    LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, nullptr, 0, 0};
+    if (const PackedLinear* then = packed.then)
+        args.then = then->panels.data, args.then_panels = then->count(), args.then_panel_bytes = then->nbytes / then->count();
+    packed.kernels.linear(args);
 }
 
 void norm(const Array& x_, const Array& weight, const MaybeArray& bias, float eps, const OutArray& out_, bool centre) {
@@ -121,6 +124,7 @@ void bind_layers(nb::module_& m) {
         .def_prop_ro("k", [](const PackedLinear& p) { return p.panels.k; })
         .def_prop_ro("dtype", [](const PackedLinear& p) { return dtype_name(p.panels.dtype); })
         .def_prop_ro("nbytes", [](const PackedLinear& p) { return p.nbytes; })
+        .def("set_then", [](PackedLinear& p, const PackedLinear& then) { p.then = &then; }, nb::arg("then"), nb::keep_alive<1, 2>())
         .def_prop_ro("isa", [](const PackedLinear& p) { return p.kernels.name; });
     m.def("pack_linear", pack_linear, nb::arg("weight"));
     m.def("linear", linear, nb::arg("packed"), nb::arg("x"), nb::arg("out"), nb::arg("bias") = nb::none(),
