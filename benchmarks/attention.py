@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
-from quire.backends.cpu.decoder import _cache
+from quire.backends.cpu.decoder import aligned
 
 POOL = 256 << 20
 GRID = [(batch, context) for batch in (1, 8, 32) for context in (128, 512, 2048, 8192) if batch * context <= 1 << 17]
@@ -36,12 +36,12 @@ class Bench:
     def caches(self, kv: str, blocks: int) -> tuple[list[npt.NDArray[Any]], dict[str, Any]]:
         """Keys and values, and their scales where there are any."""
         shape = (blocks, self.kv_heads)
-        caches = [_cache((*shape, self.dim, self.block), kv), _cache((*shape, self.block, self.dim), kv)]
+        caches = [aligned((*shape, self.dim, self.block), kv), aligned((*shape, self.block, self.dim), kv)]
         values = self.rng.standard_normal(1 << 20, np.float32)
         for cache in caches:
             kind = {"int8": (values * 30).astype(np.int8), "bfloat16": (values.view(np.uint32) >> 16).astype(np.uint16)}
             cache.reshape(-1)[:] = np.resize(kind.get(kv, values.astype(kv if kv == "float16" else "float32")), cache.size)
-        scales = {name: _cache((*shape, self.block), "float16") for name in ("k_scales", "v_scales")} if kv == "int8" else {}
+        scales = {name: aligned((*shape, self.block), "float16") for name in ("k_scales", "v_scales")} if kv == "int8" else {}
         for scale in scales.values():
             scale[:] = 1 / 30
         return caches, scales

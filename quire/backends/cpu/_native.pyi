@@ -87,6 +87,8 @@ class PackedLinear:
     @property
     def data(self) -> NDArray[np.uint8]:
         """The packed bytes [nbytes], a read-only view that keeps them alive."""
+    def set_then(self, then: PackedLinear) -> None:
+        """``then`` is usually the next to be read: its first panels are prefetched at the end of this one. Changes no result."""
 
 def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None, group_size: int = 0) -> PackedLinear:
     """Packs a copy of [n, k] weights. Any strides: pass w.T for weights stored as [k, n].

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -122,17 +123,21 @@ class Decoder:
                 up=self._linear(f"{at}.gate", f"{at}.up") if spec.gated else self._linear(f"{at}.up"),
                 down=self._linear(f"{at}.down"),
                 window=spec.window(i),
-                key_cache=_cache((*shape, d, block_size), kv_dtype),
-                value_cache=_cache((*shape, block_size, d), kv_dtype),
-                key_scales=_cache((*shape, block_size), "float16") if kv_dtype == "int8" else None,
-                value_scales=_cache((*shape, block_size), "float16") if kv_dtype == "int8" else None,
+                key_cache=aligned((*shape, d, block_size), kv_dtype),
+                value_cache=aligned((*shape, block_size, d), kv_dtype),
+                key_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
+                value_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
             )
             self.layers.append(layer)
         self.final_norm = self._norm("final_norm") if spec.final_norm else None
         self.lm_head = self._linear("embed" if spec.tied else "lm_head", head=True)
+        for linear, then in pairwise(self._linears()):
+            linear.packed.set_then(then.packed)
 
         def buffer(rows: int, width: int) -> F32:
-            return np.zeros((rows, width), np.float32)
+            # An odd number of cache lines from row to row: a power of two would put all rows into the same few lines of L1.
+            stride = 16 * (-(-width // 16) | 1)
+            return aligned((rows, stride), "float32")[:, :width]
 
         q, kv = spec.num_heads * d, spec.num_kv_heads * d
         self._x = buffer(max_tokens, spec.hidden_size)
@@ -142,7 +147,8 @@ class Decoder:
         self._up = buffer(max_tokens, spec.intermediate_size * (2 if spec.gated else 1))
         self._activated = buffer(max_tokens, spec.intermediate_size)
         self._embedded = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._x
-        self._logits = buffer(max_rows, spec.vocab_size)
+        self._last = buffer(max_rows, spec.hidden_size)
+        self._logits = np.zeros((max_rows, spec.vocab_size), np.float32)
 
     def forward(self, batch: Batch) -> F32:
         """Compute the batch's positions: write their KV, attend. Returns logits [samples, vocab], valid until the next call."""
@@ -180,14 +186,18 @@ class Decoder:
 
     def weight_bytes(self) -> int:
         """Bytes of all packed linears, lm_head included: what a step reads."""
-        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.up, layer.down)]
+        linears = self._linears()
         if self.spec.embedding_size != self.spec.hidden_size:
             linears += [self.embed_in, self.embed_out]
-        return sum(linear.packed.nbytes for linear in linears) + self.head_bytes()
+        return sum(linear.packed.nbytes for linear in linears)
 
     def head_bytes(self) -> int:
         """Of which lm_head: what a step without a row of logits does not read."""
         return self.lm_head.packed.nbytes
+
+    def _linears(self) -> list[Linear]:
+        """Those of all layers and lm_head, in the order in which a step reads them."""
+        return [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.up, layer.down)] + [self.lm_head]
 
     def _embed(self, batch: Batch) -> F32:
         count = len(batch.ids)
@@ -221,7 +231,8 @@ class Decoder:
             there = (batch.block_tables, part.rows, part.query_start, part.start)
             native.write_kv(keys[part.tokens], values[part.tokens], *cache, *there, *scales)
         if asked is not None:
-            queries, residual = queries[asked.tokens], residual[asked.tokens]
+            queries = queries[asked.tokens]
+            residual = np.take(residual, asked.tokens, axis=0, out=self._last[: len(queries)], mode="clip")  # mode: else one copy more
             where = (batch.block_tables, asked.rows, asked.query_start, asked.start)
         attended = self._attended[: len(queries)]
         native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales)
@@ -263,7 +274,7 @@ class Decoder:
         return Norm(self._vector(f"{name}.weight"), None, self.spec.norm_eps, True) if self.spec.head_norm else None
 
 
-def _cache(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+def aligned(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     """Zeros that start on a cache line, so that a block of 8 fills whole lines. numpy's start 16 bytes beside one: attention
     then reads an extra line for every stretch, and most of its loads cross two."""
     dtype = "uint16" if dtype == "bfloat16" else dtype  # numpy has no bfloat16: its bits
