@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that the engines are stopped, and not left behind
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, _end)
     try:
         made = compare(args)
     except QuireError as e:
@@ -75,6 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     print(markdown(made))
     print("written:", *write(made, args.out))
     return 0 if made["engines"] else 1
+
+
+def _end(number: int, _: Any) -> None:
+    """Unwind, which stops all engines; a second signal must not interrupt that (``timeout`` sends two)."""
+    for further in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(further, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:

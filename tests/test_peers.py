@@ -299,6 +299,23 @@ def test_what_is_not_installed_is_named_with_the_remedy(measured: tuple[Path, st
     assert all(f"without {name}: {why}" in said for name, why in missing.items())
 
 
+def test_a_signal_leaves_no_engine_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", str(BENCHMARKS / "peers.py"), "embedded", "--out", str(tmp_path), "--engines", "quire,second",
+               "--define", "second=quire", "--requests", "64", "--output-mean", "512", "--rounds", "50"]  # fmt: skip
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert run.stderr is not None
+    while "second is ready" not in (line := run.stderr.readline()):
+        assert line, "ended before it was ready"
+    children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    assert len(children) == 2
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)  # as timeout does, which signals the process and then its group
+    assert run.wait(60) == 128 + signal.SIGTERM
+    run.stderr.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
 def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert peers.main([str(tmp_path / "no"), "--out", str(tmp_path)]) == 1
     assert "there is no folder" in capsys.readouterr().err

@@ -66,6 +66,7 @@ VLLM: Final[dict[str, tuple[str, ...]]] = {
     "vllm-bf16": ("--dtype", "bfloat16"),
     "vllm-bf16-eager": ("--dtype", "bfloat16", "--enforce-eager"),
 }
+VLLM_PRELOAD: Final = ("libtcmalloc_minimal.so.4", "libiomp5.so")
 HF: Final[dict[str, tuple[int, str]]] = {
     "hf-one": (1, "one request at a time"),
     "hf-batch16": (16, "static batches of 16, sorted by output length"),
@@ -120,16 +121,17 @@ def _vllm(name: str, base: str, options: list[str], setup: Setup) -> Peer:
         "a plain pip install takes gigabytes of CUDA libraries)"
     )
     versions = _versions(setup.vllm_python, ("vllm", "torch"), how)
-    # The OpenMP that it is built for, before PyTorch's own, as its documentation asks. One engine process, its threads on their cores.
-    preload = Path(setup.vllm_python).absolute().parent.parent / "lib" / "libiomp5.so"
+    # As its documentation asks: the OpenMP that it is built for, before PyTorch's own, and tcmalloc, where they are in its environment.
+    libraries = Path(setup.vllm_python).absolute().parent.parent / "lib"
+    preload = [str(libraries / name) for name in VLLM_PRELOAD if (libraries / name).exists()]
     cores = sorted(os.sched_getaffinity(0))[: setup.threads]
     environ = {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str((setup.out / "vllm").resolve()),
         "PATH": f"{Path(setup.vllm_python).absolute().parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }  # fmt: skip
-    if preload.exists():
-        environ["LD_PRELOAD"] = os.pathsep.join(filter(None, (str(preload), os.environ.get("LD_PRELOAD"))))
+    if preload:
+        environ["LD_PRELOAD"] = os.pathsep.join(preload)
     command = [setup.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(setup.model), "--served-model-name", "model",
                "--port", PORT, "--max-model-len", str(setup.context), "--disable-uvicorn-access-log", *VLLM[base], *options]  # fmt: skip
     return Served(
