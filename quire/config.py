@@ -82,7 +82,11 @@ class EngineConfig(_Checked):
     )
     max_model_len: int | None = option(None, "longest sequence in tokens, prompt and output together (default: the model's context)", low=2)
     block_size: int = option(16, "token positions in a block of KV memory", choices=(4, 8, 16, 32, 64, 128, 256))
-    kv_dtype: str = option("float16", "width of the KV cache", choices=("float16", "float32"))
+    kv_dtype: str = option(
+        "float16",
+        "width of the KV cache; int8 has a scale for each head's key and value of a token, and takes a little more than half of float16",
+        choices=("float16", "float32", "bfloat16", "int8"),
+    )
     kv_memory: str = option(
         "2GiB", "memory for the KV cache, e.g. 2GiB or 512MiB; auto takes what the machine can spare, and says how much", metavar="SIZE"
     )
@@ -107,6 +111,15 @@ class EngineConfig(_Checked):
     )
     max_num_seqs: int | None = option(
         None, f"most sequences that run at the same time (default: {DEFAULT_NUM_SEQS}, or one for each KV block)", low=1, high=4096
+    )
+    speculation: str = option(
+        "prompt-lookup",
+        "guess tokens and verify them in the same step: prompt-lookup goes on as the text did where it stood before, as long as that pays; "
+        "outputs are the same with and without",
+        choices=("prompt-lookup", "off"),
+    )
+    speculation_positions: int = option(
+        8, "token positions up to which a step is filled up with guesses: about as many as take little longer than one", low=2, high=256
     )
     threads: int | None = option(None, "threads that compute (default: the cores that this process may use)", low=1, high=256)
     seed: int = option(0, "seeds the requests that bring no seed of their own (offline API)", low=0, high=(1 << 63) - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from quire.backends.base import open_backend
 from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.sequence import Request
+from quire.core.speculation import Drafter
 from quire.core.stats import EngineStats
 
 
@@ -41,13 +44,38 @@ def positions(request: Request) -> int:
     return prompt + 32 + (generated + 32) * request.params.num_beams if request.params.use_beam_search else prompt + generated
 
 
-def run(engine: Engine, requests: list[Request], *, preempt_every: int = 0) -> Run:
+class Guesses(Drafter):
+    """Drafts a sequence's ``outcome`` after ``prompt`` tokens: now all right, now wrong from some token on."""
+
+    def __init__(self, tokens: list[int], prompt: int, outcome: list[int], vocab_size: int) -> None:
+        super().__init__(tokens)
+        self._prompt, self._outcome, self._vocab_size = prompt, outcome, vocab_size
+        self._rng = random.Random(prompt)
+
+    def draft(self, most: int, least_chance: float) -> list[int]:
+        at = len(self._tokens) - self._prompt
+        draft = self._outcome[at : at + max(0, most)]
+        right = self._rng.randint(0, len(draft) + 1)
+        return draft[:right] + [(token + 1) % self._vocab_size for token in draft[right:]]
+
+
+def run(
+    engine: Engine,
+    requests: list[Request],
+    *,
+    preempt_every: int = 0,
+    outputs_to_guess: Mapping[tuple[str, int], Output] | None = None,
+) -> Run:
     """Run ``requests`` to their end, ``check()`` after each step, and prove that nothing is left.
 
     preempt_every: every so many steps the oldest running sequence is preempted, whether there is a need or not.
+    outputs_to_guess: what drafts are made from, where it is known.
     """
     for request in requests:
         engine.add(request)
+    for seq in engine.scheduler.waiting if outputs_to_guess else ():
+        outcome = outputs_to_guess.get((seq.request.request_id, seq.index), Output()).token_ids
+        seq.drafter = Guesses(seq.tokens, seq.num_prompt, outcome, engine.backend.spec.vocab_size)
     outputs: dict[tuple[str, int], Output] = {}
     steps = 0
     while engine.has_work:

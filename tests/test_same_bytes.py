@@ -2,8 +2,9 @@
 
 The same requests (greedy, sampled, several samples, beams; prompts that share beginnings) run under {block size} x {chunk
 budget} x {batch mix} x {prefix cache cold, warm, off} x {admission policy} x {forced preemption, swapped or recomputed} x
-{threads}, on every instruction set that this machine has, and are compared bit for bit with requests that run alone, with
-nothing to be found in a cache. So do quantized weights, on the other instruction sets under a part of it.
+{threads} x {speculation on, off, with guesses that are right up to anywhere}, on every instruction set that this machine has,
+and are compared bit for bit with requests that run alone, with nothing guessed and nothing to be found in a cache. So do
+quantized weights, on the other instruction sets under a part of it.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "block size 32": {"block_size": 32, "max_num_batched_tokens": 50},
     "block size 128": {"block_size": 128},
     "one thread": {"threads": 1},
-    "three threads": {"threads": 3, "max_num_batched_tokens": 61},
+    "three threads": {"max_num_batched_tokens": 61},  # set_num_threads: --threads takes no more than the machine's cores
     "NaN in fresh blocks": {"kv_debug": True, "block_size": 16, "max_num_batched_tokens": 40},
     "no cache": {"prefix_caching": False},
     "no cache, block size 4": {"prefix_caching": False, "block_size": 4, "max_num_batched_tokens": 19},
+    "no speculation": {"speculation": "off"},
 }
 WARM = ["all together", "chunks of 7", "block size 4", "block size 8", "block size 32", "block size 128", "NaN in fresh blocks"]
 """Run a second time on the same engine: everything is found, the last tokens of most prompts in partly matching blocks."""
@@ -54,6 +56,14 @@ SQUEEZED: dict[str, dict[str, Any]] = {
     "NaN in fresh blocks": {"admission": "watermark", "kv_debug": True, "swap_memory": "1MiB"},
 }
 """In a pool that holds just the largest request."""
+
+GUESSED: dict[str, dict[str, Any]] = {
+    "all together": {"speculation_positions": 64},
+    "three at a time, block size 4": {"max_num_seqs": 3, "block_size": 4},
+    "chunks of 7, NaN in fresh blocks": {"max_num_batched_tokens": 7, "kv_debug": True, "block_size": 8},
+    "no cache": {"prefix_caching": False, "max_num_seqs": 3, "block_size": 32},
+}
+"""With drafts made from the reference: right, or wrong from some token on."""
 
 
 def folder_of(model: str) -> Path:
@@ -123,7 +133,7 @@ def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], s
     before = native.isa()
     native.set_isa(isa)
     try:
-        engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False, **base)
+        engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False, speculation="off", **base)
         spec, context = engine.backend.spec, engine.limits.max_model_len
         requests = requests_for(spec.vocab_size, context, spec.eos_token_ids)
         reference: dict[tuple[str, int], running.Output] = {}
@@ -133,6 +143,8 @@ def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], s
 
         for name in variants:
             engine = running.open_engine(folder, **base, **VARIANTS[name])
+            if name == "three threads":
+                native.set_num_threads(3)
             assert running.run(engine, requests).outputs == reference, name
             if name in WARM:
                 cold = engine.stats().kv.counters.hit_tokens
@@ -141,6 +153,15 @@ def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], s
                 assert engine.stats().kv.counters.hit_tokens - cold > 0.9 * prompts or spec.common_window()
         shuffled = random.Random(1).sample(requests, len(requests))
         assert running.run(running.open_engine(folder, **base), shuffled).outputs == reference, "another order of arrival"
+
+        drafted = right = 0
+        for name, options in GUESSED.items():
+            engine = running.open_engine(folder, **base, **options)
+            guessed = running.run(engine, requests, preempt_every=9, outputs_to_guess=reference)
+            assert guessed.outputs == reference, f"guessed, {name}"
+            drafted += guessed.stats.tokens_drafted
+            right += guessed.stats.tokens_accepted
+        assert 100 < right < 0.9 * drafted, "there were no guesses to speak of"
 
         longest = max(running.positions(r) for r in requests)
         for name in squeezed:
@@ -154,6 +175,31 @@ def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], s
             assert run.stats.kv.counters.blocks_swapped_in > 0 or "swap_memory" not in options
     finally:
         native.set_isa(before)
+
+
+KV_TYPES = [("qwen3", "bfloat16"), ("qwen3", "int8"), ("mistral", "int8"), ("embedded", "float32"), ("embedded", "int8")]
+
+
+@pytest.mark.parametrize(("model", "kv_dtype"), KV_TYPES)
+def test_whatever_the_cache_holds(model: str, kv_dtype: str) -> None:
+    """The other KV types, under the variants in which blocks are filled, copied, found and swapped in other ways."""
+    folder = folder_of(model)
+    engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False, kv_dtype=kv_dtype)
+    spec, context = engine.backend.spec, engine.limits.max_model_len
+    requests = requests_for(spec.vocab_size, context, spec.eos_token_ids)
+    reference: dict[tuple[str, int], running.Output] = {}
+    for request in requests:
+        reference |= running.run(engine, [request]).outputs
+    for name in ("all together", "chunks of 33", "NaN in fresh blocks"):
+        engine = running.open_engine(folder, **VARIANTS[name], kv_dtype=kv_dtype)
+        for turn in ("cold", "warm"):
+            assert running.run(engine, requests).outputs == reference, f"{name}, {turn}"
+    tiny = -(-max(running.positions(r) for r in requests) // 16) * 16 * spec.kv_bytes_per_token(kv_dtype)
+    context = max(len(r.prompt_token_ids) + (r.params.max_tokens or 0) for r in requests)
+    options = {**SQUEEZED["swap"], "kv_memory": str(tiny), "max_model_len": context, "kv_dtype": kv_dtype}
+    squeezed = running.run(running.open_engine(folder, **options), requests, preempt_every=5)
+    assert squeezed.outputs == reference, "squeezed"
+    assert squeezed.stats.kv.counters.blocks_swapped_in > 0
 
 
 def test_a_seed_decides_and_only_where_it_should() -> None:

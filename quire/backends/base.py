@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -52,17 +53,24 @@ Report = Callable[[str, float], None]
 """Called after each phase of loading with its name and seconds."""
 
 
+@contextmanager
+def cpu_kernels() -> Iterator[None]:
+    """Around an import of the CPU backend: where that fails, a ConfigError says why."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        raise ConfigError(f"the CPU backend is not complete: {e}; install Quire with `pip install .`, which compiles it") from None
+    except ImportError as e:  # QUIRE_ISA names an instruction set that this machine lacks
+        raise ConfigError(str(e)) from None
+
+
 def open_backend(config: EngineConfig, report: Report | None = None) -> Backend:
     """Load ``config.model`` onto ``config.device`` and allocate its KV pool.
 
     Raises ModelLoadError (folder, files, tensors), ConfigError (options), CapacityError (the pool holds no request).
     """
     if config.device == "cpu":
-        try:
+        with cpu_kernels():
             from quire.backends.cpu.backend import CpuBackend
-        except ModuleNotFoundError as e:
-            raise ConfigError(f"the CPU backend is not complete: {e}; install Quire with `pip install .`, which compiles it") from None
-        except ImportError as e:  # QUIRE_ISA names an instruction set that this machine lacks
-            raise ConfigError(str(e)) from None
         return CpuBackend.open(config, report)
     raise ConfigError(f"device {config.device!r} is not supported; supported: cpu")

@@ -92,6 +92,7 @@ def engine_config(load: Load, layout: Layout) -> EngineConfig:
     config = EngineConfig(
         max_model_len=load.max_len,
         admission=load.admission,
+        speculation="off",  # outputs are forced, one token a step
         max_waiting=1 << 20,
         # A sequence has at least one block.
         max_num_seqs=min(most if load.max_num_seqs is None else load.max_num_seqs, load.pool // unit(load, layout)),

@@ -1,4 +1,4 @@
-"""quire bench: measure a model on this machine."""
+"""quire bench: measure a model, or what it is made of, on this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from quire.cli import bench_kernels
+from quire.cli.output import check_writable, write
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
 from quire.errors import ConfigError
 
@@ -40,6 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     throughput.add_argument("--config", metavar="FILE", help="TOML file with options of the engine")
     add_arguments(throughput, EngineConfig)
     throughput.set_defaults(run=run_throughput)
+    bench_kernels.add_parser(kinds)
     _add_memory(kinds)
 
 
@@ -96,8 +99,7 @@ def run_throughput(args: argparse.Namespace) -> int:
     (config,) = resolve((EngineConfig,), vars(args), read_config_file(args.config))
     if args.requests < 1:
         raise ConfigError(f"--requests must be at least 1, got {args.requests}")
-    if args.json not in (None, "-"):
-        _write(args.json, "")  # before the work: a wrong path should not cost a run
+    check_writable(args.json)
     prompt, output = (Lengths(mean, args.sigma, args.cap) for mean in (args.prompt_mean, args.output_mean))
     result = throughput.run(config, args.requests, prompt, output)
     text = json.dumps(asdict(result), indent=2)
@@ -106,7 +108,7 @@ def run_throughput(args: argparse.Namespace) -> int:
         return 0
     print(throughput.describe(result))
     if args.json is not None:
-        _write(args.json, text + "\n")
+        write(args.json, text + "\n")
     return 0
 
 
@@ -145,9 +147,8 @@ def run_memory(args: argparse.Namespace) -> int:
             plot = None
     if plot is not None:
         for kind in ("png", "svg"):
-            _write(f"{plot}.{kind}", "")
-    if args.json not in (None, "-"):
-        _write(args.json, "")
+            check_writable(f"{plot}.{kind}")
+    check_writable(args.json)
     runs = [memory.run(each, layout) for each, layout in todo]
     text = json.dumps({"runs": runs}, indent=2) + "\n"
     if args.json == "-":
@@ -157,7 +158,7 @@ def run_memory(args: argparse.Namespace) -> int:
         for note in memory.notes(runs):
             print(note)
         if args.json is not None:
-            _write(args.json, text)
+            write(args.json, text)
     if plot is not None:
         paths = memory_plot.plot(runs, plot)
         if args.json != "-":
@@ -188,11 +189,3 @@ def _block_sizes(text: str) -> list[int]:
         return [int(size) for size in text.split(",")]
     except ValueError:
         raise ConfigError(f"--block-size must be numbers with commas between them, such as 8,16,32, got {text!r:.60}") from None
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        with open(path, "w" if text else "a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as e:
-        raise ConfigError(f"can't write {path}: {e.strerror}") from None

@@ -224,6 +224,14 @@ class BlockManager:
         self._set_advance(seq)
         return lost
 
+    def trim(self, seq: Sequence) -> None:
+        """Give back the blocks behind ``seq``'s computed positions: those of guessed tokens that were wrong."""
+        table, keep = seq.block_table, self.blocks_for(seq.num_computed)
+        if len(table) > keep:
+            self.pool.release(reversed(table[keep:]))
+            del table[keep:]
+            seq.num_sent = min(seq.num_sent, keep)
+
     def swap_out(self, seq: Sequence) -> bool:
         """Move ``seq``'s blocks to the swap pool. False, with nothing changed, where it has too few."""
         need = len(seq.block_table) - seq.num_trimmed

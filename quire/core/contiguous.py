@@ -299,6 +299,12 @@ class ContiguousManager(BlockManager):
     def fork(self, parent: Sequence, child: Sequence, num_positions: int) -> None:
         raise NotImplementedError("contiguous memory shares nothing: a beam can't be forked")
 
+    def trim(self, seq: Sequence) -> None:
+        """Blocks leave ``seq``'s table; the run keeps them."""
+        keep = self.blocks_for(seq.num_computed)
+        del seq.block_table[keep:]
+        seq.num_sent = min(seq.num_sent, keep)
+
     def free(self, seq: Sequence) -> None:
         if (run := self._runs.pop(seq, None)) is not None:
             self._pool.give_run(run)

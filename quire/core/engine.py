@@ -24,6 +24,7 @@ from quire.core.past_future import PastFuture
 from quire.core.plan import StepPlan, StepResult
 from quire.core.scheduler import Scheduler
 from quire.core.sequence import Group, Request, Sequence, derive_seed
+from quire.core.speculation import Speculation
 from quire.core.stats import EngineStats
 from quire.errors import CapacityError, InvalidRequestError, QueueFullError
 from quire.outputs import SequenceOutput
@@ -87,7 +88,13 @@ class Engine:
         )
         self._max_waiting = config.max_waiting
         policy = policy or admission_policy(config, backend.block_size, backend.max_model_len)
-        self.scheduler = Scheduler(manager, policy, self._max_num_seqs, config.max_num_batched_tokens, swap=backend.num_host_blocks > 0)
+        speculation = None
+        if config.speculation != "off":
+            most = min(config.speculation_positions, config.max_num_batched_tokens)
+            speculation = Speculation(manager, most, strict=config.admission == "no-evict")
+        self.scheduler = Scheduler(
+            manager, policy, self._max_num_seqs, config.max_num_batched_tokens, swap=backend.num_host_blocks > 0, speculation=speculation
+        )
         self._live: dict[str, Group] = {}
         self._arrivals = 0
         self._steps = 0
@@ -187,6 +194,8 @@ class Engine:
             tokens_computed=counters.tokens_computed,
             tokens_sampled=counters.tokens_sampled,
             kv=scheduler.manager.stats(scheduler.running),
+            tokens_drafted=counters.tokens_drafted,
+            tokens_accepted=counters.tokens_accepted,
         )
 
     def check(self) -> None:

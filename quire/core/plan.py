@@ -51,6 +51,9 @@ class RowWork:
     """Tokens to append to the row before the step: those that the backend did not sample itself."""
     write: bool = True
     """False: the KV of the (one) position is in the blocks already, and is only read."""
+    draft: Sequence[int] = ()
+    """Guessed tokens, at the last ``len(draft)`` of the ``count`` positions, behind the known ones. Where there are any, a token is
+    sampled after the last known position and after each of them, as if those before it were right; see ``accepted``."""
 
 
 @dataclass(slots=True)
@@ -71,11 +74,21 @@ class StepPlan:
 
 @dataclass(slots=True)
 class StepResult:
-    """What the device gives back: one entry for each RowWork with ``sample`` set, in the plan's order."""
+    """What the device gives back: an entry for each RowWork with ``sample`` set, and one more for each token of its draft, in the
+    plan's order."""
 
     tokens: list[int] = field(default_factory=list)
     """Sampled token ids; -1 where the row failed."""
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """None where the row's parameters ask for none."""
     errors: dict[int, str] = field(default_factory=dict)
-    """Row → what went wrong (non-finite logits). Only that row's request ends."""
+    """Row → what went wrong (non-finite logits). Only that row's request ends, where the first of its tokens is -1."""
+
+
+def accepted(draft: Sequence[int], sampled: Sequence[int]) -> int:
+    """How many of a row's ``sampled`` tokens, one more than ``draft`` has, are real: the first, and those behind it as long as the
+    one before is what the draft says. A failure behind the first is left to the step that comes to it again."""
+    count = 1
+    while count <= len(draft) and sampled[count - 1] == draft[count - 1] and sampled[count] >= 0:
+        count += 1
+    return count

@@ -19,7 +19,6 @@ first alone always fits (the engine refuses what does not), so every sequence en
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
 from operator import attrgetter
 
 from quire.core import beams
@@ -30,6 +29,8 @@ from quire.core.holding import Computing, is_held, sibling
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
 from quire.core.prefix_cache import NOTHING, Match
 from quire.core.sequence import Group, Sequence, Status
+from quire.core.speculation import Speculation
+from quire.core.stats import StepCounters
 from quire.outputs import SequenceOutput
 
 MAX_PARTIAL_PROMPTS = 4
@@ -40,22 +41,21 @@ MAX_LOOKED_AT = 64
 _order = attrgetter("order")
 
 
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Running totals since the start."""
-
-    tokens_computed: int = 0
-    tokens_sampled: int = 0
-
-
 class Scheduler:
     """Plans steps over ``max_num_seqs`` rows and ``max_num_batched_tokens`` positions a step.
 
-    swap: a preempted sequence's blocks go to the swap pool, as far as it has room.
+    swap: a preempted sequence's blocks go to the swap pool, as far as it has room. speculation: None where no token is guessed.
     """
 
     def __init__(
-        self, manager: BlockManager, policy: AdmissionPolicy, max_num_seqs: int, max_num_batched_tokens: int, *, swap: bool = False
+        self,
+        manager: BlockManager,
+        policy: AdmissionPolicy,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        *,
+        swap: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         self.manager = manager
         self.policy = policy
@@ -64,9 +64,10 @@ class Scheduler:
         """In order."""
         self.running: list[Sequence] = []
         """In order; a preempted sequence that comes back takes its old place."""
-        self.counters = SchedulerCounters()
+        self.counters = StepCounters()
         self.listener: Listener | None = None
         self._swap = swap
+        self._speculation = speculation
         self._rows = list(range(max_num_seqs - 1, -1, -1))
         self._planned: list[Sequence] = []
         """The sequences of the plan's work."""
@@ -107,6 +108,8 @@ class Scheduler:
         if self.manager.counters.preemptions == before:
             budget = self._admit(plan, prompts, budget)
             self._spend(plan, budget)
+            if self._speculation is not None:
+                self._speculation.extend(plan, self._planned, self.running)
         else:
             self.short = True
         # Beams that wait for another beam hold memory without using it: they give way rather than block it.
@@ -129,13 +132,14 @@ class Scheduler:
                 if work.sample:
                     next(tokens), next(logprobs)
                 continue
-            computed = seq.num_computed = work.start + work.count
+            computed = seq.num_computed = work.start + work.count - len(work.draft)
             if computed >= seq.publish_at:
                 advance(seq)
             if not work.sample:
                 continue
             token, entry = next(tokens), next(logprobs)
-            if errors and work.row in errors:
+            drafted = [(next(tokens), next(logprobs)) for _ in work.draft]
+            if token < 0:
                 outputs += beams.fail(self, seq, errors[work.row])
                 continue
             if seq.group.search is not None:
@@ -148,13 +152,16 @@ class Scheduler:
             if seq.first_output:
                 seq.first_output = False
                 output.cached_tokens = seq.group.cached_tokens
-            if (end := seq.end_reason()) is not None:
+            end = seq.end_reason()
+            if drafted and self._speculation is not None:
+                end = self._speculation.verify(work, seq, output, drafted, self.counters)
+            if end is not None:
                 output.finish_reason, output.stop_reason = end
                 self.policy.ended(seq.num_generated, end[0] == "stop")
                 self.remove(seq)
             outputs.append(output)
         self.counters.tokens_computed += plan.num_tokens
-        self.counters.tokens_sampled += len(result.tokens)
+        self.counters.tokens_sampled += len(result.tokens)  # verify() takes off those that do not count
         for group in searches:
             if group.sequences and all(beam.candidates is not None for beam in group.sequences):
                 outputs += beams.advance(self, group)

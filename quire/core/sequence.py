@@ -16,11 +16,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from quire.core.beam import BeamSearch
 from quire.core.content import Node
 from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams, integer, number
+
+if TYPE_CHECKING:
+    from quire.core.speculation import Drafter
 
 MAX_RETENTION_S = 86400
 MAX_PRIORITY = (1 << 31) - 1
@@ -122,6 +126,8 @@ class Sequence:
     """Nothing was put out yet."""
     num_lost: int = 0
     """Computed positions that the last preemption took."""
+    drafter: Drafter | None = None
+    """Guesses its next tokens; None before it was asked to."""
     # ---- the block manager's
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)

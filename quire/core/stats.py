@@ -6,6 +6,16 @@ from dataclasses import dataclass, field, replace
 
 
 @dataclass(slots=True)
+class StepCounters:
+    """Running totals since the start."""
+
+    tokens_computed: int = 0
+    tokens_sampled: int = 0
+    tokens_drafted: int = 0
+    tokens_accepted: int = 0
+
+
+@dataclass(slots=True)
 class KVCounters:
     """Running totals since the start."""
 
@@ -81,9 +91,13 @@ class EngineStats:
     waiting: int
     steps: int
     tokens_computed: int
-    """Positions computed, recomputed ones included."""
+    """Positions computed, recomputed ones and wrong guesses included."""
     tokens_sampled: int
     kv: KVStats
+    tokens_drafted: int = 0
+    """Tokens that were guessed, and verified (speculation.py)."""
+    tokens_accepted: int = 0
+    """Those that were right."""
 
     @property
     def preemptions(self) -> int:

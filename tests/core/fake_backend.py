@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from quire.core.plan import RowStart, StepPlan, StepResult
+from quire.core.plan import RowStart, StepPlan, StepResult, accepted
+from quire.core.speculation import Drafter
 from quire.outputs import TokenLogprobs
 
 
@@ -58,6 +61,8 @@ class FakeBackend:
             assert work.count > 0
             row.tokens += work.tokens
             row.blocks[work.first_block :] = work.new_blocks
+            assert work.sample or not work.draft
+            known = [*row.tokens, *work.draft]
             assert all(0 <= block < self.num_blocks or block == -1 for block in row.blocks), "a table holds a block of the swap pool"
             assert work.write or work.count == 1
             for position in range(work.start, work.start + work.count):
@@ -65,38 +70,53 @@ class FakeBackend:
                     place = (row.blocks[position // self.block_size], position % self.block_size)
                     assert place not in written, "a position of a block is written twice in one step"
                     written.add(place)
-                    self.pool[place[0]][place[1]] = fingerprint(row.tokens[: position + 1])
+                    self.pool[place[0]][place[1]] = fingerprint(known[: position + 1])
         result = StepResult()
         for work in plan.work:  # read after every write of the step, so that a shared block shows
             row = self.rows[work.row]
-            self._look(row, work.start, work.start + work.count)
+            self._look(row, [*row.tokens, *work.draft], work.start, work.start + work.count)
             if work.sample:
-                assert work.start + work.count == len(row.tokens)
-                self._sample(row, work.row, result)
+                assert work.start + work.count == len(row.tokens) + len(work.draft)
+                self._sample(row, work.row, work.draft, result)
         return result
 
-    def _look(self, row: Row, start: int, end: int) -> None:
+    def _look(self, row: Row, tokens: list[int], start: int, end: int) -> None:
         """What the queries at positions ``start`` to ``end`` see is what it should be."""
         for position in range(max(0, start + 1 - self.window) if self.window else 0, end):
             block = row.blocks[position // self.block_size]
             assert block >= 0, "a block was given back before it left the window"
             held = self.pool[block][position % self.block_size]
-            assert held == fingerprint(row.tokens[: position + 1]), "the row's blocks hold something else than its tokens"
+            assert held == fingerprint(tokens[: position + 1]), "the row's blocks hold something else than its tokens"
 
-    def _sample(self, row: Row, number: int, result: StepResult) -> None:
+    def _sample(self, row: Row, number: int, draft: Sequence[int], result: StepResult) -> None:
         if number in self.fail_rows:
-            result.tokens.append(-1)
-            result.logprobs.append(None)
+            result.tokens += [-1] * (1 + len(draft))
+            result.logprobs += [None] * (1 + len(draft))
             result.errors[number] = "logits are not finite"
             return
         if row.start.num_candidates:
             result.tokens.append(0)
             result.logprobs.append(TokenLogprobs((0.0, 1), candidates(row.tokens, row.start.num_candidates, self.spec.vocab_size)))
             return
-        token = expected_token(row.tokens, row.start.seed, self.spec.vocab_size)
-        row.tokens.append(token)
-        result.tokens.append(token)
-        result.logprobs.append(TokenLogprobs((-1.0, 1), []) if row.start.params.logprobs is not None else None)
+        seen = [[*row.tokens, *draft[:i]] for i in range(1 + len(draft))]
+        tokens = [expected_token(before, row.start.seed, self.spec.vocab_size) for before in seen]
+        row.tokens += tokens[: accepted(draft, tokens)]
+        result.tokens += tokens
+        result.logprobs += [TokenLogprobs((-1.0, 1), []) if row.start.params.logprobs is not None else None for _ in tokens]
+
+
+class ScriptedDrafter(Drafter):
+    """Knows what FakeBackend will say, and goes wrong when ``rng`` says so: after any number of right guesses, or never."""
+
+    def __init__(self, tokens: list[int], seed: int, rng: random.Random, vocab_size: int = 50) -> None:
+        super().__init__(tokens)
+        self._seed, self._rng, self._vocab_size = seed, rng, vocab_size
+
+    def draft(self, most: int, least_chance: float) -> list[int]:
+        count = self._rng.randint(0, max(0, most))
+        right = self._rng.choice([0, 1, count // 2, count, count])
+        draft = expected_output(self._tokens, self._seed, count, self._vocab_size)
+        return [token if i < right else (token + 1) % self._vocab_size for i, token in enumerate(draft)]
 
 
 _PRIME = (1 << 61) - 1

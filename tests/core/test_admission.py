@@ -11,7 +11,7 @@ from quire.config import EngineConfig
 from quire.core.admission import Footprint, NoEvict, Watermark
 from quire.core.engine import Engine
 from quire.core.past_future import Lifetimes, PastFuture
-from quire.core.plan import StepPlan, StepResult
+from quire.core.plan import StepPlan, StepResult, accepted
 from quire.core.sequence import Request
 from quire.sampling_params import SamplingParams
 
@@ -28,9 +28,10 @@ class Lengths(FakeBackend):
         result = StepResult()
         for work in plan.work:
             if work.sample:
-                self.left[work.row] -= 1
-                result.tokens.append(EOS if self.left[work.row] <= 0 else 0)
-                result.logprobs.append(None)
+                tokens = [EOS if self.left[work.row] <= 1 + i else 0 for i in range(1 + len(work.draft))]
+                self.left[work.row] -= accepted(work.draft, tokens)
+                result.tokens += tokens
+                result.logprobs += [None] * len(tokens)
         return result
 
 

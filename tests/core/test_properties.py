@@ -7,13 +7,14 @@ row's tokens; here every output is compared with what an undisturbed run gives, 
 
 from __future__ import annotations
 
+import random
 from functools import cache
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from core.fake_backend import FakeBackend, candidates, expected_output
+from core.fake_backend import FakeBackend, ScriptedDrafter, candidates, expected_output
 from quire.config import EngineConfig
 from quire.core.beam import BeamSearch
 from quire.core.engine import Engine
@@ -36,7 +37,8 @@ def expected_beams(prompt: tuple[int, ...], width: int, n: int, limit: int, eos:
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """add, step, abort, preempt, reset in any order; n, best_of, beams, salts, priorities, retention, swap, windows."""
+    """add, step, abort, preempt, reset in any order; n, best_of, beams, salts, priorities, retention, swap, windows, and drafts
+    that are right up to anywhere."""
 
     @initialize(
         block_size=st.sampled_from([1, 2, 3, 4, 5, 7, 16]),
@@ -47,14 +49,23 @@ class CoreMachine(RuleBasedStateMachine):
         window=st.sampled_from([0, 0, 0, 1, 3, 6, 9]),
         caching=st.sampled_from([True, True, True, False]),
         admission=st.sampled_from(["watermark", "no-evict", "past-future"]),
+        guesses=st.sampled_from([0, 0, 2, 5, 8, 30]),
     )
-    def start(self, block_size: int, blocks: int, rows: int, budget: int, host: int, window: int, caching: bool, admission: str) -> None:
+    def start(
+        self, block_size: int, blocks: int, rows: int, budget: int, host: int, window: int, caching: bool, admission: str, guesses: int
+    ) -> None:
         longest = max(2, min(24, blocks * block_size - block_size // 2))
         blocks = max(blocks, -(-longest // block_size))
         self.now = 0.0
         self.backend = FakeBackend(blocks, block_size, longest, VOCAB, num_host_blocks=host, window=window)
         config = EngineConfig(
-            max_num_seqs=min(rows, blocks), max_num_batched_tokens=budget, prefix_caching=caching, admission=admission, max_waiting=40
+            max_num_seqs=min(rows, blocks),
+            max_num_batched_tokens=budget,
+            prefix_caching=caching,
+            admission=admission,
+            max_waiting=40,
+            speculation="prompt-lookup" if guesses else "off",
+            speculation_positions=guesses or 2,
         )
         self.engine = Engine(self.backend, config, lambda: self.now)
         self.requests: dict[str, Request] = {}
@@ -97,6 +108,9 @@ class CoreMachine(RuleBasedStateMachine):
             assert len(self.engine.scheduler.waiting) >= 40
             return
         self.requests[name] = request
+        for seq in self.engine.scheduler.waiting:
+            if seq.request is request and not params.use_beam_search:
+                seq.drafter = ScriptedDrafter(seq.tokens, seq.seed, random.Random(size))
         for index in range(params.n if params.use_beam_search else params.num_sequences):
             self.got[(name, index)] = []
         self.engine.check()

@@ -53,7 +53,7 @@ class PacedBackend(FakeBackend):
             raise RuntimeError("the device is gone, says /secret/path")
         result = super().execute(plan)
         self.plans.clear()  # 200 clients make many
-        sampled = [work for work in plan.work if work.sample]
+        sampled = [work for work in plan.work if work.sample for _ in range(1 + len(work.draft))]
         for i, work in enumerate(sampled):
             start = self.rows[work.row].start
             if result.logprobs[i] is not None and not start.num_candidates:

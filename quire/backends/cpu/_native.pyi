@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
+F16 = NDArray[np.float16]
 Floats = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16]
+KV = Floats | NDArray[np.int8]
 
 # --- instruction sets, threads, limits ------------------------------------------------------------------------------
 
@@ -35,13 +37,32 @@ def set_num_threads(n: int) -> None:
     """1 to 256 threads, the caller included."""
 
 def default_num_threads() -> int:
-    """CPUs that the affinity mask and the cgroup's quota allow; what is used until set_num_threads."""
+    """CPUs that the affinity mask and the control group's quota allow; what is used until set_num_threads."""
 
-def measure_read_bandwidth() -> float:
-    """GB/s (10^9) of reading 512 MiB with the pool's threads."""
+def cpu_quota(root: str = "/") -> float | None:
+    """CPUs that the quotas of this process's control group (version 1 or 2) and of the groups above it are worth.
+
+    None without a quota. root: where /proc and /sys are found.
+    """
+
+# Each is the best of many short tries with the pool's threads and the instruction set in use.
+
+def measure_read_bandwidth(bytes: int = 1 << 29, seconds: float = 0.2) -> float:
+    """GB/s (10^9) of reading the same `bytes` (at least 4096) on huge pages again and again, for so long; the default is far more
+    than caches hold. ValueError for numbers out of range."""
 
 def measure_fma_peak() -> float:
-    """GFLOP/s (10^9) of independent float32 multiply-adds in registers with the pool's threads."""
+    """GFLOP/s (10^9) of independent float32 multiply-adds in registers."""
+
+def measure_int8_peak() -> float:
+    """G operations/s (10^9, two for a multiply-add) of int8 with int32 sums in registers, exact for all operands."""
+
+def measure_vnni_peak() -> float:
+    """The same with AVX-512 VNNI whatever is in use; 0 where the CPU lacks it."""
+
+def measure_region(together: bool = False, asleep: bool = False) -> float:
+    """Seconds of a parallel region without work, median. together: until every thread has taken a task of it, which an empty
+    region does not wait for. asleep: after a pause, so that the threads must be woken."""
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
@@ -124,17 +145,34 @@ def convert(x: Floats, out: Floats) -> None:
 
 # --- the KV cache ---------------------------------------------------------------------------------------------------
 # One layer's k_cache is [blocks, kv_heads, head_dim, block_size], its v_cache [blocks, kv_heads, block_size, head_dim];
-# block_size is a power of two from 4 to 256, the dtype float32, float16 or uint16 (bfloat16).
+# block_size is a power of two from 4 to 256, the dtype float32, float16, uint16 (bfloat16) or int8. A cache of int8 has
+# k_scales and v_scales [blocks, kv_heads, block_size], float16: the number of a head's vector of a token is its int8 times
+# the scale. Other caches have none.
 # Tokens of a step lie one sequence after the other: those of sequence s are query_start[s] to query_start[s + 1] - 1, the
 # first of them at absolute position start[s]; its blocks are row rows[s] of block_tables [any, max_blocks].
 
-def write_kv(k: F32, v: F32, k_cache: Floats, v_cache: Floats, block_tables: I32, rows: I32, query_start: I32, start: I32) -> None:
-    """Stores k and v [tokens, kv_heads, head_dim] (maybe views of a fused buffer) at the tokens' positions."""
+def write_kv(
+    k: F32,
+    v: F32,
+    k_cache: KV,
+    v_cache: KV,
+    block_tables: I32,
+    rows: I32,
+    query_start: I32,
+    start: I32,
+    k_scales: F16 | None = None,
+    v_scales: F16 | None = None,
+) -> None:
+    """Stores k and v [tokens, kv_heads, head_dim] (maybe views of a fused buffer) at the tokens' positions.
+
+    int8: scale = max|x| / 127 over a head's vector of a token, rounded to float16, and round(x / scale). A vector with a NaN
+    or an infinity gets the scale NaN.
+    """
 
 def paged_attention(
     q: F32,
-    k_cache: Floats,
-    v_cache: Floats,
+    k_cache: KV,
+    v_cache: KV,
     out: F32,
     block_tables: I32,
     rows: I32,
@@ -142,12 +180,18 @@ def paged_attention(
     start: I32,
     scale: float,
     window: int = 0,
-) -> None:
+    k_scales: F16 | None = None,
+    v_scales: F16 | None = None,
+    share: bool | None = None,
+) -> int:
     """Causal attention of q [tokens, heads, head_dim] into out [tokens, heads * head_dim].
 
     The query at position p sees keys 0..p, or with a window the last `window` of these. Prefill, chunks and decode mix
     freely. heads is a multiple of kv_heads; head h reads KV head h // (heads // kv_heads). Blocks that lie wholly before
     every window of their sequence may be gone from the table.
+
+    Keys that lie in the same blocks for several sequences of the call are read once for all of them, where it pays (share:
+    always, or never); the bytes are the same. Returns how many reads of 64 keys (by all KV heads) that saved.
     """
 
 def copy_blocks(cache: NDArray[Any], pairs: I32) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.decoder import Decoder
+from quire.backends.cpu.machine import use_threads
 from quire.backends.cpu.memory import KVMemory, kv_memory
 from quire.backends.cpu.packed_cache import PackedCache
 from quire.backends.cpu.packer import Packer
@@ -50,7 +51,7 @@ class CpuBackend:
         """Load ``config.model``. ``report`` hears each phase's name and seconds. Raises as ``open_backend``."""
         tell = report or (lambda phase, seconds: None)
         start = perf_counter()
-        native.set_num_threads(config.threads or native.default_num_threads())
+        use_threads(config.threads)
         model = load_model(resolve_model(config.model))
         spec = model.spec
         quantization = Quantization.of(config)
@@ -74,7 +75,7 @@ class CpuBackend:
                     block_size=config.block_size,
                     kv_dtype=config.kv_dtype,
                     max_tokens=config.max_num_batched_tokens,
-                    max_rows=config.num_seqs(memory.num_blocks),
+                    max_rows=max(config.num_seqs(memory.num_blocks), config.speculation_positions),
                     max_model_len=max_model_len,
                     packer=Packer(None if config.dtype == "auto" else config.dtype, quantization, cache, progress),
                 )
@@ -97,13 +98,17 @@ class CpuBackend:
             self.decoder.copy_blocks(plan.copies)
         if self._poison:
             self._poison_fresh(plan)
-        logits = self.decoder.forward(self._rows.batch(plan.work))
-        sampling = np.array([work.row for work in plan.work if work.sample], np.int32)
-        if len(sampling) == 0:
+        batch = self._rows.batch(plan.work)
+        logits = self.decoder.forward(batch)
+        sampled = batch.sampled
+        if len(sampled) == 0:
             return StepResult()
-        result = self._sampler.sample(logits, sampling)
-        drawn = ~self._sampler.beams[sampling]
-        self._rows.append(sampling[drawn], np.maximum(result.tokens, 0)[drawn])
+        result = self._sampler.sample(logits, sampled, batch.lengths)
+        if batch.drafts:
+            self._rows.append_accepted(plan.work, result.tokens, self._sampler.beams)
+        else:
+            drawn = ~self._sampler.beams[sampled]
+            self._rows.append(sampled[drawn], np.maximum(result.tokens, 0)[drawn])
         return result
 
     def _poison_fresh(self, plan: StepPlan) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.packer import Packer
-from quire.backends.cpu.rows import Batch
+from quire.backends.cpu.rows import Batch, Part
 from quire.models.spec import TransformerSpec
 
 F32 = npt.NDArray[np.float32]
@@ -66,13 +66,20 @@ class Layer:
     """[num_blocks, kv_heads, head_dim, block_size]"""
     value_cache: npt.NDArray[Any]
     """[num_blocks, kv_heads, block_size, head_dim]"""
+    key_scales: npt.NDArray[np.float16] | None
+    """[num_blocks, kv_heads, block_size] where KV is int8"""
+    value_scales: npt.NDArray[np.float16] | None
+
+    def pools(self) -> list[npt.NDArray[Any]]:
+        """All arrays that hold something for each block."""
+        return [pool for pool in (self.key_cache, self.value_cache, self.key_scales, self.value_scales) if pool is not None]
 
 
 class Decoder:
     """The model's weights, its KV pool, and the forward pass.
 
-    tensors: canonical names (see TransformerSpec). kv_dtype: float16 or float32. packer: makes the linears; None keeps each
-    tensor's width.
+    tensors: canonical names (see TransformerSpec). kv_dtype: float32, float16, bfloat16 or int8. packer: makes the linears; None
+    keeps each tensor's width.
     """
 
     def __init__(
@@ -117,6 +124,8 @@ class Decoder:
                 window=spec.window(i),
                 key_cache=_cache((*shape, d, block_size), kv_dtype),
                 value_cache=_cache((*shape, block_size, d), kv_dtype),
+                key_scales=_cache((*shape, block_size), "float16") if kv_dtype == "int8" else None,
+                value_scales=_cache((*shape, block_size), "float16") if kv_dtype == "int8" else None,
             )
             self.layers.append(layer)
         self.final_norm = self._norm("final_norm") if spec.final_norm else None
@@ -138,32 +147,36 @@ class Decoder:
     def forward(self, batch: Batch) -> F32:
         """Compute the batch's positions: write their KV, attend. Returns logits [samples, vocab], valid until the next call."""
         x = self._embed(batch)
+        last = self.layers[-1]
         for layer in self.layers:
+            # What the last layer does beyond keys and values is for the positions that are sampled.
+            asked = batch.asked if layer is last else None
             if self.spec.norm_first:
                 layer.attn_norm(x, self._normed[: len(x)])
-                self._attention(layer, self._normed[: len(x)], x, batch)
+                x = self._attention(layer, self._normed[: len(x)], x, batch, asked)
                 layer.mlp_norm(x, self._normed[: len(x)])
                 self._feed_forward(layer, self._normed[: len(x)], x)
             else:
-                self._attention(layer, x, x, batch)
+                x = self._attention(layer, x, x, batch, asked)
                 layer.attn_norm(x, x)
                 self._feed_forward(layer, x, x)
                 layer.mlp_norm(x, x)
-        return self._head(x, batch.logit_rows)
+        return self._head(x)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination), in every layer."""
         ids = np.array(pairs, np.int32)
         for layer in self.layers:
-            native.copy_blocks(layer.key_cache, ids)
-            native.copy_blocks(layer.value_cache, ids)
+            for pool in layer.pools():
+                native.copy_blocks(pool, ids)
 
     def poison_blocks(self, blocks: list[int]) -> None:
-        """Fill blocks with NaN: what reads them before they are written shows."""
+        """Fill blocks with NaN (int8: their scales): what reads them before they are written shows."""
         ids = np.array(blocks, np.int32)
         for layer in self.layers:
-            native.fill_blocks(layer.key_cache, ids, np.nan)
-            native.fill_blocks(layer.value_cache, ids, np.nan)
+            for pool in layer.pools():
+                if pool.dtype != np.int8:
+                    native.fill_blocks(pool, ids, np.nan)
 
     def weight_bytes(self) -> int:
         """Bytes of all packed linears, lm_head included: what a step reads."""
@@ -186,10 +199,10 @@ class Decoder:
             native.add_rows(batch.positions + np.int32(self.spec.position_offset), self.positions, x)
         return x
 
-    def _attention(self, layer: Layer, x: F32, residual: F32, batch: Batch) -> None:
-        """residual += o(attention(x))"""
+    def _attention(self, layer: Layer, x: F32, residual: F32, batch: Batch, asked: Part | None) -> F32:
+        """residual += o(attention(x)); of the positions ``asked`` for, where not all are. Returns residual."""
         spec, count = self.spec, len(x)
-        qkv, attended = self._qkv[:count], self._attended[:count]
+        qkv = self._qkv[:count]
         layer.qkv(x, qkv)
         heads = qkv.reshape(count, -1, spec.head_dim)
         queries = heads[:, : spec.num_heads]
@@ -201,13 +214,19 @@ class Decoder:
         if spec.rope is not None:
             native.rotary(heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions, self.cos, self.sin)
         where = (batch.block_tables, batch.rows, batch.query_start, batch.start)
+        cache, scales = (layer.key_cache, layer.value_cache), (layer.key_scales, layer.value_scales)
         if (part := batch.written) is None:
-            native.write_kv(keys, values, layer.key_cache, layer.value_cache, *where)
+            native.write_kv(keys, values, *cache, *where, *scales)
         elif len(part.tokens):
-            cache = (layer.key_cache, layer.value_cache, batch.block_tables, part.rows, part.query_start, part.start)
-            native.write_kv(keys[part.tokens], values[part.tokens], *cache)
-        native.paged_attention(queries, layer.key_cache, layer.value_cache, attended, *where, spec.scale, layer.window)
+            there = (batch.block_tables, part.rows, part.query_start, part.start)
+            native.write_kv(keys[part.tokens], values[part.tokens], *cache, *there, *scales)
+        if asked is not None:
+            queries, residual = queries[asked.tokens], residual[asked.tokens]
+            where = (batch.block_tables, asked.rows, asked.query_start, asked.start)
+        attended = self._attended[: len(queries)]
+        native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales)
         layer.o(attended, residual, accumulate=True)
+        return residual
 
     def _feed_forward(self, layer: Layer, x: F32, residual: F32) -> None:
         """residual += down(activation(up(x)))"""
@@ -217,18 +236,15 @@ class Decoder:
         native.activation(up, activated, self.spec.activation, self.spec.gated)
         layer.down(activated, residual, accumulate=True)
 
-    def _head(self, x: F32, rows: npt.NDArray[np.int32]) -> F32:
-        if len(rows) == 0:  # chunks of prompts only
-            return self._logits[:0]
-        last = np.take(x, rows, axis=0)
+    def _head(self, x: F32) -> F32:
         if self.final_norm is not None:
-            self.final_norm(last, last)
+            self.final_norm(x, x)
         if self.spec.embedding_size != self.spec.hidden_size:
-            projected = np.empty((len(rows), self.spec.embedding_size), np.float32)
-            self.embed_out(last, projected)
-            last = projected
-        logits = self._logits[: len(rows)]
-        self.lm_head(last, logits)
+            projected = np.empty((len(x), self.spec.embedding_size), np.float32)
+            self.embed_out(x, projected)
+            x = projected
+        logits = self._logits[: len(x)]
+        self.lm_head(x, logits)
         return logits
 
     def _vector(self, name: str) -> F32:
@@ -250,6 +266,7 @@ class Decoder:
 def _cache(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     """Zeros that start on a cache line, so that a block of 8 fills whole lines. numpy's start 16 bytes beside one: attention
     then reads an extra line for every stretch, and most of its loads cross two."""
+    dtype = "uint16" if dtype == "bfloat16" else dtype  # numpy has no bfloat16: its bits
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

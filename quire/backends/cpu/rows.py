@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.core.plan import RowStart, RowWork
+from quire.core.plan import RowStart, RowWork, accepted
 
 I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -33,15 +34,21 @@ class Batch:
     """[T] tokens at those positions."""
     block_tables: I32
     """[rows, blocks] the tables of all rows."""
-    logit_rows: I32
-    """[samples] which of the T positions' hidden states become logits."""
-    written: Written | None = None
-    """The positions whose KV is written; None for all of them."""
+    sampled: I32
+    """[samples] the row of each."""
+    lengths: I64
+    """[samples] tokens that each is sampled after: those that the row has, and of its draft those up to there."""
+    drafts: bool = False
+    """Some rows have guessed tokens."""
+    written: Part | None = None
+    """The positions whose KV is not in the blocks yet and is written; None for all of them."""
+    asked: Part | None = None
+    """The positions whose hidden states become logits; None for all of them."""
 
 
 @dataclass(slots=True)
-class Written:
-    """The part of a batch whose KV is not in the blocks yet."""
+class Part:
+    """Some of a batch's positions."""
 
     tokens: I32
     """Which of the T positions."""
@@ -79,6 +86,9 @@ class Rows:
                 length = self.lengths[w.row]
                 self.tokens[w.row, length : length + len(w.tokens)] = w.tokens
                 self.lengths[w.row] = length + len(w.tokens)
+            if w.draft:  # beyond the row's length: not its own yet
+                length = self.lengths[w.row]
+                self.tokens[w.row, length : length + len(w.draft)] = w.draft
         rows = np.array([w.row for w in work], np.int32)
         start = np.array([w.start for w in work], np.int32)
         counts = np.array([w.count for w in work], np.int32)
@@ -86,12 +96,23 @@ class Rows:
         np.cumsum(counts, out=query_start[1:])
         positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(start - query_start[:-1], counts)
         ids = self.tokens[np.repeat(rows, counts), positions]
-        last = query_start[1:] - 1
-        logit_rows = last[np.array([w.sample for w in work], bool)]
-        batch = Batch(rows, query_start, start, positions, ids, self.block_tables, logit_rows)
+        sample = np.array([w.sample for w in work], bool)
+        sampled, logit_rows = rows[sample], query_start[1:][sample] - 1
+        lengths = self.lengths[sampled]
+        drafts = any(w.draft for w in work)
+        if drafts:
+            guessed = np.array([len(w.draft) for w in work if w.sample], np.int32)
+            # 0, 1, ... for each row: how many tokens of its draft are before the sampled one.
+            before = np.concatenate([np.arange(count + 1, dtype=np.int32) for count in guessed])
+            sampled, logit_rows, lengths = (np.repeat(a, guessed + 1) for a in (sampled, logit_rows - guessed, lengths))
+            logit_rows, lengths = logit_rows + before, lengths + before
+        batch = Batch(rows, query_start, start, positions, ids, self.block_tables, sampled, lengths, drafts)
         if not all(w.write for w in work):
             write = np.array([w.write for w in work], bool)
-            batch.written = _written(batch, counts, write)
+            batch.written = _part(batch, np.flatnonzero(np.repeat(write, counts)), write, np.where(write, counts, 0), start)
+        if len(logit_rows) < len(ids):
+            asked = np.array([1 + len(w.draft) if w.sample else 0 for w in work], np.int32)
+            batch.asked = _part(batch, logit_rows, sample, asked, start + counts - asked)
         return batch
 
     def append(self, rows: I32, tokens: npt.NDArray[Any]) -> None:
@@ -99,9 +120,22 @@ class Rows:
         self.tokens[rows, self.lengths[rows]] = tokens
         self.lengths[rows] += 1
 
+    def append_accepted(self, work: list[RowWork], tokens: list[int], beams: npt.NDArray[np.bool_]) -> None:
+        """Each row that was sampled grew by what counts of its ``tokens``; beams by nothing."""
+        at = 0
+        for w in work:
+            if not w.sample:
+                continue
+            sampled = tokens[at : at + 1 + len(w.draft)]
+            at += len(sampled)
+            if not beams[w.row]:
+                count, length = accepted(w.draft, sampled), self.lengths[w.row]
+                self.tokens[w.row, length : length + count] = np.maximum(sampled[:count], 0)
+                self.lengths[w.row] = length + count
 
-def _written(batch: Batch, counts: I32, write: npt.NDArray[np.bool_]) -> Written:
-    query_start = np.zeros(int(write.sum()) + 1, np.int32)
-    np.cumsum(counts[write], out=query_start[1:])
-    tokens = np.flatnonzero(np.repeat(write, counts)).astype(np.int32)
-    return Written(tokens, batch.rows[write], query_start, batch.start[write])
+
+def _part(batch: Batch, tokens: npt.NDArray[Any], of: npt.NDArray[np.bool_], counts: I32, start: I32) -> Part:
+    """``tokens`` of the positions: ``counts`` of each row that is one ``of`` them, from ``start``."""
+    query_start = np.zeros(int(of.sum()) + 1, np.int32)
+    np.cumsum(counts[of], out=query_start[1:])
+    return Part(tokens.astype(np.int32), batch.rows[of], query_start, start[of])

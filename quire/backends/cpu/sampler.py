@@ -69,14 +69,15 @@ class Sampler:
             self._floats["temperature"][row] = 0.0
             self._num_logprobs[row] = min(start.num_candidates, self._vocab_size)
 
-    def sample(self, logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int32]) -> StepResult:
-        """One token for each of ``rows``; logits [len(rows), vocab] float32."""
+    def sample(self, logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> StepResult:
+        """One token for each of ``rows``, after its first ``lengths`` tokens; logits [len(rows), vocab] float32. A row may be there
+        several times, with different lengths."""
         count = len(rows)
         tokens, status = np.zeros(count, np.int32), np.zeros(count, np.int32)
         options: dict[str, Any] = {
             "temperature": self._floats["temperature"][rows],
             "seed": self._seed[rows],
-            "position": self._rows.lengths[rows],
+            "position": lengths,
         }
         for name, off in _OFF.items():
             values = self._floats[name][rows]
@@ -84,8 +85,8 @@ class Sampler:
                 options[name] = values
         if self._top_k[rows].any():
             options["top_k"] = self._top_k[rows]
-        self._add_histories(options, rows)
-        self._add_bias_and_bans(options, rows)
+        self._add_histories(options, rows, lengths)
+        self._add_bias_and_bans(options, rows, lengths)
         num_logprobs = self._num_logprobs[rows]
         widest = int(num_logprobs.max())
         if widest >= 0:
@@ -104,7 +105,7 @@ class Sampler:
                 result.logprobs[i] = TokenLogprobs((float(options["logprob"][i]), int(options["rank"][i])), list(top))
         return result
 
-    def _add_histories(self, options: dict[str, Any], rows: npt.NDArray[np.int32]) -> None:
+    def _add_histories(self, options: dict[str, Any], rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
         """Prompt and output tokens of the rows with penalties."""
         repeats = options.get("repetition_penalty")
         counts = "frequency_penalty" in options or "presence_penalty" in options
@@ -112,25 +113,25 @@ class Sampler:
             return
         nothing = np.zeros(0, np.int32)
         prompts, outputs = _Lists(), _Lists()
-        for row in rows:
+        for row, length in zip(rows, lengths, strict=True):
             repeated = self._floats["repetition_penalty"][row] != 1.0
             counted = self._floats["frequency_penalty"][row] != 0.0 or self._floats["presence_penalty"][row] != 0.0
-            tokens, prompt, length = self._rows.tokens[row], self._rows.num_prompt[row], self._rows.lengths[row]
+            tokens, prompt = self._rows.tokens[row], self._rows.num_prompt[row]
             prompts.add(tokens[:prompt] if repeated else nothing)
             outputs.add(tokens[prompt:length] if repeated or counted else nothing)
         options.update(prompts.arrays("prompt"))
         options.update(outputs.arrays("output"))
 
-    def _add_bias_and_bans(self, options: dict[str, Any], rows: npt.NDArray[np.int32]) -> None:
+    def _add_bias_and_bans(self, options: dict[str, Any], rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
         biased, banned = _Lists(), _Lists()
         values: list[float] = []
-        for row in rows:
+        for row, length in zip(rows, lengths, strict=True):
             start = self._rows.starts[row]
             assert start is not None
             bias = start.params.logit_bias or {}
             biased.add(np.fromiter(bias, np.int32, len(bias)))
             values += bias.values()
-            early = self._rows.lengths[row] - self._rows.num_prompt[row] < start.params.min_tokens
+            early = length - self._rows.num_prompt[row] < start.params.min_tokens
             # A model may name an end-of-text token beyond its vocabulary; it can't be sampled anyway.
             banned.add(np.array([t for t in start.stop_ids if early and t < self._vocab_size], np.int32))
         if values:

@@ -6,7 +6,7 @@ import pytest
 
 from quire.backends.cpu import _native as native
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 
 
 @pytest.fixture(params=native.available_isas(), autouse=True)
@@ -29,8 +29,12 @@ class Layer:
 
     def __init__(self, kv_heads, head_dim, block_size, dtype="float32", blocks=400, sequences=8, seed=0):
         self.block_size, self.dtype = block_size, DTYPES[dtype]
-        self.k = np.full((blocks, kv_heads, head_dim, block_size), np.nan, np.float32).astype(self.dtype)
-        self.v = np.full((blocks, kv_heads, block_size, head_dim), np.nan, np.float32).astype(self.dtype)
+        nothing = 77 if dtype == "int8" else np.nan
+        self.k = np.full((blocks, kv_heads, head_dim, block_size), nothing, np.float32).astype(self.dtype)
+        self.v = np.full((blocks, kv_heads, block_size, head_dim), nothing, np.float32).astype(self.dtype)
+        self.scales = {}
+        if dtype == "int8":
+            self.scales = {name: np.full((blocks, kv_heads, block_size), np.nan, np.float16) for name in ("k_scales", "v_scales")}
         self.tables = np.full((sequences, blocks), -1, np.int32)
         self.free = list(np.random.default_rng(seed).permutation(blocks))
 
@@ -42,7 +46,7 @@ class Layer:
     def arrays(self):
         return (self.k.view(np.uint16), self.v.view(np.uint16)) if self.dtype == ml_dtypes.bfloat16 else (self.k, self.v)
 
-    def run(self, parts, heads, scale, window=0):
+    def run(self, parts, heads, scale, window=0, share=None):
         """parts: (row, start, q, k, v) each. Writes k and v, attends, and returns one output for each part."""
         rows = np.array([p[0] for p in parts], np.int32)
         start = np.array([p[1] for p in parts], np.int32)
@@ -54,15 +58,24 @@ class Layer:
         fused = np.concatenate([q, k, v], axis=1)
         kv_heads = k.shape[1]
         where = (self.tables, rows, query_start, start)
-        native.write_kv(fused[:, heads : heads + kv_heads], fused[:, heads + kv_heads :], *self.arrays(), *where)
+        native.write_kv(fused[:, heads : heads + kv_heads], fused[:, heads + kv_heads :], *self.arrays(), *where, **self.scales)
         out = np.full((len(q), heads * q.shape[2]), np.nan, np.float32)
-        native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window)
+        self.saved = native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window, **self.scales, share=share)
         return np.split(out, query_start[1:-1])
 
 
 def tokens(seed, n, heads, kv_heads, dim):
     rng = np.random.default_rng(seed)
     return tuple(rng.standard_normal((n, h, dim)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
+
+
+def stored(x, dtype):
+    """[tokens, heads, dim] as a cache of ``dtype`` holds it."""
+    if dtype != "int8":
+        return x.astype(DTYPES[dtype])
+    scale = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0, dtype=np.float32)
+    return np.clip(np.rint(x * inverse), -127, 127).astype(np.float64) * scale
 
 
 def reference(q, k, v, scale, window=0, last=None):
@@ -88,14 +101,43 @@ def test_matches_float64(dtype, heads, kv_heads, dim, block_size, n, window):
     q, k, v = tokens(n + dim, n, heads, kv_heads, dim)
     layer = Layer(kv_heads, dim, block_size, dtype)
     out = layer.run([(2, 0, q, k, v)], heads, dim**-0.5, window)[0]
-    exact = reference(q, k.astype(DTYPES[dtype]), v.astype(DTYPES[dtype]), dim**-0.5, window)
+    exact = reference(q, stored(k, dtype), stored(v, dtype), dim**-0.5, window)
     np.testing.assert_allclose(out, exact, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_int8_is_near_what_it_rounds(block_size):
+    """Large and tiny vectors, zeros and one outlier: half a step of the vector's own scale at most, and nothing where it is 0."""
+    rng = np.random.default_rng(40)
+    kv_heads, dim, n = 3, 40, 20
+    k = rng.standard_normal((n, kv_heads, dim)).astype(np.float32) * 10.0 ** rng.integers(-6, 5, (n, kv_heads, 1))
+    k = k.astype(np.float32)
+    k[3], k[4, 1, 7], v = 0, 1000, k[::-1].copy()
+    layer = Layer(kv_heads, dim, block_size, "int8")
+    layer.run([(0, 0, np.zeros((n, kv_heads, dim), np.float32), k, v)], kv_heads, 1.0)
+    for cache, scales, x, axes in ((layer.k, "k_scales", k, (0, 3, 1, 2)), (layer.v, "v_scales", v, (0, 2, 1, 3))):
+        blocks = layer.tables[0, : -(-n // block_size)]
+        numbers = cache[blocks].transpose(axes).reshape(-1, kv_heads, dim)[:n].astype(np.float64)
+        scale = layer.scales[scales][blocks].transpose(0, 2, 1).reshape(-1, kv_heads, 1)[:n].astype(np.float64)
+        assert np.array_equal(numbers * scale, stored(x, "int8"))
+        assert (abs(numbers * scale - x) <= 0.5001 * scale + 127 * 3e-8).all()  # float16 has no scale below 6e-8
+        assert not numbers[x == 0].any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_int8_does_not_hide_what_is_not_finite(bad):
+    q, k, v = tokens(41, 9, 2, 2, 16)
+    k[4, 0, 3] = v[6, 1, 2] = bad
+    layer = Layer(2, 16, 4, "int8")
+    out = layer.run([(0, 0, q, k, v)], 2, 0.3)[0].reshape(9, 2, 16)
+    wrong = np.isnan(out).any(-1)
+    assert wrong.tolist() == [[t >= 4, t >= 6] for t in range(9)]
 
 
 SHAPES = [(4, 2, 64, 0), (3, 3, 20, 0), (8, 1, 32, 0), (6, 2, 16, 200)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), SHAPES)
 def test_whole_chunks_and_decode_are_the_same_bytes(dtype, heads, kv_heads, dim, window):
     """Also for every block size: what a token sees is fixed by its position, not by how it was computed or stored."""
@@ -115,14 +157,15 @@ def test_whole_chunks_and_decode_are_the_same_bytes(dtype, heads, kv_heads, dim,
             at += size
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), SHAPES)
-def test_neighbours_and_threads_do_not_matter(heads, kv_heads, dim, window):
+def test_neighbours_and_threads_do_not_matter(dtype, heads, kv_heads, dim, window):
     lengths = [1300, 3, 64, 700]
     sequences = [tokens(10 + i, n, heads, kv_heads, dim) for i, n in enumerate(lengths)]
-    alone = [Layer(kv_heads, dim, 16, "float16").run([(0, 0, *s)], heads, 0.3, window)[0] for s in sequences]
+    alone = [Layer(kv_heads, dim, 16, dtype).run([(0, 0, *s)], heads, 0.3, window)[0] for s in sequences]
     for threads in (1, 2, 3):
         native.set_num_threads(threads)
-        layer = Layer(kv_heads, dim, 32, "float16")
+        layer = Layer(kv_heads, dim, 32, dtype)
         # Prefill of some together with a chunk of others, then decode of all in one call, in another order.
         split = [1298, 1, 40, 0]
         layer.run([(i, 0, *(a[: split[i]] for a in s)) for i, s in enumerate(sequences) if split[i]], heads, 0.3, window)
@@ -147,7 +190,7 @@ def test_one_long_sequence_is_shared_by_the_threads():
         assert np.array_equal(out, whole[2896:])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_heads_share_a_task_or_not(dtype):
     """How many KV heads a task has, and whether it is cut, follows from the neighbours and the threads; the bytes do not."""
     heads, kv_heads, dim, n = 12, 12, 16, 600
@@ -161,6 +204,77 @@ def test_heads_share_a_task_or_not(dtype):
             cut = slice(at, at + 1)
             for out in layer.run([(i, at, q[cut], k[cut], v[cut]) for i in range(others + 1)], heads, 0.2):
                 assert np.array_equal(out.view(np.uint32), whole[cut].view(np.uint32)), (block_size, threads, others)
+
+
+class Tree:
+    """Sequences that share beginnings: 0 and 1 the first 700 tokens, 2 and 3 the first 1,100, all four 520 (as forks would);
+    4 to 6 another 130; 7 is alone, 8 has no whole tile. Lengths before the step, and the queries that each has in it."""
+
+    LENGTHS = [1500, 701, 1100, 1290, 130, 257, 131, 900, 20]
+    QUERIES = [1, 3, 1, 1, 2, 40, 1, 1, 1]  # 5 has too many to take part
+    SHARED = [(1, 0, 700), (2, 0, 520), (3, 2, 1100), (5, 4, 130), (6, 4, 130)]
+
+    def __init__(self, heads, kv_heads, dim, window):
+        self.heads, self.window, whole = heads, window, []
+        for i, (length, queries) in enumerate(zip(self.LENGTHS, self.QUERIES, strict=True)):
+            whole.append(tokens(50 + i, length + queries, heads, kv_heads, dim))
+            for later, earlier, n in self.SHARED:
+                if later == i:
+                    for mine, theirs in zip(whole[i][1:], whole[earlier][1:], strict=True):
+                        mine[:n] = theirs[:n]
+        self.whole, self.shape = whole, (kv_heads, dim)
+
+    def alone(self, dtype):
+        """[queries, heads * dim] of each sequence, computed as a whole."""
+        layers = (Layer(*self.shape, 16, dtype) for _ in self.whole)
+        outs = [layer.run([(0, 0, *s)], self.heads, 0.3, self.window)[0] for layer, s in zip(layers, self.whole, strict=True)]
+        return [out[n:] for out, n in zip(outs, self.LENGTHS, strict=True)]
+
+    def layer(self, dtype, block_size):
+        """The cache before the step: forks have the blocks of their parents, with a copy of one that is shared in part."""
+        layer = Layer(*self.shape, block_size, dtype, blocks=6000 // block_size + 40, sequences=9)
+        parents = {later: (earlier, n) for later, earlier, n in self.SHARED}
+        for i, length in enumerate(self.LENGTHS):
+            begin = 0
+            if i in parents:
+                blocks = parents[i][1] // block_size
+                layer.tables[i, :blocks] = layer.tables[parents[i][0], :blocks]
+                begin = blocks * block_size
+            layer.run([(i, begin, *(a[begin:length] for a in self.whole[i]))], self.heads, 0.3, self.window)
+        return layer
+
+    def step(self, layer, members, share):
+        parts = [(i, self.LENGTHS[i], *(a[self.LENGTHS[i] :] for a in self.whole[i])) for i in members]
+        return layer.run(parts, self.heads, 0.3, self.window, share)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 64, 0), (3, 3, 20, 0), (8, 1, 32, 0), (6, 2, 16, 1000)])
+def test_shared_reads_are_the_same_bytes(dtype, heads, kv_heads, dim, window):
+    tree = Tree(heads, kv_heads, dim, window)
+    alone = tree.alone(dtype)
+    rng = np.random.default_rng(60)
+    for block_size, threads in ((4, 2), (16, 1), (16, 3), (64, 2), (256, 2)):
+        native.set_num_threads(threads)
+        layer = tree.layer(dtype, block_size)
+        for share in (True, None, False):
+            order = rng.permutation(9)
+            for i, out in zip(order, tree.step(layer, order, share), strict=True):
+                assert np.array_equal(out.view(np.uint32), alone[i].view(np.uint32)), (block_size, threads, share, i)
+            assert layer.saved == 0 if share is False else layer.saved >= 0
+            if share and threads == 1 and block_size <= 64:
+                # Tiles of 64: 512 for four, 1,088 for two, 640 for two; 128 for two. A window of 1,000 is behind four of them.
+                assert layer.saved == (3 * 8 + 9 + 2 + 2 if not window else 2)
+
+
+def test_shared_reads_where_nothing_is_shared():
+    tree = Tree(4, 2, 64, 0)
+    layer = tree.layer("float16", 16)
+    for members, saved in (((0,), 0), ((0, 7), 0), ((0, 4, 7, 8), 0), ((4, 5), 0), ((4, 6), 2), ((0, 1), 10), ((0, 2), 8), ((0, 0), 23)):
+        tree.step(layer, members, True)
+        assert layer.saved == saved, members
+        tree.step(layer, members, None)
+        assert layer.saved == (saved if saved > 16 else 0), members  # 32 KiB each: less than 512 KiB is not worth a region
 
 
 def test_extreme_scores():
@@ -214,9 +328,9 @@ def test_wrong_calls():
     layer.run([(0, 0, q, k, v)], 4, 1.0)
     out = np.zeros((3, 64), np.float32)
 
-    def attend(q=q, k=layer.k, v=layer.v, out=out, tables=layer.tables, rows=(0,), ends=(0, 3), start=(0,), window=0):
+    def attend(q=q, k=layer.k, v=layer.v, out=out, tables=layer.tables, rows=(0,), ends=(0, 3), start=(0,), window=0, **scales):
         ints = [np.array(a, np.int32) for a in (rows, ends, start)]
-        native.paged_attention(q, k, v, out, tables, *ints, 1.0, window)
+        native.paged_attention(q, k, v, out, tables, *ints, 1.0, window, **scales)
 
     attend()
     for wrong, message in (
@@ -242,6 +356,22 @@ def test_wrong_calls():
         attend(k=np.zeros((2, 2, 16, 12), np.float32), v=np.zeros((2, 2, 12, 16), np.float32))
     with pytest.raises(TypeError, match="dtype"):
         attend(k=layer.k.astype(np.float16))
+    quantized, scales = Layer(2, 16, 32, "int8", blocks=10), np.zeros((10, 2, 32), np.float16)
+    numbers = {"k": quantized.k, "v": quantized.v}
+    attend(**numbers, k_scales=scales, v_scales=scales)
+    for wrong, message in (
+        ({**numbers}, "k_scales are needed"),
+        ({**numbers, "k_scales": scales}, "v_scales are needed"),
+        ({**numbers, "k_scales": scales[:9], "v_scales": scales}, "k_scales must be"),
+        ({**numbers, "k_scales": scales, "v_scales": scales[:, :, ::2]}, "v_scales must be"),
+        ({"k_scales": scales, "v_scales": scales}, "not int8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(**wrong)
+    with pytest.raises(TypeError, match="v_scales must be float16"):
+        attend(**numbers, k_scales=scales, v_scales=scales.astype(np.float32))
+    with pytest.raises(TypeError, match="k_cache must be float32"):
+        attend(k=layer.k.astype(np.float64), v=layer.v)
     with pytest.raises(TypeError, match="block_tables"):
         attend(tables=layer.tables.astype(np.int64))
     with pytest.raises(ValueError, match="k and v must be"):

@@ -55,6 +55,74 @@ def test_number_of_threads():
         native.set_num_threads(before)
 
 
+def tree(root, groups, files):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        file = root / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return str(root)
+
+
+V1 = "3:memory:/\n2:cpu,cpuacct:/box/job\n1:name=systemd:/box/job\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, None),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "1000 1000000\n"}, 0.01),
+        # The process's own group, and those above it.
+        ("0::/box/job\n", {"box/job/cpu.max": "300000 100000\n"}, 3.0),
+        ("0::/box/job\n", {"box/job/cpu.max": "max 100000\n", "box/cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/box/job\n", {"box/job/cpu.max": "50000 100000\n", "box/cpu.max": "200000 100000\n"}, 0.5),
+        ("0::/box/job\n", {"other/cpu.max": "50000 100000\n"}, None),
+        # Paths of a host that a container does not see.
+        ("0::/host/docker-1234\n", {"cpu.max": "400000 200000\n"}, 2.0),
+        ("0::/../../other\n", {"cpu.max": "400000 100000\n"}, 4.0),
+        # Version 1, where the controller is mounted under either name.
+        (V1, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        (V1, {"cpu,cpuacct/box/job/cpu.cfs_quota_us": "250000\n", "cpu,cpuacct/box/job/cpu.cfs_period_us": "100000\n"}, 2.5),
+        (V1, {"cpu/box/cpu.cfs_quota_us": "250000\n", "cpu/box/cpu.cfs_period_us": "1000000\n"}, 0.25),
+        # Nonsense is no quota.
+        ("nothing here\n0:\n", {"cpu.max": "50000 100000\n"}, None),
+        ("0::/\n", {"cpu.max": "many 100000\n"}, None),
+        ("0::/\n", {"cpu.max": "50000 0\n"}, None),
+    ],
+)
+def test_quotas_of_control_groups(tmp_path, groups, files, expected):
+    assert native.cpu_quota(tree(tmp_path, groups, files)) == expected
+
+
+def test_without_control_groups_there_is_no_quota(tmp_path):
+    assert native.cpu_quota(str(tmp_path)) is None
+
+
+def test_long_regions_with_more_threads_than_cores():
+    """Workers leave a region between two tasks and come back to it, or to the next one."""
+    before = native.num_threads()
+    rng = np.random.default_rng(0)
+    packed = native.pack_linear(rng.standard_normal((3000, 512)).astype(np.float32))
+    x = rng.standard_normal((700, 512)).astype(np.float32)
+    try:
+        native.set_num_threads(1)
+        expected = np.empty((700, 3000), np.float32)
+        native.linear(packed, x, expected)
+        native.set_num_threads(2 * len(os.sched_getaffinity(0)) + 1)
+        for _ in range(10):
+            out = np.zeros((700, 3000), np.float32)
+            native.linear(packed, x, out)
+            assert np.array_equal(out, expected)
+            for row in range(20):  # short ones at once after it
+                native.linear(packed, x[row : row + 1], out[row : row + 1])
+            assert np.array_equal(out, expected)
+    finally:
+        native.set_num_threads(before)
+
+
 def test_calls_from_several_threads_at_once():
     """Regions wait for each other; a change of the number of threads waits as well."""
     rng = np.random.default_rng(0)
@@ -107,4 +175,16 @@ print("done")
 
 
 def test_limits_are_measured():
-    assert native.measure_fma_peak() > 0
+    before = native.isa()
+    for isa in native.available_isas():
+        native.set_isa(isa)
+        assert native.measure_fma_peak() > 0
+        assert native.measure_int8_peak() > 0
+    native.set_isa(before)
+    assert native.measure_vnni_peak() >= 0
+    assert native.measure_read_bandwidth(1 << 20, 0) > 0
+    for wrong in ((100, 0.1), (1 << 20, -1.0), (1 << 20, float("nan"))):
+        with pytest.raises(ValueError, match=r"bytes must|seconds must"):
+            native.measure_read_bandwidth(*wrong)
+    for together in (False, True):
+        assert 0 < native.measure_region(together) < 10

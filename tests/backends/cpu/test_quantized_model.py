@@ -31,15 +31,16 @@ MODELS: dict[str, dict[str, Any]] = {
         **sample_models.OPT, "ffn_dim": 192, "do_layer_norm_before": False, "word_embed_proj_dim": 64,
     },
 }  # fmt: skip
-BOUNDS = {("int8", None): 9, ("int8", 32): 9, ("int4", None): 9, ("int4", 64): 9}
-"""Relative error of logits (root of the summed squares). With 4 bits a weight is off by 7 % on average."""
+BOUNDS = {("int8", None): 0.05, ("int8", 32): 0.05, ("int4", None): 0.4}
+"""Relative error of logits (root of the summed squares); that of unrelated logits is 1.4. One int4 weight is off by 8 % on average,
+so that random models of four layers come to 11 to 26 %, and to 1 to 3 % with int8."""
 
 
 def logits(folder: Path, tokens: list[int], **options: Any) -> np.ndarray:
     backend = CpuBackend.open(EngineConfig(model=str(folder), kv_memory="64MiB", kv_dtype="float32", max_model_len=128, **options))
     backend._rows.begin(RowStart(0, tokens, len(tokens), SamplingParams(), 0, ()))
     batch = backend._rows.batch([RowWork(0, 0, len(tokens), list(range(-(-len(tokens) // 16))), True, 0)])
-    batch.logit_rows = np.arange(len(tokens), dtype=np.int32)
+    batch.asked = None  # logits of every position, not of the last one only
     return backend.decoder.forward(batch).copy()
 
 
@@ -56,11 +57,8 @@ def test_logits_are_near_those_of_float32(name: str, isa: str, tmp_path: Path) -
     try:
         reference = logits(folder, tokens)
         for (quantize, group_size), bound in BOUNDS.items():
-            if group_size == 64 and config.get("hidden_size", config.get("n_embd")) % 64:
-                continue
             found = logits(folder, tokens, quantize=quantize, group_size=group_size)
             error = np.linalg.norm(found - reference) / np.linalg.norm(reference)
-            print(name, isa, quantize, group_size, error)
             assert 1e-5 < error < bound, (quantize, group_size)
     finally:
         native.set_isa(before)
@@ -69,9 +67,8 @@ def test_logits_are_near_those_of_float32(name: str, isa: str, tmp_path: Path) -
 def test_the_embedded_model_says_the_same_with_int8_and_nearly_so_with_int4() -> None:
     tokens = [0, *np.random.default_rng(1).integers(1, 4096, 12).tolist()]
     reference = logits(resolve_model("embedded"), tokens)
-    for options, bound in (({"quantize": "int8"}, 9), ({"quantize": "int4"}, 9), ({"quantize": "int4", "group_size": 64}, 9)):
+    for options, bound in (({"quantize": "int8"}, 0.03), ({"quantize": "int4"}, 0.2), ({"quantize": "int4", "group_size": 64}, 0.2)):
         found = logits(resolve_model("embedded"), tokens, **options)
-        print(options, np.linalg.norm(found - reference) / np.linalg.norm(reference))
         assert np.linalg.norm(found - reference) / np.linalg.norm(reference) < bound
 
 

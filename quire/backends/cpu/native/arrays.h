@@ -20,7 +20,8 @@ using MaybeArray = std::optional<Array>;
 
 [[noreturn]] inline void fail_type(const std::string& message) { throw nb::type_error(message.c_str()); }
 [[noreturn]] inline void fail(const std::string& message) { throw nb::value_error(message.c_str()); }
-inline void require(bool ok, const std::string& message) { if (!ok) fail(message); }
+// A macro, so that a message is put together only where it is needed: dozens of checks go by in each step.
+#define require(ok, ...) ((ok) ? static_cast<void>(0) : ::quire::fail(__VA_ARGS__))
 
 template <class A> std::string shape_of(const A& a) {
     std::string text = "[";
@@ -120,5 +121,6 @@ inline void require_ids(const int32_t* ids, int64_t n, int64_t limit, const char
 void bind_layers(nb::module_& m);
 void bind_cache(nb::module_& m);
 void bind_sampling(nb::module_& m);
+void bind_limits(nb::module_& m);
 
 }  // namespace quire

@@ -9,261 +9,14 @@
 // many rows a tile is first gathered into float32 scratch, which changes no arithmetic. A task may have several KV
 // heads, which take turns at each tile: what a block holds for them lies together, and memory likes long stretches.
 // The first rows of a tile prefetch the next one: the hardware can't know which block follows.
-#include "attention_tile.h"
-#include "threads.h"
+//
+// Keys that lie in the same blocks for several sequences of a step are read once, for the rows of all of them: that is
+// the beginning of each row's own arithmetic, whose state (of the split so far, and merged of those before) the row then
+// takes over in a second region. Nothing is computed in another way or order.
+#include "attention_task.h"
 
 namespace quire::QUIRE_NS {
 namespace {
-
-constexpr int64_t kGatherRows = 2 * kRows + 1;         // from here on gathering pays
-
-// One task: `rows` rows against each of `heads` KV heads, with everything it needs in this thread's scratch.
-template <class T> struct Task {
-    const AttentionArgs& a;
-    const AttentionWork& w;
-    const int64_t group = a.heads / a.cache.kv_heads, rows = w.count * group, heads = w.kv_heads;
-    const int64_t dim = a.cache.head_dim, padded = (dim + kWidth - 1) / kWidth * kWidth;
-    const int64_t row_floats = partial_floats(dim), block = a.cache.block_size;
-    const int64_t position = a.seq.start[w.seq] + w.query - a.seq.query_start[w.seq];   // of the first query
-    const int32_t* table = a.seq.block_tables + a.seq.rows[w.seq] * a.seq.table_stride;
-    const int64_t head_size = dim * block, block_size = a.cache.kv_heads * head_size;   // elements of the cache
-    const T* k_cache = static_cast<const T*>(a.cache.k) + w.kv_head * head_size;
-    const T* v_cache = static_cast<const T*>(a.cache.v) + w.kv_head * head_size;
-    const int shift = __builtin_ctzll(static_cast<unsigned long long>(block));
-    float *q = nullptr, *s = nullptr, *state = nullptr, *merged = nullptr, *k_wide = nullptr, *v_wide = nullptr;
-    int32_t *first = nullptr, *last = nullptr;   // the keys of a row are first[row] to last[row], both included
-
-    void allocate(bool several) {
-        const int64_t states = heads * rows * row_floats;
-        const int64_t floats[7] = {heads * rows * dim, rows * kTile,   states,  several ? states : 0,
-                                   dim * kTile,        kTile * padded, 2 * rows};
-        int64_t total = 0;
-        for (int64_t n : floats) total += (n + 15) / 16 * 16;
-        float* p = static_cast<float*>(thread_scratch(kScratchAttention, static_cast<size_t>(total) * sizeof(float)));
-        float* at[7];
-        for (int i = 0; i < 7; ++i) at[i] = p, p += (floats[i] + 15) / 16 * 16;
-        q = at[0], s = at[1], state = at[2], merged = at[3], k_wide = at[4], v_wide = at[5];
-        first = reinterpret_cast<int32_t*>(at[6]), last = first + rows;
-    }
-
-    const T* key_at(int64_t key) const { return k_cache + table[key >> shift] * block_size + (key & (block - 1)); }
-    const T* value_at(int64_t key) const { return v_cache + table[key >> shift] * block_size + (key & (block - 1)) * dim; }
-
-    // The first and the last key that any row sees, and one more.
-    int64_t low() const { return a.window > 0 && position >= a.window ? position - a.window + 1 : 0; }
-    int64_t high() const { return position + w.count; }
-    int64_t first_tile() const {
-        const int64_t begin = w.split_begin * kSplit;
-        return (low() > begin ? low() : begin) / kTile * kTile;
-    }
-
-    // Only blocks that hold a key of [low, high) are looked up: others may be gone.
-    void place(int64_t base, Place<T>& at) const {
-        const int from = static_cast<int>(low() > base ? low() - base : 0);
-        const int to = static_cast<int>(high() < base + kTile ? high() - base : kTile);
-        const int piece = static_cast<int>(block < kWidth ? block : kWidth);
-        for (int j = 0; j < kTile / piece; ++j) {
-            const int v = j < from / piece ? from / piece : j > (to - 1) / piece ? (to - 1) / piece : j;
-            at.k[j] = key_at(base + v * piece);
-        }
-        const int run = static_cast<int>(block < kTile ? block : kTile), begin = from / run * run;
-        int t = begin;
-        for (; t < to; t += run) {
-            const T* v = value_at(base + t);
-            for (int i = 0; i < run; ++i) at.v[t + i] = v + i * dim;
-        }
-        for (int i = 0; i < begin; ++i) at.v[i] = at.v[begin];
-        for (int i = t; i < kTile; ++i) at.v[i] = at.v[t - 1];
-    }
-
-    // follow: the work that this thread will probably do next, or null.
-    void run(const AttentionWork* follow) {
-        const bool several = !w.partial && w.split_end - w.split_begin > 1;
-        allocate(several);
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t at = position + row / group;
-            last[row] = static_cast<int32_t>(at);
-            first[row] = static_cast<int32_t>(a.window > 0 && at >= a.window ? at - a.window + 1 : 0);
-            const float* from = a.q + (w.query + row / group) * a.q_stride + (w.kv_head * group + row % group) * a.q_head_stride;
-            for (int64_t head = 0; head < heads; ++head)
-                std::memcpy(q + (head * rows + row) * dim, from + head * group * a.q_head_stride,
-                            static_cast<size_t>(dim) * sizeof(float));
-        }
-        const bool many = rows >= kGatherRows;
-        Place<T> places[2];
-        Place<T>*here = &places[0], *next = &places[1];
-        place(first_tile(), *here);
-        float* result = several ? merged : state;
-        clear(result);
-        for (int64_t split = w.split_begin; split < w.split_end; ++split) {
-            if (several) clear(state);
-            const int64_t begin = split == w.split_begin ? first_tile() : split * kSplit;
-            const int64_t end = high() < (split + 1) * kSplit ? high() : (split + 1) * kSplit;
-            for (int64_t base = begin; base < end; base += kTile) {
-                if (base + kTile < end || (split + 1 < w.split_end && end < high())) {
-                    place(base + kTile, *next);
-                } else if (follow) {
-                    const Task<T> other{a, *follow};
-                    other.place(other.first_tile(), *next);
-                } else {
-                    *next = *here;
-                }
-                const Seen n = seen(base);
-                for (int64_t head = 0; head < heads; ++head) {
-                    const bool stay = head + 1 < heads;   // the next turn is at this tile
-                    step(n, {*here, head * head_size, stay ? *here : *next, stay ? (head + 1) * head_size : 0,
-                             q + head * rows * dim, state + head * rows * row_floats}, many);
-                }
-                Place<T>* const done = here;
-                here = next, next = done;
-            }
-            if (several)
-                for (int64_t row = 0; row < heads * rows; ++row) merge(merged + row * row_floats, state + row * row_floats, padded);
-        }
-        if (w.partial) {
-            std::memcpy(w.partial, state, static_cast<size_t>(heads * rows * row_floats) * sizeof(float));
-        } else {
-            for (int64_t row = 0; row < heads * rows; ++row) write(row, result + row * row_floats);
-        }
-    }
-
-    void clear(float* states) const {
-        for (int64_t row = 0; row < heads * rows; ++row) {
-            float* p = states + row * row_floats;
-            p[0] = -__builtin_inff();
-            p[1] = 0;
-            std::memset(p + 16, 0, static_cast<size_t>(row_floats - 16) * sizeof(float));
-        }
-    }
-
-    // row: of all heads.
-    void write(int64_t row, const float* p) const {
-        const int64_t head = w.kv_head + row / rows, query = w.query + row % rows / group;
-        float* out = a.out + query * a.out_stride + (head * group + row % group) * dim;
-        const float inverse = 1.0f / p[1];
-        for (int64_t i = 0; i < dim; i += kWidth) {
-            const int left = static_cast<int>(dim - i < kWidth ? dim - i : kWidth);
-            store_n(out + i, mul(load_n(p + 16 + i, left), set1(inverse)), left);
-        }
-    }
-
-    // One tile of keys, the first of them at position `base`. Rows are ordered by position, so those that see anything
-    // of it, [r0, r1), are consecutive; together they see the keys [from, to) of it.
-    struct Seen { int64_t base, r0, r1; int from, to; };
-    Seen seen(int64_t base) const {
-        Seen s{base, 0, rows, static_cast<int>(low() > base ? low() - base : 0),
-               static_cast<int>(high() < base + kTile ? high() - base : kTile)};
-        while (s.r0 < s.r1 && last[s.r0] < base) ++s.r0;
-        while (s.r1 > s.r0 && first[s.r1 - 1] >= base + kTile) --s.r1;
-        return s;
-    }
-
-    // One KV head at one tile: where both are, which comes next, and the head's queries and results.
-    struct Turn {
-        const Place<T>& here;
-        int64_t offset;
-        const Place<T>& next;
-        int64_t next_offset;
-        const float* q;
-        float* state;
-    };
-
-    void step(const Seen& n, const Turn& t, bool many) {
-        if (kWidth == 16 && block == kWidth / 4) return step_parts<kWidth == 16 ? 4 : 1>(n, t, many);
-        if (kWidth >= 8 && block == kWidth / 2) return step_parts<kWidth >= 8 ? 2 : 1>(n, t, many);
-        return step_parts<1>(n, t, many);
-    }
-
-    // Parts: the blocks that a vector of keys comes from.
-    template <int Parts> void step_parts(const Seen& n, const Turn& t, bool many) {
-        if (many) {
-            gather_keys<Parts>(n, t);
-            const float* at[kTileVecs];
-            for (int j = 0; j < kTileVecs; ++j) at[j] = k_wide + j * kWidth;
-            score_rows<1, float>(at, 0, kTile, n, t);
-        } else {
-            score_rows<Parts, T>(t.here.k, t.offset, block, n, t);
-        }
-        soften_rows(n, t);
-        if (many || padded != dim) {
-            gather_values(n, t);
-            const float* at[kTile];
-            for (int i = 0; i < kTile; ++i) at[i] = v_wide + i * padded;
-            value_rows<float>(at, 0, n, t);
-        } else {
-            value_rows<T>(t.here.v, t.offset, n, t);
-        }
-    }
-
-    void soften_rows(const Seen& n, const Turn& t) {
-        for (int64_t row = n.r0; row < n.r1; ++row) {
-            float* p = t.state + row * row_floats;
-            const int from = begin_of(row, n.base), to = end_of(row, n.base);
-            if (from == 0 && to == kTile) soften<true>(s + row * kTile, from, to, a.scale, p[0], p[1], p + 16, padded);
-            else soften<false>(s + row * kTile, from, to, a.scale, p[0], p[1], p + 16, padded);
-        }
-    }
-
-    int begin_of(int64_t row, int64_t base) const {
-        return static_cast<int>(first[row] > base ? first[row] - base : 0);
-    }
-    int end_of(int64_t row, int64_t base) const {
-        const int64_t end = last[row] + 1;
-        return static_cast<int>(end < base + kTile ? end - base : kTile);
-    }
-
-    template <int Parts, class U>
-    void score_rows(const U* const* at, int64_t offset, int64_t stride, const Seen& n, const Turn& t) {
-        const int64_t piece = block < kWidth ? block : kWidth, keys = kVecs * kWidth, run = block < keys ? block : keys;
-        Coming<T> next{nullptr, static_cast<int>(keys / run), static_cast<int>(run / piece), block < keys ? keys : block,
-                       t.next_offset};
-        for (int64_t row = n.r0; row < n.r1;) {
-            const int mt = static_cast<int>(n.r1 - row < kRows ? n.r1 - row : kRows);
-            for (int j = n.from / kWidth / kVecs * kVecs; j * kWidth < n.to; j += kVecs) {
-                next.k = t.next.k + j * kWidth / piece;
-                scores_rows<Parts>(mt, t.q + row * dim, dim, at + j * Parts, offset, stride, next, s + row * kTile + j * kWidth);
-            }
-            next.runs = 0;   // the first rows have prefetched it
-            row += mt;
-        }
-    }
-
-    // The keys that all rows of a register tile see go together; what only some see, row by row, in ascending order.
-    template <class U> void value_rows(const U* const* key, int64_t offset, const Seen& n, const Turn& t) {
-        Stretch<T, U> v{key, offset, t.next.v, t.next_offset, 0, 0, row_floats, padded};
-        for (int64_t row = n.r0; row < n.r1;) {
-            const int mt = static_cast<int>(n.r1 - row < kRows ? n.r1 - row : kRows);
-            const float* p = s + row * kTile;
-            float* acc = t.state + row * row_floats + 16;
-            const auto add = [&](int m, int count, int from, int to) {
-                v.from = from, v.to = to;
-                if (from < to) values_rows(count, p + m * kTile, v, acc + m * row_floats);
-            };
-            const int from = begin_of(row + mt - 1, n.base), to = end_of(row, n.base);
-            const bool common = from < to;
-            for (int m = 0; m < mt; ++m) add(m, 1, begin_of(row + m, n.base), common ? from : end_of(row + m, n.base));
-            if (common) add(0, mt, from, to);
-            for (int m = 0; common && m < mt; ++m) add(m, 1, to, end_of(row + m, n.base));
-            v.next = nullptr;
-            row += mt;
-        }
-    }
-
-    template <int Parts> void gather_keys(const Seen& n, const Turn& t) {
-        for (int j = n.from / kWidth / kVecs * kVecs; j * kWidth < n.to; j += kVecs)
-            for (int64_t d = 0; d < dim; ++d)
-#pragma GCC unroll 4
-                for (int i = j; i < j + kVecs; ++i)
-                    store(k_wide + d * kTile + i * kWidth, load_parts<Parts>(t.here.k + i * Parts, t.offset + d * block));
-    }
-
-    void gather_values(const Seen& n, const Turn& t) {
-        for (int i = n.from; i < n.to; ++i)
-            for (int64_t c = 0; c < dim; c += kWidth)
-                store(v_wide + i * padded + c,
-                      load_n(t.here.v[i] + t.offset + c, static_cast<int>(dim - c < kWidth ? dim - c : kWidth)));
-    }
-};
 
 template <class T> void task(const void* context, int64_t index, int64_t next) {
     const AttentionArgs& a = *static_cast<const AttentionArgs*>(context);
@@ -271,13 +24,34 @@ template <class T> void task(const void* context, int64_t index, int64_t next) {
     t.run(next >= 0 ? &a.works[next] : nullptr);
 }
 
+template <class T> void shared_task(const void* context, int64_t index, int64_t) {
+    const AttentionArgs& a = *static_cast<const AttentionArgs*>(context);
+    const AttentionShared& shared = a.shared[index / a.cache.kv_heads];
+    const auto kv_head = static_cast<int32_t>(index % a.cache.kv_heads);
+    const AttentionWork w{shared.members[0].seq, kv_head, 1, 0, 0, 0, 0, 0, nullptr, nullptr, nullptr};
+    Task<T> t{a, w};
+    t.run_shared(shared);
+}
+
 }  // namespace
 
+// What several sequences have in common, one task for each group and KV head.
+void attention_shared(const AttentionArgs& a) {
+    const int64_t n = a.num_shared * a.cache.kv_heads;
+    switch (a.cache.type) {
+        case KvType::f32: return run_tasks(n, shared_task<float>, &a);
+        case KvType::f16: return run_tasks(n, shared_task<f16>, &a);
+        case KvType::bf16: return run_tasks(n, shared_task<bf16>, &a);
+        case KvType::i8: return run_tasks(n, shared_task<i8>, &a);
+    }
+}
+
 void attention(const AttentionArgs& a) {
-    switch (a.cache.dtype) {
-        case DType::f32: return run_tasks(a.num_works, task<float>, &a);
-        case DType::f16: return run_tasks(a.num_works, task<f16>, &a);
-        case DType::bf16: return run_tasks(a.num_works, task<bf16>, &a);
+    switch (a.cache.type) {
+        case KvType::f32: return run_tasks(a.num_works, task<float>, &a);
+        case KvType::f16: return run_tasks(a.num_works, task<f16>, &a);
+        case KvType::bf16: return run_tasks(a.num_works, task<bf16>, &a);
+        case KvType::i8: return run_tasks(a.num_works, task<i8>, &a);
     }
 }
 
@@ -285,8 +59,8 @@ void attention(const AttentionArgs& a) {
 void attention_merge(const AttentionArgs& a, const AttentionWork* splits, int64_t n) {
     const Task<float> t{a, splits[0]};
     for (int64_t row = 0; row < t.heads * t.rows; ++row) {
-        float* into = splits[0].partial + row * t.row_floats;
-        for (int64_t i = 1; i < n; ++i) merge(into, splits[i].partial + row * t.row_floats, t.padded);
+        float* into = (splits[0].merged ? splits[0].merged : splits[0].partial) + row * t.row_floats;
+        for (int64_t i = splits[0].merged ? 0 : 1; i < n; ++i) merge(into, splits[i].partial + row * t.row_floats, t.padded);
         t.write(row, into);
     }
 }

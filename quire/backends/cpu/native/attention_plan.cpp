@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention_share.h"
 #include "threads.h"
 
 namespace quire {
@@ -17,12 +18,14 @@ constexpr int64_t kTasks = 3;               // a thread should get at least so m
 int64_t keys_seen(const AttentionArgs& a, const AttentionWork& w) {
     const int64_t position = a.seq.start[w.seq] + w.query - a.seq.query_start[w.seq];
     const int64_t first = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
-    return position + w.count - first;
+    return position + w.count - std::max<int64_t>(first, w.key_begin);
 }
 
 }  // namespace
 
-void paged_attention(const Kernels& kernels, AttentionArgs a) {
+int64_t paged_attention(const Kernels& kernels, AttentionArgs a, Sharing sharing) {
+    const SharedPrefixes prefixes(a, kTaskRows, sharing);
+    a.shared = prefixes.groups(), a.num_shared = prefixes.num_groups();
     const int64_t group = a.heads / a.cache.kv_heads;
     const int64_t most = std::max<int64_t>(1, kTaskRows / group);
     struct Item { AttentionWork work; int64_t cost; };
@@ -34,10 +37,11 @@ void paged_attention(const Kernels& kernels, AttentionArgs a) {
         int32_t query = begin;
         for (int64_t i = 0; i < tiles; ++i) {
             const auto count = static_cast<int32_t>((end - query + (tiles - i) - 1) / (tiles - i));
-            AttentionWork w{static_cast<int32_t>(s), 0, 1, query, count, 0, 0, nullptr};
+            AttentionWork w{static_cast<int32_t>(s), 0, 1, query, count, 0, 0, 0, nullptr, nullptr, nullptr};
+            prefixes.hand_over(w);
             const int64_t position = a.seq.start[s] + query - begin;
             const int64_t first = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
-            w.split_begin = static_cast<int32_t>(first / kSplit);
+            w.split_begin = static_cast<int32_t>(std::max<int64_t>(first, w.key_begin) / kSplit);
             w.split_end = static_cast<int32_t>((position + count - 1) / kSplit + 1);
             const int64_t cost = keys_seen(a, w) * (count * group + 4);   // rows, and the loads that they share
             items.push_back({w, cost});
@@ -65,6 +69,9 @@ void paged_attention(const Kernels& kernels, AttentionArgs a) {
         for (int64_t part = 0; part < parts; ++part) {
             w.kv_head = static_cast<int32_t>(part * kv_heads / parts);
             w.kv_heads = static_cast<int32_t>((part + 1) * kv_heads / parts) - w.kv_head;
+            const int64_t before = w.kv_head * w.count * group * row_floats;
+            w.merged = item.work.merged ? item.work.merged + before : nullptr;
+            w.running = item.work.running ? item.work.running + before : nullptr;
             if (!cut) {
                 works.push_back({w, item.cost * w.kv_heads});
                 continue;
@@ -73,6 +80,7 @@ void paged_attention(const Kernels& kernels, AttentionArgs a) {
             for (int32_t split = w.split_begin; split < w.split_end; ++split) {
                 split_works.push_back(w);
                 split_works.back().split_begin = split, split_works.back().split_end = split + 1;
+                if (split > w.split_begin) split_works.back().merged = split_works.back().running = nullptr;
                 partial_size += w.kv_heads * w.count * group * row_floats;
             }
         }
@@ -87,9 +95,11 @@ void paged_attention(const Kernels& kernels, AttentionArgs a) {
     for (const Item& item : works) split_works.push_back(item.work);
     a.works = split_works.data();
     a.num_works = static_cast<int64_t>(split_works.size());
+    if (a.num_shared) kernels.attention_shared(a);
     kernels.attention(a);
     for (size_t at = 0, g = 0; at < num_split; at += static_cast<size_t>(groups[g++]))
         kernels.attention_merge(a, split_works.data() + at, groups[g]);
+    return prefixes.saved();
 }
 
 }  // namespace quire

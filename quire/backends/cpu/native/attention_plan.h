@@ -3,5 +3,7 @@
 #include "kernels.h"
 
 namespace quire {
-void paged_attention(const Kernels& kernels, AttentionArgs args);
+enum class Sharing { never, where_it_pays, always };
+// Returns how many reads of a tile, by all KV heads, sharing saved.
+int64_t paged_attention(const Kernels& kernels, AttentionArgs args, Sharing sharing);
 }

@@ -19,6 +19,11 @@ template <class T> struct Place {
     const T* v[kTile];
 };
 
+// The scales of one KV head's int8 keys and values at one tile.
+struct Scales {
+    float k[kTile], v[kTile];
+};
+
 // The keys of a coming tile, to be prefetched in the order in which they lie in memory: `runs` runs, the first key of
 // each at k[0] + offset, k[step] + offset and so on. For each dimension of q goes a stretch of kVecs vectors, `pitch`
 // elements after the one before.
@@ -147,14 +152,17 @@ template <class C, class T> void values_rows(int mt, const float* p, const Stret
 
 // Online softmax over one tile of one row: keys [from, to) are valid. Scores become probabilities relative to the new
 // maximum; what was accumulated is rescaled if the maximum moved. Invalid lanes are chosen away, never multiplied.
-template <bool Whole>
-void soften(float* s, int from, int to, float scale, float& most, float& sum, float* acc, int64_t padded) {
+// Scaled: the scores are of int8 keys, and each probability will meet an int8 value: the scales come in here.
+template <bool Whole, bool Scaled>
+void soften(float* s, int from, int to, float scale, const Scales& scales, float& most, float& sum, float* acc, int64_t padded) {
     const auto valid = [=](int j, vf x, vf otherwise) {
         return Whole ? x : select(lanes_between(from - j * kWidth, to - j * kWidth), x, otherwise);
     };
     vf x[kTileVecs], top = set1(-__builtin_inff());
     for (int j = 0; j < kTileVecs; ++j) {
-        x[j] = valid(j, mul(load(s + j * kWidth), set1(scale)), set1(-__builtin_inff()));
+        vf score = load(s + j * kWidth);
+        if constexpr (Scaled) score = mul(score, load(scales.k + j * kWidth));
+        x[j] = valid(j, mul(score, set1(scale)), set1(-__builtin_inff()));
         top = max(x[j], top);
     }
     const float before = most, tile_most = reduce_max(top);
@@ -169,7 +177,8 @@ void soften(float* s, int from, int to, float scale, float& most, float& sum, fl
     vf total = zero();
     for (int j = 0; j < kTileVecs; ++j) {
         const vf p = valid(j, exp(sub(x[j], set1(most))), zero());
-        store(s + j * kWidth, p);
+        if constexpr (Scaled) store(s + j * kWidth, valid(j, mul(p, load(scales.v + j * kWidth)), zero()));
+        else store(s + j * kWidth, p);
         total = add(total, p);
     }
     sum += reduce_add(total);

@@ -14,9 +14,36 @@ namespace {
 
 struct CheckedCache { Cache cache; int64_t blocks; };
 
-template <class A> CheckedCache check_cache(const A& k, const A& v) {
-    const DType dtype = float_dtype(k, "k_cache");
-    if (float_dtype(v, "v_cache") != dtype) fail_type("k_cache and v_cache must have one dtype");
+template <class A> KvType kv_type(const A& a, const char* name) {
+    if (a.dtype() == nb::dtype<int8_t>()) return KvType::i8;
+    if (a.dtype() == nb::dtype<float>()) return KvType::f32;
+    if (a.dtype() == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1}) return KvType::f16;
+    if (a.dtype() == nb::dtype<uint16_t>()) return KvType::bf16;
+    fail_type(std::string(name) + " must be float32, float16, uint16 (the bits of bfloat16) or int8");
+}
+
+// The scales of an int8 cache; a cache of floats has none.
+template <class A> f16* check_scales(const A& cache, KvType type, const std::optional<A>& scales, const char* name) {
+    if (type != KvType::i8) {
+        require(!scales, std::string(name) + " must be left out where the cache is not int8");
+        return nullptr;
+    }
+    require(scales.has_value(), std::string(name) + " are needed where the cache is int8");
+    if (scales->dtype() != nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1})
+        fail_type(std::string(name) + " must be float16");
+    require_contiguous(*scales, name);
+    require_aligned<f16>(*scales, name);
+    require(scales->ndim() == 3 && dim(*scales, 0) == dim(cache, 0) && dim(*scales, 1) == dim(cache, 1) &&
+                dim(*scales, 2) == dim(cache, 3),
+            std::string(name) + " must be [blocks, kv_heads, block_size] for k_cache " + shape_of(cache) + ", not " +
+                shape_of(*scales));
+    return static_cast<f16*>(const_cast<void*>(static_cast<const void*>(scales->data())));
+}
+
+template <class A>
+CheckedCache check_cache(const A& k, const A& v, const std::optional<A>& k_scales, const std::optional<A>& v_scales) {
+    const KvType type = kv_type(k, "k_cache");
+    if (kv_type(v, "v_cache") != type) fail_type("k_cache and v_cache must have one dtype");
     require_ndim(k, 4, "k_cache");
     require_ndim(v, 4, "v_cache");
     require_contiguous(k, "k_cache");
@@ -29,7 +56,8 @@ template <class A> CheckedCache check_cache(const A& k, const A& v) {
             "block_size must be a power of two from 4 to 256, not " + std::to_string(block));
     require(head_dim >= 1 && dim(k, 1) >= 1, "the cache must have heads and dimensions, not " + shape_of(k));
     return {{const_cast<void*>(static_cast<const void*>(k.data())), const_cast<void*>(static_cast<const void*>(v.data())),
-             dtype, dim(k, 1), head_dim, block}, dim(k, 0)};
+             check_scales(k, type, k_scales, "k_scales"), check_scales(k, type, v_scales, "v_scales"), type, dim(k, 1), head_dim,
+             block}, dim(k, 0)};
 }
 
 // Every block that a token of the batch reads or writes must exist: positions from first to last of each sequence,
@@ -51,27 +79,28 @@ Ragged check_ragged(const CheckedCache& c, int64_t tokens, const Array& tables, 
     require_ids(rows, seqs, table_rows, "rows", "rows of block_tables");
     for (int64_t s = 0; s < seqs; ++s) {
         const int64_t count = int64_t{query_start[s + 1]} - query_start[s];
-        const std::string who = "sequence " + std::to_string(s);
-        require(count >= 0, who + ": query_start must not decrease");
-        require(start[s] >= 0, who + ": start must not be negative, but is " + std::to_string(start[s]));
+        const auto who = [s] { return "sequence " + std::to_string(s); };
+        require(count >= 0, who() + ": query_start must not decrease");
+        require(start[s] >= 0, who() + ": start must not be negative, but is " + std::to_string(start[s]));
         if (count == 0) continue;
         const int64_t last = start[s] + count - 1;
         require(last < (int64_t{1} << 31) - 256 && last / c.cache.block_size < width,
-                who + ": position " + std::to_string(last) + " is beyond the " + std::to_string(width) + " blocks of its table");
+                who() + ": position " + std::to_string(last) + " is beyond the " + std::to_string(width) + " blocks of its table");
         int64_t first = start[s];
         if (history) first = window > 0 && first >= window ? first - window + 1 : 0;
         const int32_t* blocks = table + rows[s] * table_stride;
         for (int64_t b = first / c.cache.block_size; b <= last / c.cache.block_size; ++b)
             if (blocks[b] < 0 || blocks[b] >= c.blocks)
-                fail(who + ": block " + std::to_string(b) + " of its table is " + std::to_string(blocks[b]) +
+                fail(who() + ": block " + std::to_string(b) + " of its table is " + std::to_string(blocks[b]) +
                      ", outside the " + std::to_string(c.blocks) + " blocks of the cache");
     }
     return {table, rows, query_start, start, seqs, table_stride};
 }
 
 void write_kv(const Array& k_, const Array& v_, const OutArray& k_cache, const OutArray& v_cache, const Array& tables,
-              const Array& rows, const Array& query_start, const Array& start) {
-    const CheckedCache c = check_cache(k_cache, v_cache);
+              const Array& rows, const Array& query_start, const Array& start, const std::optional<OutArray>& k_scales,
+              const std::optional<OutArray>& v_scales) {
+    const CheckedCache c = check_cache(k_cache, v_cache, k_scales, v_scales);
     const Heads k = heads(k_, "k"), v = heads(v_, "v");
     require_ndim(k_, 3, "k");
     require_ndim(v_, 3, "v");
@@ -82,9 +111,10 @@ void write_kv(const Array& k_, const Array& v_, const OutArray& k_cache, const O
     active_kernels().write_kv({seq, c.cache, k.data, v.data, k.rows, k.stride, k.head_stride, v.stride, v.head_stride});
 }
 
-void attention(const Array& q_, const Array& k_cache, const Array& v_cache, const OutArray& out_, const Array& tables,
-               const Array& rows, const Array& query_start, const Array& start, float scale, int64_t window) {
-    const CheckedCache c = check_cache(k_cache, v_cache);
+int64_t attention(const Array& q_, const Array& k_cache, const Array& v_cache, const OutArray& out_, const Array& tables,
+               const Array& rows, const Array& query_start, const Array& start, float scale, int64_t window,
+               const MaybeArray& k_scales, const MaybeArray& v_scales, std::optional<bool> share) {
+    const CheckedCache c = check_cache(k_cache, v_cache, k_scales, v_scales);
     const Heads q = heads(q_, "q");
     require_ndim(q_, 3, "q");
     const Matrix2 out = matrix(out_, "out");
@@ -96,8 +126,10 @@ void attention(const Array& q_, const Array& k_cache, const Array& v_cache, cons
     require(window >= 0, "window must not be negative");
     const Ragged seq = check_ragged(c, q.rows, tables, rows, query_start, start, true, window);
     nb::gil_scoped_release release;
-    paged_attention(active_kernels(), {seq, c.cache, q.data, out.data, q.rows, q.heads, q.stride, q.head_stride,
-                                       out.stride, window, scale, nullptr, 0});
+    return paged_attention(
+        active_kernels(), {seq, c.cache, q.data, out.data, q.rows, q.heads, q.stride, q.head_stride, out.stride, window, scale, nullptr, 0,
+                           nullptr, 0},
+        !share ? Sharing::where_it_pays : *share ? Sharing::always : Sharing::never);
 }
 
 // Blocks along the first axis of a cache, as bytes.
@@ -157,10 +189,12 @@ void fill_blocks(const OutArray& cache, const Array& ids_, float value) {
 
 void bind_cache(nb::module_& m) {
     m.def("write_kv", write_kv, nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("block_tables"),
-          nb::arg("rows"), nb::arg("query_start"), nb::arg("start"));
+          nb::arg("rows"), nb::arg("query_start"), nb::arg("start"), nb::arg("k_scales") = nb::none(),
+          nb::arg("v_scales") = nb::none());
     m.def("paged_attention", attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("out"),
           nb::arg("block_tables"), nb::arg("rows"), nb::arg("query_start"), nb::arg("start"), nb::arg("scale"),
-          nb::arg("window") = 0);
+          nb::arg("window") = 0, nb::arg("k_scales") = nb::none(), nb::arg("v_scales") = nb::none(),
+          nb::arg("share") = nb::none());
     m.def("copy_blocks", copy_blocks, nb::arg("cache"), nb::arg("pairs"));
     m.def("fill_blocks", fill_blocks, nb::arg("cache"), nb::arg("ids"), nb::arg("value"));
 }

@@ -13,6 +13,7 @@ const Kernels& avx512vnni_kernels() {
         Kernels k = avx512::kernels;
         k.name = "avx512vnni";
         k.linear_quantized = avx512vnni::linear_quantized;
+        k.int8_loop = avx512vnni::int8_loop;
         return k;
     }();
     return kernels;

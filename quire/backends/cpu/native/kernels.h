@@ -1,8 +1,8 @@
 // What every kernel takes, and the table through which it is called.
 //
-// The files gemm, gemm_quantized, pack_quantized, attention, norms, elementwise, reduce and limits are compiled once per instruction set, each time
-// in a namespace of its own (see simd.h). Nothing but plain structs of pointers crosses the border, and no template or
-// inline function from here may be emitted by two of those compilations: the linker would merge them, and a machine
+// The files gemm, gemm_quantized, pack_quantized, attention, kv_cache, norms, elementwise, reduce and peaks are compiled once per
+// instruction set, each time in a namespace of its own (see simd.h). Nothing but plain structs of pointers crosses the border,
+// and no template or inline function from here may be emitted by two of those compilations: the linker would merge them, and a machine
 // without AVX-512 could end up in AVX-512 code.
 #pragma once
 #include <cstddef>
@@ -12,6 +12,7 @@ namespace quire {
 
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
+struct i8 { int8_t value; };
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
@@ -101,11 +102,15 @@ struct Ragged {
     int64_t seqs, table_stride;
 };
 
-// One layer: k is [num_blocks][kv_heads][head_dim][block_size], v is [num_blocks][kv_heads][block_size][head_dim].
+// One layer: k is [num_blocks][kv_heads][head_dim][block_size], v is [num_blocks][kv_heads][block_size][head_dim]. Where
+// they are int8, each head's vector of a token has a scale: both [num_blocks][kv_heads][block_size], else null.
+enum class KvType : int32_t { f32, f16, bf16, i8 };
 struct Cache {
     void* k;
     void* v;
-    DType dtype;
+    f16* k_scales;
+    f16* v_scales;
+    KvType type;
     int64_t kv_heads, head_dim, block_size;
 };
 
@@ -120,7 +125,20 @@ struct WriteKvArgs {
 // A few queries of one sequence against some KV heads, over the splits [split_begin, split_end) of the positions.
 struct AttentionWork {
     int32_t seq, kv_head, kv_heads, query, count, split_begin, split_end;
+    int32_t key_begin;   // whole tiles before it are done: what came of them is in `merged` and `running`
     float* partial;      // null: this work sees all splits, and writes the output itself
+    float* merged;       // [kv_heads][rows] of whole splits, or null
+    float* running;      // likewise, of the split that key_begin lies in
+};
+
+// A few sequences over the tiles of keys that they have in common. Rows are those of all members, one after the other; a
+// run concerns some of them.
+struct SharedMember { int32_t seq, query, count; float *merged, *running; };   // of all KV heads: [kv_heads][rows]
+struct SharedRun { int32_t seq, row_begin, row_end, tile_begin, tile_end; };   // seq: whose table names the blocks
+struct AttentionShared {
+    const SharedMember* members;
+    const SharedRun* runs;   // for each row in ascending order of tiles, from 0 without a gap
+    int64_t num_members, num_runs, rows;
 };
 
 struct AttentionArgs {
@@ -132,6 +150,8 @@ struct AttentionArgs {
     float scale;
     const AttentionWork* works;
     int64_t num_works;
+    const AttentionShared* shared;
+    int64_t num_shared;
 };
 
 // Part of the arithmetic: changing either changes the bytes of every attention output.
@@ -155,6 +175,7 @@ struct Kernels {
     void (*embed)(const EmbedArgs&);
     void (*convert)(const ConvertArgs&);
     void (*write_kv)(const WriteKvArgs&);
+    void (*attention_shared)(const AttentionArgs&);  // runs args.shared, which args.works may need
     void (*attention)(const AttentionArgs&);         // runs args.works
     void (*attention_merge)(const AttentionArgs&, const AttentionWork* splits, int64_t n);
     // Sampler primitives over one row of logits.
@@ -168,8 +189,8 @@ struct Kernels {
     void (*run_maxima)(const float* z, int64_t n, float* maxima);    // of each run of kMaxRun values
     // Limits of the machine.
     double (*read_sum)(const float* p, int64_t n);
-    double (*fma_loop)(int64_t iterations);          // does fma_flops flops an iteration
-    int64_t fma_flops;
+    int64_t (*fma_loop)(int64_t iterations);         // returns the float32 operations that it did
+    int64_t (*int8_loop)(int64_t iterations);        // likewise, of int8
 };
 
 constexpr int64_t kSumRun = 1024;
@@ -179,6 +200,9 @@ namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 // AVX-512 with VNNI is the table of AVX-512 with these in place of its own.
-namespace avx512vnni { void linear_quantized(const LinearArgs&); }
+namespace avx512vnni {
+void linear_quantized(const LinearArgs&);
+int64_t int8_loop(int64_t iterations);
+}
 
 }  // namespace quire

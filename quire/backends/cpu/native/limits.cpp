@@ -1,8 +1,13 @@
-// Measures with the threads of the pool, so that the limits are those of the threads that will run a model.
+// Measures with the threads of the pool, so that the limits are those of the threads that will run a model. What is wanted is
+// what the machine can do, so the best of many short tries counts: another process, or another guest of the same host, only
+// ever takes away.
 #include "limits.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <thread>
+#include <vector>
 
 #include "threads.h"
 
@@ -13,49 +18,96 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-constexpr int64_t kFloats = int64_t{512} << 18;        // 512 MiB, far more than any cache holds
-constexpr int64_t kChunk = int64_t{1} << 18;
 constexpr int64_t kIterations = 20000;                // of a task; about 0.1 ms
-constexpr int kRounds = 100;                           // short ones, so that a busy machine shows its peak in some
+constexpr int kRounds = 100;
+constexpr int kRegions = 501;                         // odd, for the median; asleep a tenth of it
+constexpr auto kAlone = std::chrono::milliseconds(2);
+constexpr auto kUntilAsleep = std::chrono::milliseconds(1);   // far longer than a thread waits awake for the next region
 
-struct Job { const Kernels& kernels; float* data; };
+struct ReadJob { const Kernels& kernels; float* data; int64_t floats, chunk; };
+
+int64_t chunks(const ReadJob& job) { return (job.floats + job.chunk - 1) / job.chunk; }
+
+void fill_task(const void* context, int64_t task, int64_t) {
+    const auto& job = *static_cast<const ReadJob*>(context);
+    const int64_t begin = task * job.chunk;
+    std::fill_n(job.data + begin, std::min(job.chunk, job.floats - begin), 1.0f);
+}
 
 volatile double sink;
 
-}  // namespace
+void read_task(const void* context, int64_t task, int64_t) {
+    const auto& job = *static_cast<const ReadJob*>(context);
+    const int64_t begin = task * job.chunk;
+    sink = job.kernels.read_sum(job.data + begin, std::min(job.chunk, job.floats - begin));
+}
 
-double measure_read_bandwidth(const Kernels& kernels) {
-    const size_t bytes = static_cast<size_t>(kFloats) * sizeof(float);
-    const Job job{kernels, static_cast<float*>(allocate_large(bytes))};
-    run_tasks(kFloats / kChunk, [](const void* context, int64_t task, int64_t) {
-        float* data = static_cast<const Job*>(context)->data;
-        std::fill_n(data + task * kChunk, kChunk, 1.0f);
-    }, &job);
+// G operations/s of `loop`, which returns how many it did, on all threads.
+double measure_peak(int64_t (*loop)(int64_t)) {
+    struct Job { int64_t (*loop)(int64_t); std::atomic<int64_t> operations; };
     double best = 0;
-    for (int round = 0; round < 3; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
+        Job job{loop, 0};
         const auto start = Clock::now();
-        run_tasks(kFloats / kChunk, [](const void* context, int64_t task, int64_t) {
-            const Job& j = *static_cast<const Job*>(context);
-            sink = j.kernels.read_sum(j.data + task * kChunk, kChunk);
+        run_tasks(4 * num_threads(), [](const void* context, int64_t, int64_t) {
+            auto& j = *static_cast<Job*>(const_cast<void*>(context));
+            j.operations.fetch_add(j.loop(kIterations), std::memory_order_relaxed);
         }, &job);
-        best = std::max(best, static_cast<double>(bytes) / seconds_since(start) / 1e9);
+        best = std::max(best, static_cast<double>(job.operations) / seconds_since(start) / 1e9);
     }
-    free_large(job.data, bytes);
     return best;
 }
 
-double measure_fma_peak(const Kernels& kernels) {
-    const int64_t tasks = 4 * num_threads();
-    const Job job{kernels, nullptr};
+}  // namespace
+
+double measure_read_bandwidth(const Kernels& kernels, int64_t bytes, double seconds) {
+    ReadJob job{kernels, nullptr, bytes / static_cast<int64_t>(sizeof(float)), 0};
+    // A megabyte at a time, or less where that would leave threads without work.
+    job.chunk = std::clamp<int64_t>(job.floats / (8 * num_threads()) / 1024 * 1024, 1024, int64_t{1} << 18);
+    job.data = static_cast<float*>(allocate_large(static_cast<size_t>(bytes)));
+    run_tasks(chunks(job), fill_task, &job);
     double best = 0;
-    for (int round = 0; round < kRounds; ++round) {
+    const auto begin = Clock::now();
+    for (int pass = 0; pass < 3 || seconds_since(begin) < seconds; ++pass) {
         const auto start = Clock::now();
-        run_tasks(tasks, [](const void* context, int64_t, int64_t) {
-            sink = static_cast<const Job*>(context)->kernels.fma_loop(kIterations);
-        }, &job);
-        best = std::max(best, static_cast<double>(tasks * kIterations * kernels.fma_flops) / seconds_since(start) / 1e9);
+        run_tasks(chunks(job), read_task, &job);
+        best = std::max(best, static_cast<double>(bytes) / seconds_since(start) / 1e9);
     }
+    free_large(job.data, static_cast<size_t>(bytes));
     return best;
+}
+
+double measure_fma_peak(const Kernels& kernels) { return measure_peak(kernels.fma_loop); }
+
+double measure_int8_peak(const Kernels& kernels) { return measure_peak(kernels.int8_loop); }
+
+double measure_vnni_peak() {
+#if defined(QUIRE_X86_KERNELS)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        return measure_peak(avx512vnni::int8_loop);
+#endif
+    return 0;
+}
+
+double measure_region(bool together, bool asleep) {
+    struct Job { int threads; std::atomic<int> here; };
+    std::vector<double> times(asleep ? kRegions / 10 : kRegions);
+    for (double& time : times) {
+        Job job{together ? num_threads() : 1, 0};
+        if (asleep) std::this_thread::sleep_for(kUntilAsleep);
+        const auto start = Clock::now();
+        run_tasks(num_threads(), [](const void* context, int64_t, int64_t) {
+            auto& j = *static_cast<Job*>(const_cast<void*>(context));
+            if (j.threads == 1) return;
+            j.here.fetch_add(1);
+            // A thread that does not come at all (its core is busy) must not hang the measurement.
+            for (const auto until = Clock::now() + kAlone; j.here.load() < j.threads && Clock::now() < until;) {}
+        }, &job);
+        time = seconds_since(start);
+    }
+    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+    return times[times.size() / 2];
 }
 
 }  // namespace quire

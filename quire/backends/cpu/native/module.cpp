@@ -1,5 +1,6 @@
 // quire.backends.cpu._native: bindings only. What each function promises is written in _native.pyi.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -7,7 +8,6 @@
 
 #include "arrays.h"
 #include "dispatch.h"
-#include "limits.h"
 #include "threads.h"
 
 NB_MODULE(_native, m) {
@@ -30,9 +30,11 @@ NB_MODULE(_native, m) {
         set_num_threads(n);
     }, nb::arg("n"));
     m.def("default_num_threads", default_num_threads);
-    m.def("measure_read_bandwidth", [] { return measure_read_bandwidth(active_kernels()); },
-          nb::call_guard<nb::gil_scoped_release>());
-    m.def("measure_fma_peak", [] { return measure_fma_peak(active_kernels()); }, nb::call_guard<nb::gil_scoped_release>());
+    m.def("cpu_quota", [](const std::string& root) -> std::optional<double> {
+        const double cpus = cpu_quota(root);
+        return cpus > 0 ? std::optional(cpus) : std::nullopt;
+    }, nb::arg("root") = "/");
+    bind_limits(m);
     bind_layers(m);
     bind_cache(m);
     bind_sampling(m);

@@ -1,4 +1,4 @@
-// The passes over a row of logits that the sampler is made of, and the loops that measure the machine.
+// The passes over a row of logits that the sampler is made of.
 #include "simd.h"
 
 namespace quire::QUIRE_NS {
@@ -80,30 +80,6 @@ void run_maxima(const float* z, int64_t n, float* maxima) {
         for (; i < end; ++i) top = z[i] > top ? z[i] : top;
         *maxima++ = top;
     }
-}
-
-double read_sum(const float* p, int64_t n) {
-    vf sum[8];
-    for (vf& s : sum) s = zero();
-    for (int64_t i = 0; i + 8 * kWidth <= n; i += 8 * kWidth)
-        for (int j = 0; j < 8; ++j) sum[j] = add(sum[j], load(p + i + j * kWidth));
-    double total = 0;
-    for (vf& s : sum) total += reduce_add(s);
-    return total;
-}
-
-constexpr int kChains = 12;   // enough to hide the latency of an FMA, few enough for 16 registers
-
-double fma_loop(int64_t iterations) {
-    vf c[kChains];
-    for (int i = 0; i < kChains; ++i) c[i] = set1(0.1f * static_cast<float>(i));
-    const vf a = set1(0.999f), b = set1(1e-6f);
-    for (int64_t k = 0; k < iterations; ++k)
-#pragma GCC unroll 12
-        for (int i = 0; i < kChains; ++i) c[i] = fma(c[i], a, b);
-    double total = 0;
-    for (vf& x : c) total += reduce_add(x);
-    return total;
 }
 
 }  // namespace quire::QUIRE_NS

@@ -66,6 +66,8 @@ QUIRE_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 QUIRE_INLINE vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 QUIRE_INLINE vf widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 QUIRE_INLINE vf load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+QUIRE_INLINE vf widen_i8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
+QUIRE_INLINE vf load(const i8* p) { return widen_i8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 QUIRE_INLINE vf widen(__m256i x, f16) { return _mm512_cvtph_ps(x); }
 QUIRE_INLINE vf widen(__m256i x, bf16) { return widen_bf16(x); }
 QUIRE_INLINE vf load_halves(const float* a, const float* b) {
@@ -86,6 +88,15 @@ template <class T> QUIRE_INLINE vf load_quarters(const T* a, const T* b, const T
     const __m128i low = _mm_unpacklo_epi64(four(a), four(b)), high = _mm_unpacklo_epi64(four(c), four(d));
     return widen(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), T{});
 }
+QUIRE_INLINE __m128i bytes4(const i8* p) { int32_t x; std::memcpy(&x, p, 4); return _mm_cvtsi32_si128(x); }
+QUIRE_INLINE vf load_halves(const i8* a, const i8* b) {
+    return widen_i8(_mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)),
+                                       _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b))));
+}
+QUIRE_INLINE vf load_quarters(const i8* a, const i8* b, const i8* c, const i8* d) {
+    return widen_i8(_mm_unpacklo_epi64(_mm_unpacklo_epi32(bytes4(a), bytes4(b)), _mm_unpacklo_epi32(bytes4(c), bytes4(d))));
+}
+QUIRE_INLINE vf load_n(const i8* p, int n) { return widen_i8(_mm_maskz_loadu_epi8(first_lanes(n), p)); }
 QUIRE_INLINE vf load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 QUIRE_INLINE vf load_n(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 QUIRE_INLINE vf load_n(const bf16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
@@ -132,6 +143,12 @@ QUIRE_INLINE vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(rein
 QUIRE_INLINE vf widen(__m128i x, f16) { return _mm256_cvtph_ps(x); }
 QUIRE_INLINE vf widen(__m128i x, bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 QUIRE_INLINE vf load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), bf16{}); }
+QUIRE_INLINE vf widen_i8(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
+QUIRE_INLINE vf load(const i8* p) { return widen_i8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+QUIRE_INLINE vf load_halves(const i8* a, const i8* b) {
+    const auto four = [](const i8* p) { int32_t x; std::memcpy(&x, p, 4); return _mm_cvtsi32_si128(x); };
+    return widen_i8(_mm_unpacklo_epi32(four(a), four(b)));
+}
 QUIRE_INLINE vf load_halves(const float* a, const float* b) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
 }
@@ -195,6 +212,10 @@ QUIRE_INLINE vf load(const f16* p) {
     const vm u{p[0].bits, p[1].bits, p[2].bits, p[3].bits};
     const vm magnitude = (u & 0x7fff) << 13, sign = (u & 0x8000) << 16, special = magnitude >= 0x0f800000;
     return as_float(as_int(as_float(magnitude) * 0x1p112f) | sign | (special & 0x7f800000));
+}
+QUIRE_INLINE vf load(const i8* p) {
+    return vf{static_cast<float>(p[0].value), static_cast<float>(p[1].value), static_cast<float>(p[2].value),
+              static_cast<float>(p[3].value)};
 }
 QUIRE_INLINE void store(float* p, vf a) { std::memcpy(p, &a, sizeof a); }
 QUIRE_INLINE void store_n(float* p, vf a, int n) { for (int i = 0; i < n; ++i) p[i] = a[i]; }

@@ -12,6 +12,7 @@ void activation(const ActivationArgs&);
 void embed(const EmbedArgs&);
 void convert(const ConvertArgs&);
 void write_kv(const WriteKvArgs&);
+void attention_shared(const AttentionArgs&);
 void attention(const AttentionArgs&);
 void attention_merge(const AttentionArgs&, const AttentionWork*, int64_t);
 RowScan scan(const float*, int64_t);
@@ -21,7 +22,8 @@ int64_t select_at_least(const float*, int64_t, float, int32_t*);
 int64_t find_equal(const float*, int64_t, float);
 void run_maxima(const float*, int64_t, float*);
 double read_sum(const float*, int64_t);
-double fma_loop(int64_t);
+int64_t fma_loop(int64_t);
+int64_t int8_loop(int64_t);
 
 #define QUIRE_STRING_(x) #x
 #define QUIRE_STRING(x) QUIRE_STRING_(x)
@@ -38,6 +40,7 @@ const Kernels kernels = {
     .embed = embed,
     .convert = convert,
     .write_kv = write_kv,
+    .attention_shared = attention_shared,
     .attention = attention,
     .attention_merge = attention_merge,
     .scan = scan,
@@ -48,7 +51,7 @@ const Kernels kernels = {
     .run_maxima = run_maxima,
     .read_sum = read_sum,
     .fma_loop = fma_loop,
-    .fma_flops = 2 * 12 * kWidth,
+    .int8_loop = int8_loop,
 };
 
 }  // namespace quire::QUIRE_NS

@@ -1,6 +1,11 @@
 // The pool: workers spin for a moment after a region, because the next one usually follows within microseconds, and
 // then sleep. The caller waits only for workers that have joined: one that never woke up can't hold it back. The same
 // rule makes a forked child safe, which has no workers at all.
+//
+// A core that another process wants as well is taken from a worker when its time slice ends, most likely in the middle
+// of a task, and then everybody waits for that task until the other's slice has ended too: milliseconds, when a region
+// takes a tenth of one. So a worker offers its core now and then while it holds nothing (see Turn). If nobody wants it,
+// that costs less than a microsecond; if somebody does, the rest goes on with the threads that are left.
 #include "threads.h"
 
 #include <sched.h>
@@ -8,7 +13,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -28,6 +32,25 @@ inline void pause() {
 }
 
 thread_local bool inside_region = false;
+
+// How long a worker has had its core. Linux takes it away at a tick, 4 ms apart or more often, once the slice of 2 to 4 ms
+// is used up: an offer after 2 ms comes first.
+class Turn {
+public:
+    bool over() const { return Clock::now() - since_ > kLength; }
+
+    // To be called where the worker holds no task.
+    void offer() {
+        if (!over()) return;
+        sched_yield();
+        since_ = Clock::now();
+    }
+
+private:
+    using Clock = std::chrono::steady_clock;
+    static constexpr auto kLength = std::chrono::milliseconds(2);
+    Clock::time_point since_ = Clock::now();
+};
 
 class Pool {
 public:
@@ -51,7 +74,7 @@ public:
         gate_.store(0, std::memory_order_release);
         wake();
         inside_region = true;
-        work();
+        work(nullptr);
         inside_region = false;
         // From here on nobody joins; who has joined is in its last task.
         gate_.fetch_or(kClosed, std::memory_order_acq_rel);
@@ -76,6 +99,7 @@ private:
     }
 
     void serve(uint32_t seen) {
+        Turn turn;
         inside_region = true;   // a task that opens a region runs it by itself
         for (;;) {
             const auto until = std::chrono::steady_clock::now() + kSpin;
@@ -84,26 +108,33 @@ private:
             generation_.wait(seen, std::memory_order_acquire);
             seen = generation_.load(std::memory_order_acquire);
             if (stop_.load()) return;
-            if (!join()) continue;
-            work();
-            gate_.fetch_sub(1, std::memory_order_acq_rel);
+            for (bool more = true; more && join();) {
+                more = work(&turn);
+                gate_.fetch_sub(1, std::memory_order_acq_rel);
+                turn.offer();
+            }
         }
     }
 
-    // A thread claims a task ahead, to prefetch for it, except near the end where that would take work from others.
-    void work() {
+    // Takes tasks until none is left, or until the turn is over: true then. A thread claims a task ahead, to prefetch for
+    // it, except near the end, where that would take work from others, and in its last task. turn: null for the caller,
+    // which nobody can do without.
+    bool work(const Turn* turn) {
         const int64_t n = n_, threads = size(), ahead = n - 4 * threads;
         int64_t task = counter_.fetch_add(1, std::memory_order_relaxed);
         while (task < n) {
-            if (task < ahead) {
+            const bool last = turn && turn->over();
+            if (task < ahead && !last) {
                 const int64_t next = counter_.fetch_add(1, std::memory_order_relaxed);
                 fn_(context_, task, next < n ? next : -1);
                 task = next;
             } else {
                 fn_(context_, task, task + threads < n ? task + threads : -1);
+                if (last) return true;
                 task = counter_.fetch_add(1, std::memory_order_relaxed);
             }
         }
+        return false;
     }
 
     std::mutex region_;                          // one region at a time
@@ -128,26 +159,6 @@ Pool& pool() {
     return *instance;
 }
 
-bool read_numbers(const char* path, const char* format, long long& a, long long& b) {
-    std::FILE* file = std::fopen(path, "r");
-    if (!file) return false;
-    const int got = std::fscanf(file, format, &a, &b);
-    std::fclose(file);
-    return got >= 1;
-}
-
-// CPUs that the cgroup's quota is worth, rounded up; 0 where there is no quota.
-int cgroup_cpus() {
-    long long quota = -1, period = 100000, unused = 0;
-    if (read_numbers("/sys/fs/cgroup/cpu.max", "%lld %lld", quota, period)) {
-        // version 2; the word "max" does not parse, and means no quota
-    } else if (read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%lld", quota, unused)) {
-        read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%lld", period, unused);
-    }
-    if (quota <= 0 || period <= 0) return 0;
-    return static_cast<int>((quota + period - 1) / period);
-}
-
 struct Buffer {
     void* data = nullptr;
     size_t bytes = 0;
@@ -170,16 +181,6 @@ void run_tasks(int64_t n, TaskFn fn, const void* context) {
 
 int num_threads() { return pool().size(); }
 void set_num_threads(int n) { pool().resize(n); }
-
-int default_num_threads() {
-    int cpus = 0;
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
-    if (cpus <= 0) cpus = static_cast<int>(std::thread::hardware_concurrency());
-    const int quota = cgroup_cpus();
-    if (quota > 0 && quota < cpus) cpus = quota;
-    return cpus < 1 ? 1 : cpus > kMaxThreads ? kMaxThreads : cpus;
-}
 
 void* thread_scratch(Scratch slot, size_t bytes) {
     Buffer& buffer = scratch[slot];

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace quire {
 
@@ -14,12 +15,17 @@ void run_tasks(int64_t n, TaskFn fn, const void* context);
 
 int num_threads();
 void set_num_threads(int n);      // 1..kMaxThreads
-int default_num_threads();        // what affinity and the cgroup's CPU quota allow
 constexpr int kMaxThreads = 256;
+int default_num_threads();        // what affinity and the control group's CPU quota allow (cpus.cpp)
+// CPUs that the quotas of this process's control group and of those above it are worth, at least 0.01; 0 without a quota.
+// root: where /proc and /sys are found.
+double cpu_quota(const std::string& root = "/");
 
 // Memory of this thread, 64-byte aligned, at least `bytes`, contents undefined; valid until the next call with the
 // same slot on the same thread. Kernels that may be active at the same time on one thread use different slots.
-enum Scratch { kScratchGemm, kScratchAttention, kScratchSampler, kScratchHistory, kScratchQuantized, kScratchSlots };
+enum Scratch {
+    kScratchGemm, kScratchQuantized, kScratchAttention, kScratchShared, kScratchSampler, kScratchHistory, kScratchSlots
+};
 void* thread_scratch(Scratch slot, size_t bytes);
 
 // Zeroed memory on huge pages where the system gives them; for weights.

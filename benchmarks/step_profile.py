@@ -1,0 +1,161 @@
+"""Where a step's time goes: every kernel call inside the forward pass, beside the limit that binds it.
+
+    python benchmarks/step_profile.py MODEL [--rows 1 2 4 8 16 32 64] [--prefill 512 2048] [--dtype float32] [--rounds 5]
+
+A call's limit is the longer of reading its weights (or KV) at the measured read bandwidth and doing its multiply-adds at the
+measured float32 peak; both are measured in the same run. Calls that read no weights (norms, activations) have no limit: all of
+their time counts as lost. "between" is Python: the step without its calls. Times are medians of the rounds, in ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+
+from quire.backends.cpu import _native as native
+from quire.backends.cpu import decoder as module
+from quire.backends.cpu.decoder import Decoder
+from quire.backends.cpu.rows import Batch, Part
+from quire.models.weights import load_model, resolve_model
+
+BLOCK = 16
+
+
+class Recorder:
+    """Stands in for the native module inside the decoder, and times what goes through."""
+
+    def __init__(self, names: dict[int, str], limit: Callable[[float, float], float]) -> None:
+        self.names, self.limit = names, limit
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.least: dict[str, float] = defaultdict(float)
+        self.context_sum = 0
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(native, name)
+        if not callable(kernel) or isinstance(kernel, type):
+            return kernel
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = perf_counter()
+            out = kernel(*args, **kwargs)
+            seconds = perf_counter() - start
+            key, least = self.cost(name, args)
+            self.seconds[key] += seconds
+            self.least[key] += least
+            return out
+
+        return timed
+
+    def cost(self, name: str, args: tuple[Any, ...]) -> tuple[str, float]:
+        packed = [a for a in args if isinstance(a, native.PackedLinear)]
+        if packed:
+            key = self.names.get(id(packed[0]), name)
+            rows = next(len(a) for a in args if isinstance(a, np.ndarray))
+            return key, self.limit(packed[0].nbytes, 2 * rows * packed[0].n * packed[0].k)
+        if name == "paged_attention":
+            queries, keys = args[0], args[1]
+            read = 2 * self.distinct * keys.shape[1] * keys.shape[2] * keys.itemsize
+            return name, self.limit(read, 4 * queries.shape[1] * queries.shape[2] * self.context_sum)
+        return name, 0.0
+
+
+def decode(rows: int, context: int, blocks: int) -> Batch:
+    """A batch of ``rows`` sequences of ``context`` positions, each at its last."""
+    per = -(-context // BLOCK)
+    tables = np.random.default_rng(0).permutation(blocks)[: rows * per].astype(np.int32).reshape(rows, per)
+    counter = np.arange(rows, dtype=np.int32)
+    at = np.full(rows, context - 1, np.int32)
+    return Batch(counter, np.arange(rows + 1, dtype=np.int32), at, at, counter + np.int32(7), tables, counter, at + 1)
+
+
+def prefill(tokens: int, blocks: int, start: int = 0) -> Batch:
+    """One sequence, positions ``start`` to ``start + tokens``; logits of the last."""
+    per = -(-(start + tokens) // BLOCK)
+    table = np.random.default_rng(0).permutation(blocks)[:per].astype(np.int32).reshape(1, per)
+    counter = np.arange(tokens, dtype=np.int32)
+    ends = np.array([0, tokens], np.int32)
+    row, last = np.zeros(1, np.int32), np.array([tokens - 1], np.int32)
+    batch = Batch(row, ends, np.array([start], np.int32), counter + np.int32(start), counter, table, row, row + start + tokens)
+    batch.asked = Part(last, row, np.array([0, 1], np.int32), last + np.int32(start))
+    return batch
+
+
+def busy_seconds() -> float:
+    """CPU time that all processes have taken, where the system says."""
+    try:
+        user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    except OSError:
+        return 0.0
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(decoder: Decoder, recorder: Recorder, batch: Batch, rounds: int) -> None:
+    steps, kernels = [], []
+    recorder.context_sum = int((batch.positions + 1).sum())
+    recorder.distinct = int((batch.start + np.diff(batch.query_start)).sum())
+    for _ in range(rounds + 1):
+        recorder.seconds.clear()
+        recorder.least.clear()
+        start = perf_counter()
+        decoder.forward(batch)
+        steps.append(perf_counter() - start)
+        kernels.append(dict(recorder.seconds))
+    step = min(steps[1:])
+    least = sum(recorder.least.values())
+    total = {key: min(k[key] for k in kernels[1:]) for key in kernels[0]}
+    total["between"] = step - sum(total.values())
+    print(f"  step {1e3 * step:8.2f}   limit {1e3 * least:8.2f}   reached {least / step:4.0%}   median {1e3 * median(steps[1:]):8.2f}")
+    for key, seconds in sorted(total.items(), key=lambda item: recorder.least.get(item[0], 0.0) - item[1]):
+        bound = recorder.least.get(key, 0.0)
+        over = f"{seconds / bound:5.2f} x" if bound else "      -"
+        print(
+            f"    {key:16} {1e3 * seconds:8.3f}  {seconds / step:6.1%}  limit {1e3 * bound:8.3f}  {over}   lost {(seconds - bound) / step:6.1%}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
+    parser.add_argument("--context", type=int, default=192)
+    parser.add_argument("--dtype")
+    parser.add_argument("--kv-dtype", default="float16")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    model = load_model(resolve_model(args.model))
+    most = max([*args.rows, *args.prefill])
+    blocks = 2 + max(max(args.rows, default=1) * (-(-args.context // BLOCK)), -(-max(args.prefill, default=1) // BLOCK))
+    decoder = Decoder(
+        model.spec, model.tensors, num_blocks=blocks, block_size=BLOCK, kv_dtype=args.kv_dtype, max_tokens=most,
+        max_rows=max(args.rows, default=1), max_model_len=8192, weight_dtype=args.dtype,
+    )  # fmt: skip
+    bandwidth, peak = native.measure_read_bandwidth() * 1e9, native.measure_fma_peak() * 1e9
+    print(
+        f"{native.isa()}, {native.num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s, read bandwidth {bandwidth / 1e9:.1f} GB/s"
+    )
+    names = {id(decoder.lm_head.packed): "lm_head"}
+    for layer in decoder.layers:
+        names |= {id(getattr(layer, part).packed): part for part in ("qkv", "o", "up", "down")}
+    recorder = Recorder(names, lambda read, flops: max(read / bandwidth, flops / peak))
+    module.native = recorder  # type: ignore[assignment]
+    start, busy, own = perf_counter(), busy_seconds(), process_time()
+    for rows in args.rows:
+        print(f"decode, {rows} rows, context {args.context}")
+        measure(decoder, recorder, decode(rows, args.context, blocks), args.rounds if rows > 8 else 3 * args.rounds)
+    for tokens in args.prefill:
+        print(f"prefill, {tokens} tokens")
+        measure(decoder, recorder, prefill(tokens, blocks), args.rounds)
+    print(f"others: {(busy_seconds() - busy - (process_time() - own)) / (perf_counter() - start):.0%} of a CPU")
+
+
+if __name__ == "__main__":
+    main()

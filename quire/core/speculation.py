@@ -1,0 +1,177 @@
+"""Speculation: guess tokens, compute them in the same step as the known one, keep those that the model would have said itself.
+
+    known     [ ............... t ]
+    draft                          [ g1 g2 g3 ]
+    the step  computes t g1 g2 g3, and samples after each of them:  s1 s2 s3 s4
+    new       g1 if s1 = g1, then g2 if s2 = g2, ... and the first s that differs, or the one after the last
+
+A token is sampled from logits that do not depend on what else is computed, by draws keyed to its position: s1 is what a step
+without a draft gives, and so is each one after it while its predecessors are right. Nothing but speed depends on a guess.
+
+Reading the weights is most of a step's cost while it has few positions, and then a few more cost little. So a step is filled
+up with guesses to about as many positions as the device computes for the price of reading; steps that have as many anyway get
+none. Guesses come last: from what prompts and admission leave of the budget, and into blocks that are free. Those that were
+wrong leave no trace.
+"""
+
+from __future__ import annotations
+
+from quire.core.block_manager import BlockManager
+from quire.core.plan import RowWork, StepPlan, accepted
+from quire.core.prompt_lookup import PAIR, PromptLookup
+from quire.core.sequence import Sequence
+from quire.core.stats import StepCounters
+from quire.outputs import SequenceOutput, TokenLogprobs
+
+MAX_POSITIONS = 8
+"""Positions up to which a step is filled up. With float32 weights on two AVX-512 cores, 8 cost 1.1 to 1.25 of one, and twice as
+many twice as much (llama-160m); a model that fits into the caches is at 2.5."""
+FIRST_RATE = 0.5
+STEP = 0.08
+"""What each further token in common adds to a guess's chance."""
+WEIGHT = 0.2
+"""Of one guess in the rate of those that came true."""
+BEST_CHANCE = 0.97
+MAX_PATIENCE = 6
+"""After f failures in a row the next draft waits for 2**f tokens, at most for 2**MAX_PATIENCE."""
+
+
+def worth(positions: int) -> float:
+    """How likely the last token of a draft has to be right, in a step of ``positions`` positions without drafts: a guess that comes
+    true adds one token to as many, and one that does not costs about as much more of the step's time as there are more."""
+    return 0.3 + 0.1 * (positions - 1)
+
+
+class Drafter:
+    """Guesses for one sequence, from what followed the same tokens earlier; learns what its guesses are worth.
+
+    The chance of a guess is the rate at which guesses have come true lately, more for a longer match. A draft goes on as long as
+    all of it is likely enough; after drafts of which nothing was right there is none for a while.
+    """
+
+    __slots__ = ("_failures", "_lookup", "_rate", "_retry_at", "_tokens")
+
+    def __init__(self, tokens: list[int]) -> None:
+        """tokens: the sequence's own, which grow."""
+        self._tokens = tokens
+        self._lookup = PromptLookup(tokens)
+        self._rate = FIRST_RATE
+        self._failures = 0
+        self._retry_at = 0
+
+    def draft(self, most: int, least_chance: float) -> list[int]:
+        """The next tokens, at most ``most``, all of them right with a probability of ``least_chance`` or more."""
+        if most <= 0 or len(self._tokens) < self._retry_at:
+            return []
+        start, common = self._lookup.find()
+        if not common:
+            return []
+        chance = min(BEST_CHANCE, self._rate + STEP * (common - PAIR))
+        count, all_right = 0, chance
+        while count < most and all_right >= least_chance:
+            count += 1
+            all_right *= chance
+        return self._lookup.draft(start, count)
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Of the last ``drafted`` tokens the first ``accepted`` were right; the tokens are known by now."""
+        for i in range(min(accepted + 1, drafted)):
+            self._rate += WEIGHT * ((i < accepted) - self._rate)
+        if accepted:
+            self._failures = 0
+        else:
+            self._failures = min(self._failures + 1, MAX_PATIENCE)
+            self._retry_at = len(self._tokens) + (1 << self._failures) - 1
+
+
+class Speculation:
+    """Adds drafts to plans, and takes note of what becomes of them.
+
+    strict: draft only while everybody's longest output fits into the pool. What a policy counts on that never evicts is that
+    all sequences grow alike; drafts make some of them faster.
+    """
+
+    def __init__(self, manager: BlockManager, max_positions: int, *, strict: bool = False) -> None:
+        """max_positions: of a step with drafts; no more than a step may have anyway."""
+        self._manager = manager
+        self._max_positions = max_positions
+        self._strict = strict
+
+    def extend(self, plan: StepPlan, planned: list[Sequence], running: list[Sequence]) -> None:
+        """Add drafts to ``plan``, whose work is that of the sequences ``planned``. Nobody is preempted for them."""
+        if len(planned) >= self._max_positions:
+            return
+        positions = plan.num_tokens
+        room = self._max_positions - positions
+        if room <= 0:
+            return
+        decoding = [(work, seq) for work, seq in zip(plan.work, planned, strict=True) if _may_draft(work, seq)]
+        if self._strict and not self._all_fit(running):
+            return
+        least_chance = worth(positions)
+        for i, (work, seq) in enumerate(decoding):
+            if seq.drafter is None:
+                seq.drafter = Drafter(seq.tokens)
+            share = -(-room // (len(decoding) - i))
+            draft = seq.drafter.draft(min(share, seq.max_tokens - seq.num_generated - 1), least_chance)
+            if draft and self._make_room(work, seq, len(draft), len(running)):
+                work.draft = draft
+                work.count += len(draft)
+                room -= len(draft)
+
+    def verify(
+        self, work: RowWork, seq: Sequence, output: SequenceOutput, sampled: list[tuple[int, TokenLogprobs | None]], counters: StepCounters
+    ) -> tuple[str, int | None] | None:
+        """``seq`` and ``output`` have the token after the last known one, and get what counts of those that were ``sampled`` after
+        each token of the draft, up to where the sequence ends. Returns its end_reason()."""
+        draft = work.draft
+        right = accepted(draft, [seq.tokens[-1], *(token for token, _ in sampled)]) - 1
+        end = seq.end_reason()
+        for token, entry in sampled[:right]:
+            if end is not None:
+                break
+            seq.tokens.append(token)
+            seq.num_computed += 1
+            output.token_ids.append(token)
+            if output.logprobs is not None and entry is not None:
+                output.logprobs.append(entry)
+            end = seq.end_reason()
+        taken = len(output.token_ids) - 1
+        counters.tokens_drafted += len(draft)
+        counters.tokens_accepted += taken
+        counters.tokens_sampled -= len(draft) - taken
+        if seq.drafter is not None:
+            seq.drafter.learn(len(draft), taken)
+        if seq.num_computed >= seq.publish_at:
+            self._manager.advance(seq)
+        self._manager.trim(seq)
+        return end
+
+    def _make_room(self, work: RowWork, seq: Sequence, count: int, reserve: int) -> bool:
+        """Blocks for ``count`` more positions, if ``reserve`` blocks stay free. One that is evicted for a draft would have gone a few
+        tokens later; it comes back at the end of the step if the draft was wrong, and is the next to be taken."""
+        manager = self._manager
+        end = work.start + work.count + count
+        missing = manager.blocks_for(end) - len(seq.block_table)
+        if missing > 0 and missing + reserve > manager.pool.num_free:
+            return False
+        if not manager.grow(seq, end):
+            return False
+        work.new_blocks = seq.block_table[work.first_block :]
+        seq.num_sent = len(seq.block_table)
+        return True
+
+    def _all_fit(self, running: list[Sequence]) -> bool:
+        """The blocks that all of ``running`` may still come to need are free."""
+        manager = self._manager
+        need = sum(manager.blocks_for(seq.num_prompt + seq.max_tokens) - len(seq.block_table) for seq in running)
+        return need <= manager.pool.num_free
+
+
+def _may_draft(work: RowWork, seq: Sequence) -> bool:
+    """One position, to be written and sampled, of a sequence that has begun to generate, and whose last block is its own (a copy
+    would come too late in this step). Beams choose their tokens elsewhere."""
+    return (
+        work.count == 1 and work.sample and work.write and not seq.shared_tail and seq.group.search is None
+        and seq.num_generated > 0
+    )  # fmt: skip
