@@ -3,7 +3,8 @@
 The same requests (greedy, sampled, several samples, beams; prompts that share beginnings) run under {block size} x {chunk
 budget} x {batch mix} x {prefix cache cold, warm, off} x {admission policy} x {forced preemption, swapped or recomputed} x
 {threads} x {speculation on, off, with guesses that are right up to anywhere}, on every instruction set that this machine has,
-and are compared bit for bit with requests that run alone, with nothing guessed and nothing to be found in a cache.
+and are compared bit for bit with requests that run alone, with nothing guessed and nothing to be found in a cache. So do
+quantized weights, on the other instruction sets under a part of it.
 """
 
 from __future__ import annotations
@@ -102,16 +103,37 @@ def requests_for(vocab_size: int, context: int, eos: tuple[int, ...]) -> list[Re
 
 
 # The portable kernels are slow, and the small models take every path through them.
-PAIRS = [(model, isa) for model in MODELS for isa in native.available_isas() if (model, isa) != ("embedded", "portable")]
+# With VNNI only the linears of quantized weights differ from those of AVX-512.
+ISAS = [isa for isa in native.available_isas() if isa != "avx512vnni"]
+PAIRS = [(model, isa) for model in MODELS for isa in ISAS if (model, isa) != ("embedded", "portable")]
+
+QUICK = ["three at a time", "chunks of 7", "chunks of 33", "one thread", "three threads"]
+QUANTIZED: list[tuple[str, str, dict[str, Any]]] = [
+    ("embedded", native.available_isas()[0], {"quantize": "int8"}),
+    *[("embedded", isa, {"quantize": "int4"}) for isa in native.available_isas() if isa != "portable"],
+    *[("opt-post-norm", isa, {"quantize": "int8"}) for isa in native.available_isas()],  # widths that are no multiple of anything
+]
 
 
 @pytest.mark.parametrize(("model", "isa"), PAIRS)
 def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
-    folder = folder_of(model)
+    compare(folder_of(model), isa, {}, list(VARIANTS), list(SQUEEZED))
+
+
+@pytest.mark.parametrize(
+    ("model", "isa", "options"), QUANTIZED, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value
+)
+def test_nor_do_those_of_quantized_weights(model: str, isa: str, options: dict[str, Any]) -> None:
+    whole = isa == native.available_isas()[0]
+    compare(folder_of(model), isa, options, list(VARIANTS) if whole else QUICK, list(SQUEEZED) if whole else ["swap"])
+
+
+def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], squeezed: list[str]) -> None:
+    """``base``: options that all runs share."""
     before = native.isa()
     native.set_isa(isa)
     try:
-        engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False, speculation="off")
+        engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False, speculation="off", **base)
         spec, context = engine.backend.spec, engine.limits.max_model_len
         requests = requests_for(spec.vocab_size, context, spec.eos_token_ids)
         reference: dict[tuple[str, int], running.Output] = {}
@@ -119,8 +141,8 @@ def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
             reference |= running.run(engine, [request]).outputs
         assert len(reference) == sum(r.params.n if r.params.use_beam_search else r.params.num_sequences for r in requests)
 
-        for name, options in VARIANTS.items():
-            engine = running.open_engine(folder, **options)
+        for name in variants:
+            engine = running.open_engine(folder, **base, **VARIANTS[name])
             if name == "three threads":
                 native.set_num_threads(3)
             assert running.run(engine, requests).outputs == reference, name
@@ -130,11 +152,11 @@ def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
                 prompts = sum(len(r.prompt_token_ids) for r in requests)
                 assert engine.stats().kv.counters.hit_tokens - cold > 0.9 * prompts or spec.common_window()
         shuffled = random.Random(1).sample(requests, len(requests))
-        assert running.run(running.open_engine(folder), shuffled).outputs == reference, "another order of arrival"
+        assert running.run(running.open_engine(folder, **base), shuffled).outputs == reference, "another order of arrival"
 
         drafted = right = 0
         for name, options in GUESSED.items():
-            engine = running.open_engine(folder, **options)
+            engine = running.open_engine(folder, **base, **options)
             guessed = running.run(engine, requests, preempt_every=9, outputs_to_guess=reference)
             assert guessed.outputs == reference, f"guessed, {name}"
             drafted += guessed.stats.tokens_drafted
@@ -142,14 +164,15 @@ def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
         assert 100 < right < 0.9 * drafted, "there were no guesses to speak of"
 
         longest = max(running.positions(r) for r in requests)
-        for name, options in SQUEEZED.items():
+        for name in squeezed:
+            options = {**base, **SQUEEZED[name]}
             tiny = -(-longest // 16) * 16 * spec.kv_bytes_per_token("float16")
             context = max(len(r.prompt_token_ids) + (r.params.max_tokens or 0) for r in requests)
             engine = running.open_engine(folder, **{"kv_memory": str(tiny), "max_model_len": context, **options})
-            squeezed = running.run(engine, requests, preempt_every=5)
-            assert squeezed.outputs == reference, f"squeezed, {name}"
-            assert squeezed.stats.preemptions > 0
-            assert squeezed.stats.kv.counters.blocks_swapped_in > 0 or "swap_memory" not in options
+            run = running.run(engine, requests, preempt_every=5)
+            assert run.outputs == reference, f"squeezed, {name}"
+            assert run.stats.preemptions > 0
+            assert run.stats.kv.counters.blocks_swapped_in > 0 or "swap_memory" not in options
     finally:
         native.set_isa(before)
 
