@@ -95,8 +95,9 @@ def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None,
 
     Several matrices with the same k and dtype are concatenated along n (q, k, v; gate, up). quantize: None keeps their
     width; 'int8' rounds to whole numbers -127..127, with one scale an output (group_size 0) or for each 32, 64 or 128
-    inputs; 'int4' to -8..7, with such groups always. Groups must divide k. Rounding is to nearest even, scales are rounded
-    to bfloat16 first. A NaN or infinity among weights that share a scale makes their output NaN.
+    inputs; 'int4' to -8..7, with such groups always, and of three ways to round a group the one with the least squared error.
+    Groups must divide k. Rounding is to nearest even; scales are bfloat16. A NaN or infinity among weights that share a
+    scale makes their output NaN.
     """
 
 def load_packed(data: NDArray[np.uint8], n: int, k: int, dtype: str, group_size: int = 0) -> PackedLinear:

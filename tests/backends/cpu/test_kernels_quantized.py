@@ -48,20 +48,42 @@ def as_bfloat16(x):
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
+def sum16(x):
+    """Over the last axis as the kernel sums: sixteen lanes in order, then halves."""
+    lanes = x.reshape(*x.shape[:-1], -1, 16)
+    total = np.zeros_like(lanes[..., 0, :])
+    for i in range(lanes.shape[-2]):
+        total = total + lanes[..., i, :]
+    for half in (8, 4, 2, 1):
+        total = total[..., :half] + total[..., half : 2 * half]
+    return total[..., 0]
+
+
 def quantize_weights(weight, bits, group):
     """Whole numbers [n, k] and scales [n, groups] (float32 that bfloat16 holds)."""
     n, k = weight.shape
     groups = weight.reshape(n, -1, group or k)
     most = np.abs(groups).max(-1)
-    scale = most / np.float32(127)
-    if bits == 4:
-        scale = np.where((groups == most[..., None]).any(-1), most / np.float32(-8), most / np.float32(8))
-    scale = as_bfloat16(np.where(most < TINY, np.float32(0), scale))
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-    low, high = (-127, 127) if bits == 8 else (-8, 7)
-    whole = np.clip(np.rint(groups * inverse[..., None]), low, high).astype(np.int64)
-    return whole.reshape(n, k), scale
+    used = most >= TINY
+    most = np.where(used, most, np.float32(1))
+    if bits == 8:
+        scale = as_bfloat16(most / np.float32(127))
+        whole = np.clip(np.rint(groups * (np.float32(1) / scale)[..., None]), -127, 127)
+    else:
+        top = np.where(groups.max(-1) == most, most, -most)
+        v = groups * (np.float32(-8) / top)[..., None]
+        best = np.full(most.shape, -1, np.float32)
+        scale, whole = np.zeros_like(most), np.zeros_like(groups)
+        for factor in (1, 7.25 / 8, 9 / 8):
+            q = np.clip(np.rint(v * np.float32(factor)), -8, 7)
+            cross, square = sum16(q * v), np.maximum(sum16(q * q), 1)
+            better = (explained := cross * cross / square) > best
+            best = np.where(better, explained, best)
+            scale = np.where(better, cross / square, scale)
+            whole = np.where(better[..., None], q, whole)
+        scale = as_bfloat16(scale * (top / np.float32(-8)))
+    assert scale.dtype == whole.dtype == np.float32
+    return np.where(used[..., None], whole, 0).astype(np.int64).reshape(n, k), np.where(used, scale, np.float32(0))
 
 
 def quantize_rows(x):
@@ -128,7 +150,7 @@ def test_the_extremes_are_exact(kind):
     low = -8.0 if quantize == "int4" else -127.0
     weight = np.full((3, k), low, np.float32)
     weight[1] = 7.0 if quantize == "int4" else 127.0
-    weight[:, ::32] = low  # so that the scale is 1
+    weight[:, ::32] = low  # so that the scale is 1, and all weights are whole numbers
     x = np.array([[127.0], [-127.0]], np.float32).repeat(k, 1)
     x[1, 1::2] = 127.0
     exact = x.astype(np.float64) @ weight.astype(np.float64).T
@@ -221,6 +243,18 @@ def test_zeros_and_the_tiny(kind):
     assert (found[:, [3, 7]] == bias[[3, 7]]).all()
     zeros = run(native.pack_linear(np.zeros((5, 256), np.float32), quantize, group), x)
     assert not zeros.any()
+
+
+def test_int4_keeps_most_of_the_weights():
+    """Of normal weights 4 bits lose less than a hundredth of the square with groups of 32, and more with larger groups."""
+    weight = make(11, 1, 64, 4096)[0]
+    lost = []
+    for group in (32, 64, 128):
+        whole, scale = unpack(native.pack_linear(weight, "int4", group))
+        error = weight - whole * scale.repeat(group, 1)
+        lost.append(((error**2).sum(-1) / (weight**2).sum(-1)).max())
+    assert lost[0] < 0.01
+    assert lost == sorted(lost)
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])

@@ -85,60 +85,108 @@ template <class T> struct Reader {
     }
 };
 
-// The scale for weights of the given greatest magnitude (as bits). Not a number where the weights are not.
-QUIRE_INLINE bf16 scale_for(int32_t magnitude, float divisor) {
-    bf16 scale{0x7fc0};
-    if (magnitude >= kInfinityBits) return scale;
-    const float most = from_bits(static_cast<uint32_t>(magnitude));
-    from_float(most < kTiny ? 0.0f : most / divisor, scale);
-    return scale;
+// How weights become whole numbers: round(w * inverse * factor), which stand for multiples of scale.
+struct Fit {
+    float inverse, factor;
+    bf16 scale;
+};
+
+// Weights that are all tiny count as zeros; where some are not finite, the scale is not a number.
+QUIRE_INLINE bool has_no_fit(int32_t magnitude, Fit& fit) {
+    if (magnitude < kInfinityBits && from_bits(static_cast<uint32_t>(magnitude)) >= kTiny) return false;
+    fit = {0, 0, {static_cast<uint16_t>(magnitude < kInfinityBits ? 0 : 0x7fc0)}};
+    return true;
 }
 
-// q = w / scale, rounded, as one byte each; what has no scale is 0.
-template <int Bits> QUIRE_INLINE void quantize(const float* w, int64_t n, bf16 scale_, uint8_t* q) {
-    constexpr float kLow = Bits == 8 ? -127.0f : -8.0f, kHigh = Bits == 8 ? 127.0f : 7.0f;
+// 8 bits: the greatest magnitude becomes 127.
+QUIRE_INLINE Fit fit8(int32_t magnitude) {
+    Fit fit{0, 1, {0}};
+    if (has_no_fit(magnitude, fit)) return fit;
+    from_float(from_bits(static_cast<uint32_t>(magnitude)) / 127.0f, fit.scale);
+    fit.inverse = 1.0f / to_float(fit.scale);
+    return fit;
+}
+
+// Sixteen lanes in a fixed order, halves first, so that every width of vectors gives the same scale.
+QUIRE_INLINE float sum16(vf (&part)[16 / kWidth]) {
+#pragma GCC unroll 2
+    for (int half = 8 / kWidth; half; half /= 2)
+#pragma GCC unroll 2
+        for (int i = 0; i < half; ++i) part[i] = add(part[i], part[i + half]);
+    return reduce_add(part[0]);
+}
+QUIRE_INLINE vf round_int4(vf v) { return max(set1(-8.0f), min(set1(7.0f), round_even(v))); }
+
+// 4 bits: the weight of the greatest magnitude goes to -8, the end of the range that reaches further, or somewhat inside
+// or beyond it, whichever leaves the least squared error; the scale is the one that fits the whole numbers best.
+QUIRE_INLINE Fit fit4(const float* w, int64_t n) {
+    constexpr int kTries = 3;
+    constexpr float kFactors[kTries] = {1.0f, 7.25f / 8.0f, 9.0f / 8.0f};
+    Fit fit{};
+    const int32_t magnitude = greatest_magnitude(w, n);
+    if (has_no_fit(magnitude, fit)) return fit;
+    vf most = load(w);
+    for (int64_t i = kWidth; i < n; i += kWidth) most = max(most, load(w + i));
+    float top = from_bits(static_cast<uint32_t>(magnitude));
+    if (reduce_max(most) != top) top = -top;
+    fit.inverse = -8.0f / top;
+    vf qv[kTries][16 / kWidth], qq[kTries][16 / kWidth];
+#pragma GCC unroll 3
+    for (int t = 0; t < kTries; ++t)
+#pragma GCC unroll 4
+        for (int l = 0; l < 16 / kWidth; ++l) qv[t][l] = qq[t][l] = zero();
+    for (int64_t i = 0; i < n; i += 16)
+#pragma GCC unroll 4
+        for (int l = 0; l < 16 / kWidth; ++l) {
+            const vf v = mul(load(w + i + l * kWidth), set1(fit.inverse));
+#pragma GCC unroll 3
+            for (int t = 0; t < kTries; ++t) {
+                const vf q = round_int4(mul(v, set1(kFactors[t])));
+                qv[t][l] = add(qv[t][l], mul(q, v));
+                qq[t][l] = add(qq[t][l], mul(q, q));
+            }
+        }
+    float best = -1, scale = 0;
+#pragma GCC unroll 3
+    for (int t = 0; t < kTries; ++t) {
+        const float cross = sum16(qv[t]), square = sum16(qq[t]), explained = cross * cross / square;
+        if (explained > best) best = explained, scale = cross / square, fit.factor = kFactors[t];
+    }
+    from_float(scale * (top / -8.0f), fit.scale);
+    return fit;
+}
+
+// One byte each; what has no fit is 0.
+template <int Bits> QUIRE_INLINE void quantize(const float* w, int64_t n, const Fit& fit, uint8_t* q) {
     constexpr int32_t kZero = Bits == 8 ? 128 : 8;
-    const float scale = to_float(scale_);
-    if (!(scale < 0 || scale > 0)) {
+    if (fit.inverse == 0) {
         std::memset(q, kZero, static_cast<size_t>((n + kWidth - 1) / kWidth * kWidth));
         return;
     }
-    const vf inverse = set1(1.0f / scale);
     for (int64_t i = 0; i < n; i += kWidth) {
-        const vf v = i + kWidth <= n ? load(w + i) : load_n(w + i, static_cast<int>(n - i));
-        const vi rounded = to_int(max(set1(kLow), min(set1(kHigh), mul(v, inverse))));
-        store_bytes(reinterpret_cast<int8_t*>(q + i), add_i(rounded, set1_i(kZero)));
+        const vf v = mul(i + kWidth <= n ? load(w + i) : load_n(w + i, static_cast<int>(n - i)), set1(fit.inverse));
+        const vf whole = Bits == 8 ? max(set1(-127.0f), min(set1(127.0f), v)) : round_int4(mul(v, set1(fit.factor)));
+        store_bytes(reinterpret_cast<int8_t*>(q + i), add_i(to_int(whole), set1_i(kZero)));
     }
 }
 
-template <int Bits> QUIRE_INLINE bf16 group_scale(const float* w, int64_t n) {
-    const int32_t magnitude = greatest_magnitude(w, n);
-    if constexpr (Bits == 8) return scale_for(magnitude, 127.0f);
-    // The weight of the greatest magnitude becomes -8, the end of the range that reaches further.
-    const float most = from_bits(static_cast<uint32_t>(magnitude));
-    bool positive = false;
-    for (int64_t i = 0; i < n; ++i) positive |= w[i] == most;
-    return scale_for(magnitude, positive ? -8.0f : 8.0f);
-}
-
-// The runs of all columns into the panel's order, four positions of a column at a time.
-template <int Bits> void interleave(const uint8_t* runs, int64_t kn, uint8_t* out) {
-    if constexpr (Bits == 8) {
-        for (int64_t k = 0; k < kn; k += 4)
-            for (int j = 0; j < kPanel; ++j, out += 4) std::memcpy(out, runs + j * kRunStride + k, 4);
-    } else {
-        for (int64_t k = 0; k < kn; k += 8)
-            for (int j = 0; j < kPanel; ++j, out += 4) {
-                uint32_t low, high;
-                std::memcpy(&low, runs + j * kRunStride + k, 4);
-                std::memcpy(&high, runs + j * kRunStride + k + 4, 4);
-                low |= high << 4;
-                std::memcpy(out, &low, 4);
-            }
+// Eight bytes of four bits each become four: position k + i low, k + 4 + i high.
+QUIRE_INLINE void pack_nibbles(const uint8_t* bytes, int64_t n, uint8_t* out) {
+    for (int64_t i = 0; i < n; i += 8, out += 4) {
+        uint64_t x;
+        std::memcpy(&x, bytes + i, 8);
+        const uint32_t y = static_cast<uint32_t>(x | x >> 28);
+        std::memcpy(out, &y, 4);
     }
 }
 
-template <class T> void column_scales(Reader<T>& reader, int64_t k, bf16* scales) {
+// The words of all columns' runs into the panel's order: word by word, the columns side by side.
+void interleave(const uint8_t* runs, int64_t words, uint8_t* out) {
+    for (int64_t i = 0; i < words; ++i)
+        for (int j = 0; j < kPanel; ++j, out += 4) std::memcpy(out, runs + j * kRunStride + 4 * i, 4);
+}
+
+template <class T> void fit_columns(Reader<T>& reader, int64_t k, Fit* fits) {
     int32_t most[kPanel] = {};
     for (int64_t at = 0; at < k; at += kRun) {
         reader.open(at, k - at < kRun ? k - at : kRun);
@@ -147,7 +195,7 @@ template <class T> void column_scales(Reader<T>& reader, int64_t k, bf16* scales
             if (magnitude > most[j]) most[j] = magnitude;
         }
     }
-    for (int j = 0; j < kPanel; ++j) scales[j] = scale_for(most[j], 127.0f);
+    for (int j = 0; j < kPanel; ++j) fits[j] = fit8(most[j]);
 }
 
 template <class T, int Bits> void pack_task(const void* context, int64_t panel, int64_t) {
@@ -158,13 +206,15 @@ template <class T, int Bits> void pack_task(const void* context, int64_t panel, 
     const Source<T> source = source_of<T>(a, panel);
     const size_t run_bytes = kPanel * kRunStride, block_bytes = (source.side_by_side ? kPanel : 1) * kRunStride * sizeof(float);
     uint8_t* runs = static_cast<uint8_t*>(thread_scratch(kScratchGemm, run_bytes + block_bytes));
-    std::memset(runs, Bits == 8 ? 128 : 8, run_bytes);   // columns and positions that don't exist
+    std::memset(runs, Bits == 8 ? 0x80 : 0x88, run_bytes);   // columns and positions that don't exist
     Reader<T> reader{source, reinterpret_cast<float*>(runs + run_bytes), 0, 0};
 
     bf16 scales[kMaxGroups][kPanel] = {};
+    Fit fits[kPanel] = {};
     const int64_t k = a.w.k, group = a.w.group;
     if (!group) {
-        column_scales(reader, k, scales[0]);
+        fit_columns(reader, k, fits);
+        for (int j = 0; j < kPanel; ++j) scales[0][j] = fits[j].scale;
         std::memcpy(out, scales[0], static_cast<size_t>(l.scale_bytes));
         out += l.scale_bytes;
     }
@@ -174,8 +224,11 @@ template <class T, int Bits> void pack_task(const void* context, int64_t panel, 
         for (int j = 0; j < source.columns; ++j) {
             const float* w = reader.column(j);
             for (int64_t i = 0, g = 0; i < kn; i += step, ++g) {
-                if (group) scales[g][j] = group_scale<Bits>(w + i, step);
-                quantize<Bits>(w + i, step, scales[g][j], runs + j * kRunStride + i);
+                const Fit fit = !group ? fits[j] : Bits == 8 ? fit8(greatest_magnitude(w + i, step)) : fit4(w + i, step);
+                if (group) scales[g][j] = fit.scale;
+                uint8_t* run = runs + j * kRunStride;
+                quantize<Bits>(w + i, step, fit, run + i);
+                if constexpr (Bits == 4) pack_nibbles(run + i, step, run + i / 2);
             }
         }
         for (int64_t i = 0, g = 0; i < kn; i += step, ++g) {
@@ -183,8 +236,9 @@ template <class T, int Bits> void pack_task(const void* context, int64_t panel, 
                 std::memcpy(out, scales[g], static_cast<size_t>(l.scale_bytes));
                 out += l.scale_bytes;
             }
-            interleave<Bits>(runs + i, step, out);
-            out += (step + 3) / 4 * 4 * kPanel * Bits / 8;
+            const int64_t words = (step + 3) / 4 * Bits / 8;
+            interleave(runs + i * Bits / 8, words, out);
+            out += words * 4 * kPanel;
         }
     }
 }
