@@ -23,6 +23,7 @@ import numpy as np
 from quire.backends.cpu import _native as native
 from quire.backends.cpu import decoder as module
 from quire.backends.cpu.decoder import Decoder
+from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.rows import Batch, Part
 from quire.models.weights import load_model, resolve_model
 
@@ -135,7 +136,7 @@ def main() -> None:
     blocks = 2 + max(max(args.rows, default=1) * (-(-args.context // BLOCK)), -(-max(args.prefill, default=1) // BLOCK))
     decoder = Decoder(
         model.spec, model.tensors, num_blocks=blocks, block_size=BLOCK, kv_dtype=args.kv_dtype, max_tokens=most,
-        max_rows=max(args.rows, default=1), max_model_len=8192, weight_dtype=args.dtype,
+        max_rows=max(args.rows, default=1), max_model_len=8192, packer=Packer(args.dtype),
     )  # fmt: skip
     bandwidth, peak = native.measure_read_bandwidth() * 1e9, native.measure_fma_peak() * 1e9
     print(
