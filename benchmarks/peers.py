@@ -36,7 +36,9 @@ from quire.workload import Lengths
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False, epilog=f"Engines: {', '.join(NAMES)}")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False, epilog=f"Engines: {', '.join(NAMES)}"
+    )
     parser.add_argument("model", metavar="MODEL", help="model folder in Hugging Face format")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for table, plot, JSON, logs and GGUF files")
     parser.add_argument("--engines", metavar="A,B,...", help="which, in the order of the first round (default: float32, all that are here)")
@@ -56,9 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefill-prompts", type=int, nargs="+", default=[512, 2048], metavar="TOKENS")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the lengths")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="for every engine (default: all cores)"
-    )
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="for every engine (default: all cores)")
     parser.add_argument("--restart", action="store_true",
                         help="start each engine for its turn only: for models of which all engines together don't fit the memory")  # fmt: skip
     return parser.parse_args(argv)

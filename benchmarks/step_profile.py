@@ -116,9 +116,7 @@ def measure(decoder: Decoder, recorder: Recorder, batch: Batch, rounds: int) -> 
     for key, seconds in sorted(total.items(), key=lambda item: recorder.least.get(item[0], 0.0) - item[1]):
         bound = recorder.least.get(key, 0.0)
         over = f"{seconds / bound:5.2f} x" if bound else "      -"
-        print(
-            f"    {key:16} {1e3 * seconds:8.3f}  {seconds / step:6.1%}  limit {1e3 * bound:8.3f}  {over}   lost {(seconds - bound) / step:6.1%}"
-        )
+        print(f"    {key:16} {1e3 * seconds:8.3f}  {seconds / step:6.1%}  limit {1e3 * bound:8.3f}  {over}   lost {(seconds - bound) / step:6.1%}")
 
 
 def main() -> None:
@@ -139,9 +137,7 @@ def main() -> None:
         max_rows=max(args.rows, default=1), max_model_len=8192, weight_dtype=args.dtype,
     )  # fmt: skip
     bandwidth, peak = native.measure_read_bandwidth() * 1e9, native.measure_fma_peak() * 1e9
-    print(
-        f"{native.isa()}, {native.num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s, read bandwidth {bandwidth / 1e9:.1f} GB/s"
-    )
+    print(f"{native.isa()}, {native.num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s, read bandwidth {bandwidth / 1e9:.1f} GB/s")
     names = {id(decoder.lm_head.packed): "lm_head"}
     for layer in decoder.layers:
         names |= {id(getattr(layer, part).packed): part for part in ("qkv", "o", "up", "down")}

@@ -93,9 +93,7 @@ def plot(made: dict[str, Any], file: Path) -> bool:
         colors = ["#1b6ca8" if engine.startswith(OURS) else "#b0b7bd" for engine, _ in rows]
         axes.barh([engine for engine, _ in rows], medians, xerr=spread, color=colors, ecolor="#444444", capsize=2)
         for at, value in enumerate(medians):
-            axes.annotate(
-                f"{value:,.0f}" if value >= 100 else f"{value:.1f}", (0, at), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )
+            axes.annotate(f"{value:,.0f}" if value >= 100 else f"{value:.1f}", (0, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_xlabel(name)
         axes.spines[["top", "right"]].set_visible(False)
     picture.suptitle(f"{made['model']}, {made['machine']['cpu']}, {made['machine']['threads']} threads", fontsize=9)
