@@ -1,9 +1,9 @@
 """Where a step's time goes: every kernel call inside the forward pass, beside the limit that binds it.
 
-    python benchmarks/step_profile.py MODEL [--rows 1 2 4 8 16 32 64] [--prefill 512 2048] [--dtype float32] [--rounds 5]
+    python benchmarks/step_profile.py MODEL [--rows 1 2 4 8 16 32 64] [--prefill 512 2048] [--quantize int8] [--rounds 5]
 
 A call's limit is the longer of reading its weights (or KV) at the measured read bandwidth and doing its multiply-adds at the
-measured float32 peak; both are measured in the same run. Calls that read no weights (norms, activations) have no limit: all of
+measured float32 or int8 peak; all are measured in the same run. Calls that read no weights (norms, activations) have no limit: all of
 their time counts as lost. "between" is Python: the step without its calls. Times are medians of the rounds, in ms.
 """
 
@@ -25,6 +25,7 @@ from quire.backends.cpu import decoder as module
 from quire.backends.cpu.decoder import Decoder
 from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.rows import Batch, Part
+from quire.models.quantization import Quantization
 from quire.models.weights import load_model, resolve_model
 
 BLOCK = 16
@@ -33,7 +34,7 @@ BLOCK = 16
 class Recorder:
     """Stands in for the native module inside the decoder, and times what goes through."""
 
-    def __init__(self, names: dict[int, str], limit: Callable[[float, float], float]) -> None:
+    def __init__(self, names: dict[int, str], limit: Callable[[float, float, str], float]) -> None:
         self.names, self.limit = names, limit
         self.seconds: dict[str, float] = defaultdict(float)
         self.least: dict[str, float] = defaultdict(float)
@@ -60,11 +61,11 @@ class Recorder:
         if packed:
             key = self.names.get(id(packed[0]), name)
             rows = next(len(a) for a in args if isinstance(a, np.ndarray))
-            return key, self.limit(packed[0].nbytes, 2 * rows * packed[0].n * packed[0].k)
+            return key, self.limit(packed[0].nbytes, 2 * rows * packed[0].n * packed[0].k, packed[0].dtype)
         if name == "paged_attention":
             queries, keys = args[0], args[1]
             read = 2 * self.distinct * keys.shape[1] * keys.shape[2] * keys.itemsize
-            return name, self.limit(read, 4 * queries.shape[1] * queries.shape[2] * self.context_sum)
+            return name, self.limit(read, 4 * queries.shape[1] * queries.shape[2] * self.context_sum, "float32")
         return name, 0.0
 
 
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--context", type=int, default=192)
     parser.add_argument("--dtype")
+    parser.add_argument("--quantize", choices=("int8", "int4"))
     parser.add_argument("--kv-dtype", default="float16")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -136,16 +138,16 @@ def main() -> None:
     blocks = 2 + max(max(args.rows, default=1) * (-(-args.context // BLOCK)), -(-max(args.prefill, default=1) // BLOCK))
     decoder = Decoder(
         model.spec, model.tensors, num_blocks=blocks, block_size=BLOCK, kv_dtype=args.kv_dtype, max_tokens=most,
-        max_rows=max(args.rows, default=1), max_model_len=8192, packer=Packer(args.dtype),
+        max_rows=max(args.rows, default=1), max_model_len=8192, packer=Packer(args.dtype, Quantization.named(args.quantize) if args.quantize else None),
     )  # fmt: skip
     bandwidth, peak = native.measure_read_bandwidth() * 1e9, native.measure_fma_peak() * 1e9
-    print(
-        f"{native.isa()}, {native.num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s, read bandwidth {bandwidth / 1e9:.1f} GB/s"
-    )
+    peaks = {"int8": native.measure_int8_peak() * 1e9, "int4": native.measure_int8_peak() * 1e9}
+    print(f"{native.isa()}, {native.num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s, int8 peak", end=" ")
+    print(f"{peaks['int8'] / 1e9:.0f} G operations/s, read bandwidth {bandwidth / 1e9:.1f} GB/s")
     names = {id(decoder.lm_head.packed): "lm_head"}
     for layer in decoder.layers:
         names |= {id(getattr(layer, part).packed): part for part in ("qkv", "o", "up", "down")}
-    recorder = Recorder(names, lambda read, flops: max(read / bandwidth, flops / peak))
+    recorder = Recorder(names, lambda read, work, dtype: max(read / bandwidth, work / peaks.get(dtype, peak)))
     module.native = recorder  # type: ignore[assignment]
     start, busy, own = perf_counter(), busy_seconds(), process_time()
     for rows in args.rows:

@@ -37,7 +37,8 @@ class Backend(Protocol):
         ...
 
     def limits(self) -> tuple[float, float]:
-        """Measured limits of the device: memory read bandwidth in bytes/s, float32 peak in FLOP/s."""
+        """Measured limits of the device: memory read bandwidth in bytes/s; operations/s (two for each multiply-add) in what the
+        linears compute with, float32 or, where weights are quantized, int8."""
         ...
 
     def weight_bytes(self) -> int:

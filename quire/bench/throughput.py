@@ -33,7 +33,7 @@ class Limits:
     bytes_per_s: float
     """Reading memory."""
     flops_per_s: float
-    """float32, two operations per multiply-add."""
+    """Two operations per multiply-add: of float32, or of int8 where weights are quantized."""
 
 
 @dataclass(slots=True)
@@ -169,6 +169,7 @@ def _kv_use(samples: list[EngineStats]) -> KVUse:
 
 def describe(r: Throughput) -> str:
     """The result as a table for the terminal."""
+    quantized = r.engine["quantize"] is not None
     rows = [
         ("requests", f"{r.requests:,}", f"{r.prompt_tokens:,} prompt + {r.output_tokens:,} output tokens in {r.elapsed_s:.2f} s"),
         ("output", f"{r.output_tokens_per_s:,.1f} tokens/s", f"{r.requests_per_s:.2f} requests/s"),
@@ -183,7 +184,11 @@ def describe(r: Throughput) -> str:
             f"{r.limits.bytes_per_s / 1e9:.1f} GB/s",
             f"read bandwidth, measured; {r.bandwidth_fraction:.1%} of it used for weights and KV",
         ),
-        ("arithmetic", f"{r.limits.flops_per_s / 1e9:,.0f} GFLOP/s", f"float32, measured; {r.compute_fraction:.1%} of it used"),
+        (
+            "arithmetic",
+            f"{r.limits.flops_per_s / 1e9:,.0f} {'GOP/s' if quantized else 'GFLOP/s'}",
+            f"{'int8' if quantized else 'float32'}, measured; {r.compute_fraction:.1%} of it used",
+        ),
         ("reached", f"{r.reached_fraction:.1%}", "of the speed at which every step is bound by memory or arithmetic alone"),
     ]
     return "\n".join(f"{name:<13}{value:>18}   {note}" for name, value, note in rows)

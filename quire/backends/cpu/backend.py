@@ -123,8 +123,12 @@ class CpuBackend:
             self.decoder.poison_blocks(fresh)
 
     def limits(self) -> tuple[float, float]:
-        """Measured limits of this machine with the threads in use: memory read bandwidth in bytes/s, float32 peak in FLOP/s."""
-        return native.measure_read_bandwidth() * 1e9, native.measure_fma_peak() * 1e9
+        """Measured limits of this machine with the threads in use. See Backend."""
+        if not self.weight_note:
+            peak = native.measure_fma_peak()
+        else:
+            peak = native.measure_vnni_peak() if native.isa() == "avx512vnni" else native.measure_int8_peak()
+        return native.measure_read_bandwidth() * 1e9, peak * 1e9
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads."""

@@ -181,15 +181,17 @@ def _open(path: Path, origin: Origin) -> tuple[mmap.mmap, dict[str, Entry], int]
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as e:
         raise Unusable(f"can't be read ({e})") from None
-    found = header["origin"]
+    try:
+        found, entries = header["origin"], {name: Entry(**values) for name, values in header["linears"].items()}
+        whole = start + sum(-(-e.nbytes // _ALIGN) * _ALIGN for e in entries.values())
+    except (KeyError, TypeError, AttributeError):  # of a version whose header has other fields
+        raise Unusable("was made by another version of Quire") from None
     if found.get("packing") != origin["packing"]:
         raise Unusable("was made by another version of Quire")
     if found.get("content") != origin["content"]:
         raise Unusable("is stale (the checkpoint has changed since)")
     if found != origin:
         raise Unusable("was made with other options")
-    entries = {name: Entry(**values) for name, values in header["linears"].items()}
-    whole = start + sum(-(-e.nbytes // _ALIGN) * _ALIGN for e in entries.values())
     if size != whole:
         raise Unusable(f"is cut short ({size:,} of {whole:,} bytes)" if size < whole else f"has {size - whole:,} bytes too many")
     with memoryview(mapped) as view:

@@ -136,12 +136,22 @@ def flip(at: int) -> Callable[[Path], None]:
     return damage
 
 
-def other_version(file: Path) -> None:
+def rewrite(file: Path, old: bytes, new: bytes) -> None:
+    """Replace text of the header by text of the same length."""
     data = file.read_bytes()
     length = int.from_bytes(data[8:16], "little")
-    header = data[20 : 20 + length].replace(f'"packing": {PACKING}'.encode(), b'"packing": 0')
+    header = data[20 : 20 + length].replace(old, new)
     assert len(header) == length
+    assert header != data[20 : 20 + length]
     file.write_bytes(data[:16] + zlib.crc32(header).to_bytes(4, "little") + header + data[20 + length :])
+
+
+def other_version(file: Path) -> None:
+    rewrite(file, f'"packing": {PACKING}'.encode(), b'"packing": 0')
+
+
+def other_fields(file: Path) -> None:
+    rewrite(file, b'"offset"', b'"places"')
 
 
 @pytest.mark.parametrize(
@@ -156,6 +166,7 @@ def other_version(file: Path) -> None:
         (flip(40), "is damaged (its header is not the one that was written)"),
         (flip(-70_000), "is damaged (the bytes of "),
         (other_version, "was made by another version of Quire"),
+        (other_fields, "was made by another version of Quire"),
     ],
     ids=lambda value: value.__name__ if callable(value) else value,
 )
@@ -213,10 +224,7 @@ def test_a_folder_that_can_only_be_read_serves_what_it_has(model: Path, cache: P
 def test_another_config_of_the_same_tensors(model: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Which linears there are follows from config.json, and the digest is of the tensors: here the file has one under another name."""
     load(model, cache)
-    text = only(cache).read_bytes()
-    length = int.from_bytes(text[8:16], "little")
-    header = text[20 : 20 + length].replace(b'"layers.2.o"', b'"layers.9.o"')
-    only(cache).write_bytes(text[:16] + zlib.crc32(header).to_bytes(4, "little") + header + text[20 + length :])
+    rewrite(only(cache), b'"layers.2.o"', b'"layers.9.o"')
     reference, _ = load(model, None)
     logits, phases = load(model, cache)
     assert MADE in phases
