@@ -16,14 +16,13 @@ import argparse
 import os
 import platform
 import shlex
+import signal
 import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-if (Path(__file__).parents[1] / "quire").is_dir():
-    sys.path.insert(1, str(Path(__file__).parents[1]))
 
 from peer_engines.engines import NAMES, Setup, installed, make
 from peer_engines.measure import Decode, Mode, Prefill, Throughput, measure
@@ -36,14 +35,12 @@ from quire.workload import Lengths
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False, epilog=f"Engines: {', '.join(NAMES)}"
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False, epilog=f"Engines: {', '.join(NAMES)}")
     parser.add_argument("model", metavar="MODEL", help="model folder in Hugging Face format")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for table, plot, JSON, logs and GGUF files")
     parser.add_argument("--engines", metavar="A,B,...", help="which, in the order of the first round (default: float32, all that are here)")
     parser.add_argument("--define", action="append", default=[], metavar="'NAME=ENGINE OPTIONS'",
-                        help="one more engine: another one with options added to its command, e.g. 'quire-kv8=quire --kv-dtype int8'")  # fmt: skip
+                        help="one more engine: a known one with more options, e.g. 'quire-kv8=quire --kv-dtype int8'")  # fmt: skip
     parser.add_argument("--quire-options", default="", metavar="'OPTIONS'", help="added to quire serve, for all of its engines")
     parser.add_argument("--vllm-python", default=sys.executable, metavar="PYTHON", help="a Python that has vLLM for CPU")
     parser.add_argument("--transformers-python", default=sys.executable, metavar="PYTHON", help="a Python that has transformers and torch")
@@ -58,14 +55,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefill-prompts", type=int, nargs="+", default=[512, 2048], metavar="TOKENS")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the lengths")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="for every engine (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="for every engine (default: all cores)"
+    )
     parser.add_argument("--restart", action="store_true",
-                        help="start each engine for its turn only: for models of which all engines together don't fit the memory")  # fmt: skip
+                        help="start each engine for its turn only: where all of them together don't fit the memory")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the engines are stopped, and not left behind
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         made = compare(args)
     except QuireError as e:

@@ -90,7 +90,7 @@ def log_likelihoods(decoder: Decoder, tokens: list[int], chunk: int) -> np.ndarr
         first = -(-start // BLOCK_SIZE)
         blocks = list(range(first, -(-(start + size) // BLOCK_SIZE)))
         batch = rows.batch([RowWork(0, start, size, blocks, True, first)])
-        batch.logit_rows = np.arange(size, dtype=np.int32)  # of all positions, not of the last one only
+        batch.asked = None  # logits of all positions, not of the last one only
         logits = decoder.forward(batch)
         following = np.array(tokens[start + 1 : start + size + 1])
         logits = logits[: len(following)]

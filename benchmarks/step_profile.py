@@ -23,7 +23,7 @@ import numpy as np
 from quire.backends.cpu import _native as native
 from quire.backends.cpu import decoder as module
 from quire.backends.cpu.decoder import Decoder
-from quire.backends.cpu.rows import Batch
+from quire.backends.cpu.rows import Batch, Part
 from quire.models.weights import load_model, resolve_model
 
 BLOCK = 16
@@ -36,7 +36,7 @@ class Recorder:
         self.names, self.limit = names, limit
         self.seconds: dict[str, float] = defaultdict(float)
         self.least: dict[str, float] = defaultdict(float)
-        self.context_sum = 0
+        self.context_sum = self.distinct = 0
 
     def __getattr__(self, name: str) -> Any:
         kernel = getattr(native, name)
@@ -73,7 +73,7 @@ def decode(rows: int, context: int, blocks: int) -> Batch:
     tables = np.random.default_rng(0).permutation(blocks)[: rows * per].astype(np.int32).reshape(rows, per)
     counter = np.arange(rows, dtype=np.int32)
     at = np.full(rows, context - 1, np.int32)
-    return Batch(counter, np.arange(rows + 1, dtype=np.int32), at, at, counter + np.int32(7), tables, counter)
+    return Batch(counter, np.arange(rows + 1, dtype=np.int32), at, at, counter + np.int32(7), tables, counter, at + 1)
 
 
 def prefill(tokens: int, blocks: int, start: int = 0) -> Batch:
@@ -82,7 +82,10 @@ def prefill(tokens: int, blocks: int, start: int = 0) -> Batch:
     table = np.random.default_rng(0).permutation(blocks)[:per].astype(np.int32).reshape(1, per)
     counter = np.arange(tokens, dtype=np.int32)
     ends = np.array([0, tokens], np.int32)
-    return Batch(np.zeros(1, np.int32), ends, np.array([start], np.int32), counter + np.int32(start), counter, table, ends[1:] - 1)
+    row, last = np.zeros(1, np.int32), np.array([tokens - 1], np.int32)
+    batch = Batch(row, ends, np.array([start], np.int32), counter + np.int32(start), counter, table, row, row + start + tokens)
+    batch.asked = Part(last, row, np.array([0, 1], np.int32), last + np.int32(start))
+    return batch
 
 
 def busy_seconds() -> float:
@@ -113,7 +116,8 @@ def measure(decoder: Decoder, recorder: Recorder, batch: Batch, rounds: int) -> 
     for key, seconds in sorted(total.items(), key=lambda item: recorder.least.get(item[0], 0.0) - item[1]):
         bound = recorder.least.get(key, 0.0)
         over = f"{seconds / bound:5.2f} x" if bound else "      -"
-        print(f"    {key:16} {1e3 * seconds:8.3f}  {seconds / step:6.1%}  limit {1e3 * bound:8.3f}  {over}   lost {(seconds - bound) / step:6.1%}")
+        cost = f"{1e3 * seconds:8.3f}  {seconds / step:6.1%}"
+        print(f"    {key:16} {cost}  limit {1e3 * bound:8.3f}  {over}   lost {(seconds - bound) / step:6.1%}")
 
 
 def main() -> None:
@@ -134,7 +138,9 @@ def main() -> None:
         max_rows=max(args.rows, default=1), max_model_len=8192, weight_dtype=args.dtype,
     )  # fmt: skip
     bandwidth, peak = native.measure_read_bandwidth() * 1e9, native.measure_fma_peak() * 1e9
-    print(f"{native.isa()}, {native.num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(
+        f"{native.isa()}, {native.num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s, read bandwidth {bandwidth / 1e9:.1f} GB/s"
+    )
     names = {id(decoder.lm_head.packed): "lm_head"}
     for layer in decoder.layers:
         names |= {id(getattr(layer, part).packed): part for part in ("qkv", "o", "up", "down")}

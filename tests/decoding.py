@@ -41,7 +41,7 @@ def decode_logits(
         held = -(-start // block_size)
         needed = -(-(start + size) // block_size) - held
         batch = rows.batch([RowWork(1, start, size, [free.pop() for _ in range(needed)], True, held)])
-        batch.logit_rows = np.arange(size, dtype=np.int32)  # of every position, not of the last one only
+        batch.asked = None  # logits of every position, not of the last one only
         out.append(decoder.forward(batch).copy())
         start += size
     return np.concatenate(out)

@@ -21,6 +21,8 @@ from peer_engines.hf import Transformers
 from peer_engines.process import MissingPeer, Peer
 from peer_engines.served import Served, completion_body, llama_body, read_completion, read_llama
 
+PORT: Final = "PORT"
+"""In a command; replaced by a free one."""
 LLAMA_SLOTS: Final = 32
 FIRST: Final = 12
 """Requests that transformers runs one at a time."""
@@ -105,11 +107,9 @@ def installed(setup: Setup) -> list[str]:
 def _quire(name: str, base: str, options: list[str], setup: Setup) -> Peer:
     from quire import __version__
 
-    command = [sys.executable, "-m", "quire.cli.main", "serve", str(setup.model), "--port", "{port}", "--threads", str(setup.threads)]
-    root = Path(__file__).resolve().parents[2]
-    environ = {"PYTHONPATH": str(root)} if (root / "quire").is_dir() else {}
+    command = [sys.executable, "-P", "-m", "quire.cli.main", "serve", str(setup.model), "--port", PORT, "--threads", str(setup.threads)]
     return Served(
-        name, [*command, *QUIRE[base], *setup.quire_options, *options], environ, setup.out / "logs",
+        name, [*command, *QUIRE[base], *setup.quire_options, *options], {}, setup.out / "logs",
         path="/v1/completions", body=completion_body, read=read_completion, settings={"quire": __version__},
     )  # fmt: skip
 
@@ -131,7 +131,7 @@ def _vllm(name: str, base: str, options: list[str], setup: Setup) -> Peer:
     if preload.exists():
         environ["LD_PRELOAD"] = os.pathsep.join(filter(None, (str(preload), os.environ.get("LD_PRELOAD"))))
     command = [setup.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(setup.model), "--served-model-name", "model",
-               "--port", "{port}", "--max-model-len", str(setup.context), "--disable-uvicorn-access-log", *VLLM[base], *options]  # fmt: skip
+               "--port", PORT, "--max-model-len", str(setup.context), "--disable-uvicorn-access-log", *VLLM[base], *options]  # fmt: skip
     return Served(
         name, command, environ, setup.out / "logs", path="/v1/completions",
         body=lambda prompt, length: {"model": "model", "min_tokens": length, **completion_body(prompt, length)}, read=read_completion,
@@ -155,7 +155,7 @@ def _llama(name: str, base: str, options: list[str], setup: Setup) -> Peer:
         print(f"peers: writing {file}", file=sys.stderr, flush=True)
         write_gguf(setup.model, file, width)
     threads = str(setup.threads)
-    command = [program, "-m", str(file), "--port", "{port}", "-t", threads, "-tb", threads, "-np", str(slots), "-c", str(slots * setup.context),
+    command = [program, "-m", str(file), "--port", PORT, "-t", threads, "-tb", threads, "-np", str(slots), "-c", str(slots * setup.context),
                "--no-kv-unified" if split else "--kv-unified", "--cache-ram", "0", "--no-cache-prompt", "--no-webui", *options]  # fmt: skip
     return Served(
         name, command, {}, setup.out / "logs", path="/completion", body=llama_body, read=read_llama,
@@ -168,7 +168,7 @@ def _transformers(name: str, setup: Setup) -> Peer:
     _versions(setup.transformers_python, ("transformers", "torch"), how)
     batch, way = HF[name]
     continuous = None if batch else {**CONTINUOUS, "num_blocks": 64 * math.ceil(setup.context / CONTINUOUS["page_size"])}
-    attention = "sdpa" if batch else "sdpa_paged"
+    attention = "sdpa"  # continuous batching makes its paged variant of it
     config = {"model": str(setup.model.resolve()), "threads": setup.threads, "dtype": "float32", "attention": attention, "batch": batch,
               "continuous": continuous}  # fmt: skip
     settings = {"way": way, "attention": attention, "weights": "float32", "http": "no", **(continuous or {})}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from statistics import median
 from typing import Any, Final, Protocol
@@ -19,8 +20,10 @@ PREFILL_TIMES: Final = 3
 class Mode(Protocol):
     """What is measured."""
 
-    lengths: list[tuple[int, int]]
-    """(prompt, output) lengths of the longest that is sent at once."""
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """(prompt, output) lengths of the longest that is sent at once."""
+        ...
 
     def turn(self, peer: Peer, draws: Iterator[list[Request]]) -> tuple[dict[str, float], Answer | None]:
         """One engine's turn: name of a figure → its value, and the answer whose tokens are compared."""
@@ -91,7 +94,7 @@ class Record:
 
     settings: dict[str, Any] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
-    """One for each round: ``round``, ``figures``, and of a whole answer ``seconds``, ``requests``, ``output_tokens``."""
+    """One for each round: ``figures``, and where the tokens are compared the ``seconds`` and ``output_tokens`` (and so on) of the run."""
     agreement: dict[str, float] | None = None
     """With the first engine, in the first round: ``requests`` compared, ``same`` throughout, ``first`` (with the same first token),
     ``prefix`` (mean share of the output up to the first difference)."""
@@ -105,57 +108,61 @@ def measure(peers: list[Peer], mode: Mode, rounds: int, vocab_size: int, *, rest
     is left out from then on, and its record says why.
     """
     records = {peer.name: Record(peer.settings) for peer in peers}
-    numbers, reference = count(1), {}
+    numbers, reference = count(1), None
     try:
-        if not restart:
-            for peer in peers:
-                _guarded(records[peer.name], peer, lambda peer=peer: (peer.start(), peer.hold()))
+        for peer in peers if not restart else ():
+            _guarded(records[peer.name], peer, partial(_start, peer))
         for number in range(rounds):
             warm_up = fill(WARM_UP, vocab_size, next(numbers))
             draws = [fill(lengths, vocab_size, next(numbers)) for lengths in mode.draws()]
             for peer in peers[:: 1 if number % 2 == 0 else -1]:
                 record = records[peer.name]
-                if record.failure is not None:
-                    continue
-
-                def turn(peer: Peer = peer, record: Record = record) -> None:
-                    peer.start() if restart else peer.release()
-                    peer.run(warm_up)
-                    figures, answer = mode.turn(peer, iter(draws))
-                    peer.stop() if restart else peer.hold()
-                    _note(record, number, figures, answer)
-                    if number == 0 and answer is not None:
-                        record.agreement = _agreement(reference.setdefault("answer", answer), answer)
-
-                _guarded(record, peer, turn)
-                record.settings = peer.settings
+                answer = _guarded(record, peer, partial(_turn, peer, record, mode, warm_up, draws, restart)) if not record.failure else None
+                if number == 0 and answer is not None:
+                    reference = reference or answer
+                    record.agreement = _agreement(reference, answer)
     finally:
         for peer in peers:
             peer.stop()
     return records
 
 
-def _guarded(record: Record, peer: Peer, do: Any) -> None:
+def _start(peer: Peer) -> None:
+    peer.start()
+    peer.hold()
+    _say(f"{peer.name} is ready")
+
+
+def _turn(peer: Peer, record: Record, mode: Mode, warm_up: list[Request], draws: list[list[Request]], restart: bool) -> Answer | None:
+    peer.start() if restart else peer.release()
+    peer.run(warm_up)
+    figures, answer = mode.turn(peer, iter(draws))
+    peer.stop() if restart else peer.hold()
+    record.settings = peer.settings
+    whole = {} if answer is None else {
+        "seconds": answer.seconds, "requests": len(answer.requests), "prompt_tokens": answer.prompt_tokens,
+        "output_tokens": answer.output_tokens,
+    }  # fmt: skip
+    record.runs.append({"figures": figures, **whole})
+    _say(f"round {len(record.runs)}, {peer.name}: {', '.join(f'{name} {value:.1f}' for name, value in figures.items())}")
+    return answer
+
+
+def _guarded(record: Record, peer: Peer, do: Callable[[], Answer | None]) -> Answer | None:
     try:
-        do()
+        return do()
     except PeerFailed as e:
         record.failure = str(e)
-        print(f"peers: {e}", file=sys.stderr, flush=True)
+        _say(str(e))
         peer.stop()
-    else:
-        done = record.runs[-1] if record.runs else None
-        said = ", ".join(f"{name} {value:.1f}" for name, value in done["figures"].items()) if done else "ready"
-        print(f"{peer.name}: {said}", file=sys.stderr, flush=True)
+        return None
 
 
-def _note(record: Record, number: int, figures: dict[str, float], answer: Answer | None) -> None:
-    whole = {} if answer is None else {
-        "seconds": answer.seconds, "requests": len(answer.requests), "output_tokens": answer.output_tokens, "prompt_tokens": answer.prompt_tokens,
-    }  # fmt: skip
-    record.runs.append({"round": number + 1, "figures": figures, **whole})
+def _say(text: str) -> None:
+    print(f"peers: {text}", file=sys.stderr, flush=True)
 
 
-def _agreement(reference: Answer, answer: Answer) -> dict[str, float] | None:
+def _agreement(reference: Answer, answer: Answer) -> dict[str, float]:
     """Rounding differs between engines, so a near tie between two tokens may go either way, and what follows differs."""
     pairs = [(a, b) for a, b in zip(reference.outputs, answer.outputs, strict=False) if a and b]
     shared = [next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a)) for a, b in pairs]

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -89,14 +90,10 @@ class Child:
         """Ask, wait, then insist: also for what the process leaves behind."""
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
@@ -109,5 +106,7 @@ class Child:
 
 
 def shown(command: list[str], environ: dict[str, str]) -> str:
-    """As it would be typed."""
-    return shlex.join([*(f"{name}={value}" for name, value in environ.items()), *command])
+    """As it would be typed; of a PATH, what was put in front of it."""
+    path = os.environ.get("PATH", "")
+    short = {name: value.replace(path, "$PATH") if name == "PATH" and path else value for name, value in environ.items()}
+    return " ".join([*(f"{name}={value}" for name, value in short.items()), shlex.join(command)])

@@ -28,7 +28,7 @@ def markdown(made: dict[str, Any]) -> str:
     lines = [
         f"# {made['model']}: {made['what']}",
         "",
-        f"{machine['cpu']}, {machine['threads']} threads; {made['date']}; {made['rounds']} round{'s' * (made['rounds'] != 1)} in which the engines "
+        f"{machine['cpu']}, {machine['threads']} threads; {made['date']}; rounds: {made['rounds']}, in which the engines "
         "take turns, every other one in reverse order; median, slowest and fastest.",
     ]
     names = dict.fromkeys(name for engine in engines.values() for name in engine["figures"])
@@ -64,8 +64,8 @@ def _agreements(engines: dict[str, Any]) -> list[str]:
         return []
     reference = next(iter(rows))
     lines = [
-        f"Greedy tokens compared with those of {reference} (rounding differs, so a near tie between two tokens goes either way, and all that "
-        "follows differs):",
+        f"Greedy tokens compared with those of {reference} (rounding differs, so a near tie between two tokens goes either way, and "
+        "all that follows differs):",
         "",
         "| engine | requests | same first token | same throughout | mean share before the first difference |",
         "|---|---:|---:|---:|---:|",
@@ -93,7 +93,9 @@ def plot(made: dict[str, Any], file: Path) -> bool:
         colors = ["#1b6ca8" if engine.startswith(OURS) else "#b0b7bd" for engine, _ in rows]
         axes.barh([engine for engine, _ in rows], medians, xerr=spread, color=colors, ecolor="#444444", capsize=2)
         for at, value in enumerate(medians):
-            axes.annotate(f"{value:,.0f}" if value >= 100 else f"{value:.1f}", (0, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(
+                f"{value:,.0f}" if value >= 100 else f"{value:.1f}", (0, at), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
         axes.set_xlabel(name)
         axes.spines[["top", "right"]].set_visible(False)
     picture.suptitle(f"{made['model']}, {made['machine']['cpu']}, {made['machine']['threads']} threads", fontsize=9)

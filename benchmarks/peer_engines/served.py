@@ -24,7 +24,7 @@ ANSWER_S = 3600
 
 
 class Served:
-    """A server process. The command's ``{port}`` is replaced by a free port."""
+    """A server process. ``PORT`` in its command is replaced by a free one."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Served:
         """Until it answers. Raises PeerFailed."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
-        self._child = Child([part.replace("{port}", str(self._port)) for part in self._command], self._environ, self._log)
+        self._child = Child([str(self._port) if part == "PORT" else part for part in self._command], self._environ, self._log)
         deadline = time.monotonic() + START_S
         while not self._ready():
             if (code := self._child.process.poll()) is not None:

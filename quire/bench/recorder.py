@@ -49,13 +49,18 @@ class Recorder:
 
     def _cost(self, plan: StepPlan, seconds: float) -> StepCost:
         keys = sum(w.start + w.count for w in plan.work)
-        # Position p attends to p + 1 keys: an arithmetic series over the positions of a row.
-        context = sum(w.count * (2 * w.start + w.count + 1) // 2 for w in plan.work)
+        context = sum(_context(w.start, w.count) for w in plan.work)
         sampled = sum(1 + len(w.draft) for w in plan.work if w.sample)
+        sampled_context = sum(_context(w.start + w.count - 1 - len(w.draft), 1 + len(w.draft)) for w in plan.work if w.sample)
         return StepCost(
             sequences=len(plan.work),
             tokens=plan.num_tokens,
-            flops=self.spec.flops(plan.num_tokens, context, sampled),
+            flops=self.spec.flops(plan.num_tokens, context, sampled, sampled_context),
             bytes_read=self._layer_bytes + (self._head_bytes if sampled else 0) + keys * self._kv_bytes,
             seconds=seconds,
         )
+
+
+def _context(start: int, count: int) -> int:
+    """Keys that ``count`` positions from ``start`` on attend to: position p to p + 1."""
+    return count * (2 * start + count + 1) // 2

@@ -192,12 +192,16 @@ class TransformerSpec:
         mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
         return self.num_layers * (self.hidden_size * (2 * q + 2 * kv) + mlp)
 
-    def flops(self, num_tokens: int, context_sum: int, num_sampled: int) -> int:
+    def flops(self, num_tokens: int, context_sum: int, num_sampled: int, sampled_context_sum: int) -> int:
         """Floating-point operations of a step.
 
         num_tokens: positions computed. context_sum: sum over them of the keys that each attends to. num_sampled: rows of
-        logits. Two operations per multiply-add; norms and activations are left out (below 1 %).
+        logits. sampled_context_sum: keys that these attend to; in the last layer the other positions need keys and values
+        only. Two operations per multiply-add; norms and activations are left out (below 1 %).
         """
-        linear = 2 * num_tokens * self.matmul_parameters()
-        attention = 4 * self.num_layers * self.num_heads * self.head_dim * context_sum
+        per_layer = self.matmul_parameters() // self.num_layers
+        kv = self.hidden_size * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim  # with the queries, a part of one product
+        last = num_tokens * kv + num_sampled * (per_layer - kv)
+        linear = 2 * (num_tokens * (self.num_layers - 1) * per_layer + last)
+        attention = 4 * self.num_heads * self.head_dim * ((self.num_layers - 1) * context_sum + sampled_context_sum)
         return linear + attention + 2 * num_sampled * self.vocab_size * self.embedding_size

@@ -25,7 +25,10 @@ def test_costs() -> None:
     (cost,) = recorder.steps
     assert (cost.sequences, cost.tokens) == (2, 6)
     context = sum(position + 1 for position in (3, 4, 5, 6, 7, 10))
-    assert cost.flops == SPEC.flops(6, context, 1)
+    assert cost.flops == SPEC.flops(6, context, 1, 8)
+    # By hand: hidden 8, two heads of 4 over one of 4, feed-forward 16. The last layer: q, k and v for all six positions, the rest for one.
+    qkv, rest = 8 * (8 + 4 + 4), 8 * 8 + 3 * 8 * 16
+    assert cost.flops == 2 * (6 * (qkv + rest) + 6 * qkv + rest) + 4 * 2 * 4 * (context + 8) + 2 * 50 * 8
     weights = 2 * SPEC.matmul_parameters() + head
     assert cost.bytes_read == weights + (8 + 11) * SPEC.kv_bytes_per_token("float16")
     recorder.execute(StepPlan(work=[RowWork(0, 0, 1, [], False)]))

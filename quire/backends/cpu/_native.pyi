@@ -57,9 +57,6 @@ def measure_fma_peak() -> float:
 def measure_int8_peak() -> float:
     """G operations/s (10^9, two for a multiply-add) of int8 with int32 sums in registers, exact for all operands."""
 
-def measure_vnni_peak() -> float:
-    """The same with AVX-512 VNNI whatever is in use; 0 where the CPU lacks it."""
-
 def measure_region(together: bool = False, asleep: bool = False) -> float:
     """Seconds of a parallel region without work, median. together: until every thread has taken a task of it, which an empty
     region does not wait for. asleep: after a pause, so that the threads must be woken."""
@@ -90,6 +87,8 @@ class PackedLinear:
     @property
     def data(self) -> NDArray[np.uint8]:
         """The packed bytes [nbytes], a read-only view that keeps them alive."""
+    def set_then(self, then: PackedLinear) -> None:
+        """``then`` is usually the next to be read: its first panels are prefetched at the end of this one. Changes no result."""
 
 def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None, group_size: int = 0) -> PackedLinear:
     """Packs a copy of [n, k] weights. Any strides: pass w.T for weights stored as [k, n].

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.packer import Packer
-from quire.backends.cpu.rows import Batch
+from quire.backends.cpu.rows import Batch, Part
 from quire.models.spec import TransformerSpec
 
 F32 = npt.NDArray[np.float32]
@@ -122,17 +123,21 @@ class Decoder:
                 up=self._linear(f"{at}.gate", f"{at}.up") if spec.gated else self._linear(f"{at}.up"),
                 down=self._linear(f"{at}.down"),
                 window=spec.window(i),
-                key_cache=_cache((*shape, d, block_size), kv_dtype),
-                value_cache=_cache((*shape, block_size, d), kv_dtype),
-                key_scales=_cache((*shape, block_size), "float16") if kv_dtype == "int8" else None,
-                value_scales=_cache((*shape, block_size), "float16") if kv_dtype == "int8" else None,
+                key_cache=aligned((*shape, d, block_size), kv_dtype),
+                value_cache=aligned((*shape, block_size, d), kv_dtype),
+                key_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
+                value_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
             )
             self.layers.append(layer)
         self.final_norm = self._norm("final_norm") if spec.final_norm else None
         self.lm_head = self._linear("embed" if spec.tied else "lm_head", head=True)
+        for linear, then in pairwise(self._linears()):
+            linear.packed.set_then(then.packed)
 
         def buffer(rows: int, width: int) -> F32:
-            return np.zeros((rows, width), np.float32)
+            # An odd number of cache lines from row to row: a power of two would put all rows into the same few lines of L1.
+            stride = 16 * (-(-width // 16) | 1)
+            return aligned((rows, stride), "float32")[:, :width]
 
         q, kv = spec.num_heads * d, spec.num_kv_heads * d
         self._x = buffer(max_tokens, spec.hidden_size)
@@ -142,23 +147,27 @@ class Decoder:
         self._up = buffer(max_tokens, spec.intermediate_size * (2 if spec.gated else 1))
         self._activated = buffer(max_tokens, spec.intermediate_size)
         self._embedded = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._x
-        self._logits = buffer(max_rows, spec.vocab_size)
+        self._last = buffer(max_rows, spec.hidden_size)
+        self._logits = np.zeros((max_rows, spec.vocab_size), np.float32)
 
     def forward(self, batch: Batch) -> F32:
         """Compute the batch's positions: write their KV, attend. Returns logits [samples, vocab], valid until the next call."""
         x = self._embed(batch)
+        last = self.layers[-1]
         for layer in self.layers:
+            # What the last layer does beyond keys and values is for the positions that are sampled.
+            asked = batch.asked if layer is last else None
             if self.spec.norm_first:
                 layer.attn_norm(x, self._normed[: len(x)])
-                self._attention(layer, self._normed[: len(x)], x, batch)
+                x = self._attention(layer, self._normed[: len(x)], x, batch, asked)
                 layer.mlp_norm(x, self._normed[: len(x)])
                 self._feed_forward(layer, self._normed[: len(x)], x)
             else:
-                self._attention(layer, x, x, batch)
+                x = self._attention(layer, x, x, batch, asked)
                 layer.attn_norm(x, x)
                 self._feed_forward(layer, x, x)
                 layer.mlp_norm(x, x)
-        return self._head(x, batch.logit_rows)
+        return self._head(x)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination), in every layer."""
@@ -177,14 +186,18 @@ class Decoder:
 
     def weight_bytes(self) -> int:
         """Bytes of all packed linears, lm_head included: what a step reads."""
-        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.up, layer.down)]
+        linears = self._linears()
         if self.spec.embedding_size != self.spec.hidden_size:
             linears += [self.embed_in, self.embed_out]
-        return sum(linear.packed.nbytes for linear in linears) + self.head_bytes()
+        return sum(linear.packed.nbytes for linear in linears)
 
     def head_bytes(self) -> int:
         """Of which lm_head: what a step without a row of logits does not read."""
         return self.lm_head.packed.nbytes
+
+    def _linears(self) -> list[Linear]:
+        """Those of all layers and lm_head, in the order in which a step reads them."""
+        return [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.up, layer.down)] + [self.lm_head]
 
     def _embed(self, batch: Batch) -> F32:
         count = len(batch.ids)
@@ -196,10 +209,10 @@ class Decoder:
             native.add_rows(batch.positions + np.int32(self.spec.position_offset), self.positions, x)
         return x
 
-    def _attention(self, layer: Layer, x: F32, residual: F32, batch: Batch) -> None:
-        """residual += o(attention(x))"""
+    def _attention(self, layer: Layer, x: F32, residual: F32, batch: Batch, asked: Part | None) -> F32:
+        """residual += o(attention(x)); of the positions ``asked`` for, where not all are. Returns residual."""
         spec, count = self.spec, len(x)
-        qkv, attended = self._qkv[:count], self._attended[:count]
+        qkv = self._qkv[:count]
         layer.qkv(x, qkv)
         heads = qkv.reshape(count, -1, spec.head_dim)
         queries = heads[:, : spec.num_heads]
@@ -217,8 +230,14 @@ class Decoder:
         elif len(part.tokens):
             there = (batch.block_tables, part.rows, part.query_start, part.start)
             native.write_kv(keys[part.tokens], values[part.tokens], *cache, *there, *scales)
+        if asked is not None:
+            queries = queries[asked.tokens]
+            residual = np.take(residual, asked.tokens, axis=0, out=self._last[: len(queries)], mode="clip")  # mode: else one copy more
+            where = (batch.block_tables, asked.rows, asked.query_start, asked.start)
+        attended = self._attended[: len(queries)]
         native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales)
         layer.o(attended, residual, accumulate=True)
+        return residual
 
     def _feed_forward(self, layer: Layer, x: F32, residual: F32) -> None:
         """residual += down(activation(up(x)))"""
@@ -228,18 +247,15 @@ class Decoder:
         native.activation(up, activated, self.spec.activation, self.spec.gated)
         layer.down(activated, residual, accumulate=True)
 
-    def _head(self, x: F32, rows: npt.NDArray[np.int32]) -> F32:
-        if len(rows) == 0:  # chunks of prompts only
-            return self._logits[:0]
-        last = np.take(x, rows, axis=0)
+    def _head(self, x: F32) -> F32:
         if self.final_norm is not None:
-            self.final_norm(last, last)
+            self.final_norm(x, x)
         if self.spec.embedding_size != self.spec.hidden_size:
-            projected = np.empty((len(rows), self.spec.embedding_size), np.float32)
-            self.embed_out(last, projected)
-            last = projected
-        logits = self._logits[: len(rows)]
-        self.lm_head(last, logits)
+            projected = np.empty((len(x), self.spec.embedding_size), np.float32)
+            self.embed_out(x, projected)
+            x = projected
+        logits = self._logits[: len(x)]
+        self.lm_head(x, logits)
         return logits
 
     def _vector(self, name: str) -> F32:
@@ -258,7 +274,7 @@ class Decoder:
         return Norm(self._vector(f"{name}.weight"), None, self.spec.norm_eps, True) if self.spec.head_norm else None
 
 
-def _cache(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+def aligned(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     """Zeros that start on a cache line, so that a block of 8 fills whole lines. numpy's start 16 bytes beside one: attention
     then reads an extra line for every stretch, and most of its loads cross two."""
     dtype = "uint16" if dtype == "bfloat16" else dtype  # numpy has no bfloat16: its bits

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.machine import Machine, examine, last_level_cache, use_threads, why_threads
 
-VNNI = "avx512vnni"
-
 
 @dataclass(slots=True, frozen=True)
 class Peak:
@@ -66,8 +64,6 @@ def measure(threads: int | None = None) -> Report:
     machine = examine()
     count = use_threads(threads)
     isas = machine.isas
-    if VNNI not in isas and native.measure_vnni_peak():
-        isas = [VNNI, *isas]  # the CPU has it, the kernels don't use it
     size = buffer_bytes(machine)
     bandwidth, single = [], {}
     for n in thread_counts(count):
@@ -96,8 +92,6 @@ def thread_counts(most: int) -> list[int]:
 
 def _peaks(isa: str) -> tuple[float, float]:
     """(float32, int8) with the threads in use; of two tries some way apart, since a neighbour may fill a whole one."""
-    if isa == VNNI and VNNI not in native.available_isas():
-        return max(_of("avx512", native.measure_fma_peak) for _ in range(2)), max(native.measure_vnni_peak() for _ in range(2))
     return tuple(max(_of(isa, kind) for _ in range(2)) for kind in (native.measure_fma_peak, native.measure_int8_peak))  # type: ignore[return-value]
 
 

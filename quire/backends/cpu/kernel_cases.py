@@ -214,9 +214,9 @@ class Pool:
         self.order = np.random.default_rng(0).permutation(blocks).astype(np.int32)
 
     def batches(self, sequences: int, tokens: int) -> list[Array]:
-        """Block tables of batches that share no block, as many as the pool holds, at most 64."""
+        """Block tables of batches that share no block, as many as the pool holds (at most 4,096)."""
         each = -(-tokens // BLOCK)
-        count = min(64, self.blocks // (sequences * each))
+        count = min(4096, self.blocks // (sequences * each))
         return list(self.order[: count * sequences * each].reshape(count, sequences, each))
 
     def attention(self, counts: Sequence[int], context: int) -> list[Call]:
@@ -259,10 +259,13 @@ def _kv_dtypes(selection: Selection, kernel: str, skip: Skip) -> Iterator[str]:
 def _write_kv(selection: Selection, skip: Skip) -> Iterator[Case]:
     for dtype in _kv_dtypes(selection, "write_kv", skip):
         for model, shape in _distinct(selection, lambda s: (s.kv_heads, s.head_dim)):
-            for rows in selection.some(ROWS):
-                calls = Pool(shape, dtype, 4 * max(rows, BLOCK)).write(rows)
-                size = rows * (8 * shape.kv_heads * shape.head_dim + _kv_bytes(shape, dtype, 1))
-                yield Case("write_kv", f"{shape.kv_heads} heads of {shape.head_dim}", model, dtype, rows, size, 0, "float32", True, calls)
+            rows = selection.some(ROWS)
+            far = -(-4 * last_level_cache() // _kv_bytes(shape, dtype, BLOCK))
+            pool = Pool(shape, dtype, max(far, *rows))
+            for count in rows:
+                size = count * (8 * shape.kv_heads * shape.head_dim + _kv_bytes(shape, dtype, 1))
+                name = f"{shape.kv_heads} heads of {shape.head_dim}"
+                yield Case("write_kv", name, model, dtype, count, size, 0, "float32", False, pool.write(count))
 
 
 def _norm(selection: Selection, skip: Skip) -> Iterator[Case]:

@@ -12,7 +12,6 @@ from quire.errors import ConfigError
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,7 +59,7 @@ def examine() -> Machine:
         cpu=_field("/proc/cpuinfo", "model name") or os.uname().machine,
         cpus_online=os.cpu_count() or 1,
         cpus_affinity=_affinity(),
-        cpu_quota=_cpu_quota(),
+        cpu_quota=native.cpu_quota(),
         load=load,
         caches=_caches(),
         memory_total=int(total.split()[0]) * 1024 if (total := _field("/proc/meminfo", "MemTotal")) else None,
@@ -75,7 +74,7 @@ def examine() -> Machine:
 
 def why_threads() -> str:
     """Where the default number of threads comes from."""
-    online, affinity, quota = os.cpu_count() or 1, _affinity(), _cpu_quota()
+    online, affinity, quota = os.cpu_count() or 1, _affinity(), native.cpu_quota()
     if quota is not None and quota < affinity:
         return f"a CPU quota of {quota:g} of the control group, rounded up"
     if affinity < online:
@@ -106,18 +105,6 @@ def last_level_cache() -> int:
 
 def _affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_quota() -> float | None:
-    """Of the control group, version 2 or 1; the same files as the native module reads."""
-    if text := _read(_CGROUP / "cpu.max"):
-        quota, period = (*text.split(), "100000")[:2]
-    else:
-        quota, period = _read(_CGROUP / "cpu/cpu.cfs_quota_us"), _read(_CGROUP / "cpu/cpu.cfs_period_us")
-    try:
-        return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else None
-    except ValueError:  # the word "max", or no such file
-        return None
 
 
 def _caches() -> list[Cache]:

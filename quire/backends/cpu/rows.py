@@ -34,21 +34,21 @@ class Batch:
     """[T] tokens at those positions."""
     block_tables: I32
     """[rows, blocks] the tables of all rows."""
-    logit_rows: I32
-    """[samples] which of the T positions' hidden states become logits."""
     sampled: I32
     """[samples] the row of each."""
     lengths: I64
     """[samples] tokens that each is sampled after: those that the row has, and of its draft those up to there."""
     drafts: bool = False
     """Some rows have guessed tokens."""
-    written: Written | None = None
-    """The positions whose KV is written; None for all of them."""
+    written: Part | None = None
+    """The positions whose KV is not in the blocks yet and is written; None for all of them."""
+    asked: Part | None = None
+    """The positions whose hidden states become logits; None for all of them."""
 
 
 @dataclass(slots=True)
-class Written:
-    """The part of a batch whose KV is not in the blocks yet."""
+class Part:
+    """Some of a batch's positions."""
 
     tokens: I32
     """Which of the T positions."""
@@ -106,10 +106,13 @@ class Rows:
             before = np.concatenate([np.arange(count + 1, dtype=np.int32) for count in guessed])
             sampled, logit_rows, lengths = (np.repeat(a, guessed + 1) for a in (sampled, logit_rows - guessed, lengths))
             logit_rows, lengths = logit_rows + before, lengths + before
-        batch = Batch(rows, query_start, start, positions, ids, self.block_tables, logit_rows, sampled, lengths, drafts)
+        batch = Batch(rows, query_start, start, positions, ids, self.block_tables, sampled, lengths, drafts)
         if not all(w.write for w in work):
             write = np.array([w.write for w in work], bool)
-            batch.written = _written(batch, counts, write)
+            batch.written = _part(batch, np.flatnonzero(np.repeat(write, counts)), write, np.where(write, counts, 0), start)
+        if len(logit_rows) < len(ids):
+            asked = np.array([1 + len(w.draft) if w.sample else 0 for w in work], np.int32)
+            batch.asked = _part(batch, logit_rows, sample, asked, start + counts - asked)
         return batch
 
     def append(self, rows: I32, tokens: npt.NDArray[Any]) -> None:
@@ -131,8 +134,8 @@ class Rows:
                 self.lengths[w.row] = length + count
 
 
-def _written(batch: Batch, counts: I32, write: npt.NDArray[np.bool_]) -> Written:
-    query_start = np.zeros(int(write.sum()) + 1, np.int32)
-    np.cumsum(counts[write], out=query_start[1:])
-    tokens = np.flatnonzero(np.repeat(write, counts)).astype(np.int32)
-    return Written(tokens, batch.rows[write], query_start, batch.start[write])
+def _part(batch: Batch, tokens: npt.NDArray[Any], of: npt.NDArray[np.bool_], counts: I32, start: I32) -> Part:
+    """``tokens`` of the positions: ``counts`` of each row that is one ``of`` them, from ``start``."""
+    query_start = np.zeros(int(of.sum()) + 1, np.int32)
+    np.cumsum(counts[of], out=query_start[1:])
+    return Part(tokens.astype(np.int32), batch.rows[of], query_start, start[of])

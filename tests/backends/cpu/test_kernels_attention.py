@@ -210,9 +210,9 @@ class Tree:
     """Sequences that share beginnings: 0 and 1 the first 700 tokens, 2 and 3 the first 1,100, all four 520 (as forks would);
     4 to 6 another 130; 7 is alone, 8 has no whole tile. Lengths before the step, and the queries that each has in it."""
 
-    LENGTHS = [1500, 701, 1100, 1290, 130, 257, 131, 900, 20]
-    QUERIES = [1, 3, 1, 1, 2, 40, 1, 1, 1]  # 5 has too many to take part
-    SHARED = [(1, 0, 700), (2, 0, 520), (3, 2, 1100), (5, 4, 130), (6, 4, 130)]
+    LENGTHS = (1500, 701, 1100, 1290, 130, 257, 131, 900, 20)
+    QUERIES = (1, 3, 1, 1, 2, 40, 1, 1, 1)  # 5 has too many to take part
+    SHARED = ((1, 0, 700), (2, 0, 520), (3, 2, 1100), (5, 4, 130), (6, 4, 130))
 
     def __init__(self, heads, kv_heads, dim, window):
         self.heads, self.window, whole = heads, window, []

@@ -126,6 +126,20 @@ def test_strided_rows():
     assert not out[:, 38:].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_prefetched_changes_nothing(dtype):
+    """A linear that follows, wider, narrower or of another width than this one, costs no byte; and it is kept alive."""
+    rng = np.random.default_rng(7)
+    weight, x, bias = make(rng, 70, 150, 1100, dtype)
+    alone = native.pack_linear(bits(weight))
+    expected = {m: run(alone, x[:m], bias) for m in (1, 7, 16, 70)}
+    for n, k, other in ((30, 3, "float32"), (2000, 1100, "bfloat16"), (100, 5000, "float32")):
+        packed = native.pack_linear(bits(weight))
+        packed.set_then(native.pack_linear(bits(make(rng, 1, n, k, other)[0])))
+        for m, out in expected.items():
+            assert np.array_equal(run(packed, x[:m], bias), out), (n, k, m)
+
+
 def test_no_rows():
     packed = native.pack_linear(np.ones((3, 4), np.float32))
     native.linear(packed, np.zeros((0, 4), np.float32), np.zeros((0, 3), np.float32))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from quire.backends.cpu import memory
+from quire.backends.cpu.decoder import Decoder
+from quire.models.weights import load_model, resolve_model
 
 
 @pytest.fixture
@@ -31,3 +33,13 @@ def test_cached_files_of_a_group_are_not_in_the_way(group: Path) -> None:
     assert memory.available_bytes() == 54 << 20
     (group / "memory.stat").write_text(f"anon {60 << 20}\nactive_file 0\ninactive_file 0\n")
     assert memory.available_bytes() == 4 << 20
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_a_token_takes_what_the_spec_says(kv_dtype: str) -> None:
+    """Scales included: a pool sized by the formula is exactly the arrays that are made."""
+    model = load_model(resolve_model("embedded"))
+    sizes = {"num_blocks": 5, "block_size": 8, "max_tokens": 1, "max_rows": 1, "max_model_len": 16}
+    decoder = Decoder(model.spec, model.tensors, kv_dtype=kv_dtype, **sizes)
+    held = sum(pool.nbytes for layer in decoder.layers for pool in layer.pools())
+    assert held == 5 * 8 * model.spec.kv_bytes_per_token(kv_dtype)

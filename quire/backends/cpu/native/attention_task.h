@@ -28,22 +28,22 @@ template <class T> struct Task {
     const T* k_cache = static_cast<const T*>(a.cache.k) + w.kv_head * head_size;
     const T* v_cache = static_cast<const T*>(a.cache.v) + w.kv_head * head_size;
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(block));
-    float *q = nullptr, *s = nullptr, *state = nullptr, *merged = nullptr, *k_wide = nullptr, *v_wide = nullptr;
+    float *q = nullptr, *s = nullptr, *state = nullptr, *merged = nullptr, *k_wide = nullptr, *v_wide = nullptr, *greatest = nullptr;
     Scales* scales = nullptr;
     int32_t *first = nullptr, *last = nullptr;   // the keys of a row are first[row] to last[row], both included
 
     void allocate(bool several) {
         const int64_t states = heads * rows * row_floats;
-        const int64_t floats[8] = {heads * rows * dim, rows * kTile,   states,   several ? states : 0,
-                                   dim * kTile,        kTile * padded, 2 * rows, 2 * kTile};
+        const int64_t floats[9] = {heads * rows * dim, rows * kTile, states,    several ? states : 0, dim * kTile,
+                                   kTile * padded,     2 * rows,     2 * kTile, rows};
         int64_t total = 0;
         for (int64_t n : floats) total += (n + 15) / 16 * 16;
         float* p = static_cast<float*>(thread_scratch(kScratchAttention, static_cast<size_t>(total) * sizeof(float)));
-        float* at[8];
-        for (int i = 0; i < 8; ++i) at[i] = p, p += (floats[i] + 15) / 16 * 16;
+        float* at[9];
+        for (int i = 0; i < 9; ++i) at[i] = p, p += (floats[i] + 15) / 16 * 16;
         q = at[0], s = at[1], state = at[2], merged = at[3], k_wide = at[4], v_wide = at[5];
         first = reinterpret_cast<int32_t*>(at[6]), last = first + rows;
-        scales = reinterpret_cast<Scales*>(at[7]);
+        scales = reinterpret_cast<Scales*>(at[7]), greatest = at[8];
     }
 
     // One tile of keys, the first of them at position `base`. Rows are ordered by position, so those that see anything
@@ -245,7 +245,8 @@ template <class T> struct Task {
 
     // Parts: the blocks that a vector of keys comes from.
     template <int Parts> void step_parts(const Seen& n, const Turn& t, bool many) {
-        if (many) {
+        const bool plain = std::is_same_v<T, float> && Parts == 1;   // in float32 vectors already
+        if (many && !plain) {
             gather_keys<Parts>(n, t);
             const float* at[kTileVecs];
             for (int j = 0; j < kTileVecs; ++j) at[j] = k_wide + j * kWidth;
@@ -254,7 +255,7 @@ template <class T> struct Task {
             score_rows<Parts, T>(t.here.k, t.offset, block, n, t);
         }
         soften_rows(n, t);
-        if (many || padded != dim) {
+        if ((many && !plain) || padded != dim) {
             gather_values(n, t);
             const float* at[kTile];
             for (int i = 0; i < kTile; ++i) at[i] = v_wide + i * padded;
@@ -265,14 +266,25 @@ template <class T> struct Task {
     }
 
     void soften_rows(const Seen& n, const Turn& t) {
+        const float scale = a.scale * 1.44269504088896341f;   // log2 e
+        for (int64_t row = n.r0; row < n.r1; ++row) {
+            float* at = s + row * kTile;
+            greatest[row] = whole(row, n.base) ? scale_scores<true, kScaled>(at, {0, kTile}, scale, *scales)
+                                               : scale_scores<false, kScaled>(at, valid(row, n.base), scale, *scales);
+        }
         for (int64_t row = n.r0; row < n.r1; ++row) {
             float* p = t.state + row * row_floats;
-            const int from = begin_of(row, n.base), to = end_of(row, n.base);
-            if (from == 0 && to == kTile) soften<true, kScaled>(s + row * kTile, from, to, a.scale, *scales, p[0], p[1], p + 16, padded);
-            else soften<false, kScaled>(s + row * kTile, from, to, a.scale, *scales, p[0], p[1], p + 16, padded);
+            if (greatest[row] > p[0]) rescale(greatest[row], p, padded);
+        }
+        for (int64_t row = n.r0; row < n.r1; ++row) {
+            float *at = s + row * kTile, *p = t.state + row * row_floats;
+            p[1] += whole(row, n.base) ? soften<true, kScaled>(at, {0, kTile}, p[0], *scales)
+                                       : soften<false, kScaled>(at, valid(row, n.base), p[0], *scales);
         }
     }
 
+    bool whole(int64_t row, int64_t base) const { return first[row] <= base && last[row] >= base + kTile - 1; }
+    Valid<false> valid(int64_t row, int64_t base) const { return {begin_of(row, base), end_of(row, base)}; }
     int begin_of(int64_t row, int64_t base) const {
         return static_cast<int>(first[row] > base ? first[row] - base : 0);
     }

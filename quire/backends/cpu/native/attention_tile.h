@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kVecs = 4;
 constexpr int kRows = kWidth == 16 ? 6 : 3;            // rows in a register tile
+constexpr int kWideRows = 2;                           // so few leave registers for longer stretches of V
 constexpr int kTile = static_cast<int>(kKeyTile);
 constexpr int kTileVecs = kTile / kWidth;
 
@@ -100,35 +101,37 @@ template <int MT, int NV, class C, class T> void values(const float* p, const St
     vf sum[MT][NV];
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) sum[m][j] = load(acc + m * v.stride + j * kWidth);
     const T* const* const key = v.key;
     const C* const* const next = v.next;
     const int64_t at = v.offset + column, next_at = v.next_offset + column;
     for (int t = v.from, to = v.to; t < to; ++t) {
         vf vv[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) vv[j] = load(key[t] + at + j * kWidth);
         if (next) {
             const char* line = reinterpret_cast<const char*>(next[t] + next_at);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m) {
             const vf pv = set1(p[m * kTile + t]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < NV; ++j) sum[m][j] = fma(pv, vv[j], sum[m][j]);
         }
     }
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) store(acc + m * v.stride + j * kWidth, sum[m][j]);
 }
 
 template <int MT, class C, class T> void values_columns(const float* p, const Stretch<C, T>& v, float* acc) {
     int64_t c = 0;
+    if constexpr (kWidth == 16 && MT <= kWideRows)
+        for (; c + 2 * kVecs * kWidth <= v.padded; c += 2 * kVecs * kWidth) values<MT, 2 * kVecs>(p, v, c, acc + c);
     for (; c + kVecs * kWidth <= v.padded; c += kVecs * kWidth) values<MT, kVecs>(p, v, c, acc + c);
     switch ((v.padded - c) / kWidth) {
         case 1: return values<MT, 1>(p, v, c, acc + c);
@@ -150,38 +153,66 @@ template <class C, class T> void values_rows(int mt, const float* p, const Stret
     }
 }
 
-// Online softmax over one tile of one row: keys [from, to) are valid. Scores become probabilities relative to the new
-// maximum; what was accumulated is rescaled if the maximum moved. Invalid lanes are chosen away, never multiplied.
-// Scaled: the scores are of int8 keys, and each probability will meet an int8 value: the scales come in here.
-template <bool Whole, bool Scaled>
-void soften(float* s, int from, int to, float scale, const Scales& scales, float& most, float& sum, float* acc, int64_t padded) {
-    const auto valid = [=](int j, vf x, vf otherwise) {
+// 2^x for x <= 0, to about 1 ulp: the fraction by a polynomial (minimax on [-1/2, 1/2]), the rest into the exponent.
+QUIRE_INLINE vf power_of_2(vf x) {
+    x = max(set1(-150.0f), x);   // NaN stays NaN
+    const vf n = round_even(x), r = sub(x, n);
+    vf p = fma(set1(1.5353361960e-4f), r, set1(1.3398875017e-3f));
+    p = fma(p, r, set1(9.6184369177e-3f));
+    p = fma(p, r, set1(5.5503323674e-2f));
+    p = fma(p, r, set1(2.4022647738e-1f));
+    p = fma(p, r, set1(6.9314718246e-1f));
+    p = fma(p, r, set1(1.0f));
+    return scale2(p, n);
+}
+QUIRE_INLINE float power_of_2(float x) {
+    float lane[kWidth];
+    store(lane, power_of_2(set1(x)));
+    return lane[0];
+}
+
+// Online softmax over one tile, in three passes over the rows, so that the rows' chains overlap. Scores are in units of
+// log 2. Keys [from, to) of a row are valid: other lanes are chosen away, never multiplied.
+template <bool Whole> struct Valid {
+    int from, to;
+    vf operator()(int j, vf x, vf otherwise) const {
         return Whole ? x : select(lanes_between(from - j * kWidth, to - j * kWidth), x, otherwise);
-    };
-    vf x[kTileVecs], top = set1(-__builtin_inff());
+    }
+};
+
+// The scores of one row, scaled, and the greatest of them. Scaled: they are of int8 keys, whose scales come in here.
+template <bool Whole, bool Scaled> float scale_scores(float* s, const Valid<Whole>& valid, float scale, const Scales& scales) {
+    vf top = set1(-__builtin_inff());
     for (int j = 0; j < kTileVecs; ++j) {
-        vf score = load(s + j * kWidth);
-        if constexpr (Scaled) score = mul(score, load(scales.k + j * kWidth));
-        x[j] = valid(j, mul(score, set1(scale)), set1(-__builtin_inff()));
-        top = max(x[j], top);
+        vf x = load(s + j * kWidth);
+        if constexpr (Scaled) x = mul(x, load(scales.k + j * kWidth));
+        x = valid(j, mul(x, set1(scale)), set1(-__builtin_inff()));
+        store(s + j * kWidth, x);
+        top = max(x, top);
     }
-    const float before = most, tile_most = reduce_max(top);
-    if (tile_most > before) {
-        most = tile_most;
-        if (sum != 0) {
-            const float c = exp1(before - most);
-            sum *= c;
-            for (int64_t i = 0; i < padded; i += kWidth) store(acc + i, mul(load(acc + i), set1(c)));
-        }
-    }
+    return reduce_max(top);
+}
+
+// A greater maximum: what was accumulated is rescaled.
+inline void rescale(float greatest, float* state, int64_t padded) {
+    const float before = state[0];
+    state[0] = greatest;
+    if (state[1] == 0) return;
+    const float c = power_of_2(before - greatest);
+    state[1] *= c;
+    for (int64_t i = 16; i < 16 + padded; i += kWidth) store(state + i, mul(load(state + i), set1(c)));
+}
+
+// Scores become probabilities relative to the maximum; returns their sum. Scaled: each will meet an int8 value.
+template <bool Whole, bool Scaled> float soften(float* s, const Valid<Whole>& valid, float most, const Scales& scales) {
     vf total = zero();
     for (int j = 0; j < kTileVecs; ++j) {
-        const vf p = valid(j, exp(sub(x[j], set1(most))), zero());
+        const vf p = valid(j, power_of_2(sub(load(s + j * kWidth), set1(most))), zero());
         if constexpr (Scaled) store(s + j * kWidth, valid(j, mul(p, load(scales.v + j * kWidth)), zero()));
         else store(s + j * kWidth, p);
         total = add(total, p);
     }
-    sum += reduce_add(total);
+    return reduce_add(total);
 }
 
 // Adds the partial result of a later split to an earlier one; a sum of 0 means that the row saw no key there.
@@ -192,7 +223,7 @@ void merge(float* into, const float* from, int64_t padded) {
         return;
     }
     const float most = from[0] > into[0] ? from[0] : into[0];
-    const float a = exp1(into[0] - most), b = exp1(from[0] - most);
+    const float a = power_of_2(into[0] - most), b = power_of_2(from[0] - most);
     into[0] = most;
     into[1] = fma1(from[1], b, into[1] * a);
     for (int64_t i = 16; i < 16 + padded; i += kWidth)

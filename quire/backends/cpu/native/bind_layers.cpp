@@ -99,8 +99,10 @@ void linear(const PackedLinear& packed, const Array& x_, const OutArray& out_, c
             "out must be [" + std::to_string(x.rows) + ", " + std::to_string(packed.panels.n) + "], not " + shape_of(out_));
     const float* b = bias ? vector<float>(*bias, "bias", "float32", packed.panels.n) : nullptr;
     nb::gil_scoped_release release;
-    const auto run = packed.panels.bits ? packed.kernels.linear_quantized : packed.kernels.linear;
-    run({packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate});
+    LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, nullptr, 0, 0};
+    if (const PackedLinear* then = packed.then)
+        args.then = then->panels.data, args.then_panels = then->count(), args.then_panel_bytes = then->nbytes / then->count();
+    (packed.panels.bits ? packed.kernels.linear_quantized : packed.kernels.linear)(args);
 }
 
 void norm(const Array& x_, const Array& weight, const MaybeArray& bias, float eps, const OutArray& out_, bool centre) {
@@ -177,6 +179,7 @@ void bind_layers(nb::module_& m) {
         .def_prop_ro("panel", [](const PackedLinear& p) { return p.panels.panel; })
         .def_prop_ro("data", packed_data)
         .def_prop_ro("nbytes", [](const PackedLinear& p) { return p.nbytes; })
+        .def("set_then", [](PackedLinear& p, const PackedLinear& then) { p.then = &then; }, nb::arg("then"), nb::keep_alive<1, 2>())
         .def_prop_ro("isa", [](const PackedLinear& p) { return p.kernels.name; });
     m.def("pack_linear", pack_linear, nb::arg("weights"), nb::arg("quantize") = nb::none(), nb::arg("group_size") = 0);
     m.def("load_packed", load_packed, nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("dtype"), nb::arg("group_size") = 0,

@@ -20,7 +20,6 @@ void bind_limits(nb::module_& m) {
     m.def("measure_read_bandwidth", read_bandwidth, nb::arg("bytes") = int64_t{512} << 20, nb::arg("seconds") = 0.2);
     m.def("measure_fma_peak", [] { return measure_fma_peak(active_kernels()); }, released);
     m.def("measure_int8_peak", [] { return measure_int8_peak(active_kernels()); }, released);
-    m.def("measure_vnni_peak", measure_vnni_peak, released);
     m.def("measure_region", measure_region, nb::arg("together") = false, nb::arg("asleep") = false, released);
 }
 

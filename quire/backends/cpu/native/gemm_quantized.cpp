@@ -15,9 +15,12 @@ constexpr int kVecs = 4;
 constexpr int kPanel = kVecs * kWidth;
 constexpr int kRows = kWidth == 16 ? 6 : 3;            // rows in a register tile
 constexpr int64_t kSlicePositions = 1024;
+constexpr int kRegisters = kWidth == 16 ? 32 : 16;
 constexpr int64_t kRowBlock = 192;
 constexpr int64_t kStepBytes = kPanel * 4;             // of weights; 4 positions of 8 bits or 8 of 4
 template <int Bits> constexpr int64_t kStepK = 32 / Bits;
+
+#define QUIRE_LAMBDA __attribute__((always_inline))
 
 struct Slice {
     const uint8_t* weights;   // of the first segment
@@ -31,6 +34,7 @@ struct Tile {
     const int32_t* start;
     int64_t start_stride;
     float* sums;              // rows kPanel apart
+    int64_t column;           // of the panel, where the tile begins
 };
 
 QUIRE_INLINE vi broadcast4(const int8_t* p) {
@@ -49,26 +53,28 @@ template <int Bits> QUIRE_INLINE vi unpack(vi w, int half) {
 
 // A step of the weights against MT rows, in the form that the instruction set has: bytes at once (VNNI), ...
 #if defined(QUIRE_ISA_avx512vnni)
-template <int Bits, int MT> QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][kVecs]) {
+template <int Bits, int MT, int NV>
+QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][NV]) {
 #pragma GCC unroll 2
     for (int half = 0; half < 8 / Bits; ++half) {
-        vi v[kVecs];
+        vi v[NV];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) v[j] = unpack<Bits>(load_i(w + j * 64), half);
+        for (int j = 0; j < NV; ++j) v[j] = unpack<Bits>(load_i(w + j * 64), half);
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m) {
             const vi x = broadcast4(a + m * stride + 4 * half);
 #pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) acc[m][j] = dot(acc[m][j], v[j], x);
+            for (int j = 0; j < NV; ++j) acc[m][j] = dot(acc[m][j], v[j], x);
         }
     }
 }
 #else
 // ... small bytes (int4), or pairs of 16 bits.
-template <int Bits, int MT> QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][kVecs]) {
+template <int Bits, int MT, int NV>
+QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][NV]) {
     constexpr int kBytes = 4 * kWidth;
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
+    for (int j = 0; j < NV; ++j) {
         const vi v = load_i(w + j * kBytes);
         if constexpr (!kPairs<Bits>) {
             const vi low = unpack<Bits>(v, 0), high = unpack<Bits>(v, 1);
@@ -87,59 +93,67 @@ template <int Bits, int MT> QUIRE_INLINE void step(const uint8_t* w, const int8_
 }
 #endif
 
-// The segments of a slice for MT rows; PF cache lines at `ahead` are prefetched with each step.
-template <int Bits, int MT, int PF> void tile(const Slice& s, const Tile& t, const char* ahead) {
-    const int8_t* a = t.a;
-    const uint8_t *weights = s.weights, *scales = s.scales;
-    const int32_t* start = t.start;
-    for (int64_t left = s.positions; left > 0; left -= s.segment) {
-        vi acc[MT][kVecs];
+// The segments of a slice for MT rows and NV vectors of columns; PF cache lines at `ahead` are prefetched with each step.
+// The floats stay in registers if there is room for them beside the integers.
+template <int Bits, int MT, int NV, int PF> void tile(const Slice& s, const Tile& t, const char* ahead) {
+    constexpr bool kKeep = MT * NV * 2 <= kRegisters - 8;
+    vf kept[MT][NV];
+    const auto each = [](auto work) QUIRE_LAMBDA {
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) acc[m][j] = set1_i(start[m * t.start_stride]);
+            for (int j = 0; j < NV; ++j) work(m, j);
+    };
+    float* const sums = t.sums;
+    if constexpr (kKeep) each([&](int m, int j) QUIRE_LAMBDA { kept[m][j] = load(sums + m * kPanel + j * kWidth); });
+    const int8_t* a = t.a;
+    const uint8_t *weights = s.weights + t.column * 4, *scales = s.scales + t.column * 2;
+    const int32_t* start = t.start;
+    for (int64_t left = s.positions; left > 0; left -= s.segment) {
+        vi acc[MT][NV];
+        each([&](int m, int j) QUIRE_LAMBDA { acc[m][j] = set1_i(start[m * t.start_stride]); });
         const int64_t steps = ((left < s.segment ? left : s.segment) + kStepK<Bits> - 1) / kStepK<Bits>;
         for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 4
             for (int j = 0; j < PF; ++j) prefetch_l2(ahead + j * 64);
-            step<Bits, MT>(weights + i * kStepBytes, a, t.a_stride, acc);
+            step<Bits, MT, NV>(weights + i * kStepBytes, a, t.a_stride, acc);
             a += kStepK<Bits> * kActivationBytes<Bits>;
             ahead += PF * 64;
         }
-        vf scale[kVecs];
+        vf scale[NV];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) scale[j] = load(reinterpret_cast<const bf16*>(scales) + j * kWidth);
-#pragma GCC unroll 6
-        for (int m = 0; m < MT; ++m)
-#pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) {
-                float* sum = t.sums + m * kPanel + j * kWidth;
-                store(sum, fma(to_float_v(acc[m][j]), scale[j], load(sum)));
-            }
+        for (int j = 0; j < NV; ++j) scale[j] = load(reinterpret_cast<const bf16*>(scales) + j * kWidth);
+        each([&](int m, int j) QUIRE_LAMBDA {
+            float* const sum = sums + m * kPanel + j * kWidth;
+            const vf f = to_float_v(acc[m][j]);
+            if constexpr (kKeep) kept[m][j] = fma(f, scale[j], kept[m][j]);
+            else store(sum, fma(f, scale[j], load(sum)));
+        });
         weights += s.stride;
         scales += s.scale_stride;
         ++start;
     }
+    if constexpr (kKeep) each([&](int m, int j) QUIRE_LAMBDA { store(sums + m * kPanel + j * kWidth, kept[m][j]); });
 }
 
-template <int Bits, int MT> void tile_ahead(int pf, const Slice& s, const Tile& t, const char* ahead) {
+template <int Bits, int MT, int NV> void tile_ahead(int pf, const Slice& s, const Tile& t, const char* ahead) {
     switch (pf) {
-        case 0: return tile<Bits, MT, 0>(s, t, ahead);
-        case 1: return tile<Bits, MT, 1>(s, t, ahead);
-        case 2: return tile<Bits, MT, 2>(s, t, ahead);
-        default: return tile<Bits, MT, 4>(s, t, ahead);
+        case 0: return tile<Bits, MT, NV, 0>(s, t, ahead);
+        case 1: return tile<Bits, MT, NV, 1>(s, t, ahead);
+        case 2: return tile<Bits, MT, NV, 2>(s, t, ahead);
+        default: return tile<Bits, MT, NV, 4>(s, t, ahead);
     }
 }
 
-template <int Bits> void tile_rows(int rows, int pf, const Slice& s, const Tile& t, const char* ahead) {
+template <int Bits> void tile_rows(int rows, bool half, int pf, const Slice& s, const Tile& t, const char* ahead) {
     switch (rows) {
-        case 1: return tile_ahead<Bits, 1>(pf, s, t, ahead);
-        case 2: return tile_ahead<Bits, 2>(pf, s, t, ahead);
-        case 3: return tile_ahead<Bits, 3>(pf, s, t, ahead);
+        case 1: return tile_ahead<Bits, 1, 4>(pf, s, t, ahead);
+        case 2: return tile_ahead<Bits, 2, 4>(pf, s, t, ahead);
+        case 3: return tile_ahead<Bits, 3, 4>(pf, s, t, ahead);
 #if defined(QUIRE_ISA_avx512)
-        case 4: return tile_ahead<Bits, 4>(pf, s, t, ahead);
-        case 5: return tile_ahead<Bits, 5>(pf, s, t, ahead);
-        case 6: return tile_ahead<Bits, 6>(pf, s, t, ahead);
+        case 4: return half ? tile_ahead<Bits, 4, 2>(pf, s, t, ahead) : tile_ahead<Bits, 4, 4>(pf, s, t, ahead);
+        case 5: return half ? tile_ahead<Bits, 5, 2>(pf, s, t, ahead) : tile_ahead<Bits, 5, 4>(pf, s, t, ahead);
+        case 6: return half ? tile_ahead<Bits, 6, 2>(pf, s, t, ahead) : tile_ahead<Bits, 6, 4>(pf, s, t, ahead);
 #endif
     }
 }
@@ -187,9 +201,11 @@ template <int Bits>
 void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, int64_t k, float* sums, const char* ahead,
            int64_t lines, const Out* out) {
     const int64_t tiles = (rows + kRows - 1) / kRows, steps = (s.positions + kStepK<Bits> - 1) / kStepK<Bits>;
+    // With groups the floats are added to often: a tile of more than 3 rows takes half a panel at a time, to keep them.
+    const bool halves = kWidth == 16 && plan.args.w.group;
     int pf = 0;
     if (lines > 0) {
-        const int64_t per_step = (lines + steps * tiles - 1) / (steps * tiles);
+        const int64_t passes = steps * tiles * (halves && rows > 3 ? 2 : 1), per_step = (lines + passes - 1) / passes;
         pf = per_step <= 1 ? 1 : per_step <= 2 ? 2 : 4;
     }
     const QuantRows& q = plan.rows;
@@ -197,12 +213,21 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
         const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
         if (lines <= 0) pf = 0;
         const int64_t at = first_row + row;
-        const Tile t{q.a + at * q.stride + k * kActivationBytes<Bits>, q.stride, q.start + at * q.segments + k / s.segment,
-                     q.segments, sums + row * kPanel};
-        tile_rows<Bits>(mt, pf, s, t, ahead);
-        if (out) finish(*out, t.sums, row, mt);
+        Tile t{q.a + at * q.stride + k * kActivationBytes<Bits>, q.stride, q.start + at * q.segments + k / s.segment,
+               q.segments, sums + row * kPanel, 0};
+        const bool half = halves && mt > 3;
+        tile_rows<Bits>(mt, half, pf, s, t, ahead);
         ahead += steps * pf * 64;
         lines -= steps * pf;
+        if (half) {
+            if (lines <= 0) pf = 0;
+            t.column = kPanel / 2;
+            t.sums += kPanel / 2;
+            tile_rows<Bits>(mt, true, pf, s, t, ahead);
+            ahead += steps * pf * 64;
+            lines -= steps * pf;
+        }
+        if (out) finish(*out, sums + row * kPanel, row, mt);
         row += mt;
     }
 }

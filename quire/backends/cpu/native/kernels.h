@@ -46,6 +46,8 @@ struct LinearArgs {
     const float* bias;   // [n] or null
     int64_t m, x_stride, out_stride;
     bool accumulate;     // out += instead of out =
+    const void* then;    // the panels that will be read after these, to prefetch; or null
+    int64_t then_panels, then_panel_bytes;
 };
 
 // Rows are [m][heads][dim], with strides in floats; heads is 1 for a plain matrix.

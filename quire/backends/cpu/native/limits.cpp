@@ -81,15 +81,6 @@ double measure_fma_peak(const Kernels& kernels) { return measure_peak(kernels.fm
 
 double measure_int8_peak(const Kernels& kernels) { return measure_peak(kernels.int8_loop); }
 
-double measure_vnni_peak() {
-#if defined(QUIRE_X86_KERNELS)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-        return measure_peak(avx512vnni::int8_loop);
-#endif
-    return 0;
-}
-
 double measure_region(bool together, bool asleep) {
     struct Job { int threads; std::atomic<int> here; };
     std::vector<double> times(asleep ? kRegions / 10 : kRegions);

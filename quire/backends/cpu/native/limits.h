@@ -7,7 +7,6 @@ namespace quire {
 double measure_read_bandwidth(const Kernels& kernels, int64_t bytes, double seconds);
 double measure_fma_peak(const Kernels& kernels);         // GFLOP/s, float32
 double measure_int8_peak(const Kernels& kernels);        // G operations/s, two for a multiply-add
-double measure_vnni_peak();                              // the same with vpdpbusd; 0 where the CPU lacks it
 // Seconds of a region with nothing to do, median; `together`: it ends when every thread of the pool has taken a task, which an
 // empty region does not wait for; `asleep`: the threads have gone to sleep before it.
 double measure_region(bool together, bool asleep);

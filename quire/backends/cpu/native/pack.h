@@ -21,6 +21,8 @@ public:
     const Kernels& kernels;   // the packing is made for one instruction set, and runs on that one
     Panels panels;
     int64_t nbytes;
+    const PackedLinear* then = nullptr;   // what is read after it; must outlive it
+    int64_t count() const { return (panels.n + panels.panel - 1) / panels.panel; }
 
 private:
     bool owned_;

@@ -10,8 +10,6 @@ namespace quire::QUIRE_NS {
 typedef int32_t vi __attribute__((vector_size(64)));
 QUIRE_INLINE __m512i raw(vi a) { return reinterpret_cast<__m512i>(a); }
 QUIRE_INLINE vi as_vi(__m512i a) { return reinterpret_cast<vi>(a); }
-QUIRE_INLINE vi load_i(const void* p) { return as_vi(_mm512_loadu_si512(p)); }
-QUIRE_INLINE vi set1_i(int32_t x) { return as_vi(_mm512_set1_epi32(x)); }
 QUIRE_INLINE vi max_i(vi a, vi b) { return as_vi(_mm512_max_epi32(raw(a), raw(b))); }
 template <int N> QUIRE_INLINE vi shift_right16(vi a) { return as_vi(_mm512_srli_epi16(raw(a), N)); }
 QUIRE_INLINE vi bits_i(vf a) { return reinterpret_cast<vi>(a); }
@@ -38,8 +36,6 @@ QUIRE_INLINE vi dot(vi sum, vi u, vi a) { return as_vi(_mm512_dpbusd_epi32(raw(s
 typedef int32_t vi __attribute__((vector_size(32)));
 QUIRE_INLINE __m256i raw(vi a) { return reinterpret_cast<__m256i>(a); }
 QUIRE_INLINE vi as_vi(__m256i a) { return reinterpret_cast<vi>(a); }
-QUIRE_INLINE vi load_i(const void* p) { return as_vi(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
-QUIRE_INLINE vi set1_i(int32_t x) { return as_vi(_mm256_set1_epi32(x)); }
 QUIRE_INLINE vi max_i(vi a, vi b) { return as_vi(_mm256_max_epi32(raw(a), raw(b))); }
 template <int N> QUIRE_INLINE vi shift_right16(vi a) { return as_vi(_mm256_srli_epi16(raw(a), N)); }
 QUIRE_INLINE vi bits_i(vf a) { return reinterpret_cast<vi>(a); }
@@ -60,8 +56,6 @@ QUIRE_INLINE vi dot_small(vi u, vi a, vi v, vi b) {
 using vi = vm;
 typedef uint32_t vu __attribute__((vector_size(16)));
 typedef int16_t vh __attribute__((vector_size(16)));
-QUIRE_INLINE vi load_i(const void* p) { vi a; std::memcpy(&a, p, sizeof a); return a; }
-QUIRE_INLINE vi set1_i(int32_t x) { return set1i(x); }
 QUIRE_INLINE vi max_i(vi a, vi b) { return a > b ? a : b; }
 template <int N> QUIRE_INLINE vi shift_right16(vi a) {   // the lower half of each lane gets the upper one's bits: mask them
     return reinterpret_cast<vi>(reinterpret_cast<vu>(a) >> N);
@@ -80,6 +74,8 @@ QUIRE_INLINE vi dot_small(vi u, vi a, vi v, vi b) {
 }
 #endif
 
+QUIRE_INLINE vi load_i(const void* p) { vi a; std::memcpy(&a, p, sizeof a); return a; }
+QUIRE_INLINE vi set1_i(int32_t x) { return x - vi{}; }
 QUIRE_INLINE vi add_i(vi a, vi b) { return a + b; }
 QUIRE_INLINE vi and_i(vi a, vi b) { return a & b; }
 #if !defined(QUIRE_ISA_avx512)
