@@ -93,9 +93,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize")
     parser.add_argument("--profile", action="store_true", help="where Python's time goes, over the second half of the steps")
     args = parser.parse_args()
-    config = EngineConfig(model=args.model, dtype=args.dtype)
+    config = EngineConfig(model=args.model, dtype=args.dtype, quantize=args.quantize, speculation="off")
     backend = CpuBackend.open(config)
     for batch in args.batch:
         measure(backend, config, batch, args.context, args.steps, args.profile)
