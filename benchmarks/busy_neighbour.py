@@ -73,11 +73,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5, help="of decoding in each situation of a round")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--neighbours", type=int, default=1, help="busy processes")
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
-    decode = Decode(EngineConfig(model=args.model, dtype=args.dtype, threads=args.threads))
+    decode = Decode(EngineConfig(model=args.model, dtype=args.dtype, threads=args.threads, quantize=args.quantize, speculation="off"))
     decode.tokens_per_second(args.seconds)
     situations = {"alone": (0, []), "beside, free": (args.neighbours, []), "beside, bound": (args.neighbours, cores[::-1])}
     speeds: dict[str, list[float]] = {name: [] for name in situations}

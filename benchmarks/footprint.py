@@ -1,10 +1,13 @@
 """How light an installation is: its size, the time of imports and of --help, and the cold start of the server.
 
-    python benchmarks/footprint.py --venv .venv [--json FILE] [--rounds 5]
+    python benchmarks/footprint.py --venv .venv [--json FILE] [--rounds 5] [--model FOLDER]
 
 The environment must hold Quire and what it needs, nothing else (``make serve`` makes such a one). The cold start is from the
 start of the ``quire serve`` process to the first streamed token of the embedded model. Medians of the rounds; each round
 starts fresh processes; files are in the page cache, as they are on the second start of a machine.
+
+--model: how long that model takes from the start of a Python process until it is ready to run (LLM made), with its files in
+the page cache and without, beside the time of reading them from the disk; and the memory that is resident then, and at most.
 """
 
 from __future__ import annotations
@@ -78,11 +81,67 @@ def cold_start_seconds(quire: str) -> float:
         server.wait()
 
 
+READY = """
+import sys
+from quire import LLM
+llm = LLM(sys.argv[1])
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print("ready", int(status["VmRSS"].split()[0]) * 1024, int(status["VmHWM"].split()[0]) * 1024, llm.backend.weight_bytes(), flush=True)
+sys.stdin.read()
+"""
+
+
+def ready_seconds(python: str, model: Path) -> tuple[float, int, int, int]:
+    """From the start of the process until the model is ready; bytes resident then, at most, and of packed weights."""
+    start = time.perf_counter()
+    with subprocess.Popen([python, "-c", READY, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline().split()
+        seconds = time.perf_counter() - start
+    if not line:
+        raise SystemExit(f"{model} could not be loaded")
+    return seconds, int(line[1]), int(line[2]), int(line[3])
+
+
+def forget(files: list[Path]) -> None:
+    """Out of the page cache with them; a file that was just written has to reach the disk first."""
+    for file in files:
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_seconds(files: list[Path]) -> float:
+    start, buffer = time.perf_counter(), bytearray(4 << 20)
+    for file in files:
+        with file.open("rb", buffering=0) as f:
+            while f.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def model_figures(python: str, model: Path, rounds: int) -> dict[str, float]:
+    """Reading cold, ready cold and ready warm take turns; memory is that of the last round."""
+    files = sorted(model.glob("*.safetensors"))
+    reading, cold, warm = [], [], []
+    for _ in range(rounds):
+        forget(files)
+        reading.append(read_seconds(files))
+        forget(files)
+        cold.append(ready_seconds(python, model)[0])
+        seconds, resident, most, weights = ready_seconds(python, model)
+        warm.append(seconds)
+    times = {"model_read_s": reading, "model_ready_cold_s": cold, "model_ready_warm_s": warm}
+    memory = {"model_packed_gb": weights / 1e9, "model_resident_gb": resident / 1e9, "model_most_resident_gb": most / 1e9}
+    return {name: statistics.median(values) for name, values in times.items()} | memory
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=Path(".venv"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", type=Path, help="a model folder, to measure its start too")
     args = parser.parse_args()
     python, quire = (os.fspath(args.venv.resolve() / "bin" / name) for name in ("python", "quire"))
     total, largest = installed_bytes(args.venv)
@@ -99,6 +158,8 @@ def main() -> None:
         "help_s": median(lambda: seconds([quire, "--help"])),
         "cold_start_to_first_token_s": median(lambda: cold_start_seconds(quire)),
     }
+    if args.model:
+        figures |= model_figures(python, args.model, args.rounds)
     for name, value in figures.items():
         print(f"{name:28} {value if isinstance(value, dict) else round(value, 3)}")
     if args.json:

@@ -125,6 +125,29 @@ def edit_index(folder: Path, weight_map: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def resident(file: Path) -> int:
+    """Bytes of a mapped file that this process holds in memory."""
+    size, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            size += 1024 * int(line.split()[1])
+    return size
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux what is resident")
+def test_released_weights_are_not_resident_and_read_again_when_used(tmp_path: Path) -> None:
+    write_model(tmp_path, LLAMA, checkpoint(LLAMA, dtype=np.float32))
+    model = load_model(tmp_path)
+    before = {name: tensor.copy() for name, tensor in model.tensors.items()}
+    file = tmp_path / "model.safetensors"
+    assert resident(file) >= sum(tensor.nbytes for tensor in before.values())
+    model.release()
+    assert resident(file) == 0
+    assert all(np.array_equal(model.tensors[name], tensor) for name, tensor in before.items())
+
+
 def test_shards(tmp_path: Path) -> None:
     tensors = shard(tmp_path, LLAMA)
     model = load_model(tmp_path)

@@ -77,7 +77,7 @@ class CpuBackend:
                     max_tokens=config.max_num_batched_tokens,
                     max_rows=max(config.num_seqs(memory.num_blocks), config.speculation_positions),
                     max_model_len=max_model_len,
-                    packer=Packer(None if config.dtype == "auto" else config.dtype, quantization, cache, progress),
+                    packer=Packer(None if config.dtype == "auto" else config.dtype, quantization, cache, progress, model.release),
                 )
             tell("pack weights" if cache is None or not cache.found else "map packed weights", perf_counter() - start)
             if cache is not None and not cache.found:
@@ -107,8 +107,10 @@ class CpuBackend:
         if batch.drafts:
             self._rows.append_accepted(plan.work, result.tokens, self._sampler.beams)
         else:
-            drawn = ~self._sampler.beams[sampled]
-            self._rows.append(sampled[drawn], np.maximum(result.tokens, 0)[drawn])
+            tokens = np.maximum(result.tokens, 0)
+            if (beams := self._sampler.beams[sampled]).any():
+                sampled, tokens = sampled[~beams], tokens[~beams]
+            self._rows.append(sampled, tokens)
         return result
 
     def _poison_fresh(self, plan: StepPlan) -> None:

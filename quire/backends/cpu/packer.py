@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,12 @@ class Packer:
         quantization: Quantization | None = None,
         cache: PackedCache | None = None,
         progress: Progress | None = None,
+        release: Callable[[], None] | None = None,
     ) -> None:
-        """weight_dtype: width of what is not quantized; None keeps each tensor's. cache: of quantized weights."""
+        """weight_dtype: width of what is not quantized; None keeps each tensor's. cache: of quantized weights. release: is called
+        when weights have been packed, and lets go of the memory that reading them took."""
         self._weight_dtype, self._quantization, self._cache, self._progress = weight_dtype, quantization, cache, progress
+        self._release = release
 
     def matrix(self, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A weight as the kernels take it, in the width asked for."""
@@ -46,6 +49,8 @@ class Packer:
             packed = native.pack_linear([self.matrix(weight) for weight in weights])
         if self._progress is not None:
             self._progress.add(sum(weight.nbytes for weight in weights))
+        if self._release is not None:
+            self._release()
         return packed
 
     def _quantized(self, name: str, weights: list[npt.NDArray[Any]], kind: Quantization) -> native.PackedLinear:

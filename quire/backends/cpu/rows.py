@@ -68,6 +68,7 @@ class Rows:
         self.num_prompt = np.zeros(num_rows, np.int64)
         self.block_tables = np.zeros((num_rows, -(-max_len // block_size)), np.int32)
         self.starts: list[RowStart | None] = [None] * num_rows
+        self._counter = np.arange(num_rows + 1, dtype=np.int32)
 
     def begin(self, start: RowStart) -> None:
         """A sequence takes a row."""
@@ -79,7 +80,9 @@ class Rows:
 
     def batch(self, work: list[RowWork]) -> Batch:
         """Put the plan's new blocks and tokens into the tables, and lay out its positions."""
+        decode = True
         for w in work:
+            decode = decode and w.count == 1 and w.sample and w.write and not w.draft
             if w.new_blocks:
                 self.block_tables[w.row, w.first_block : w.first_block + len(w.new_blocks)] = w.new_blocks
             if w.tokens:
@@ -91,6 +94,9 @@ class Rows:
                 self.tokens[w.row, length : length + len(w.draft)] = w.draft
         rows = np.array([w.row for w in work], np.int32)
         start = np.array([w.start for w in work], np.int32)
+        if decode:  # the step that comes most often: one position of each row, and all are sampled
+            ids, query_start = self.tokens[rows, start], self._counter[: len(work) + 1]
+            return Batch(rows, query_start, start, start, ids, self.block_tables, rows, self.lengths[rows])
         counts = np.array([w.count for w in work], np.int32)
         query_start = np.zeros(len(work) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])

@@ -18,6 +18,10 @@ from quire.outputs import TokenLogprobs
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _OFF = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+_USES = {name: 1 << i for i, name in enumerate((*_OFF, "top_k", "logit_bias", "min_tokens", "logprobs"))}
+"""A bit for each parameter that costs something where a row has it."""
+_REPEATS = _USES["repetition_penalty"]
+_COUNTS = _USES["frequency_penalty"] | _USES["presence_penalty"]
 
 _FAILURES = {
     1: "the model's logits are not finite numbers: the weights may be damaged, or too large for their width",
@@ -53,6 +57,8 @@ class Sampler:
         self._top_k = np.zeros(count, np.int32)
         self._seed = np.zeros(count, np.uint64)
         self._num_logprobs = np.full(count, -1, np.int32)
+        self._uses = np.zeros(count, np.int32)
+        """[rows] bits of _USES."""
         self.beams = np.zeros(count, bool)
         """[rows] which rows report candidates, and get their token from the next plan."""
 
@@ -68,6 +74,14 @@ class Sampler:
         if start.num_candidates:  # the search chooses; what is drawn here is not used
             self._floats["temperature"][row] = 0.0
             self._num_logprobs[row] = min(start.num_candidates, self._vocab_size)
+        used = {name: self._floats[name][row] != off for name, off in _OFF.items()}
+        used |= {
+            "top_k": self._top_k[row] > 0,
+            "logit_bias": bool(params.logit_bias),
+            "min_tokens": params.min_tokens > 0,
+            "logprobs": self._num_logprobs[row] >= 0,
+        }
+        self._uses[row] = sum(_USES[name] for name, is_used in used.items() if is_used)
 
     def sample(self, logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> StepResult:
         """One token for each of ``rows``, after its first ``lengths`` tokens; logits [len(rows), vocab] float32. A row may be there
@@ -79,50 +93,54 @@ class Sampler:
             "seed": self._seed[rows],
             "position": lengths,
         }
-        for name, off in _OFF.items():
-            values = self._floats[name][rows]
-            if (values != off).any():
-                options[name] = values
-        if self._top_k[rows].any():
-            options["top_k"] = self._top_k[rows]
-        self._add_histories(options, rows, lengths)
-        self._add_bias_and_bans(options, rows, lengths)
-        num_logprobs = self._num_logprobs[rows]
-        widest = int(num_logprobs.max())
-        if widest >= 0:
+        uses = int(np.bitwise_or.reduce(self._uses[rows]))
+        if uses:
+            self._add_parameters(options, uses, rows)
+            self._add_histories(options, uses, rows, lengths)
+            self._add_bias_and_bans(options, uses, rows, lengths)
+        if uses & _USES["logprobs"]:
+            num_logprobs = self._num_logprobs[rows]
+            widest = int(num_logprobs.max())
             options["num_logprobs"] = num_logprobs
             options["logprob"], options["rank"] = np.zeros(count, np.float32), np.zeros(count, np.int32)
             options["top_ids"], options["top_logprobs"] = np.zeros((count, widest), np.int32), np.zeros((count, widest), np.float32)
         native.sample(logits, tokens, status, **options)
         result = StepResult(tokens.tolist(), [None] * count)
-        for i in np.flatnonzero(status):
-            result.tokens[i] = -1
-            result.errors[int(rows[i])] = _FAILURES[int(status[i])]
-        if widest >= 0:
+        if status.any():
+            for i in np.flatnonzero(status):
+                result.tokens[i] = -1
+                result.errors[int(rows[i])] = _FAILURES[int(status[i])]
+        if uses & _USES["logprobs"]:
             for i in np.flatnonzero((num_logprobs >= 0) & (status == 0)):
                 n = num_logprobs[i]
                 top = zip(options["top_ids"][i, :n].tolist(), options["top_logprobs"][i, :n].tolist(), strict=True)
                 result.logprobs[i] = TokenLogprobs((float(options["logprob"][i]), int(options["rank"][i])), list(top))
         return result
 
-    def _add_histories(self, options: dict[str, Any], rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
+    def _add_parameters(self, options: dict[str, Any], uses: int, rows: npt.NDArray[np.int32]) -> None:
+        for name in _OFF:
+            if uses & _USES[name]:
+                options[name] = self._floats[name][rows]
+        if uses & _USES["top_k"]:
+            options["top_k"] = self._top_k[rows]
+
+    def _add_histories(self, options: dict[str, Any], uses: int, rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
         """Prompt and output tokens of the rows with penalties."""
-        repeats = options.get("repetition_penalty")
-        counts = "frequency_penalty" in options or "presence_penalty" in options
-        if repeats is None and not counts:
+        if not uses & (_REPEATS | _COUNTS):
             return
         nothing = np.zeros(0, np.int32)
         prompts, outputs = _Lists(), _Lists()
         for row, length in zip(rows, lengths, strict=True):
-            repeated = self._floats["repetition_penalty"][row] != 1.0
-            counted = self._floats["frequency_penalty"][row] != 0.0 or self._floats["presence_penalty"][row] != 0.0
+            repeated, counted = self._uses[row] & _REPEATS, self._uses[row] & _COUNTS
             tokens, prompt = self._rows.tokens[row], self._rows.num_prompt[row]
             prompts.add(tokens[:prompt] if repeated else nothing)
             outputs.add(tokens[prompt:length] if repeated or counted else nothing)
         options.update(prompts.arrays("prompt"))
         options.update(outputs.arrays("output"))
 
-    def _add_bias_and_bans(self, options: dict[str, Any], rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
+    def _add_bias_and_bans(self, options: dict[str, Any], uses: int, rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
+        if not uses & (_USES["logit_bias"] | _USES["min_tokens"]):
+            return
         biased, banned = _Lists(), _Lists()
         values: list[float] = []
         for row, length in zip(rows, lengths, strict=True):

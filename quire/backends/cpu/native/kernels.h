@@ -184,6 +184,7 @@ struct Kernels {
     RowScan (*scan)(const float* z, int64_t n);
     // w = exp((z - max) / temperature); sums[c] = sum over the c-th run of kSumRun values; returns their total.
     double (*exp_row)(const float* z, int64_t n, float max, float temperature, float* w, double* sums);
+    double (*mass_at_least)(const float* w, int64_t n, float low);   // the sum of all w >= low
     int64_t (*count_greater)(const float* z, int64_t n, float than);
     // Ids with z >= low (in ascending order) into ids; at most n.
     int64_t (*select_at_least)(const float* z, int64_t n, float low, int32_t* ids);

@@ -41,6 +41,26 @@ double exp_row(const float* z, int64_t n, float most, float temperature, float* 
     return total;
 }
 
+double mass_at_least(const float* w, int64_t n, float low) {
+    double total = 0;
+    const vf bound = set1(low);
+    for (int64_t start = 0; start < n; start += kSumRun) {
+        const int64_t end = start + kSumRun < n ? start + kSumRun : n;
+        vf sum[4];
+        for (vf& s : sum) s = zero();
+        int64_t i = start;
+        for (; i + 4 * kWidth <= end; i += 4 * kWidth)
+            for (int j = 0; j < 4; ++j) {
+                const vf x = load(w + i + j * kWidth);
+                sum[j] = add(sum[j], select(at_least(x, bound), x, zero()));
+            }
+        float rest = 0;
+        for (; i < end; ++i) rest += w[i] >= low ? w[i] : 0;
+        total += reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) + rest;
+    }
+    return total;
+}
+
 int64_t count_greater(const float* z, int64_t n, float than) {
     int64_t count = 0, i = 0;
     const vf bound = set1(than);
@@ -52,9 +72,19 @@ int64_t count_greater(const float* z, int64_t n, float than) {
 int64_t select_at_least(const float* z, int64_t n, float low, int32_t* ids) {
     int64_t count = 0, i = 0;
     const vf bound = set1(low);
+#if defined(QUIRE_ISA_avx512)
+    __m512i id = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + kWidth <= n; i += kWidth) {   // no branch on what is found; count <= i, so a whole vector fits
+        const vm m = at_least(load(z + i), bound);
+        _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(m, id));
+        count += __builtin_popcount(m);
+        id = _mm512_add_epi32(id, _mm512_set1_epi32(kWidth));
+    }
+#else
     for (; i + kWidth <= n; i += kWidth)
         for (uint32_t m = bits(at_least(load(z + i), bound)); m; m &= m - 1)
             ids[count++] = static_cast<int32_t>(i + __builtin_ctz(m));
+#endif
     for (; i < n; ++i)
         if (z[i] >= low) ids[count++] = static_cast<int32_t>(i);
     return count;

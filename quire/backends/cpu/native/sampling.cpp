@@ -5,6 +5,7 @@
 #include "sampling.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -29,6 +30,8 @@ struct Row {
     double* sums = nullptr;
     int32_t* ids = nullptr;
     Candidate* candidates = nullptr;
+    float raw_top = 0;                     // of the raw logits
+    double raw_mass = 0;                   // sum of exp(logit - raw_top), where it is known
 
     void allocate() {
         const auto v = static_cast<size_t>(vocab), pad = size_t{64};
@@ -57,6 +60,7 @@ struct Row {
         const float* z = raw;
         RowScan seen = kernels.scan(z, vocab);
         if (seen.bad) return SampleStatus::bad_logits;
+        raw_top = seen.max;
         if (changes()) {
             std::memcpy(changed, raw, static_cast<size_t>(vocab) * sizeof(float));
             restrict_tokens();
@@ -135,20 +139,24 @@ struct Row {
 
     int32_t draw(const float* z, float top, float temperature) {
         const double total = kernels.exp_row(z, vocab, top, temperature, weights, sums);
+        if (z == raw && temperature == 1) raw_mass = total;
         const double u = uniform(a.seed[row], static_cast<uint64_t>(a.position[row]));
         const int64_t k = a.top_k && a.top_k[row] > 0 && a.top_k[row] < vocab ? a.top_k[row] : 0;
         const float p = value(a.top_p, 1), least = value(a.min_p, 0);
         if (!k && p >= 1 && least <= 0) return draw_from_all(u * total);
 
-        // Tokens below a share (1 - p) / vocab of the mass hold less than 1 - p together: top_p never needs them.
+        Range edge{0, kInf};   // of weights: all above it are kept, and none below it
         int64_t n;
         if (k) n = kernels.select_at_least(z, vocab, reached_by(z, k), ids);
         else if (least > 0) n = kernels.select_at_least(weights, vocab, least, ids);
-        else n = kernels.select_at_least(weights, vocab, static_cast<float>(0.5 * (1 - p) * total / static_cast<double>(vocab)), ids);
+        else edge = nucleus_edge(p, total), n = kernels.select_at_least(weights, vocab, edge.low, ids);
         int64_t count = 0;
+        double above = 0;
         for (int64_t i = 0; i < n; ++i) {
             const int32_t id = ids[i];
-            if (weights[id] > 0 && weights[id] >= least) candidates[count++] = {z[id], weights[id], id};
+            const float w = weights[id];
+            if (w >= edge.high) above += w;
+            else if (w > 0 && w >= least) candidates[count++] = {z[id], w, id};
         }
         Candidate last{-kInf, 0, INT32_MAX};   // the least likely one that is kept
         if (k && count > k) {
@@ -157,16 +165,43 @@ struct Row {
             count = k;
         }
         // Without min_p and top_k the mass of what was left out above counts as well.
-        if (p < 1) last = nucleus(count, top, p * (k || least > 0 ? mass(0, count) : total));
+        if (p < 1) last = nucleus(count, above, p * (k || least > 0 ? mass(0, count) : total));
 
         // Once more in ascending order of ids, which the search has disturbed.
         count = 0;
+        double kept = 0;
         for (int64_t i = 0; i < n; ++i) {
             const int32_t id = ids[i];
-            candidates[count] = {z[id], weights[id], id};
-            count += weights[id] > 0 && weights[id] >= least && !likelier(last, candidates[count]);
+            const float w = weights[id];
+            if (!(w > 0 && w >= least) || likelier(last, {z[id], w, id})) continue;
+            ids[count++] = id;
+            kept += w;
         }
-        return draw_from_candidates(count, u);
+        const double target = u * kept;
+        double reached = 0;
+        for (int64_t i = 0; i < count; ++i)
+            if ((reached += weights[ids[i]]) > target) return ids[i];
+        return ids[count - 1];
+    }
+
+    struct Range { float low, high; };
+
+    // Where the least likely token of the nucleus is to be looked for: what weighs `low` or more holds the mass p * total
+    // for certain, what weighs `high` or more does not. Halves the distance between the logarithms, that is the bits.
+    Range nucleus_edge(float p, double total) {
+        constexpr double kRoom = 1e-4;   // far more than what float32 sums are off by
+        // Tokens below a share (1 - p) / vocab of the mass hold less than 1 - p together.
+        const float low = static_cast<float>(0.5 * (1 - p) * total / static_cast<double>(vocab));
+        auto from = std::bit_cast<uint32_t>(low), to = std::bit_cast<uint32_t>(1.0f);   // what the likeliest one weighs
+        float high = kInf;
+        for (int step = 0; step < 8 && from < to; ++step) {
+            const uint32_t middle = from + (to - from) / 2;
+            const double mass = kernels.mass_at_least(weights, vocab, std::bit_cast<float>(middle));
+            if (mass >= p * total * (1 + kRoom)) from = middle;
+            else to = middle;
+            if (mass < p * total * (1 - kRoom)) high = std::bit_cast<float>(to);
+        }
+        return {std::bit_cast<float>(from), high};
     }
 
     double mass(int64_t from, int64_t to) const {
@@ -175,18 +210,17 @@ struct Row {
         return sum;
     }
 
-    // The last candidate, in order of likelihood, of the smallest set that holds at least `target`. Sorts only the
-    // bucket of logits in which the mass gets there.
-    Candidate nucleus(int64_t count, float top, double target) {
+    // The last candidate, in order of likelihood, of the smallest set that holds at least `target`, of which `before` comes
+    // before all candidates. Sorts only the bucket of logits in which the mass gets there.
+    Candidate nucleus(int64_t count, double before, double target) {
         constexpr int kBuckets = 1024;
         double buckets[kBuckets] = {};
-        float least = top;
-        for (int64_t i = 0; i < count; ++i) least = std::min(least, candidates[i].z);
+        float least = kInf, top = -kInf;
+        for (int64_t i = 0; i < count; ++i) least = std::min(least, candidates[i].z), top = std::max(top, candidates[i].z);
         const bool spread = top - least > 1e-30f;   // otherwise all go to the first bucket
         const float scale = spread ? kBuckets / (top - least) : 0.0f;
         const auto bucket = [=](const Candidate& c) { return std::min(kBuckets - 1, static_cast<int>((top - c.z) * scale)); };
         for (int64_t i = 0; i < count; ++i) buckets[bucket(candidates[i])] += candidates[i].w;
-        double before = 0;
         int here = 0;
         while (spread && here < kBuckets - 1 && before + buckets[here] < target) before += buckets[here++];
         Candidate* end = std::partition(candidates, candidates + count, [&](const Candidate& c) { return bucket(c) == here; });
@@ -203,14 +237,6 @@ struct Row {
         for (; low < high - 1; ++low)
             if ((before += candidates[low].w) >= target) break;
         return candidates[low];
-    }
-
-    int32_t draw_from_candidates(int64_t count, double u) const {
-        const double target = u * mass(0, count);
-        double reached = 0;
-        for (int64_t i = 0; i < count; ++i)
-            if ((reached += candidates[i].w) > target) return candidates[i].id;
-        return candidates[count - 1].id;
     }
 
     // The run in which the mass passes the target, then the token in it. Rounding may let the sum end short of the
@@ -244,8 +270,8 @@ struct Row {
         a.logprob[row] = -kInf;
         a.rank[row] = -1;
         if (token < 0) return;
-        const float top = kernels.scan(raw, vocab).max;
-        const double log_sum = top + std::log(kernels.exp_row(raw, vocab, top, 1.0f, nullptr, nullptr));
+        if (raw_mass == 0) raw_mass = kernels.exp_row(raw, vocab, raw_top, 1.0f, nullptr, nullptr);
+        const double log_sum = raw_top + std::log(raw_mass);
         a.logprob[row] = static_cast<float>(raw[token] - log_sum);
         a.rank[row] = static_cast<int32_t>(1 + kernels.count_greater(raw, vocab, raw[token]));
         if (wanted <= 0) return;

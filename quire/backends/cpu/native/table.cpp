@@ -17,6 +17,7 @@ void attention(const AttentionArgs&);
 void attention_merge(const AttentionArgs&, const AttentionWork*, int64_t);
 RowScan scan(const float*, int64_t);
 double exp_row(const float*, int64_t, float, float, float*, double*);
+double mass_at_least(const float*, int64_t, float);
 int64_t count_greater(const float*, int64_t, float);
 int64_t select_at_least(const float*, int64_t, float, int32_t*);
 int64_t find_equal(const float*, int64_t, float);
@@ -45,6 +46,7 @@ const Kernels kernels = {
     .attention_merge = attention_merge,
     .scan = scan,
     .exp_row = exp_row,
+    .mass_at_least = mass_at_least,
     .count_greater = count_greater,
     .select_at_least = select_at_least,
     .find_equal = find_equal,
