@@ -136,9 +136,10 @@ def main() -> None:
     model = load_model(resolve_model(args.model))
     most = max([*args.rows, *args.prefill])
     blocks = 2 + max(max(args.rows, default=1) * (-(-args.context // BLOCK)), -(-max(args.prefill, default=1) // BLOCK))
+    packer = Packer(args.dtype, Quantization.named(args.quantize) if args.quantize else None)
     decoder = Decoder(
         model.spec, model.tensors, num_blocks=blocks, block_size=BLOCK, kv_dtype=args.kv_dtype, max_tokens=most,
-        max_rows=max(args.rows, default=1), max_model_len=8192, packer=Packer(args.dtype, Quantization.named(args.quantize) if args.quantize else None),
+        max_rows=max(args.rows, default=1), max_model_len=8192, packer=packer,
     )  # fmt: skip
     bandwidth, peak = native.measure_read_bandwidth() * 1e9, native.measure_fma_peak() * 1e9
     peaks = {"int8": native.measure_int8_peak() * 1e9, "int4": native.measure_int8_peak() * 1e9}
