@@ -52,6 +52,9 @@ class Guesses(Drafter):
         self._prompt, self._outcome, self._vocab_size = prompt, outcome, vocab_size
         self._rng = random.Random(prompt)
 
+    def look(self) -> bool:
+        return True
+
     def draft(self, most: int, least_chance: float) -> list[int]:
         at = len(self._tokens) - self._prompt
         draft = self._outcome[at : at + max(0, most)]

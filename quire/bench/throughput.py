@@ -67,6 +67,10 @@ class Throughput:
     """Sequences that run in a step, on average."""
     preemptions: int
     tokens_recomputed: int
+    tokens_drafted: int
+    """Tokens that were guessed, and verified."""
+    tokens_accepted: int
+    """Those that were right."""
     kv: KVUse
     flops: int
     bytes_read: int
@@ -148,6 +152,8 @@ def _summarize(
         mean_batch=fmean(s.sequences for s in steps),
         preemptions=after.preemptions - before.preemptions,
         tokens_recomputed=after.tokens_recomputed - before.tokens_recomputed,
+        tokens_drafted=after.tokens_drafted - before.tokens_drafted,
+        tokens_accepted=after.tokens_accepted - before.tokens_accepted,
         kv=_kv_use(samples),
         flops=flops,
         bytes_read=bytes_read,
@@ -170,12 +176,15 @@ def _kv_use(samples: list[EngineStats]) -> KVUse:
 def describe(r: Throughput) -> str:
     """The result as a table for the terminal."""
     quantized = r.engine["quantize"] is not None
+    share = f"{r.tokens_accepted / r.output_tokens:.1%} of the output, of {r.tokens_drafted:,} tokens that were guessed (--speculation)"
+    drafts = [("speculation", f"{r.tokens_accepted:,}", share)] if r.tokens_drafted else []
     rows = [
         ("requests", f"{r.requests:,}", f"{r.prompt_tokens:,} prompt + {r.output_tokens:,} output tokens in {r.elapsed_s:.2f} s"),
         ("output", f"{r.output_tokens_per_s:,.1f} tokens/s", f"{r.requests_per_s:.2f} requests/s"),
         ("total", f"{r.total_tokens_per_s:,.1f} tokens/s", "prompt and output"),
         ("batch", f"{r.mean_batch:.1f}", f"sequences in a step, mean over {r.steps:,} steps; {1000 * r.elapsed_s / r.steps:.1f} ms a step"),
         ("preemptions", f"{r.preemptions:,}", f"{r.tokens_recomputed:,} positions computed again"),
+        *drafts,
         ("KV of blocks", f"{r.kv.used_of_allocated:.1%}", "of the positions in allocated blocks hold tokens"),
         ("KV of pool", f"{r.kv.used_of_pool:.1%}", f"mean, {r.kv.peak_used_of_pool:.1%} at most, of {r.kv.pool_positions:,} positions"),
         ("scheduling", f"{1 - r.backend_s / r.elapsed_s:.1%}", "of the time is spent outside the backend"),

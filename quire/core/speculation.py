@@ -26,12 +26,18 @@ from quire.outputs import SequenceOutput, TokenLogprobs
 MAX_POSITIONS = 8
 """Positions up to which a step is filled up. With float32 weights on two AVX-512 cores, 8 cost 1.1 to 1.25 of one, and twice as
 many twice as much (llama-160m); a model that fits into the caches is at 2.5."""
-FIRST_RATE = 0.5
+FIRST_RATE = 0.4
 STEP = 0.08
 """What each further token in common adds to a guess's chance."""
 WEIGHT = 0.2
 """Of one guess in the rate of those that came true."""
 BEST_CHANCE = 0.97
+LEAST_CHANCE = 0.4
+"""Of a guess that is worth its place in a step of one position. It costs 0.03 to 0.1 of the step where the step reads weights from
+memory, up to 0.3 in a small model that fits into the caches."""
+IDLE, MAX_IDLE = 8, 7
+"""For each IDLE looks in a row that came to nothing, one more token passes by before the next, at most MAX_IDLE: looking costs
+microseconds, which a small model's step notices."""
 MAX_PATIENCE = 6
 """After f failures in a row the next draft waits for 2**f tokens, at most for 2**MAX_PATIENCE."""
 
@@ -39,7 +45,7 @@ MAX_PATIENCE = 6
 def worth(positions: int) -> float:
     """How likely the last token of a draft has to be right, in a step of ``positions`` positions without drafts: a guess that comes
     true adds one token to as many, and one that does not costs about as much more of the step's time as there are more."""
-    return 0.3 + 0.1 * (positions - 1)
+    return LEAST_CHANCE + 0.1 * (positions - 1)
 
 
 class Drafter:
@@ -49,39 +55,48 @@ class Drafter:
     all of it is likely enough; after drafts of which nothing was right there is none for a while.
     """
 
-    __slots__ = ("_failures", "_lookup", "_rate", "_retry_at", "_tokens")
+    __slots__ = ("_chance", "_failures", "_idle", "_lookup", "_rate", "_start", "_tokens", "look_at")
 
     def __init__(self, tokens: list[int]) -> None:
         """tokens: the sequence's own, which grow."""
+        self.look_at = 0
+        """There is no use in looking while there are fewer tokens."""
         self._tokens = tokens
         self._lookup = PromptLookup(tokens)
         self._rate = FIRST_RATE
         self._failures = 0
-        self._retry_at = 0
+        self._idle = 0
+        self._start = 0
+        self._chance = 0.0
+
+    def look(self) -> bool:
+        """Whether there is something to guess from, and a guess can be worth it."""
+        self._start, common = self._lookup.find()
+        self._chance = min(BEST_CHANCE, self._rate + STEP * (common - PAIR)) if common else 0.0
+        if self._chance >= LEAST_CHANCE:
+            self._idle = 0
+            return True
+        self._idle += 1
+        self.look_at = len(self._tokens) + 1 + min(self._idle // IDLE, MAX_IDLE)
+        return False
 
     def draft(self, most: int, least_chance: float) -> list[int]:
-        """The next tokens, at most ``most``, all of them right with a probability of ``least_chance`` or more."""
-        if most <= 0 or len(self._tokens) < self._retry_at:
-            return []
-        start, common = self._lookup.find()
-        if not common:
-            return []
-        chance = min(BEST_CHANCE, self._rate + STEP * (common - PAIR))
-        count, all_right = 0, chance
+        """The next tokens, at most ``most``, all of them right with a probability of ``least_chance`` or more. After ``look``."""
+        count, all_right = 0, self._chance
         while count < most and all_right >= least_chance:
             count += 1
-            all_right *= chance
-        return self._lookup.draft(start, count)
+            all_right *= self._chance
+        return self._lookup.draft(self._start, count)
 
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Of the last ``drafted`` tokens the first ``accepted`` were right; the tokens are known by now."""
-        for i in range(min(accepted + 1, drafted)):
-            self._rate += WEIGHT * ((i < accepted) - self._rate)
-        if accepted:
+    def learn(self, drafted: int, right: int) -> None:
+        """Of the last ``drafted`` tokens the first ``right`` were right; the tokens are known by now."""
+        for i in range(min(right + 1, drafted)):
+            self._rate += WEIGHT * ((i < right) - self._rate)
+        if right:
             self._failures = 0
         else:
             self._failures = min(self._failures + 1, MAX_PATIENCE)
-            self._retry_at = len(self._tokens) + (1 << self._failures) - 1
+            self.look_at = len(self._tokens) + (1 << self._failures) - 1
 
 
 class Speculation:
@@ -101,19 +116,21 @@ class Speculation:
         """Add drafts to ``plan``, whose work is that of the sequences ``planned``. Nobody is preempted for them."""
         if len(planned) >= self._max_positions:
             return
+        found = []
+        for work, seq in zip(plan.work, planned, strict=True):
+            drafter = seq.drafter
+            if (drafter is None or len(seq.tokens) >= drafter.look_at) and _may_draft(work, seq):
+                if drafter is None:
+                    drafter = seq.drafter = Drafter(seq.tokens)
+                if drafter.look():
+                    found.append((work, seq, drafter))
+        if not found or (self._strict and not self._all_fit(running)):
+            return
         positions = plan.num_tokens
-        room = self._max_positions - positions
-        if room <= 0:
-            return
-        decoding = [(work, seq) for work, seq in zip(plan.work, planned, strict=True) if _may_draft(work, seq)]
-        if self._strict and not self._all_fit(running):
-            return
-        least_chance = worth(positions)
-        for i, (work, seq) in enumerate(decoding):
-            if seq.drafter is None:
-                seq.drafter = Drafter(seq.tokens)
-            share = -(-room // (len(decoding) - i))
-            draft = seq.drafter.draft(min(share, seq.max_tokens - seq.num_generated - 1), least_chance)
+        room, least_chance = self._max_positions - positions, worth(positions)
+        for i, (work, seq, drafter) in enumerate(found):
+            share = -(-room // (len(found) - i))
+            draft = drafter.draft(min(share, seq.max_tokens - seq.num_generated - 1), least_chance)
             if draft and self._make_room(work, seq, len(draft), len(running)):
                 work.draft = draft
                 work.count += len(draft)

@@ -44,3 +44,12 @@ def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_options(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "throughput", *options]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_throughput_shows_what_was_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("quire.backends.cpu._native")
+    options = ["--requests", "1", "--prompt-mean", "12", "--output-mean", "200", "--sigma", "0", "--kv-memory", "32MiB"]
+    assert main(["bench", "throughput", *options]) == 0
+    assert "--speculation" in capsys.readouterr().out
+    assert main(["bench", "throughput", *options, "--speculation", "off"]) == 0
+    assert "--speculation" not in capsys.readouterr().out

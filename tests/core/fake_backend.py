@@ -112,6 +112,9 @@ class ScriptedDrafter(Drafter):
         super().__init__(tokens)
         self._seed, self._rng, self._vocab_size = seed, rng, vocab_size
 
+    def look(self) -> bool:
+        return True
+
     def draft(self, most: int, least_chance: float) -> list[int]:
         count = self._rng.randint(0, max(0, most))
         right = self._rng.choice([0, 1, count // 2, count, count])

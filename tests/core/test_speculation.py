@@ -47,6 +47,11 @@ def ask(name: str, prompt: list[int], seed: int = 0, eos: tuple[int, ...] = (), 
     return Request(name, prompt, SamplingParams(**params), seed, eos)
 
 
+def guess(drafter: Drafter, tokens: list[int], most: int = 7, least_chance: float = 0.4) -> list[int]:
+    """What Speculation gets of ``drafter``, whose tokens are ``tokens``."""
+    return drafter.draft(most, least_chance) if len(tokens) >= drafter.look_at and drafter.look() else []
+
+
 def drain(engine: Engine) -> dict[str, list[SequenceOutput]]:
     outputs: dict[str, list[SequenceOutput]] = {}
     while engine.has_work:
@@ -267,7 +272,7 @@ def test_drafts_get_longer_while_they_are_right() -> None:
     drafter = Drafter(known)
     lengths = []
     for _ in range(12):
-        draft = drafter.draft(7, 0.3)
+        draft = guess(drafter, known)
         truth = [text[(len(known) + i) % 10] for i in range(len(draft) + 1)]
         assert draft == truth[:-1]
         lengths.append(len(draft))
@@ -284,7 +289,7 @@ def test_drafting_that_is_always_wrong_nearly_ends_and_begins_again() -> None:
     tries = []
     for _ in range(1000):  # the same three tokens, and then a new one
         known += [1, 2, 3]
-        draft = drafter.draft(7, 0.3)
+        draft = guess(drafter, known)
         if draft:
             tries.append(len(draft))
         known.append(rng.randrange(10, 1 << 20))
@@ -295,7 +300,7 @@ def test_drafting_that_is_always_wrong_nearly_ends_and_begins_again() -> None:
     known += known[-200:]
     drafted = 0
     for token in known[-200:]:
-        draft = drafter.draft(7, 0.3)
+        draft = guess(drafter, known)
         if draft:
             right = draft[0] == token
             drafter.learn(len(draft), int(right))
@@ -306,6 +311,23 @@ def test_drafting_that_is_always_wrong_nearly_ends_and_begins_again() -> None:
 
 def test_a_draft_must_be_likelier_where_more_sequences_share_the_step() -> None:
     known = [1, 2, 3, 4, 5, 6, 1, 2]
-    assert Drafter(known).draft(7, 0.3) == [3]
-    assert Drafter(known).draft(7, 0.6) == []
-    assert Drafter(known).draft(0, 0.1) == []
+    assert guess(Drafter(known), known) == [3]
+    assert guess(Drafter(known), known, least_chance=0.6) == []
+    assert guess(Drafter(known), known, 0, 0.1) == []
+
+
+def test_where_nothing_is_found_it_is_looked_for_less_often_and_found_all_the_same() -> None:
+    known = list(range(1000))
+    drafter, looks = Drafter(known), 0
+    for token in range(1000, 1400):
+        if len(known) >= drafter.look_at:
+            looks += 1
+            assert not drafter.look()
+        known.append(token)
+    assert looks < 150
+    known += known[20:25]
+    drafted = []
+    for token in known[25:40]:
+        drafted += guess(drafter, known, 1)
+        known.append(token)
+    assert len(drafted) >= 10

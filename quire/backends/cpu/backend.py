@@ -126,10 +126,7 @@ class CpuBackend:
 
     def limits(self) -> tuple[float, float]:
         """Measured limits of this machine with the threads in use. See Backend."""
-        if not self.weight_note:
-            peak = native.measure_fma_peak()
-        else:
-            peak = native.measure_vnni_peak() if native.isa() == "avx512vnni" else native.measure_int8_peak()
+        peak = native.measure_int8_peak() if self.weight_note else native.measure_fma_peak()
         return native.measure_read_bandwidth() * 1e9, peak * 1e9
 
     def weight_bytes(self) -> int:
