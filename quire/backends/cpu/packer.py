@@ -35,6 +35,8 @@ class Packer:
     def matrix(self, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A weight as the kernels take it, in the width asked for."""
         if self._weight_dtype is not None and tensor.dtype.name != self._weight_dtype:
+            if self._weight_dtype == "bfloat16":
+                import ml_dtypes  # noqa: F401  numpy knows the name once this is imported; only here, as others need none of it
             tensor = tensor.astype(self._weight_dtype)
         return _bits(tensor)
 
