@@ -1,4 +1,4 @@
-"""The native CPU kernels: plain arrays in, plain arrays out, no state besides the number of threads.
+"""The native CPU kernels: plain arrays in, plain arrays out, no state besides the number of threads and an open Recording.
 
 Conventions. `float32` arrays are C-contiguous along their last axis; matrices and head views may have any larger
 distance between rows (and heads), so that q, k and v can be views into one fused buffer. 16-bit floats are `float16`, or
@@ -60,6 +60,22 @@ def measure_int8_peak() -> float:
 def measure_region(together: bool = False, asleep: bool = False) -> float:
     """Seconds of a parallel region without work, median. together: until every thread has taken a task of it, which an empty
     region does not wait for. asleep: after a pause, so that the threads must be woken."""
+
+# --- steps that come again ------------------------------------------------------------------------------------------
+
+@final
+class Recording:
+    """Calls of the kernels of layers and of the KV cache (not of the sampler), kept to be run again.
+
+    ``with recording:`` keeps what this thread calls meanwhile, besides running it. Arrays are kept alive, and used where they are:
+    same shapes, whatever they hold by then. Ids among it are checked at every run, as at every call.
+    """
+
+    def __enter__(self) -> Recording: ...
+    def __exit__(self, *args: object) -> None: ...
+    def __len__(self) -> int:
+        """Calls that it holds."""
+    def run(self) -> None: ...
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 

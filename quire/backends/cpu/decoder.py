@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.packer import Packer
+from quire.backends.cpu.replay import Replay
 from quire.backends.cpu.rows import Batch, Part
 from quire.models.spec import TransformerSpec
 
@@ -148,10 +149,18 @@ class Decoder:
         self._activated = buffer(max_tokens, spec.intermediate_size)
         self._embedded = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._x
         self._last = buffer(max_rows, spec.hidden_size)
+        self._projected = buffer(max_rows, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._last
+        self._places = np.zeros(max_tokens, np.int32)
         self._logits = np.zeros((max_rows, spec.vocab_size), np.float32)
+        self._replay = Replay(self._forward)
 
     def forward(self, batch: Batch) -> F32:
         """Compute the batch's positions: write their KV, attend. Returns logits [samples, vocab], valid until the next call."""
+        if self.positions is not None:
+            np.add(batch.positions, self.spec.position_offset, out=self._places[: len(batch.positions)])
+        return self._replay(batch)
+
+    def _forward(self, batch: Batch) -> F32:
         x = self._embed(batch)
         last = self.layers[-1]
         for layer in self.layers:
@@ -206,7 +215,7 @@ class Decoder:
         if self.spec.embedding_size != self.spec.hidden_size:
             self.embed_in(embedded, x)
         if self.positions is not None:
-            native.add_rows(batch.positions + np.int32(self.spec.position_offset), self.positions, x)
+            native.add_rows(self._places[:count], self.positions, x)
         return x
 
     def _attention(self, layer: Layer, x: F32, residual: F32, batch: Batch, asked: Part | None) -> F32:
@@ -251,7 +260,7 @@ class Decoder:
         if self.final_norm is not None:
             self.final_norm(x, x)
         if self.spec.embedding_size != self.spec.hidden_size:
-            projected = np.empty((len(x), self.spec.embedding_size), np.float32)
+            projected = self._projected[: len(x)]
             self.embed_out(x, projected)
             x = projected
         logits = self._logits[: len(x)]

@@ -6,7 +6,7 @@ run in it, not to the lengths of their sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,17 @@ class Batch:
     """The positions whose KV is not in the blocks yet and is written; None for all of them."""
     asked: Part | None = None
     """The positions whose hidden states become logits; None for all of them."""
+    uniform: bool = False
+    """One position of each sequence, written and sampled: from the next such batch of S it differs by what ``contents`` hold alone."""
+
+    def contents(self) -> tuple[I32, I32, I32]:
+        """What a uniform batch has of its own. Its positions are its starts."""
+        return self.rows, self.start, self.ids
+
+    def copy(self) -> Batch:
+        """A uniform batch with the same contents in arrays of its own."""
+        rows, start, ids = (array.copy() for array in self.contents())
+        return replace(self, rows=rows, start=start, positions=start, ids=ids, sampled=rows)
 
 
 @dataclass(slots=True)
@@ -96,7 +107,7 @@ class Rows:
         start = np.array([w.start for w in work], np.int32)
         if decode:  # the step that comes most often: one position of each row, and all are sampled
             ids, query_start = self.tokens[rows, start], self._counter[: len(work) + 1]
-            return Batch(rows, query_start, start, start, ids, self.block_tables, rows, self.lengths[rows])
+            return Batch(rows, query_start, start, start, ids, self.block_tables, rows, self.lengths[rows], uniform=True)
         counts = np.array([w.count for w in work], np.int32)
         query_start = np.zeros(len(work) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])

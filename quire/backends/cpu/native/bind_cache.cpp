@@ -7,6 +7,7 @@
 #include "arrays.h"
 #include "attention_plan.h"
 #include "dispatch.h"
+#include "recording.h"
 #include "threads.h"
 
 namespace quire {
@@ -60,23 +61,30 @@ CheckedCache check_cache(const A& k, const A& v, const std::optional<A>& k_scale
              block}, dim(k, 0)};
 }
 
-// Every block that a token of the batch reads or writes must exist: positions from first to last of each sequence,
-// where the first is that of the chunk, or of what its window sees when `history`.
-Ragged check_ragged(const CheckedCache& c, int64_t tokens, const Array& tables, const Array& rows_, const Array& query_start_,
-                    const Array& start_, bool history, int64_t window) {
+// Which tokens run, with what bounds them.
+struct CheckedRagged { Ragged seq; int64_t tokens, table_rows, table_width; };
+
+CheckedRagged check_ragged(int64_t tokens, const Array& tables, const Array& rows_, const Array& query_start_, const Array& start_) {
     require_dtype<int32_t>(tables, "block_tables", "int32");
     require_aligned<int32_t>(tables, "block_tables");
     require_ndim(tables, 2, "block_tables");
-    const int64_t width = dim(tables, 1), table_rows = dim(tables, 0), table_stride = stride(tables, 0, width);
+    const int64_t width = dim(tables, 1);
     require(stride(tables, 1, 1) == 1, "block_tables: the entries of a row must be adjacent");
     const int32_t* rows = vector<int32_t>(rows_, "rows", "int32", -1);
     const int64_t seqs = dim(rows_, 0);
     const int32_t* query_start = vector<int32_t>(query_start_, "query_start", "int32", seqs + 1);
     const int32_t* start = vector<int32_t>(start_, "start", "int32", seqs);
     const auto* table = static_cast<const int32_t*>(tables.data());
-    require(query_start[0] == 0 && query_start[seqs] == tokens,
-            "query_start must go from 0 to the number of tokens, " + std::to_string(tokens));
-    require_ids(rows, seqs, table_rows, "rows", "rows of block_tables");
+    return {{table, rows, query_start, start, seqs, stride(tables, 0, width)}, tokens, dim(tables, 0), width};
+}
+
+// Every block that a token of the batch reads or writes must exist: positions from first to last of each sequence,
+// where the first is that of the chunk, or of what its window sees when `history`.
+void check_blocks(const CheckedCache& c, const CheckedRagged& r, bool history, int64_t window) {
+    const auto [table, rows, query_start, start, seqs, table_stride] = r.seq;
+    require(query_start[0] == 0 && query_start[seqs] == r.tokens,
+            "query_start must go from 0 to the number of tokens, " + std::to_string(r.tokens));
+    require_ids(rows, seqs, r.table_rows, "rows", "rows of block_tables");
     for (int64_t s = 0; s < seqs; ++s) {
         const int64_t count = int64_t{query_start[s + 1]} - query_start[s];
         const auto who = [s] { return "sequence " + std::to_string(s); };
@@ -84,8 +92,8 @@ Ragged check_ragged(const CheckedCache& c, int64_t tokens, const Array& tables, 
         require(start[s] >= 0, who() + ": start must not be negative, but is " + std::to_string(start[s]));
         if (count == 0) continue;
         const int64_t last = start[s] + count - 1;
-        require(last < (int64_t{1} << 31) - 256 && last / c.cache.block_size < width,
-                who() + ": position " + std::to_string(last) + " is beyond the " + std::to_string(width) + " blocks of its table");
+        require(last < (int64_t{1} << 31) - 256 && last / c.cache.block_size < r.table_width,
+                who() + ": position " + std::to_string(last) + " is beyond the " + std::to_string(r.table_width) + " blocks of its table");
         int64_t first = start[s];
         if (history) first = window > 0 && first >= window ? first - window + 1 : 0;
         const int32_t* blocks = table + rows[s] * table_stride;
@@ -94,7 +102,6 @@ Ragged check_ragged(const CheckedCache& c, int64_t tokens, const Array& tables, 
                 fail(who() + ": block " + std::to_string(b) + " of its table is " + std::to_string(blocks[b]) +
                      ", outside the " + std::to_string(c.blocks) + " blocks of the cache");
     }
-    return {table, rows, query_start, start, seqs, table_stride};
 }
 
 void write_kv(const Array& k_, const Array& v_, const OutArray& k_cache, const OutArray& v_cache, const Array& tables,
@@ -106,9 +113,12 @@ void write_kv(const Array& k_, const Array& v_, const OutArray& k_cache, const O
     require_ndim(v_, 3, "v");
     require(k.heads == c.cache.kv_heads && k.dim == c.cache.head_dim && v.heads == k.heads && v.dim == k.dim && v.rows == k.rows,
             "k and v must be [tokens, kv_heads, head_dim] as in the cache, not " + shape_of(k_) + " and " + shape_of(v_));
-    const Ragged seq = check_ragged(c, k.rows, tables, rows, query_start, start, false, 0);
-    nb::gil_scoped_release release;
-    active_kernels().write_kv({seq, c.cache, k.data, v.data, k.rows, k.stride, k.head_stride, v.stride, v.head_stride});
+    const CheckedRagged r = check_ragged(k.rows, tables, rows, query_start, start);
+    const WriteKvArgs args{r.seq, c.cache, k.data, v.data, k.rows, k.stride, k.head_stride, v.stride, v.head_stride};
+    run_kernel([=, kernel = active_kernels().write_kv] {
+        check_blocks(c, r, false, 0);
+        kernel(args);
+    }, k_, v_, k_cache, v_cache, tables, rows, query_start, start, k_scales, v_scales);
 }
 
 int64_t attention(const Array& q_, const Array& k_cache, const Array& v_cache, const OutArray& out_, const Array& tables,
@@ -124,12 +134,14 @@ int64_t attention(const Array& q_, const Array& k_cache, const Array& v_cache, c
     require(out.rows == q.rows && out.cols == q.heads * q.dim,
             "out must be [tokens, heads * head_dim] for q " + shape_of(q_) + ", not " + shape_of(out_));
     require(window >= 0, "window must not be negative");
-    const Ragged seq = check_ragged(c, q.rows, tables, rows, query_start, start, true, window);
-    nb::gil_scoped_release release;
-    return paged_attention(
-        active_kernels(), {seq, c.cache, q.data, out.data, q.rows, q.heads, q.stride, q.head_stride, out.stride, window, scale, nullptr, 0,
-                           nullptr, 0},
-        !share ? Sharing::where_it_pays : *share ? Sharing::always : Sharing::never);
+    const CheckedRagged r = check_ragged(q.rows, tables, rows, query_start, start);
+    const AttentionArgs args{r.seq, c.cache, q.data, out.data, q.rows, q.heads, q.stride, q.head_stride, out.stride, window, scale,
+                             nullptr, 0, nullptr, 0};
+    const Sharing sharing = !share ? Sharing::where_it_pays : *share ? Sharing::always : Sharing::never;
+    return run_kernel([=, &kernels = active_kernels()] {
+        check_blocks(c, r, true, window);
+        return paged_attention(kernels, args, sharing);
+    }, q_, k_cache, v_cache, out_, tables, rows, query_start, start, k_scales, v_scales);
 }
 
 // Blocks along the first axis of a cache, as bytes.

@@ -7,7 +7,7 @@
 #include "arrays.h"
 #include "dispatch.h"
 #include "pack.h"
-#include "threads.h"
+#include "recording.h"
 
 namespace quire {
 namespace {
@@ -92,17 +92,18 @@ nb::object packed_data(nb::handle self) {
     return nb::cast(View(p.panels.data, {static_cast<size_t>(p.nbytes)}, self));
 }
 
-void linear(const PackedLinear& packed, const Array& x_, const OutArray& out_, const MaybeArray& bias, bool accumulate) {
+void linear(const nb::object& self, const Array& x_, const OutArray& out_, const MaybeArray& bias, bool accumulate) {
+    const auto& packed = nb::cast<const PackedLinear&>(self);
     const Matrix2 x = matrix(x_, "x"), out = matrix(out_, "out");
     require(x.cols == packed.panels.k, "x must have " + std::to_string(packed.panels.k) + " columns, not " + shape_of(x_));
     require(out.rows == x.rows && out.cols == packed.panels.n,
             "out must be [" + std::to_string(x.rows) + ", " + std::to_string(packed.panels.n) + "], not " + shape_of(out_));
     const float* b = bias ? vector<float>(*bias, "bias", "float32", packed.panels.n) : nullptr;
-    nb::gil_scoped_release release;
     LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, nullptr, 0, 0};
     if (const PackedLinear* then = packed.then)
         args.then = then->panels.data, args.then_panels = then->count(), args.then_panel_bytes = then->nbytes / then->count();
-    (packed.panels.bits ? packed.kernels.linear_quantized : packed.kernels.linear)(args);
+    const auto kernel = packed.panels.bits ? packed.kernels.linear_quantized : packed.kernels.linear;
+    run_kernel([=] { kernel(args); }, self, x_, out_, bias);
 }
 
 void norm(const Array& x_, const Array& weight, const MaybeArray& bias, float eps, const OutArray& out_, bool centre) {
@@ -111,9 +112,8 @@ void norm(const Array& x_, const Array& weight, const MaybeArray& bias, float ep
             "out must have the shape of x, " + shape_of(x_) + ", not " + shape_of(out_));
     const float* w = vector<float>(weight, "weight", "float32", x.dim);
     const float* b = bias ? vector<float>(*bias, "bias", "float32", x.dim) : nullptr;
-    nb::gil_scoped_release release;
-    active_kernels().norm({x.data, out.data, w, b, x.rows, x.heads, x.dim, x.stride, x.head_stride, out.stride,
-                           out.head_stride, eps, centre});
+    const NormArgs args{x.data, out.data, w, b, x.rows, x.heads, x.dim, x.stride, x.head_stride, out.stride, out.head_stride, eps, centre};
+    run_kernel([args, kernel = active_kernels().norm] { kernel(args); }, x_, weight, bias, out_);
 }
 
 void rotary(const OutArray& x_, const Array& positions_, const Array& cos_, const Array& sin_) {
@@ -127,9 +127,11 @@ void rotary(const OutArray& x_, const Array& positions_, const Array& cos_, cons
     require(2 * cos.cols <= x.dim, "cos has " + std::to_string(cos.cols) + " columns: at most half of head_dim " +
                                        std::to_string(x.dim) + " can be rotated");
     const int32_t* positions = vector<int32_t>(positions_, "positions", "int32", x.rows);
-    require_ids(positions, x.rows, cos.rows, "positions", "rows of cos");
-    nb::gil_scoped_release release;
-    active_kernels().rotary({x.data, positions, cos.data, sin.data, x.rows, x.heads, cos.cols, x.stride, x.head_stride});
+    const RotaryArgs args{x.data, positions, cos.data, sin.data, x.rows, x.heads, cos.cols, x.stride, x.head_stride};
+    run_kernel([args, limit = cos.rows, kernel = active_kernels().rotary] {
+        require_ids(args.positions, args.m, limit, "positions", "rows of cos");
+        kernel(args);
+    }, x_, positions_, cos_, sin_);
 }
 
 void activation(const Array& x_, const OutArray& out_, const std::string& kind, bool gated) {
@@ -143,8 +145,8 @@ void activation(const Array& x_, const OutArray& out_, const std::string& kind, 
     else if (kind == "gelu_tanh") k = Activation::gelu_tanh;
     else if (kind == "relu") k = Activation::relu;
     else fail("activation '" + kind + "' is unknown: choose one of silu, gelu, gelu_tanh, relu");
-    nb::gil_scoped_release release;
-    active_kernels().activation({x.data, out.data, x.rows, out.cols, x.stride, out.stride, k, gated});
+    const ActivationArgs args{x.data, out.data, x.rows, out.cols, x.stride, out.stride, k, gated};
+    run_kernel([args, kernel = active_kernels().activation] { kernel(args); }, x_, out_);
 }
 
 void embed(const Array& ids_, const Array& table, const OutArray& out_, float scale, bool add) {
@@ -154,9 +156,11 @@ void embed(const Array& ids_, const Array& table, const OutArray& out_, float sc
     require_contiguous(table, "table");
     require(dim(table, 1) == out.cols, "table and out must have the same width: " + shape_of(table) + " and " + shape_of(out_));
     const int32_t* ids = vector<int32_t>(ids_, "ids", "int32", out.rows);
-    require_ids(ids, out.rows, dim(table, 0), "ids", "rows of table");
-    nb::gil_scoped_release release;
-    active_kernels().embed({ids, table.data(), out.data, out.rows, out.cols, out.cols, out.stride, dtype, scale, add});
+    const EmbedArgs args{ids, table.data(), out.data, out.rows, out.cols, out.cols, out.stride, dtype, scale, add};
+    run_kernel([args, limit = dim(table, 0), kernel = active_kernels().embed] {
+        require_ids(args.ids, args.m, limit, "ids", "rows of table");
+        kernel(args);
+    }, ids_, table, out_);
 }
 
 void convert(const Array& x, const OutArray& out) {
@@ -164,8 +168,8 @@ void convert(const Array& x, const OutArray& out) {
     require(x.size() == out.size(), "x and out must have the same size: " + shape_of(x) + " and " + shape_of(out));
     require_contiguous(x, "x");
     require_contiguous(out, "out");
-    nb::gil_scoped_release release;
-    active_kernels().convert({x.data(), out.data(), static_cast<int64_t>(x.size()), from, to});
+    const ConvertArgs args{x.data(), out.data(), static_cast<int64_t>(x.size()), from, to};
+    run_kernel([args, kernel = active_kernels().convert] { kernel(args); }, x, out);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "arrays.h"
 #include "dispatch.h"
+#include "recording.h"
 #include "threads.h"
 
 NB_MODULE(_native, m) {
@@ -38,4 +39,5 @@ NB_MODULE(_native, m) {
     bind_layers(m);
     bind_cache(m);
     bind_sampling(m);
+    bind_recording(m);
 }
