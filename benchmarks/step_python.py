@@ -2,8 +2,8 @@
 
     python benchmarks/step_python.py --model FOLDER [--batch 1 32] [--steps 60] [--context 128] [--dtype auto]
 
-Kernel calls are timed one by one (argument checks included); what is left of the step's time, less what the timing itself
-costs, is Python. Medians over the steps, with the KV cache at about --context positions a sequence.
+Kernel calls are timed one by one (argument checks included), or all those of a replayed step together; what is left of the step's
+time, less what the timing itself costs, is Python. Medians over the steps, with the KV cache at about --context positions a sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
-from quire.backends.cpu import _native, decoder, sampler
+from quire.backends.cpu import _native, decoder, replay, sampler
 from quire.backends.cpu.backend import CpuBackend
 from quire.config import EngineConfig
 from quire.core.engine import Engine
@@ -32,6 +32,7 @@ class Timed:
         names = [name for name in dir(_native) if not name.startswith("_")]
         functions = {name: getattr(_native, name) for name in names}
         self.module = SimpleNamespace(**{n: f if isinstance(f, type) else self.wrap(f) for n, f in functions.items()})
+        self.module.Recording = lambda: TimedRecording(self)
 
     def wrap(self, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -56,6 +57,20 @@ class Timed:
         return min(times)
 
 
+class TimedRecording:
+    """A recording of untimed calls, whose run is timed."""
+
+    def __init__(self, timed: Timed) -> None:
+        self._recording = _native.Recording()
+        self.run = timed.wrap(self._recording.run)
+
+    def __enter__(self) -> None:
+        self._recording.__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        self._recording.__exit__(*args)
+
+
 def measure(backend: CpuBackend, config: EngineConfig, batch: int, context: int, steps: int, profile: bool) -> None:
     engine = Engine(backend, config)
     params = SamplingParams(temperature=0.0, max_tokens=steps + 8, ignore_eos=True)
@@ -65,7 +80,7 @@ def measure(backend: CpuBackend, config: EngineConfig, batch: int, context: int,
         engine.step()
     timed = Timed()
     own = timed.own_seconds()
-    decoder.native = sampler.native = timed.module
+    decoder.native = replay.native = sampler.native = timed.module
     profiler = cProfile.Profile()
     totals, outside = [], []
     for step in range(steps):
@@ -78,7 +93,7 @@ def measure(backend: CpuBackend, config: EngineConfig, batch: int, context: int,
         totals.append(total)
         outside.append(total - timed.seconds - own * timed.calls)
     profiler.disable()
-    decoder.native = sampler.native = _native
+    decoder.native = replay.native = sampler.native = _native
     half = slice(0, steps // 2) if profile else slice(None)
     total, python = median(totals[half]), median(outside[half])
     print(f"batch {batch:3}: step {total * 1e3:8.3f} ms, {timed.calls} kernel calls; outside {python * 1e3:6.3f} ms, {python / total:.1%}")
