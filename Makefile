@@ -64,16 +64,14 @@ test-oracle: $(VENV)/.oracle
 
 # The module that emulates is in a copy of its own, and tests find that one first.
 EMULATED := $(CURDIR)/build/emulated
-test-emulated: export PATH := $(CURDIR)/$(BIN):$(PATH)
-test-emulated: export PYTHONPATH := $(EMULATED)/python
 test-emulated: $(VENV)/.emulated
 	@echo "Compiling the AVX-512 kernels out of AVX2 into build/emulated (two minutes the first time) ..."
-	@cmake -S . -B $(EMULATED) -G Ninja -DQUIRE_EMULATE_AVX512=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > /dev/null
-	@cmake --build $(EMULATED) -- --quiet
+	@$(BIN)/cmake -S . -B $(EMULATED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DQUIRE_EMULATE_AVX512=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > /dev/null
+	@$(BIN)/cmake --build $(EMULATED) -- --quiet
 	@rm -rf $(EMULATED)/python && mkdir $(EMULATED)/python && cp -r quire $(EMULATED)/python/
-	@cmake --install $(EMULATED) --prefix $(EMULATED)/python > /dev/null
-	@python -P -c 'import sys; from quire.backends.cpu import _native as n; sys.exit(None if n.__file__.startswith(sys.argv[1]) and "avx512vnni" in n.available_isas() else "The AVX-512 kernels are emulated with AVX2, FMA and F16C, which this CPU lacks: it has kernels for " + ", ".join(n.available_isas()))' $(EMULATED)
-	pytest -k avx512 tests/backends/cpu
+	@$(BIN)/cmake --install $(EMULATED) --prefix $(EMULATED)/python > /dev/null
+	@PYTHONPATH=$(EMULATED)/python $(BIN)/python -P -c 'import sys; from quire.backends.cpu import _native as n; sys.exit(None if n.__file__.startswith(sys.argv[1]) and "avx512vnni" in n.available_isas() else "The AVX-512 kernels are emulated with AVX2, FMA and F16C, which this CPU lacks: it has kernels for " + ", ".join(n.available_isas()))' $(EMULATED)
+	PYTHONPATH=$(EMULATED)/python $(BIN)/pytest -k avx512 tests/backends/cpu
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .
