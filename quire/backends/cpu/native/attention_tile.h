@@ -9,6 +9,7 @@ namespace {
 constexpr int kTile = static_cast<int>(kKeyTile);
 constexpr int kTileVecs = kTile / kWidth;
 constexpr int kRows = 6;   // rows in a register tile, at most
+constexpr int kRegisters = kWidth == 16 ? 32 : 16;
 
 // Vectors of keys, or of columns of V, beside `rows` rows: so many that the sums, one operand of each and another fit the
 // registers (32, or 16), and that few rows still have sums enough to keep both multipliers busy.
@@ -28,9 +29,10 @@ struct Scales {
     float k[kTile], v[kTile];
 };
 
-// sum[m][j] += row(m) * column(j). What there are fewer of is held in registers, the others pass by.
+// sum[m][j] += row(m) * column(j). The columns are held in registers, or the rows where those would not fit: what passes by
+// may be loaded, or converted, once for each use.
 template <int MT, int NV, class Row, class Column> QUIRE_INLINE void outer_product(Row row, Column column, vf (&sum)[MT][NV]) {
-    if constexpr (MT < NV) {
+    if constexpr (MT < NV && MT * NV + NV + 1 > kRegisters) {
         vf held[MT];
 #pragma GCC unroll 8
         for (int m = 0; m < MT; ++m) held[m] = row(m);
@@ -118,14 +120,14 @@ template <int MT, int NV, class C, class T> void values(const float* p, const St
     const C* const* const next = v.next;
     const int64_t at = v.offset + column, next_at = v.next_offset + column;
     for (int t = v.from, to = v.to; t < to; ++t) {
+        const T* const token = key[t] + at;
+        outer_product<MT, NV>([&](int m) __attribute__((always_inline)) { return set1(p[m * kTile + t]); },
+                              [&](int j) __attribute__((always_inline)) { return load(token + j * kWidth); }, sum);
         if (next) {
             const char* line = reinterpret_cast<const char*>(next[t] + next_at);
 #pragma GCC unroll 8
             for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
         }
-        const T* const token = key[t] + at;
-        outer_product<MT, NV>([&](int m) __attribute__((always_inline)) { return set1(p[m * kTile + t]); },
-                              [&](int j) __attribute__((always_inline)) { return load(token + j * kWidth); }, sum);
     }
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
