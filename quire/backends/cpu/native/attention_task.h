@@ -9,7 +9,9 @@
 namespace quire::QUIRE_NS {
 namespace {
 
-constexpr int64_t kGatherRows = 2 * kRows + 1;         // from here on gathering pays
+constexpr int64_t kGatherRows = 2 * kRows + 1;   // from here on gathering pays
+constexpr int64_t kWideKeys = kTile + 16;        // floats between dimensions of gathered keys: an odd number of cache lines,
+                                                 // so that a strip of them spreads over all sets of L1
 
 // `rows` rows against each of `heads` KV heads, with everything that this needs in the thread's scratch.
 template <class T> struct Task {
@@ -19,6 +21,7 @@ template <class T> struct Task {
     const int64_t group = a.heads / a.cache.kv_heads, heads = w.kv_heads;
     int64_t rows = w.count * group;
     const int64_t dim = a.cache.head_dim, padded = (dim + kWidth - 1) / kWidth * kWidth;
+    const int64_t wide_values = padded + 16 * (1 + padded / 16 % 2);   // floats between gathered values, likewise
     const int64_t row_floats = partial_floats(dim), block = a.cache.block_size;
     const int64_t position = a.seq.start[w.seq] + w.query - a.seq.query_start[w.seq];   // of the first query
     // The first and the last key that any row sees here, and one more.
@@ -34,8 +37,8 @@ template <class T> struct Task {
 
     void allocate(bool several) {
         const int64_t states = heads * rows * row_floats;
-        const int64_t floats[9] = {heads * rows * dim, rows * kTile, states,    several ? states : 0, dim * kTile,
-                                   kTile * padded,     2 * rows,     2 * kTile, rows};
+        const int64_t floats[9] = {heads * rows * dim, rows * kTile, states,    several ? states : 0, dim * kWideKeys,
+                                   kTile * wide_values, 2 * rows, 2 * kTile, rows};
         int64_t total = 0;
         for (int64_t n : floats) total += (n + 15) / 16 * 16;
         float* p = static_cast<float*>(thread_scratch(kScratchAttention, static_cast<size_t>(total) * sizeof(float)));
@@ -101,6 +104,14 @@ template <class T> struct Task {
         }
     }
 
+    // Scaled here, so that scores are in units of log 2.
+    void take_query(const float* from, float* to) const {
+        const float scale = a.scale * 1.44269504088896341f;   // log2 e
+        int64_t d = 0;
+        for (; d + kWidth <= dim; d += kWidth) store(to + d, mul(load(from + d), set1(scale)));
+        for (; d < dim; ++d) to[d] = from[d] * scale;
+    }
+
     // follow: the work that this thread will probably do next, or null.
     void run(const AttentionWork* follow) {
         const bool several = !w.partial && (w.merged || w.split_end - w.split_begin > 1);
@@ -111,8 +122,7 @@ template <class T> struct Task {
             first[row] = static_cast<int32_t>(a.window > 0 && at >= a.window ? at - a.window + 1 : 0);
             const float* from = a.q + (w.query + row / group) * a.q_stride + (w.kv_head * group + row % group) * a.q_head_stride;
             for (int64_t head = 0; head < heads; ++head)
-                std::memcpy(q + (head * rows + row) * dim, from + head * group * a.q_head_stride,
-                            static_cast<size_t>(dim) * sizeof(float));
+                take_query(from + head * group * a.q_head_stride, q + (head * rows + row) * dim);
         }
         const bool many = rows >= kGatherRows;
         Place<T> places[2];
@@ -164,8 +174,8 @@ template <class T> struct Task {
             const SharedMember& m = group_of.members[i];
             for (int64_t n = 0; n < m.count * group; ++n, ++row) {
                 first[row] = 0, last[row] = INT32_MAX - 1;
-                std::memcpy(q + row * dim, a.q + (m.query + n / group) * a.q_stride + (w.kv_head * group + n % group) * a.q_head_stride,
-                            static_cast<size_t>(dim) * sizeof(float));
+                const int64_t head = w.kv_head * group + n % group;
+                take_query(a.q + (m.query + n / group) * a.q_stride + head * a.q_head_stride, q + row * dim);
             }
         }
         clear(state, 0, rows);
@@ -250,7 +260,7 @@ template <class T> struct Task {
             gather_keys<Parts>(n, t);
             const float* at[kTileVecs];
             for (int j = 0; j < kTileVecs; ++j) at[j] = k_wide + j * kWidth;
-            score_rows<1, float>(at, 0, kTile, n, t);
+            score_rows<1, float>(at, 0, kWideKeys, n, t);
         } else {
             score_rows<Parts, T>(t.here.k, t.offset, block, n, t);
         }
@@ -258,7 +268,7 @@ template <class T> struct Task {
         if ((many && !plain) || padded != dim) {
             gather_values(n, t);
             const float* at[kTile];
-            for (int i = 0; i < kTile; ++i) at[i] = v_wide + i * padded;
+            for (int i = 0; i < kTile; ++i) at[i] = v_wide + i * wide_values;
             value_rows<float>(at, 0, n, t);
         } else {
             value_rows<T>(t.here.v, t.offset, n, t);
@@ -266,11 +276,10 @@ template <class T> struct Task {
     }
 
     void soften_rows(const Seen& n, const Turn& t) {
-        const float scale = a.scale * 1.44269504088896341f;   // log2 e
         for (int64_t row = n.r0; row < n.r1; ++row) {
             float* at = s + row * kTile;
-            greatest[row] = whole(row, n.base) ? scale_scores<true, kScaled>(at, {0, kTile}, scale, *scales)
-                                               : scale_scores<false, kScaled>(at, valid(row, n.base), scale, *scales);
+            greatest[row] = whole(row, n.base) ? greatest_score<true, kScaled>(at, {0, kTile}, *scales)
+                                               : greatest_score<false, kScaled>(at, valid(row, n.base), *scales);
         }
         for (int64_t row = n.r0; row < n.r1; ++row) {
             float* p = t.state + row * row_floats;
@@ -293,55 +302,91 @@ template <class T> struct Task {
         return static_cast<int>(end < base + kTile ? end - base : kTile);
     }
 
+    // f(integral_constant MT, begin, end): the rows [r0, r1) in register tiles of MT rows, whole ones and then the rest.
+    template <class F> void in_register_tiles(const Seen& n, const F& f) {
+        const int64_t rest = n.r1 - (n.r1 - n.r0) % kRows;
+        if (n.r0 < rest) f(std::integral_constant<int, kRows>{}, n.r0, rest);
+        switch (n.r1 - rest) {
+            case 1: return f(std::integral_constant<int, 1>{}, rest, n.r1);
+            case 2: return f(std::integral_constant<int, 2>{}, rest, n.r1);
+            case 3: return f(std::integral_constant<int, 3>{}, rest, n.r1);
+            case 4: return f(std::integral_constant<int, 4>{}, rest, n.r1);
+            case 5: return f(std::integral_constant<int, 5>{}, rest, n.r1);
+        }
+    }
+
     template <int Parts, class U>
     void score_rows(const U* const* at, int64_t offset, int64_t stride, const Seen& n, const Turn& t) {
-        const int64_t piece = block < kWidth ? block : kWidth, keys = kVecs * kWidth, run = block < keys ? block : keys;
-        Coming<T> next{nullptr, static_cast<int>(keys / run), static_cast<int>(run / piece), block < keys ? keys : block,
-                       t.next_offset};
-        for (int64_t row = n.r0; row < n.r1;) {
-            const int mt = static_cast<int>(n.r1 - row < kRows ? n.r1 - row : kRows);
-            for (int j = n.from / kWidth / kVecs * kVecs; j * kWidth < n.to; j += kVecs) {
-                next.k = t.next.k + j * kWidth / piece;
-                scores_rows<Parts>(mt, t.q + row * dim, dim, at + j * Parts, offset, stride, next, s + row * kTile + j * kWidth);
+        in_register_tiles(n, [&](auto tile, int64_t begin, int64_t end) {
+            constexpr int mt = tile, vecs = score_vecs(mt), keys = vecs * kWidth;
+            const int64_t piece = block < kWidth ? block : kWidth, run = block < keys ? block : keys;
+            Coming<T> next{nullptr, 0, static_cast<int>(run / piece), block < keys ? keys : block, t.next_offset};
+            // A strip of keys stays in L1 while the rows pass by. The first of all rows prefetch the one that follows it.
+            for (int key = n.from / keys * keys; key < n.to; key += keys) {
+                next.k = t.next.k + key / piece;
+                next.runs = begin == n.r0 ? static_cast<int>(keys / run) : 0;
+                for (int64_t row = begin; row < end; row += mt) {
+                    if (end_of(row + mt - 1, n.base) <= key) continue;   // nobody sees it
+                    scores<mt, vecs, Parts>(t.q + row * dim, dim, at + key / kWidth * Parts, offset, stride, next,
+                                            s + row * kTile + key);
+                    next.runs = 0;
+                }
             }
-            next.runs = 0;   // the first rows have prefetched it
-            row += mt;
+        });
+    }
+
+    template <class U> void value_rows(const U* const* key, int64_t offset, const Seen& n, const Turn& t) {
+        Stretch<T, U> v{key, offset, nullptr, t.next_offset, 0, 0, row_floats, padded};
+        in_register_tiles(n, [&](auto tile, int64_t begin, int64_t end) {
+            value_columns<tile, value_vecs(tile)>(0, begin, end, n, t, v);
+        });
+    }
+
+    // The columns of V from `column` on, in strips of NV vectors, and what is left in narrower ones: a strip stays in L1
+    // while the rows pass by.
+    template <int MT, int NV, class U>
+    void value_columns(int64_t column, int64_t begin, int64_t end, const Seen& n, const Turn& t, Stretch<T, U>& v) {
+        for (; column + NV * kWidth <= padded; column += NV * kWidth) {
+            v.next = begin == n.r0 ? t.next.v : nullptr;
+            for (int64_t row = begin; row < end; row += MT) {
+                value_tile<MT, NV>(column, row, n, t, v);
+                v.next = nullptr;
+            }
         }
+        if constexpr (NV > 1)
+            if (column < padded) value_columns<MT, NV / 2>(column, begin, end, n, t, v);
     }
 
     // The keys that all rows of a register tile see go together; what only some see, row by row, in ascending order.
-    template <class U> void value_rows(const U* const* key, int64_t offset, const Seen& n, const Turn& t) {
-        Stretch<T, U> v{key, offset, t.next.v, t.next_offset, 0, 0, row_floats, padded};
-        for (int64_t row = n.r0; row < n.r1;) {
-            const int mt = static_cast<int>(n.r1 - row < kRows ? n.r1 - row : kRows);
-            const float* p = s + row * kTile;
-            float* acc = t.state + row * row_floats + 16;
-            const auto add = [&](int m, int count, int from, int to) {
-                v.from = from, v.to = to;
-                if (from < to) values_rows(count, p + m * kTile, v, acc + m * row_floats);
-            };
-            const int from = begin_of(row + mt - 1, n.base), to = end_of(row, n.base);
-            const bool common = from < to;
-            for (int m = 0; m < mt; ++m) add(m, 1, begin_of(row + m, n.base), common ? from : end_of(row + m, n.base));
-            if (common) add(0, mt, from, to);
-            for (int m = 0; common && m < mt; ++m) add(m, 1, to, end_of(row + m, n.base));
-            v.next = nullptr;
-            row += mt;
-        }
+    template <int MT, int NV, class U>
+    void value_tile(int64_t column, int64_t row, const Seen& n, const Turn& t, Stretch<T, U>& v) {
+        const float* p = s + row * kTile;
+        float* acc = t.state + row * row_floats + 16 + column;
+        const auto alone = [&](int m, int from, int to) {
+            v.from = from, v.to = to;
+            if (from < to) values<1, NV>(p + m * kTile, v, column, acc + m * row_floats);
+        };
+        const int from = begin_of(row + MT - 1, n.base), to = end_of(row, n.base);
+        const bool common = from < to;
+        for (int m = 0; m < MT; ++m) alone(m, begin_of(row + m, n.base), common ? from : end_of(row + m, n.base));
+        if (!common) return;
+        v.from = from, v.to = to;
+        values<MT, NV>(p, v, column, acc);
+        for (int m = 0; m < MT; ++m) alone(m, to, end_of(row + m, n.base));
     }
 
     template <int Parts> void gather_keys(const Seen& n, const Turn& t) {
-        for (int j = n.from / kWidth / kVecs * kVecs; j * kWidth < n.to; j += kVecs)
-            for (int64_t d = 0; d < dim; ++d)
+        const int from = n.from / kWidth, to = (n.to - 1) / kWidth + 1;
+        for (int64_t d = 0; d < dim; ++d)
 #pragma GCC unroll 4
-                for (int i = j; i < j + kVecs; ++i)
-                    store(k_wide + d * kTile + i * kWidth, load_parts<Parts>(t.here.k + i * Parts, t.offset + d * block));
+            for (int i = from; i < to; ++i)
+                store(k_wide + d * kWideKeys + i * kWidth, load_parts<Parts>(t.here.k + i * Parts, t.offset + d * block));
     }
 
     void gather_values(const Seen& n, const Turn& t) {
         for (int i = n.from; i < n.to; ++i)
             for (int64_t c = 0; c < dim; c += kWidth)
-                store(v_wide + i * padded + c,
+                store(v_wide + i * wide_values + c,
                       load_n(t.here.v[i] + t.offset + c, static_cast<int>(dim - c < kWidth ? dim - c : kWidth)));
     }
 };

@@ -6,11 +6,15 @@
 namespace quire::QUIRE_NS {
 namespace {
 
-constexpr int kVecs = 4;
-constexpr int kRows = kWidth == 16 ? 6 : 3;            // rows in a register tile
-constexpr int kWideRows = 2;                           // so few leave registers for longer stretches of V
 constexpr int kTile = static_cast<int>(kKeyTile);
 constexpr int kTileVecs = kTile / kWidth;
+constexpr int kRows = 6;   // rows in a register tile, at most
+constexpr int kRegisters = kWidth == 16 ? 32 : 16;
+
+// Vectors of keys, or of columns of V, beside `rows` rows: so many that the sums, one operand of each and another fit the
+// registers (32, or 16), and that few rows still have sums enough to keep both multipliers busy.
+constexpr int score_vecs(int rows) { return kWidth == 16 ? 4 : rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+constexpr int value_vecs(int rows) { return kWidth == 16 && rows <= 2 ? 8 : score_vecs(rows); }
 
 // Where a tile lies in the cache, for the first KV head of a task. Its keys as pieces of up to a vector, each from one
 // block (of dimension 0); its values as tokens. Where a partial tile has no key, some key that it has is repeated.
@@ -25,8 +29,34 @@ struct Scales {
     float k[kTile], v[kTile];
 };
 
+// sum[m][j] += row(m) * column(j). The columns are held in registers, or the rows where those would not fit: what passes by
+// may be loaded, or converted, once for each use.
+template <int MT, int NV, class Row, class Column> QUIRE_INLINE void outer_product(Row row, Column column, vf (&sum)[MT][NV]) {
+    if constexpr (MT < NV && MT * NV + NV + 1 > kRegisters) {
+        vf held[MT];
+#pragma GCC unroll 8
+        for (int m = 0; m < MT; ++m) held[m] = row(m);
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) {
+            const vf passing = column(j);
+#pragma GCC unroll 8
+            for (int m = 0; m < MT; ++m) sum[m][j] = fma(held[m], passing, sum[m][j]);
+        }
+    } else {
+        vf held[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) held[j] = column(j);
+#pragma GCC unroll 8
+        for (int m = 0; m < MT; ++m) {
+            const vf passing = row(m);
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; ++j) sum[m][j] = fma(passing, held[j], sum[m][j]);
+        }
+    }
+}
+
 // The keys of a coming tile, to be prefetched in the order in which they lie in memory: `runs` runs, the first key of
-// each at k[0] + offset, k[step] + offset and so on. For each dimension of q goes a stretch of kVecs vectors, `pitch`
+// each at k[0] + offset, k[step] + offset and so on. For each dimension of q goes a stretch of NV vectors, `pitch`
 // elements after the one before.
 template <class C> struct Coming {
     const C* const* k;
@@ -34,55 +64,38 @@ template <class C> struct Coming {
     int64_t pitch, offset;
 };
 
-// scores[r][0..kVecs * kWidth) for MT rows of q; every lane is a chain over the dimensions. Dimension d of the vector v,
+// scores[r][0..NV * kWidth) for MT rows of q; every lane is a chain over the dimensions. Dimension d of the vector v,
 // which is in Parts pieces, is at at[v * Parts] + offset + d * stride.
-template <int MT, int Parts, class C, class T>
+template <int MT, int NV, int Parts, class C, class T>
 void scores(const float* q, int64_t dim, const T* const* at, int64_t offset, int64_t stride, const Coming<C>& next, float* out) {
-    vf acc[MT][kVecs];
-    for (int m = 0; m < MT; ++m)
-        for (int j = 0; j < kVecs; ++j) acc[m][j] = zero();
-    const T* k[kVecs * Parts];
-    for (int j = 0; j < kVecs * Parts; ++j) k[j] = at[j] + offset;
-    const auto add_dimension = [&](int64_t d) __attribute__((always_inline)) {
-        vf kv[kVecs];
-#pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) kv[j] = load_parts<Parts>(k + j * Parts, d * stride);
+    vf acc[MT][NV];
 #pragma GCC unroll 6
-        for (int m = 0; m < MT; ++m) {
-            const vf qv = set1(q[m * dim + d]);
-#pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) acc[m][j] = fma(qv, kv[j], acc[m][j]);
-        }
-    };
-    int64_t d = 0;
-    const int64_t share = next.runs ? dim / next.runs : 0;
-    for (int run = 0; run < next.runs; ++run) {
-        const char* line = reinterpret_cast<const char*>(next.k[run * next.step] + next.offset);
-        for (const int64_t end = d + share; d < end; ++d) {
-#pragma GCC unroll 4
-            for (size_t i = 0; i < kVecs * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
-            line += next.pitch * static_cast<int64_t>(sizeof(C));
-            add_dimension(d);
-        }
-    }
-    for (; d < dim; ++d) add_dimension(d);
     for (int m = 0; m < MT; ++m)
-        for (int j = 0; j < kVecs; ++j) store(out + m * kTile + j * kWidth, acc[m][j]);
-}
-
-template <int Parts, class C, class T>
-void scores_rows(int mt, const float* q, int64_t dim, const T* const* at, int64_t offset, int64_t stride, const Coming<C>& next,
-                 float* out) {
-    switch (mt) {
-        case 1: return scores<1, Parts>(q, dim, at, offset, stride, next, out);
-        case 2: return scores<2, Parts>(q, dim, at, offset, stride, next, out);
-        case 3: return scores<3, Parts>(q, dim, at, offset, stride, next, out);
-#if defined(QUIRE_ISA_avx512)
-        case 4: return scores<4, Parts>(q, dim, at, offset, stride, next, out);
-        case 5: return scores<5, Parts>(q, dim, at, offset, stride, next, out);
-        case 6: return scores<6, Parts>(q, dim, at, offset, stride, next, out);
-#endif
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) acc[m][j] = zero();
+    const T* k[NV * Parts];
+    for (int j = 0; j < NV * Parts; ++j) k[j] = at[j] + offset;
+    const int64_t share = next.runs ? dim / next.runs : 0;
+    int64_t d = 0;
+    // One loop for the dimensions that prefetch and the rest of them: with two the sums would change registers in between.
+    for (int run = 0; d < dim; ++run) {
+        const bool fetch = run < next.runs;
+        const char* line = fetch ? reinterpret_cast<const char*>(next.k[run * next.step] + next.offset) : nullptr;
+        for (const int64_t end = fetch ? d + share : dim; d < end; ++d) {
+            if (fetch) {
+#pragma GCC unroll 8
+                for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
+                line += next.pitch * static_cast<int64_t>(sizeof(C));
+            }
+            outer_product<MT, NV>(
+                [&](int m) __attribute__((always_inline)) { return set1(q[m * dim + d]); },
+                [&](int j) __attribute__((always_inline)) { return load_parts<Parts>(k + j * Parts, d * stride); }, acc);
+        }
     }
+#pragma GCC unroll 6
+    for (int m = 0; m < MT; ++m)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) store(out + m * kTile + j * kWidth, acc[m][j]);
 }
 
 // The tokens [from, to) of V, each at key[t] + offset; the accumulators of a row have `padded` columns, those of the next
@@ -107,19 +120,13 @@ template <int MT, int NV, class C, class T> void values(const float* p, const St
     const C* const* const next = v.next;
     const int64_t at = v.offset + column, next_at = v.next_offset + column;
     for (int t = v.from, to = v.to; t < to; ++t) {
-        vf vv[NV];
-#pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) vv[j] = load(key[t] + at + j * kWidth);
+        const T* const token = key[t] + at;
+        outer_product<MT, NV>([&](int m) __attribute__((always_inline)) { return set1(p[m * kTile + t]); },
+                              [&](int j) __attribute__((always_inline)) { return load(token + j * kWidth); }, sum);
         if (next) {
             const char* line = reinterpret_cast<const char*>(next[t] + next_at);
 #pragma GCC unroll 8
             for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
-        }
-#pragma GCC unroll 6
-        for (int m = 0; m < MT; ++m) {
-            const vf pv = set1(p[m * kTile + t]);
-#pragma GCC unroll 8
-            for (int j = 0; j < NV; ++j) sum[m][j] = fma(pv, vv[j], sum[m][j]);
         }
     }
 #pragma GCC unroll 6
@@ -128,42 +135,17 @@ template <int MT, int NV, class C, class T> void values(const float* p, const St
         for (int j = 0; j < NV; ++j) store(acc + m * v.stride + j * kWidth, sum[m][j]);
 }
 
-template <int MT, class C, class T> void values_columns(const float* p, const Stretch<C, T>& v, float* acc) {
-    int64_t c = 0;
-    if constexpr (kWidth == 16 && MT <= kWideRows)
-        for (; c + 2 * kVecs * kWidth <= v.padded; c += 2 * kVecs * kWidth) values<MT, 2 * kVecs>(p, v, c, acc + c);
-    for (; c + kVecs * kWidth <= v.padded; c += kVecs * kWidth) values<MT, kVecs>(p, v, c, acc + c);
-    switch ((v.padded - c) / kWidth) {
-        case 1: return values<MT, 1>(p, v, c, acc + c);
-        case 2: return values<MT, 2>(p, v, c, acc + c);
-        case 3: return values<MT, 3>(p, v, c, acc + c);
-    }
-}
-
-template <class C, class T> void values_rows(int mt, const float* p, const Stretch<C, T>& v, float* acc) {
-    switch (mt) {
-        case 1: return values_columns<1>(p, v, acc);
-        case 2: return values_columns<2>(p, v, acc);
-        case 3: return values_columns<3>(p, v, acc);
-#if defined(QUIRE_ISA_avx512)
-        case 4: return values_columns<4>(p, v, acc);
-        case 5: return values_columns<5>(p, v, acc);
-        case 6: return values_columns<6>(p, v, acc);
-#endif
-    }
-}
-
-// 2^x for x <= 0, to about 1 ulp: the fraction by a polynomial (minimax on [-1/2, 1/2]), the rest into the exponent.
+// 2^x for x <= 0, to about 1.4 units in the last place: the fraction by a polynomial (minimax on [-1/2, 1/2]), the rest
+// into the exponent.
 QUIRE_INLINE vf power_of_2(vf x) {
-    x = max(set1(-150.0f), x);   // NaN stays NaN
-    const vf n = round_even(x), r = sub(x, n);
-    vf p = fma(set1(1.5353361960e-4f), r, set1(1.3398875017e-3f));
-    p = fma(p, r, set1(9.6184369177e-3f));
-    p = fma(p, r, set1(5.5503323674e-2f));
-    p = fma(p, r, set1(2.4022647738e-1f));
-    p = fma(p, r, set1(6.9314718246e-1f));
+    x = max(set1(kNoPower), x);   // NaN stays NaN
+    const vf n = round_power(x), r = sub(x, whole_power(n));
+    vf p = fma(set1(1.3264727247e-3f), r, set1(9.6715126882e-3f));
+    p = fma(p, r, set1(5.5507337436e-2f));
+    p = fma(p, r, set1(2.4022242085e-1f));
+    p = fma(p, r, set1(6.9314697760e-1f));
     p = fma(p, r, set1(1.0f));
-    return scale2(p, n);
+    return times_power(p, n);
 }
 QUIRE_INLINE float power_of_2(float x) {
     float lane[kWidth];
@@ -180,14 +162,14 @@ template <bool Whole> struct Valid {
     }
 };
 
-// The scores of one row, scaled, and the greatest of them. Scaled: they are of int8 keys, whose scales come in here.
-template <bool Whole, bool Scaled> float scale_scores(float* s, const Valid<Whole>& valid, float scale, const Scales& scales) {
+// The greatest score of one row. Scaled: they are of int8 keys, whose scales come in here.
+template <bool Whole, bool Scaled> float greatest_score(float* s, const Valid<Whole>& valid, const Scales& scales) {
     vf top = set1(-__builtin_inff());
     for (int j = 0; j < kTileVecs; ++j) {
         vf x = load(s + j * kWidth);
         if constexpr (Scaled) x = mul(x, load(scales.k + j * kWidth));
-        x = valid(j, mul(x, set1(scale)), set1(-__builtin_inff()));
-        store(s + j * kWidth, x);
+        x = valid(j, x, set1(-__builtin_inff()));
+        if constexpr (Scaled || !Whole) store(s + j * kWidth, x);
         top = max(x, top);
     }
     return reduce_max(top);

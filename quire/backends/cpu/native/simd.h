@@ -118,6 +118,10 @@ QUIRE_INLINE vf abs(vf a) { return _mm512_abs_ps(a); }
 QUIRE_INLINE vf neg(vf a) { return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), _mm512_set1_epi32(INT32_MIN))); }
 QUIRE_INLINE vf round_even(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 QUIRE_INLINE vf scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }   // a * 2^n, n whole
+constexpr float kNoPower = -150;   // 2^kNoPower is 0
+QUIRE_INLINE vf round_power(vf a) { return round_even(a); }
+QUIRE_INLINE vf whole_power(vf n) { return n; }
+QUIRE_INLINE vf times_power(vf a, vf n) { return scale2(a, n); }
 QUIRE_INLINE vm greater(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 QUIRE_INLINE vm at_least(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 QUIRE_INLINE vm equal(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
@@ -158,7 +162,10 @@ template <class T> QUIRE_INLINE vf load_halves(const T* a, const T* b) {
 }
 QUIRE_INLINE vf load_n(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 QUIRE_INLINE void store(float* p, vf a) { _mm256_storeu_ps(p, a); }
-QUIRE_INLINE void store_n(float* p, vf a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
+QUIRE_INLINE void store_n(float* p, vf a, int n) {
+    if (n == kWidth) return store(p, a);   // a masked store takes some twenty cycles on some machines
+    _mm256_maskstore_ps(p, first_lanes(n), a);
+}
 QUIRE_INLINE void store(f16* p, vf a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -181,6 +188,7 @@ QUIRE_INLINE vf scale2(vf a, vf n) {   // in two steps, so that a subnormal resu
     const vf q = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
     return _mm256_mul_ps(_mm256_mul_ps(a, p), q);
 }
+QUIRE_INLINE vf exponent_bits(vf a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
 QUIRE_INLINE vm greater(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 QUIRE_INLINE vm at_least(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 QUIRE_INLINE vm equal(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
@@ -234,6 +242,7 @@ QUIRE_INLINE vf scale2(vf a, vf n) {
     const vm e = __builtin_convertvector(n, vm), half = e >> 1, rest = e - half;
     return a * as_float((half + 127) << 23) * as_float((rest + 127) << 23);
 }
+QUIRE_INLINE vf exponent_bits(vf a) { return as_float(as_int(a) << 23); }
 QUIRE_INLINE vm greater(vf a, vf b) { return a > b; }
 QUIRE_INLINE vm at_least(vf a, vf b) { return a >= b; }
 QUIRE_INLINE vm equal(vf a, vf b) { return a == b; }
@@ -244,9 +253,19 @@ QUIRE_INLINE vm lanes_between(int lo, int hi) { return (iota() >= set1i(lo)) & (
 QUIRE_INLINE float fma1(float a, float b, float c) { return a * b + c; }
 #endif
 
+#if !defined(QUIRE_ISA_avx512)
+// A power of 2 with an exponent n in [-127, 0], rounded from a float: adding 1.5 * 2^23 rounds, and the 127 leaves the biased
+// exponent in the lowest bits. There is no 2^-127: it is 0.
+constexpr float kNoPower = -127, kPowerBias = 12582912.0f + 127.0f;
+QUIRE_INLINE vf round_power(vf a) { return add(a, set1(kPowerBias)); }
+QUIRE_INLINE vf whole_power(vf n) { return sub(n, set1(kPowerBias)); }
+QUIRE_INLINE vf times_power(vf a, vf n) { return mul(a, exponent_bits(n)); }
+#endif
+
 // What the instruction set has no instruction for goes through a small buffer.
 #if !defined(QUIRE_ISA_avx512)
 template <class T> QUIRE_INLINE vf load_n(const T* p, int n) {
+    if (n == kWidth) return load(p);
     T buffer[kWidth] = {};
     for (int i = 0; i < n; ++i) buffer[i] = p[i];
     return load(buffer);
