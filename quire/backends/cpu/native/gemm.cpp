@@ -7,6 +7,7 @@
 // slice after it, which is prefetched meanwhile: at few rows the product is bound by how fast weights arrive. The last
 // tasks prefetch the first panels of the linear that follows.
 #include "epilogue.h"
+#include "gemm_prefetch.h"
 #include "threads.h"
 
 namespace quire::QUIRE_NS {
@@ -23,12 +24,6 @@ struct Target {
     bool first;            // sums begin here
     bool last;             // they end here, and go from registers to out
     bool finishes;         // they end here, and go to `part` and from there to out, since an activation or a gate awaits them
-};
-
-// What to prefetch while a tile is computed: each K position PF lines at `at`, which then moves on by `step` bytes.
-struct Ahead {
-    const char* at;
-    int64_t step;
 };
 
 // kn steps of the chains of `MT` rows x one panel.
@@ -103,12 +98,6 @@ void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t k
     }
 }
 
-// Memory that comes next: `lines` cache lines at `at`.
-struct Coming {
-    const char* at;
-    int64_t lines;
-};
-
 // How a tile prefetches, when `tiles` of kn steps are left to do it in.
 //
 // Alone, a tile waits for its own weights, and they should arrive on the hardware's streams, which fetch more at a time than
@@ -145,32 +134,15 @@ void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t k
 
 struct Plan {
     LinearArgs args;
-    int64_t row_blocks, rows_per_block, tasks;
+    TaskGrid grid;
 };
-
-// The panel that the thread of this task will probably want afterwards: another one, or of the linear that follows one of the
-// first, which the threads take first. Of a panel, no more than a slice.
-Coming panel_after(const Plan& plan, int64_t task, int64_t next) {
-    const LinearArgs& a = plan.args;
-    const char* at = nullptr;
-    int64_t bytes = 0;
-    if (next >= 0) {
-        if (next / plan.row_blocks == task / plan.row_blocks) return {nullptr, 0};
-        bytes = a.w.k * kPanel * (a.w.dtype == DType::f32 ? 4 : 2);
-        at = static_cast<const char*>(a.w.data) + next / plan.row_blocks * bytes;
-    } else if (const int64_t panel = plan.tasks - 1 - task; panel < a.then_panels) {
-        bytes = a.then_panel_bytes;
-        at = static_cast<const char*>(a.then) + panel * bytes;
-    }
-    constexpr int64_t kMost = kSlice * kPanel * sizeof(float) / 64;
-    return {at, bytes / 64 < kMost ? bytes / 64 : kMost};
-}
 
 template <class T> void task(const void* context, int64_t task, int64_t next) {
     const Plan& plan = *static_cast<const Plan*>(context);
     const LinearArgs& a = plan.args;
-    const int64_t panel = task / plan.row_blocks, row = task % plan.row_blocks * plan.rows_per_block;
-    const int64_t rows = a.m - row < plan.rows_per_block ? a.m - row : plan.rows_per_block;
+    const TaskGrid& grid = plan.grid;
+    const int64_t panel = task / grid.row_blocks, row = task % grid.row_blocks * grid.rows_per_block;
+    const int64_t rows = a.m - row < grid.rows_per_block ? a.m - row : grid.rows_per_block;
     const T* base = static_cast<const T*>(a.w.data);
     const T* w = base + panel * a.w.k * kPanel;
     constexpr bool kNarrow = sizeof(T) < sizeof(float);
@@ -190,7 +162,8 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
         t.finishes = left == 0 && !plain;
         const Coming rest{reinterpret_cast<const char*>(w + (k + kn) * kPanel),
                           (left < kSlice ? left : kSlice) * kPanel * static_cast<int64_t>(sizeof(T)) / 64};
-        const Coming coming = left == 0 ? panel_after(plan, task, next) : rest;
+        constexpr int64_t kMost = kSlice * kPanel * sizeof(float);
+        const Coming coming = left == 0 ? panel_after(a, grid, task, next, kMost) : rest;
         if (widen) {
             const T* from = w + k * kPanel;
             for (int64_t i = 0; i < kn * kPanel; i += kWidth) store(wide + i, load(from + i));
@@ -206,20 +179,20 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
 void linear(const LinearArgs& args) {
     if (args.m == 0 || args.w.n == 0) return;
     const int64_t panels = panel_count(args.w);
-    Plan plan{args, 1, args.m, panels};
     // Enough tasks for every thread, but no more row blocks than that takes, since each reads the weights; and row blocks
     // whose partial sums stay in L2.
     const int64_t wanted = (4 * num_threads() + panels - 1) / panels, most = (args.m + 2 * kRows - 1) / (2 * kRows);
     const int64_t fit = (args.m + kRowBlock - 1) / kRowBlock;
     const int64_t blocks = wanted > most ? most : wanted;
     const int64_t count = blocks > fit ? blocks : fit;
-    plan.rows_per_block = ((args.m + count - 1) / count + kRows - 1) / kRows * kRows;
-    plan.row_blocks = (args.m + plan.rows_per_block - 1) / plan.rows_per_block;
-    plan.tasks = panels * plan.row_blocks;
+    const int64_t rows_per_block = ((args.m + count - 1) / count + kRows - 1) / kRows * kRows;
+    const int64_t row_blocks = (args.m + rows_per_block - 1) / rows_per_block;
+    const int64_t panel_bytes = args.w.k * kPanel * (args.w.dtype == DType::f32 ? 4 : 2);
+    const Plan plan{args, {row_blocks, rows_per_block, panels * row_blocks, panel_bytes}};
     switch (args.w.dtype) {
-        case DType::f32: return run_tasks(plan.tasks, task<float>, &plan);
-        case DType::f16: return run_tasks(plan.tasks, task<f16>, &plan);
-        case DType::bf16: return run_tasks(plan.tasks, task<bf16>, &plan);
+        case DType::f32: return run_tasks(plan.grid.tasks, task<float>, &plan);
+        case DType::f16: return run_tasks(plan.grid.tasks, task<f16>, &plan);
+        case DType::bf16: return run_tasks(plan.grid.tasks, task<bf16>, &plan);
     }
 }
 

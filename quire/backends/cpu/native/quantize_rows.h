@@ -7,69 +7,75 @@
 
 namespace quire::QUIRE_NS {
 
-// In which form the inner loop wants activations: bytes, or for four positions the 16-bit pairs (k, k + 2), (k + 1, k + 3),
-// which meet the even and the odd bytes of a weight vector.
 #if defined(QUIRE_ISA_avx512vnni)
-template <int Bits> constexpr bool kPairs = false;
+constexpr bool kVnni = true;
 #else
-template <int Bits> constexpr bool kPairs = Bits == 8;
+constexpr bool kVnni = false;
 #endif
-template <int Bits> constexpr int64_t kActivationBytes = kPairs<Bits> ? 2 : 1;
-template <int Bits> constexpr int32_t kZero = Bits == 8 ? 128 : 8;
+// In which form the inner loop wants activations (segment_sums.h): bytes, or for four positions their magnitudes and then
+// what the bytes of stored weights are flipped with: 0x80, which makes w of w + 128, and 0x7f where the activation is negative.
+template <int Bits> constexpr bool kFlips = Bits == 8 && !kVnni;
+template <int Bits> constexpr int64_t kActivationBytes = kFlips<Bits> ? 2 : 1;
+
+// Positions that share a start of the sums, at most: what 16 bits hold, or a whole segment.
+template <int Bits> constexpr int64_t kSpan = Bits == 4 && !kVnni ? 64 : kSegment;
+
+// Where the sums of a span begin: minus what its activations, summed by lanes of four positions, add too much: each its product
+// with the zero of stored weights, or with the 1 of -w - 1. Two numbers of 16 bits where the sums are those.
+template <int Bits> QUIRE_INLINE vi excess(vi a) { return kFlips<Bits> ? min_i(a, set1_i(0)) : a; }
+template <int Bits> QUIRE_INLINE int32_t start_of(vi excess) {
+    int32_t four[4];
+    reduce_fours(excess, four);
+    const int32_t low = four[0] + four[1], high = four[2] + four[3];
+    if constexpr (kFlips<Bits>) return -(low + high);
+    else if constexpr (kVnni) return -(Bits == 8 ? 128 : 8) * (low + high);
+    else return static_cast<int32_t>((static_cast<uint32_t>(-8 * low) & 0xffff) | static_cast<uint32_t>(-8 * high) << 16);
+}
 
 struct QuantRows {
     int8_t* a;           // rows `stride` bytes apart
     int64_t stride;
-    int32_t* start;      // [m][segments]: -zero * (the sum of the segment's a), where the integer sums start
+    int32_t* start;      // [m][spans]: where the integer sums start
     float* scale;        // [m]
     const float* x;
-    int64_t m, k, x_stride, segment, segments;
+    int64_t m, k, x_stride, span, spans;
 };
 
 template <int Bits> QUIRE_INLINE void store_activations(int8_t* p, vi a) {
-    if constexpr (kPairs<Bits>) {
-        uint64_t lane[kWidth / 2];   // (k, k + 1), (k + 2, k + 3) in 32 bits each
-        std::memcpy(lane, &a, sizeof a);
-        constexpr uint64_t kLow = 0x0000ffff0000ffff;
-        for (int i = 0; i < kWidth / 4; ++i) {
-            const uint64_t four = (lane[2 * i] & kLow) | (lane[2 * i + 1] & kLow) << 16;
-            std::memcpy(p + 8 * i, &four, 8);
-        }
-    } else {
-        store_bytes(p, a);
-    }
+    if constexpr (kFlips<Bits>) store_flips(p, a);
+    else store_bytes(p, a);
 }
 
 template <int Bits> void quantize_row(const QuantRows& rows, int64_t row) {
     const float* x = rows.x + row * rows.x_stride;
     int8_t* a = rows.a + row * rows.stride;
-    int32_t* start = rows.start + row * rows.segments;
+    int32_t* start = rows.start + row * rows.spans;
     const int32_t most_bits = greatest_magnitude(x, rows.k);
     const float most = from_bits(static_cast<uint32_t>(most_bits));
     const bool finite = most_bits < kInfinityBits;
     if (!finite || most < kTiny) {
         rows.scale[row] = finite ? 0.0f : __builtin_nanf("");
         std::memset(a, 0, static_cast<size_t>(rows.stride));
-        std::memset(start, 0, static_cast<size_t>(rows.segments) * sizeof *start);
+        std::memset(start, 0, static_cast<size_t>(rows.spans) * sizeof *start);
         return;
     }
     rows.scale[row] = most / 127.0f;
     const vf inverse = set1(127.0f / most);
-    for (int64_t s = 0; s < rows.segments; ++s) {
-        const int64_t begin = s * rows.segment, end = begin + rows.segment < rows.k ? begin + rows.segment : rows.k;
+    for (int64_t s = 0; s < rows.spans; ++s) {
+        const int64_t begin = s * rows.span, end = begin + rows.span < rows.k ? begin + rows.span : rows.k;
         vi sum = set1_i(0);
         int64_t i = begin;
         for (; i + kWidth <= end; i += kWidth) {
             const vi v = to_int(mul(load(x + i), inverse));
-            sum = add_i(sum, v);
+            sum = add_i(sum, excess<Bits>(v));
             store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
         }
         if (i < end) {
             const vi v = to_int(mul(load_n(x + i, static_cast<int>(end - i)), inverse));
-            sum = add_i(sum, v);
+            sum = add_i(sum, excess<Bits>(v));
             store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
         }
-        start[s] = -kZero<Bits> * reduce_add_i(sum);
+        start[s] = start_of<Bits>(sum);
     }
 }
 
@@ -78,11 +84,12 @@ template <int Bits> QuantRows quantize_rows(const LinearArgs& args, const QuantL
     QuantRows rows{};
     rows.x = args.x, rows.x_stride = args.x_stride;
     rows.m = args.m, rows.k = args.w.k;
-    rows.segment = layout.segment, rows.segments = layout.segments;
+    rows.span = layout.segment < kSpan<Bits> ? layout.segment : kSpan<Bits>;
+    rows.spans = (rows.k + rows.span - 1) / rows.span;
     const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     rows.stride = lines((rows.k + 15) / 16 * 16 * kActivationBytes<Bits>);
     if (rows.stride % 1024 == 0) rows.stride += 64;   // else the rows of a tile would share few sets of the cache
-    const int64_t start_at = lines(rows.m * rows.stride), scale_at = start_at + lines(rows.m * rows.segments * 4);
+    const int64_t start_at = lines(rows.m * rows.stride), scale_at = start_at + lines(rows.m * rows.spans * 4);
     char* memory = static_cast<char*>(thread_scratch(kScratchQuantized, static_cast<size_t>(scale_at + lines(rows.m * 4))));
     rows.a = reinterpret_cast<int8_t*>(memory);
     rows.start = reinterpret_cast<int32_t*>(memory + start_at);

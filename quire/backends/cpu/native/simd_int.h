@@ -5,28 +5,37 @@
 
 namespace quire::QUIRE_NS {
 
+#if !defined(QUIRE_ISA_portable)
+QUIRE_INLINE __m128i flips(__m128i bytes) {
+    return _mm_xor_si128(_mm_cmpgt_epi8(_mm_setzero_si128(), bytes), _mm_set1_epi8(-128));
+}
+#endif
+
 #if defined(QUIRE_ISA_avx512)
 // Not __m512i, which is a vector of 64-bit integers to GCC: sums that change type in a loop are copied at every step.
 typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(64)));
 QUIRE_INLINE __m512i raw(vi a) { return reinterpret_cast<__m512i>(a); }
 QUIRE_INLINE vi as_vi(__m512i a) { return reinterpret_cast<vi>(a); }
 QUIRE_INLINE vi max_i(vi a, vi b) { return as_vi(_mm512_max_epi32(raw(a), raw(b))); }
+QUIRE_INLINE vi min_i(vi a, vi b) { return as_vi(_mm512_min_epi32(raw(a), raw(b))); }
 template <int N> QUIRE_INLINE vi shift_right16(vi a) { return as_vi(_mm512_srli_epi16(raw(a), N)); }
 QUIRE_INLINE vi bits_i(vf a) { return reinterpret_cast<vi>(a); }
 QUIRE_INLINE vi to_int(vf a) { return as_vi(_mm512_cvtps_epi32(a)); }      // to nearest even; |a| < 2^22
 QUIRE_INLINE vf to_float_v(vi a) { return _mm512_cvtepi32_ps(raw(a)); }
-QUIRE_INLINE int32_t reduce_add_i(vi a) { return _mm512_reduce_add_epi32(raw(a)); }
 QUIRE_INLINE int32_t reduce_max_i(vi a) { return _mm512_reduce_max_epi32(raw(a)); }
 QUIRE_INLINE void store_bytes(int8_t* p, vi a) {   // the low byte of each lane
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(raw(a)));
 }
-// Pairs of 16-bit numbers multiplied and summed.
-QUIRE_INLINE vi madd16(vi a, vi b) { return as_vi(_mm512_madd_epi16(raw(a), raw(b))); }
-// Four products of an unsigned and a signed byte, twice; the unsigned ones are at most 15.
-QUIRE_INLINE vi dot_small(vi u, vi a, vi v, vi b) {
-    const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(raw(u), raw(a)), _mm512_maddubs_epi16(raw(v), raw(b)));
-    return as_vi(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+// For four lanes four bytes of magnitudes, then four that are 0x7f where the lane is negative, else 0x80.
+QUIRE_INLINE void store_flips(int8_t* p, vi a) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(raw(a)), magnitude = _mm_abs_epi8(bytes), flip = flips(bytes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(magnitude, flip));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + 1, _mm_unpackhi_epi32(magnitude, flip));
 }
+// Neighbouring products of an unsigned and a signed byte, summed in 16 bits, which must hold them; neighbours of those, summed.
+QUIRE_INLINE vh maddubs(vi u, vi a) { return reinterpret_cast<vh>(_mm512_maddubs_epi16(raw(u), raw(a))); }
+QUIRE_INLINE vi add_pairs(vh a) { return as_vi(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), _mm512_set1_epi16(1))); }
 #if defined(QUIRE_ISA_avx512vnni)
 // Four products of an unsigned and a signed byte added to each lane.
 QUIRE_INLINE vi dot(vi sum, vi u, vi a) { return as_vi(_mm512_dpbusd_epi32(raw(sum), raw(u), raw(a))); }
@@ -34,29 +43,34 @@ QUIRE_INLINE vi dot(vi sum, vi u, vi a) { return as_vi(_mm512_dpbusd_epi32(raw(s
 
 #elif defined(QUIRE_ISA_avx2)
 typedef int32_t vi __attribute__((vector_size(32)));
+typedef uint16_t vh __attribute__((vector_size(32)));
 QUIRE_INLINE __m256i raw(vi a) { return reinterpret_cast<__m256i>(a); }
 QUIRE_INLINE vi as_vi(__m256i a) { return reinterpret_cast<vi>(a); }
 QUIRE_INLINE vi max_i(vi a, vi b) { return as_vi(_mm256_max_epi32(raw(a), raw(b))); }
+QUIRE_INLINE vi min_i(vi a, vi b) { return as_vi(_mm256_min_epi32(raw(a), raw(b))); }
 template <int N> QUIRE_INLINE vi shift_right16(vi a) { return as_vi(_mm256_srli_epi16(raw(a), N)); }
 QUIRE_INLINE vi bits_i(vf a) { return reinterpret_cast<vi>(a); }
 QUIRE_INLINE vi to_int(vf a) { return as_vi(_mm256_cvtps_epi32(a)); }
 QUIRE_INLINE vf to_float_v(vi a) { return _mm256_cvtepi32_ps(raw(a)); }
-QUIRE_INLINE void store_bytes(int8_t* p, vi a) {
+QUIRE_INLINE __m128i low_bytes(vi a) {
     const __m256i bytes = _mm256_and_si256(raw(a), _mm256_set1_epi32(255));
     const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(half, half));
+    return _mm_packus_epi16(half, half);
 }
-QUIRE_INLINE vi madd16(vi a, vi b) { return as_vi(_mm256_madd_epi16(raw(a), raw(b))); }
-QUIRE_INLINE vi dot_small(vi u, vi a, vi v, vi b) {
-    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(raw(u), raw(a)), _mm256_maddubs_epi16(raw(v), raw(b)));
-    return as_vi(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+QUIRE_INLINE void store_bytes(int8_t* p, vi a) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), low_bytes(a)); }
+QUIRE_INLINE void store_flips(int8_t* p, vi a) {
+    const __m128i bytes = low_bytes(a);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(_mm_abs_epi8(bytes), flips(bytes)));
 }
+QUIRE_INLINE vh maddubs(vi u, vi a) { return reinterpret_cast<vh>(_mm256_maddubs_epi16(raw(u), raw(a))); }
+QUIRE_INLINE vi add_pairs(vh a) { return as_vi(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), _mm256_set1_epi16(1))); }
 
 #else
 using vi = vm;
 typedef uint32_t vu __attribute__((vector_size(16)));
-typedef int16_t vh __attribute__((vector_size(16)));
+typedef uint16_t vh __attribute__((vector_size(16)));
 QUIRE_INLINE vi max_i(vi a, vi b) { return a > b ? a : b; }
+QUIRE_INLINE vi min_i(vi a, vi b) { return a < b ? a : b; }
 template <int N> QUIRE_INLINE vi shift_right16(vi a) {   // the lower half of each lane gets the upper one's bits: mask them
     return reinterpret_cast<vi>(reinterpret_cast<vu>(a) >> N);
 }
@@ -64,27 +78,52 @@ QUIRE_INLINE vi bits_i(vf a) { return as_int(a); }
 QUIRE_INLINE vi to_int(vf a) { return __builtin_convertvector(round_even(a), vi); }
 QUIRE_INLINE vf to_float_v(vi a) { return __builtin_convertvector(a, vf); }
 QUIRE_INLINE void store_bytes(int8_t* p, vi a) { for (int i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(a[i]); }
-// All products below fit 16 bits, which is what SSE2 and NEON multiply.
-QUIRE_INLINE vh as_half(vi a) { return reinterpret_cast<vh>(a); }
-QUIRE_INLINE vi add_pairs(vh p) { return (reinterpret_cast<vi>(p) << 16 >> 16) + (reinterpret_cast<vi>(p) >> 16); }
-QUIRE_INLINE vi madd16(vi a, vi b) { return add_pairs(as_half(a) * as_half(b)); }
-QUIRE_INLINE vi dot_small(vi u, vi a, vi v, vi b) {
-    return add_pairs((as_half(u) & 255) * (as_half(a) << 8 >> 8) + (as_half(u) >> 8) * (as_half(a) >> 8) +
-                     (as_half(v) & 255) * (as_half(b) << 8 >> 8) + (as_half(v) >> 8) * (as_half(b) >> 8));
+QUIRE_INLINE void store_flips(int8_t* p, vi a) {
+    for (int i = 0; i < kWidth; ++i) {
+        p[i] = static_cast<int8_t>(a[i] < 0 ? -a[i] : a[i]);
+        p[i + kWidth] = static_cast<int8_t>(a[i] < 0 ? 0x7f : 0x80);
+    }
 }
+// The products and sums here fit 16 bits, which is what SSE2 and NEON multiply.
+typedef int16_t signed_vh __attribute__((vector_size(16)));
+QUIRE_INLINE signed_vh even_bytes(vi a) { return reinterpret_cast<signed_vh>(a) << 8 >> 8; }
+QUIRE_INLINE signed_vh odd_bytes(vi a) { return reinterpret_cast<signed_vh>(a) >> 8; }
+QUIRE_INLINE vh maddubs(vi u, vi a) {   // of unsigned bytes below 128
+    return reinterpret_cast<vh>(even_bytes(u) * even_bytes(a) + odd_bytes(u) * odd_bytes(a));
+}
+QUIRE_INLINE vi add_pairs(vh p) { return (reinterpret_cast<vi>(p) << 16 >> 16) + (reinterpret_cast<vi>(p) >> 16); }
 #endif
 
+// sum += a here and now: the compiler would add up products first, and have no registers for the sums.
+QUIRE_INLINE void accumulate(vh& sum, vh a) {
+    sum += a;
+#if defined(QUIRE_ISA_avx512)
+    asm("" : "+v"(sum));
+#elif defined(QUIRE_ISA_avx2)
+    asm("" : "+x"(sum));
+#endif
+}
+QUIRE_INLINE vh as_half(vi a) { return reinterpret_cast<vh>(a); }
 QUIRE_INLINE vi load_i(const void* p) { vi a; std::memcpy(&a, p, sizeof a); return a; }
 QUIRE_INLINE vi set1_i(int32_t x) { return x - vi{}; }
 QUIRE_INLINE vi add_i(vi a, vi b) { return a + b; }
 QUIRE_INLINE vi and_i(vi a, vi b) { return a & b; }
-#if !defined(QUIRE_ISA_avx512)
-QUIRE_INLINE int32_t reduce_add_i(vi a) {
-    int32_t lane[kWidth], sum = 0;
-    std::memcpy(lane, &a, sizeof a);
-    for (int32_t x : lane) sum += x;
-    return sum;
+QUIRE_INLINE vi xor_i(vi a, vi b) { return a ^ b; }
+// The sums of lanes 4 apart.
+QUIRE_INLINE void reduce_fours(vi a, int32_t (&sum)[4]) {
+#if defined(QUIRE_ISA_avx512)
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(raw(a)), _mm512_extracti64x4_epi64(raw(a), 1));
+#elif defined(QUIRE_ISA_avx2)
+    const __m256i half = raw(a);
+#endif
+#if defined(QUIRE_ISA_portable)
+    std::memcpy(sum, &a, sizeof sum);
+#else
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    std::memcpy(sum, &four, sizeof sum);
+#endif
 }
+#if !defined(QUIRE_ISA_avx512)
 QUIRE_INLINE int32_t reduce_max_i(vi a) {
     int32_t lane[kWidth], most = INT32_MIN;
     std::memcpy(lane, &a, sizeof a);

@@ -1,0 +1,147 @@
+// The exact part of the quantized linear: a segment of weights against the rows of a register tile, as 32-bit sums. How depends on
+// what the instruction set multiplies quickly.
+//
+//   8 bits with VNNI   stored weights (unsigned) times activations, four products added to each sum
+//   8 bits without     magnitudes of activations times weights that take the sign: with a < 0 the bits of w are flipped, which
+//                      makes it -w - 1. A sum of two products fits 16 bits (2 * 127 * 128), as of stored weights it would not
+//   4 bits with VNNI   as 8 bits
+//   4 bits without     stored weights times activations, 32 products and the start that makes up for their zero summed in 16
+//                      bits: they wrap around on the way, but the sum of (q - 8) * a is at most 32 * 8 * 127
+//
+// What products come out too large by (quantize_rows.h), sums start below zero.
+#pragma once
+#include "gemm_prefetch.h"
+#include "quantize_rows.h"
+
+namespace quire::QUIRE_NS {
+
+template <int Bits> constexpr int64_t kStepK = 32 / Bits;   // positions of a step, 4 bytes of every column
+constexpr int64_t kStepBytes = 4 * 4 * kWidth;              // of a panel
+
+struct Rows {
+    const int8_t* a;
+    int64_t stride;
+    const int32_t* start;
+    int64_t start_stride;
+};
+
+QUIRE_INLINE vi broadcast4(const void* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return set1_i(four);
+}
+QUIRE_INLINE vi low_nibbles(vi w) { return and_i(w, set1_i(0x0f0f0f0f)); }
+QUIRE_INLINE vi high_nibbles(vi w) { return low_nibbles(shift_right16<4>(w)); }
+
+template <int PF> QUIRE_INLINE void prefetch_lines(Ahead& ahead) {
+#pragma GCC unroll 4
+    for (int i = 0; i < PF; ++i) prefetch_l2(ahead.at + i * 64);
+    if constexpr (PF > 0) ahead.at += ahead.step;
+}
+
+template <int MT, int NV, class Work> QUIRE_INLINE void each(Work work) {
+#pragma GCC unroll 6
+    for (int m = 0; m < MT; ++m)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) work(m, j);
+}
+#define QUIRE_LAMBDA __attribute__((always_inline))
+
+// The compiler no longer knows where p points: it loads again what it would else keep, in registers that the sums need.
+template <class T> QUIRE_INLINE void reload(T*& p) { asm volatile("" : "+r"(p)); }
+
+#if defined(QUIRE_ISA_avx512vnni)
+template <int Bits, int MT, int NV>
+QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][NV]) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 8 / Bits; ++half) {
+        vi v[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+            v[j] = load_i(w + j * 64);
+            if constexpr (Bits == 4) v[j] = half ? high_nibbles(v[j]) : low_nibbles(v[j]);
+        }
+#pragma GCC unroll 6
+        for (int m = 0; m < MT; ++m) {
+            const vi x = broadcast4(a + m * stride + 4 * half);
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) acc[m][j] = dot(acc[m][j], v[j], x);
+        }
+    }
+}
+#else
+template <int Bits, int MT, int NV>
+QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][NV]) {
+#pragma GCC unroll 6
+    for (int m = 0; m < MT; ++m) {
+        const vi magnitude = broadcast4(a + m * stride), flip = broadcast4(a + m * stride + 4);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+            const vi v = xor_i(flip, load_i(w + j * 4 * kWidth));
+            acc[m][j] = add_i(acc[m][j], add_pairs(maddubs(magnitude, v)));
+        }
+        reload(w);
+    }
+}
+
+// A step of 4-bit weights, two vectors of columns at a time, so that their halves fit beside the sums.
+template <int MT, int NV> QUIRE_INLINE void step16(const uint8_t* w, const int8_t* a, int64_t stride, vh (&sum)[MT][NV]) {
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; j += 2) {
+        const vi v = load_i(w + j * 4 * kWidth), u = load_i(w + (j + 1) * 4 * kWidth);
+        const vi v0 = low_nibbles(v), v1 = high_nibbles(v), u0 = low_nibbles(u), u1 = high_nibbles(u);
+#pragma GCC unroll 6
+        for (int m = 0; m < MT; ++m) {
+            const vi x0 = broadcast4(a + m * stride), x1 = broadcast4(a + m * stride + 4);
+            accumulate(sum[m][j], maddubs(v0, x0));
+            accumulate(sum[m][j + 1], maddubs(u0, x0));
+            accumulate(sum[m][j], maddubs(v1, x1));
+            accumulate(sum[m][j + 1], maddubs(u1, x1));
+        }
+        reload(a);
+    }
+}
+#endif
+
+// The sums of a segment of `positions`, which are one or two spans; PF cache lines are prefetched with each step.
+template <int Bits, int MT, int NV, int PF, int Spans>
+QUIRE_INLINE void segment_sums(const uint8_t* w, const Rows& rows, int64_t positions, Ahead& ahead, vi (&acc)[MT][NV]) {
+    const int8_t* a = rows.a;
+    const int64_t steps = (positions + kStepK<Bits> - 1) / kStepK<Bits>;
+#if !defined(QUIRE_ISA_avx512vnni)
+    if constexpr (Bits == 4) {
+        const int32_t* start = rows.start;
+        const auto span = [&](int64_t steps) QUIRE_LAMBDA {
+            vh sum[MT][NV];
+            each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { sum[m][j] = as_half(set1_i(start[m * rows.start_stride])); });
+            for (int64_t i = 0; i < steps; i += 4)
+#pragma GCC unroll 4
+                for (int u = 0; u < 4; ++u) {
+                    prefetch_lines<PF>(ahead);
+                    step16(w, a, rows.stride, sum);
+                    w += kStepBytes;
+                    a += kStepK<4>;
+                }
+            each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { acc[m][j] = add_pairs(sum[m][j]); });
+        };
+        span(steps / Spans);
+        if constexpr (Spans == 2) {
+            vi first[MT][NV];
+            each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { first[m][j] = acc[m][j]; });
+            ++start;
+            span(steps / 2);
+            each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { acc[m][j] = add_i(acc[m][j], first[m][j]); });
+        }
+        return;
+    }
+#endif
+    each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { acc[m][j] = set1_i(rows.start[m * rows.start_stride]); });
+    for (int64_t i = 0; i < steps; ++i) {
+        prefetch_lines<PF>(ahead);
+        step<Bits>(w, a, rows.stride, acc);
+        w += kStepBytes;
+        a += kStepK<Bits> * kActivationBytes<Bits>;
+    }
+}
+
+}  // namespace quire::QUIRE_NS
