@@ -173,6 +173,14 @@ class ServerConfig(_Checked):
     served_model_name: str | None = option(None, "model name in the API (default: the folder's name)", metavar="NAME")
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
+    drain_timeout: int = option(
+        30, "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended", low=0, high=86400, metavar="SECONDS"
+    )
+    engine_timeout: int = option(
+        120,
+        "seconds without a finished step, while there is work, after which the engine counts as hung and is started again",
+        low=1, high=86400, metavar="SECONDS",
+    )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:

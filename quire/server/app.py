@@ -39,6 +39,7 @@ def create_app(context: Context) -> RequestIds:
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
         ("GET", "/health", health),
+        ("GET", "/ready", ready),
         ("GET", "/version", version),
     ]
     for method, path, handler in routes:
@@ -92,17 +93,25 @@ async def get_model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """200 while requests can be answered; 503 once the engine has died or the server is shutting down."""
+    """Of this process: 200 while what it has taken will be answered, also while the engine is being started again; 503 once there
+    will be no engine any more, or the server is being stopped."""
+    client = context_of(request).client
     try:
-        stats = await context_of(request).client.stats()
+        stats = await client.stats()
     except UnavailableError:
         raise
     except EngineError:  # a long step is not an illness
-        return _json({"status": "busy"})
+        return _json({"status": "busy" if client.up else "restarting", "engine_restarts": client.restarts})
     return _json({
-        "status": "ok", "running": stats.running, "waiting": stats.waiting, "preemptions": stats.preemptions,
+        "status": "draining" if client.draining else "ok", "engine_restarts": client.restarts, "running": stats.running, "waiting": stats.waiting, "preemptions": stats.preemptions,
         "kv_blocks_used": stats.kv.used_blocks, "kv_blocks_total": stats.kv.num_blocks, "kv_block_size": stats.kv.block_size,
     })  # fmt: skip
+
+
+async def ready(request: Request) -> Response:
+    """200 while a request that comes now is started; 503 while the engine is being started again, and while the server drains."""
+    context_of(request).client.check_ready()
+    return _json({"status": "ready"})
 
 
 async def version(request: Request) -> Response:
