@@ -2,8 +2,8 @@
 tokens that were put out so far. Pure bookkeeping; it sends nothing.
 
 A request that keeps killing engines must not take the others with it. Each death without a new token in between counts against
-those that the engine had; after two of them a request is suspected and runs alone, until it has made a token or its engine has
-died for the third time: then it fails, and the others go on.
+those that the engine had; after two of them a request is suspected and tried alone, until it has made a token. Where the engine
+dies a third time, with nothing else in it, the request fails, and the others go on.
 """
 
 from __future__ import annotations
@@ -105,12 +105,11 @@ class Journal:
 
     def engine_died(self) -> list[Entry]:
         """Nothing is sent any more. The requests that have failed now, and are in the journal no longer."""
-        failed = []
-        for entry in self._entries.values():
-            entry.deaths += entry.sent
-            entry.sent = False
-            if entry.deaths >= FAIL_AFTER:
-                failed.append(entry)
+        sent = [entry for entry in self._entries.values() if entry.sent]
+        most = FAIL_AFTER if len(sent) == 1 else SUSPECT_AFTER  # in company it may have been another's fault
+        for entry in sent:
+            entry.deaths, entry.sent = min(entry.deaths + 1, most), False
+        failed = [entry for entry in sent if entry.deaths >= FAIL_AFTER]
         for entry in failed:
             del self._entries[entry.request.request_id]
         self._alone = None

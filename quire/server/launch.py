@@ -50,18 +50,16 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             phases += loaded.phases
             model = server_config.served_model_name or folder.resolve().name
             client = EngineClient(loaded.limits, engine_config.max_waiting)
-            app = create_app(
-                Context(client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults))
-            )
+            app = create_app(Context(client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults)))
 
             def ready() -> None:
                 url = base_url(server_config.host, listener.getsockname()[1])
                 print(banner(url, model, loaded, engine_config, phases, since_process_start()), flush=True)
 
             link = Supervisor(engine, engine_config, server_config.engine_timeout)
-            EngineServer(
-                app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout
-            ).run(sockets=[listener])
+            EngineServer(app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout).run(
+                sockets=[listener]
+            )
         finally:
             engine.kill()
     return 0

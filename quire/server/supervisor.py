@@ -105,7 +105,9 @@ class EngineProcess:
         if code >= 0:
             return f"ended with exit code {code}"
         name = signal.Signals(-code).name
-        return f"was killed by {name}" + (" (where nobody did that by hand, the machine has run out of memory)" if name == "SIGKILL" else "")
+        return f"was killed by {name}" + (
+            " (where nobody did that by hand, the machine has run out of memory)" if name == "SIGKILL" else ""
+        )
 
     def _write(self) -> None:
         try:

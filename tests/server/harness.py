@@ -138,6 +138,11 @@ class Process:
         self.port = int(match[1])
         self.url = f"http://127.0.0.1:{self.port}"
 
+    @property
+    def engine_pid(self) -> int:
+        """Of the engine's process; waits until there is one."""
+        return engine_pid(self.process.pid)
+
     def stop(self, how: int = signal.SIGINT) -> tuple[int, str]:
         """(exit code, stderr)"""
         self.process.send_signal(how)
@@ -157,6 +162,27 @@ def start_process(*arguments: str) -> subprocess.Popen[str]:
         [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
+
+
+def engine_pid(front: int) -> int:
+    """Of the engine's process of the server ``front``; waits until there is one."""
+    found: list[int] = []
+
+    def look() -> bool:
+        tasks = Path(f"/proc/{front}/task").iterdir()  # whichever thread has started it
+        found[:] = [int(pid) for task in tasks for pid in (task / "children").read_text().split() if not is_gone(int(pid))]
+        return bool(found)
+
+    wait_until(look, "the server has an engine")
+    return found[0]
+
+
+def is_gone(pid: int) -> bool:
+    """The process has ended, whether its parent has noticed or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def health(url: str) -> dict[str, Any]:
