@@ -71,7 +71,7 @@ class Loaded(Message, frozen=True):
     num_parameters: int
     dtype: str
     """Of the checkpoint."""
-    kv_bytes_per_token: float
+    kv_bytes_per_token: int
     num_host_blocks: int
     max_num_seqs: int
     policy: str
@@ -135,8 +135,10 @@ _from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | Al
 
 
 def decode_to_engine(data: bytes) -> Load | ToEngine:
-    return _to_engine.decode(data)
+    message: Load | ToEngine = _to_engine.decode(data)
+    return message
 
 
 def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | Alive | Died:
-    return _from_engine.decode(data)
+    message: Loaded | NotLoaded | Outputs | Stats | Alive | Died = _from_engine.decode(data)
+    return message
