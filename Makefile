@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find quire -type f -not -name '*.pyc' -not -name '*.so')
 MODEL ?= embedded
 
-.PHONY: help serve test test-oracle lint clean preflight
+.PHONY: help serve test test-oracle test-emulated lint clean preflight
 
 help:
 	@echo "make serve        install into $(VENV) and serve the embedded model on 127.0.0.1:8000 (MODEL=folder for another)"
 	@echo "make test         install what the tests need and run them"
 	@echo "make test-oracle  the checks against transformers and torch"
+	@echo "make test-emulated the AVX-512 kernels' tests on any machine with AVX2; installs cmake, ninja and nanobind into $(VENV)"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove $(VENV) and build folders"
 
@@ -44,6 +45,10 @@ $(VENV)/.oracle: $(VENV)/.tested
 	@$(PIP) 'quire[oracle]'
 	@touch $@
 
+$(VENV)/.emulated: $(VENV)/.tested
+	@$(PIP) cmake ninja 'nanobind>=2.4'
+	@touch $@
+
 $(VENV)/.linted: $(VENV)/.installed
 	@$(PIP) 'quire[lint]'
 	@touch $@
@@ -56,6 +61,17 @@ test: $(VENV)/.tested
 
 test-oracle: $(VENV)/.oracle
 	$(BIN)/pytest tests/oracle
+
+# The module that emulates is in a copy of its own, and tests find that one first.
+EMULATED := $(CURDIR)/build/emulated
+test-emulated: $(VENV)/.emulated
+	@echo "Compiling the AVX-512 kernels out of AVX2 into build/emulated (two minutes the first time) ..."
+	@$(BIN)/cmake -S . -B $(EMULATED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DQUIRE_EMULATE_AVX512=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > /dev/null
+	@$(BIN)/cmake --build $(EMULATED) -- --quiet
+	@rm -rf $(EMULATED)/python && mkdir $(EMULATED)/python && cp -r quire $(EMULATED)/python/
+	@$(BIN)/cmake --install $(EMULATED) --prefix $(EMULATED)/python > /dev/null
+	@PYTHONPATH=$(EMULATED)/python $(BIN)/python -P -c 'import sys; from quire.backends.cpu import _native as n; sys.exit(None if n.__file__.startswith(sys.argv[1]) and "avx512vnni" in n.available_isas() else "The AVX-512 kernels are emulated with AVX2, FMA and F16C, which this CPU lacks: it has kernels for " + ", ".join(n.available_isas()))' $(EMULATED)
+	PYTHONPATH=$(EMULATED)/python $(BIN)/pytest -k avx512 tests/backends/cpu
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
     python benchmarks/step_profile.py MODEL [--rows 1 2 4 8 16 32 64] [--prefill 512 2048] [--quantize int8] [--rounds 5]
 
 A call's limit is the longer of reading its weights (or KV) at the measured read bandwidth and doing its multiply-adds at the
-measured float32 or int8 peak; all are measured in the same run. Calls that read no weights (norms, activations) have no limit: all of
+measured float32 or int8 peak; all are measured in the same run. Calls that read no weights (norms, rotary) have no limit: all of
 their time counts as lost. "between" is Python: the step without its calls. "replayed" is the whole step as the engine runs it at
 decode, without Python between its calls. Times are the best of the rounds, in ms.
 """
@@ -63,7 +63,8 @@ class Recorder:
         if packed:
             key = self.names.get(id(packed[0]), name)
             rows = next(len(a) for a in args if isinstance(a, np.ndarray))
-            return key, self.limit(packed[0].nbytes, 2 * rows * packed[0].n * packed[0].k, packed[0].dtype)
+            columns = packed[0].n * (2 if packed[0].gated else 1)
+            return key, self.limit(packed[0].nbytes, 2 * rows * columns * packed[0].k, packed[0].dtype)
         if name == "paged_attention":
             queries, keys = args[0], args[1]
             read = 2 * self.distinct * keys.shape[1] * keys.shape[2] * keys.itemsize

@@ -84,7 +84,8 @@ class PackedLinear:
     """Weights [n, k] in the order in which the inner loop reads them."""
 
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """Outputs; where gated, half of the weights' rows."""
     @property
     def k(self) -> int: ...
     @property
@@ -94,8 +95,10 @@ class PackedLinear:
     def group_size(self) -> int:
         """Inputs that share a scale; 0 for one scale an output, and for floats."""
     @property
+    def gated(self) -> bool: ...
+    @property
     def panel(self) -> int:
-        """Outputs in a panel: what the order of the bytes depends on, besides n, k, dtype and group_size."""
+        """Columns in a panel: what the order of the bytes depends on, besides n, k, dtype, group_size and gated."""
     @property
     def nbytes(self) -> int: ...
     @property
@@ -106,28 +109,33 @@ class PackedLinear:
     def set_then(self, then: PackedLinear) -> None:
         """``then`` is usually the next to be read: its first panels are prefetched at the end of this one. Changes no result."""
 
-def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None, group_size: int = 0) -> PackedLinear:
+def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None, group_size: int = 0, gated: bool = False) -> PackedLinear:
     """Packs a copy of [n, k] weights. Any strides: pass w.T for weights stored as [k, n].
 
-    Several matrices with the same k and dtype are concatenated along n (q, k, v; gate, up). quantize: None keeps their
-    width; 'int8' rounds to whole numbers -127..127, with one scale an output (group_size 0) or for each 32, 64 or 128
-    inputs; 'int4' to -8..7, with such groups always, and of three ways to round a group the one with the least squared error.
-    Groups must divide k. Rounding is to nearest even; scales are bfloat16. A NaN or infinity among weights that share a
-    scale makes their output NaN.
+    Several matrices with the same k and dtype are concatenated along n (q, k, v). gated: two of one shape, gate and up, whose
+    outputs are multiplied (see ``linear``). quantize: None keeps their width; 'int8' rounds to whole numbers -127..127, with one
+    scale an output (group_size 0) or for each 32, 64 or 128 inputs; 'int4' to -8..7, with such groups always, and of three ways to
+    round a group the one with the least squared error. Groups must divide k. Rounding is to nearest even; scales are bfloat16. A NaN
+    or infinity among weights that share a scale makes their output NaN.
     """
 
-def load_packed(data: NDArray[np.uint8], n: int, k: int, dtype: str, group_size: int = 0) -> PackedLinear:
+def load_packed(data: NDArray[np.uint8], n: int, k: int, dtype: str, group_size: int = 0, gated: bool = False) -> PackedLinear:
     """A linear over the bytes of another's ``data``, in place (a mapped file), for the instruction set in use.
 
-    They must come from one with the same n, k, dtype, group_size and ``panel()`` and lie at a multiple of 64 bytes; a wrong
+    They must come from one with the same n, k, dtype, group_size, gated and ``panel()`` and lie at a multiple of 64 bytes; a wrong
     size is a ValueError. Other bytes than that give other numbers, never a crash.
     """
 
 def panel() -> int:
-    """Outputs in a panel of the instruction set in use."""
+    """Columns in a panel of the instruction set in use."""
 
-def linear(packed: PackedLinear, x: F32, out: F32, bias: F32 | None = None, accumulate: bool = False) -> None:
-    """out[m, n] = x[m, k] W^T (+ bias[n]); with accumulate, out += that (the sum is added after the chain).
+def linear(
+    packed: PackedLinear, x: F32, out: F32, bias: F32 | None = None, accumulate: bool = False, activation: str | None = None
+) -> None:
+    """out[m, n] = act(x[m, k] W^T (+ bias[n])); with accumulate, out += that (the sum is added after the chain).
+
+    activation: 'silu', 'gelu', 'gelu_tanh', 'relu', or None for none. Gated, out = act(x G^T (+ bias[:n])) * (x U^T (+ bias[n:])).
+    The bytes are those of each of these operations by itself.
 
     With quantized weights each row of x is rounded to whole numbers -127..127 times max|x| / 127 first; a row with a NaN or
     an infinity gives NaN. x and out must not overlap.
@@ -143,12 +151,6 @@ def layer_norm(x: F32, weight: F32, bias: F32 | None, eps: float, out: F32) -> N
 def rotary(x: F32, positions: I32, cos: F32, sin: F32) -> None:
     """Rotates the first 2 * cos.shape[1] dimensions of each head of x [m, heads, head_dim], in place, half-split (Llama):
     dimension i pairs with i + cos.shape[1]. cos and sin: [max_position, half], contiguous."""
-
-def activation(x: F32, out: F32, kind: str, gated: bool = False) -> None:
-    """out[m, f] = act(x[m, f]); gated: act(x[:, :f]) * x[:, f:]. kind: 'silu', 'gelu', 'gelu_tanh' or 'relu'.
-
-    Not gated, out may be x.
-    """
 
 def embed(ids: I32, table: Floats, out: F32, scale: float = 1.0) -> None:
     """out[i] = table[ids[i]] * scale. The table may be a read-only mapping."""

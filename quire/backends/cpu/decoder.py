@@ -1,6 +1,6 @@
 """A decoder-only transformer on the CPU kernels. The forward pass is one loop over layers; variants are fields of the spec.
 
-Weights are packed at load, q, k, v and gate, up side by side, since they share an input. A step works in buffers that are
+Weights are packed at load, q, k, v side by side and gate, up interleaved, since they share an input. A step works in buffers that are
 made once for the most positions that a step may compute.
 """
 
@@ -27,14 +27,15 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 
 @dataclass(slots=True)
 class Linear:
-    """out = x · Wᵀ + b, W packed in the order in which the kernel reads it."""
+    """out = act(x · Wᵀ + b), W packed in the order in which the kernel reads it; where gated, act(x · Gᵀ + b) * (x · Uᵀ + c)."""
 
     packed: native.PackedLinear
     bias: F32 | None
+    activation: str | None = None
 
     def __call__(self, x: F32, out: F32, *, accumulate: bool = False) -> None:
         """x [T, in], out [T, out], float32; ``accumulate`` adds to out (the residual)."""
-        native.linear(self.packed, x, out, self.bias, accumulate)
+        native.linear(self.packed, x, out, self.bias, accumulate, self.activation)
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Layer:
     o: Linear
     mlp_norm: Norm
     up: Linear
-    """gate and up side by side where gated."""
+    """With the activation; gate and up where gated."""
     down: Linear
     window: int
     key_cache: npt.NDArray[Any]
@@ -114,6 +115,7 @@ class Decoder:
         self.layers = []
         for i in range(spec.num_layers):
             at = f"layers.{i}"
+            ups = (f"{at}.gate", f"{at}.up") if spec.gated else (f"{at}.up",)
             layer = Layer(
                 attn_norm=self._norm(f"{at}.attn_norm"),
                 qkv=self._linear(f"{at}.q", f"{at}.k", f"{at}.v"),
@@ -121,7 +123,7 @@ class Decoder:
                 k_norm=self._head_norm(f"{at}.k_norm"),
                 o=self._linear(f"{at}.o"),
                 mlp_norm=self._norm(f"{at}.mlp_norm"),
-                up=self._linear(f"{at}.gate", f"{at}.up") if spec.gated else self._linear(f"{at}.up"),
+                up=self._linear(*ups, gated=spec.gated, activation=spec.activation),
                 down=self._linear(f"{at}.down"),
                 window=spec.window(i),
                 key_cache=aligned((*shape, d, block_size), kv_dtype),
@@ -145,8 +147,7 @@ class Decoder:
         self._normed = buffer(max_tokens, spec.hidden_size)
         self._qkv = buffer(max_tokens, q + 2 * kv)
         self._attended = buffer(max_tokens, q)
-        self._up = buffer(max_tokens, spec.intermediate_size * (2 if spec.gated else 1))
-        self._activated = buffer(max_tokens, spec.intermediate_size)
+        self._up = buffer(max_tokens, spec.intermediate_size)
         self._embedded = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._x
         self._last = buffer(max_rows, spec.hidden_size)
         self._projected = buffer(max_rows, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._last
@@ -249,12 +250,10 @@ class Decoder:
         return residual
 
     def _feed_forward(self, layer: Layer, x: F32, residual: F32) -> None:
-        """residual += down(activation(up(x)))"""
-        count = len(x)
-        up, activated = self._up[:count], self._activated[:count]
+        """residual += down(up(x))"""
+        up = self._up[: len(x)]
         layer.up(x, up)
-        native.activation(up, activated, self.spec.activation, self.spec.gated)
-        layer.down(activated, residual, accumulate=True)
+        layer.down(up, residual, accumulate=True)
 
     def _head(self, x: F32) -> F32:
         if self.final_norm is not None:
@@ -270,10 +269,11 @@ class Decoder:
     def _vector(self, name: str) -> F32:
         return np.ascontiguousarray(self._tensors[name], np.float32)
 
-    def _linear(self, *names: str, head: bool = False) -> Linear:
-        """One packed linear of the weights of ``names``, side by side."""
+    def _linear(self, *names: str, head: bool = False, gated: bool = False, activation: str | None = None) -> Linear:
+        """One packed linear of the weights of ``names``, side by side, or gate and up."""
         biases = [self._vector(f"{name}.bias") for name in names if f"{name}.bias" in self._tensors]
-        return Linear(self._packer.linear(self._tensors, names, head=head), np.concatenate(biases) if biases else None)
+        packed = self._packer.linear(self._tensors, names, head=head, gated=gated)
+        return Linear(packed, np.concatenate(biases) if biases else None, activation)
 
     def _norm(self, name: str) -> Norm:
         bias = self._vector(f"{name}.bias") if self.spec.norm_bias else None

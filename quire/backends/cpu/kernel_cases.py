@@ -43,7 +43,7 @@ class Shape:
     head_norm: bool = False
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Name → (outputs, inputs); those that share an input are one."""
+        """Name → (rows of weights, inputs); those that share an input are one."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "qkv": (q + 2 * kv, self.hidden),
@@ -61,7 +61,7 @@ MODELS = {
     "Qwen3-0.6B": Shape(1024, 16, 8, 128, 3072, 151_936, head_norm=True),
 }
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
-KERNELS = ("linear", "attention", "norm", "rotary", "activation", "write_kv", "sampling")
+KERNELS = ("linear", "attention", "norm", "rotary", "write_kv", "sampling")
 
 
 @dataclass(slots=True, frozen=True)
@@ -108,8 +108,7 @@ Skip = Callable[[str], None]
 def cases(selection: Selection, skip: Skip) -> Iterator[Case]:
     """All selected cases, in the order of KERNELS."""
     makers: dict[str, Callable[[Selection, Skip], Iterator[Case]]] = {
-        "linear": _linear, "attention": _attention, "norm": _norm, "rotary": _rotary,
-        "activation": _activation, "write_kv": _write_kv, "sampling": _sampling,
+        "linear": _linear, "attention": _attention, "norm": _norm, "rotary": _rotary, "write_kv": _write_kv, "sampling": _sampling,
     }  # fmt: skip
     for kernel in KERNELS:
         if kernel in selection.kernels:
@@ -129,30 +128,34 @@ def _linear(selection: Selection, skip: Skip) -> Iterator[Case]:
                 if not _fits(2 * need):
                     skip(f"linear {model} {name} {dtype}: its weights need {need / 1e9:.1f} GB, too much of the memory that is free")
                     continue
-                sets = _weight_sets(n, k, dtype, selection.group_size)
+                gated = name == "gate+up"
+                sets = _weight_sets(n, k, dtype, selection.group_size, gated)
                 for count in rows:
-                    x, out = _random((count, k)), np.empty((count, n), np.float32)
-                    calls: list[Call] = [partial(native.linear, packed, x, out) for packed in sets]
+                    x, out = _random((count, k)), np.empty((count, sets[0].n), np.float32)
+                    act = "silu" if gated else None
+                    calls: list[Call] = [partial(native.linear, packed, x, out, activation=act) for packed in sets]
                     arithmetic = "int8" if quantize else "float32"
                     yield Case(
                         "linear", f"{name} {n}x{k}", model, dtype, count, sets[0].nbytes, 2 * count * n * k, arithmetic, False, calls
                     )
 
 
-def _weight_sets(n: int, k: int, dtype: str, group_size: int) -> list[native.PackedLinear]:
+def _weight_sets(n: int, k: int, dtype: str, group_size: int, gated: bool) -> list[native.PackedLinear]:
     """The same shape so often that all of them are far more than the last cache holds."""
     # Overlapping rows of one long line: random enough, and made at once.
     line = _as(_random((n + k,)) * np.float32(0.02), "float32" if dtype in ("int8", "int4") else dtype)
     weights = np.lib.stride_tricks.sliding_window_view(line, k)[:n]
     sets: list[native.PackedLinear] = []
     while not sets or sum(packed.nbytes for packed in sets) < 4 * last_level_cache():
-        sets.append(_pack(weights, dtype, group_size))
+        sets.append(_pack(weights, dtype, group_size, gated))
     return sets
 
 
-def _pack(weights: Array, dtype: str, group_size: int) -> native.PackedLinear:
+def _pack(weights: Array, dtype: str, group_size: int, gated: bool = False) -> native.PackedLinear:
     pack: Any = native.pack_linear
-    packed: native.PackedLinear = pack(weights, quantize=dtype, group_size=group_size) if dtype in ("int8", "int4") else pack(weights)
+    parts = np.split(weights, 2) if gated else [weights]
+    kind = {"quantize": dtype, "group_size": group_size} if dtype in ("int8", "int4") else {}
+    packed: native.PackedLinear = pack(parts, gated=gated, **kind)
     return packed
 
 
@@ -288,14 +291,6 @@ def _rotary(selection: Selection, skip: Skip) -> Iterator[Case]:
             call = partial(native.rotary, x, np.arange(rows, dtype=np.int32) % 2048, np.cos(angles), np.sin(angles))
             name = f"{heads} heads of {shape.head_dim}"
             yield Case("rotary", name, model, "float32", rows, 8 * x.size, 3 * x.size, "float32", True, [call])
-
-
-def _activation(selection: Selection, skip: Skip) -> Iterator[Case]:
-    for model, shape in _distinct(selection, lambda s: s.intermediate):
-        for rows in _float_rows(selection):
-            x, out = _random((rows, 2 * shape.intermediate)), np.empty((rows, shape.intermediate), np.float32)
-            call = partial(native.activation, x, out, "silu", True)
-            yield Case("activation", f"gated silu {shape.intermediate}", model, "float32", rows, 12 * out.size, 0, "float32", True, [call])
 
 
 def _sampling(selection: Selection, skip: Skip) -> Iterator[Case]:

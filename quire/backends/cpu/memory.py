@@ -97,8 +97,7 @@ def _auto(
 def step_buffer_bytes(config: EngineConfig, spec: TransformerSpec) -> int:
     """Bytes of the float32 arrays that a step works in (see Decoder), for the most positions and rows of a step."""
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    feed_forward = spec.intermediate_size * (3 if spec.gated else 2)
-    position = 2 * spec.hidden_size + heads + feed_forward
+    position = 2 * spec.hidden_size + heads + spec.intermediate_size
     return 4 * (config.max_num_batched_tokens * position + config.num_seqs(1 << 30) * spec.vocab_size)
 
 

@@ -37,7 +37,7 @@ from quire.errors import ConfigError
 from quire.models.quantization import Quantization
 from quire.models.weights import content_digest, read_headers
 
-PACKING: Final = 1
+PACKING: Final = 2
 """Counts what native.pack_linear makes of the same weights: raise it with every change of scales, rounding or layout."""
 MAGIC: Final = b"QUIREPK\n"
 _ALIGN: Final = 64
@@ -57,6 +57,7 @@ class Entry:
     k: int
     dtype: str
     group_size: int
+    gated: bool
     offset: int
     """From the start of the data."""
     nbytes: int
@@ -101,12 +102,13 @@ class PackedCache:
         """Whether all weights so far are in the file."""
         return self._temporary is None
 
-    def take(self, name: str, n: int, k: int, quantization: Quantization) -> native.PackedLinear | None:
+    def take(self, name: str, n: int, k: int, quantization: Quantization, gated: bool) -> native.PackedLinear | None:
         """The linear ``name`` in place, or None where it has to be packed (and is then added)."""
         entry = self._entries.get(name)
         if self._mapped is None or entry is None:
             return None
-        if (entry.n, entry.k, entry.dtype, entry.group_size) != (n, k, quantization.dtype, quantization.group_size):
+        wanted = (n, k, quantization.dtype, quantization.group_size, gated)
+        if (entry.n, entry.k, entry.dtype, entry.group_size, entry.gated) != wanted:
             return None
         packed = self._linears[name] = _load(self._mapped, self._start, entry)
         return packed
@@ -161,7 +163,7 @@ def _write(file: BinaryIO, origin: Origin, linears: Mapping[str, native.PackedLi
     size, views = 0, {name: packed.data.data for name, packed in linears.items()}
     crcs = dict(zip(views, _crcs(list(views.values())), strict=True))
     for name, packed in linears.items():
-        entry = Entry(packed.n, packed.k, packed.dtype, packed.group_size, size, len(views[name]), crcs[name])
+        entry = Entry(packed.n, packed.k, packed.dtype, packed.group_size, packed.gated, size, len(views[name]), crcs[name])
         entries[name] = asdict(entry)
         size += -(-entry.nbytes // _ALIGN) * _ALIGN
     header = json.dumps({"origin": origin, "linears": entries}).encode()
@@ -233,4 +235,4 @@ def _crcs(views: list[memoryview]) -> Iterator[int]:
 
 def _load(mapped: mmap.mmap, start: int, entry: Entry) -> native.PackedLinear:
     data = np.frombuffer(mapped, np.uint8, entry.nbytes, start + entry.offset)
-    return native.load_packed(data, entry.n, entry.k, entry.dtype, entry.group_size)
+    return native.load_packed(data, entry.n, entry.k, entry.dtype, entry.group_size, entry.gated)

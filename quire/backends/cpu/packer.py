@@ -40,26 +40,26 @@ class Packer:
             tensor = tensor.astype(self._weight_dtype)
         return _bits(tensor)
 
-    def linear(self, tensors: Tensors, names: Sequence[str], *, head: bool = False) -> native.PackedLinear:
-        """The weights of ``names``, side by side. head: lm_head, which is quantized in its own way."""
+    def linear(self, tensors: Tensors, names: Sequence[str], *, head: bool = False, gated: bool = False) -> native.PackedLinear:
+        """The weights of ``names``, side by side, or gate and up. head: lm_head, which is quantized in its own way."""
         weights = [tensors[f"{name}.weight"] for name in names]
         if len({weight.dtype for weight in weights}) > 1:  # a checkpoint of mixed widths: the widest holds them all
             weights = [np.asarray(weight, np.float32) for weight in weights]
         if self._quantization is not None:
-            packed = self._quantized("+".join(names), weights, self._quantization.head if head else self._quantization)
+            packed = self._quantized("+".join(names), weights, self._quantization.head if head else self._quantization, gated)
         else:
-            packed = native.pack_linear([self.matrix(weight) for weight in weights])
+            packed = native.pack_linear([self.matrix(weight) for weight in weights], gated=gated)
         if self._progress is not None:
             self._progress.add(sum(weight.nbytes for weight in weights))
         if self._release is not None:
             self._release()
         return packed
 
-    def _quantized(self, name: str, weights: list[npt.NDArray[Any]], kind: Quantization) -> native.PackedLinear:
-        n, k = sum(len(weight) for weight in weights), weights[0].shape[1]
-        if self._cache is not None and (found := self._cache.take(name, n, k, kind)) is not None:
+    def _quantized(self, name: str, weights: list[npt.NDArray[Any]], kind: Quantization, gated: bool) -> native.PackedLinear:
+        n, k = len(weights[0]) if gated else sum(map(len, weights)), weights[0].shape[1]
+        if self._cache is not None and (found := self._cache.take(name, n, k, kind, gated)) is not None:
             return found
-        packed = native.pack_linear([_bits(weight) for weight in weights], kind.dtype, kind.group_size)
+        packed = native.pack_linear([_bits(weight) for weight in weights], kind.dtype, kind.group_size, gated)
         if self._cache is not None:
             self._cache.add(name, packed)
         return packed

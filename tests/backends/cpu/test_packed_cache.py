@@ -221,15 +221,25 @@ def test_a_folder_that_can_only_be_read_serves_what_it_has(model: Path, cache: P
         cache.chmod(0o700)
 
 
-def test_another_config_of_the_same_tensors(model: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Which linears there are follows from config.json, and the digest is of the tensors: here the file has one under another name."""
+@pytest.mark.parametrize(
+    ("old", "new", "missing"),
+    [
+        (b'"layers.2.o"', b'"layers.9.o"', "layers.2.o of 96 x 96"),
+        (b'"gated": true', b'"gated":false', "layers.0.gate+layers.0.up of 192 x 96"),
+    ],
+    ids=["name", "gated"],
+)
+def test_another_config_of_the_same_tensors(
+    model: Path, cache: Path, caplog: pytest.LogCaptureFixture, old: bytes, new: bytes, missing: str
+) -> None:
+    """Which linears there are follows from config.json, and the digest is of the tensors: here the file has others."""
     load(model, cache)
-    rewrite(only(cache), b'"layers.2.o"', b'"layers.9.o"')
+    rewrite(only(cache), old, new)
     reference, _ = load(model, None)
     logits, phases = load(model, cache)
     assert MADE in phases
     assert np.array_equal(logits, reference)
-    assert f"{only(cache)} has no layers.2.o of 96 x 96: it is made again" in caplog.text
+    assert f"{only(cache)} has no {missing}: it is made again" in caplog.text
     assert FOUND in load(model, cache)[1]
 
 
@@ -302,4 +312,5 @@ def test_what_packing_makes_has_a_version() -> None:
     weight = np.random.default_rng(0).standard_normal((100, 256)).astype(np.float32)
     kinds = [("int8", 0), ("int8", 64), ("int4", 32)]
     sums = [zlib.crc32(native.pack_linear(weight, *kind).data.data) for kind in kinds]
-    assert (PACKING, sums) == (1, [353610844, 630810486, 3125935430])
+    gated = [zlib.crc32(native.pack_linear([weight[:50], weight[50:]], *kind, gated=True).data.data) for kind in kinds]
+    assert (PACKING, sums, gated) == (2, [353610844, 630810486, 3125935430], [92523059, 3162331054, 1133248420])

@@ -33,7 +33,7 @@ void require_group(const std::string& dtype, int64_t group, int64_t k) {
                           : "choose " + choices));
 }
 
-PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::string>& quantize, int64_t group) {
+PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::string>& quantize, int64_t group, bool gated) {
     std::vector<Array> arrays;
     if (nb::isinstance<nb::list>(weight) || nb::isinstance<nb::tuple>(weight)) {
         for (nb::handle item : weight) arrays.push_back(nb::cast<Array>(item));
@@ -53,6 +53,10 @@ PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::str
         parts.push_back({static_cast<const char*>(a.data()), dim(a, 0), dim(a, 1), stride(a, 0, dim(a, 1)) * size,
                          stride(a, 1, 1) * size});
     }
+    require(!gated || (parts.size() == 2 && parts[0].n == parts[1].n),
+            "weight: gated takes two matrices of one shape, gate and up" +
+                (parts.size() == 2 ? ": " + shape_of(arrays[0]) + " and " + shape_of(arrays[1])
+                                   : ", not " + std::to_string(parts.size())));
     int64_t bits = 0;
     if (quantize) {
         require(*quantize == "int8" || *quantize == "int4", "quantize is '" + *quantize + "': choose int8, int4 or None");
@@ -62,15 +66,15 @@ PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::str
         require(group == 0, "group_size is " + std::to_string(group) + ", but quantize is None: choose int8 or int4 to go with it");
     }
     nb::gil_scoped_release release;
-    return new PackedLinear(active_kernels(), parts, dtype, bits, group);   // nanobind takes ownership
+    return new PackedLinear(active_kernels(), parts, dtype, bits, group, gated);   // nanobind takes ownership
 }
 
-PackedLinear* load_packed(const Array& data, int64_t n, int64_t k, const std::string& dtype, int64_t group) {
+PackedLinear* load_packed(const Array& data, int64_t n, int64_t k, const std::string& dtype, int64_t group, bool gated) {
     const Kernels& kernels = active_kernels();
     constexpr int64_t kMost = int64_t{1} << 31;   // so that no size overflows
     require(n > 0 && k > 0 && n < kMost && k < kMost,
             "n and k must be positive: " + std::to_string(n) + " and " + std::to_string(k));
-    Panels panels{data.data(), DType::f32, n, k, kernels.panel, 0, group};
+    Panels panels{data.data(), DType::f32, n, k, kernels.panel, 0, group, gated};
     if (dtype == "int8" || dtype == "int4") {
         require_group(dtype, group, k);
         panels.bits = dtype == "int8" ? 8 : 4;
@@ -92,14 +96,25 @@ nb::object packed_data(nb::handle self) {
     return nb::cast(View(p.panels.data, {static_cast<size_t>(p.nbytes)}, self));
 }
 
-void linear(const nb::object& self, const Array& x_, const OutArray& out_, const MaybeArray& bias, bool accumulate) {
+Activation activation_named(const std::optional<std::string>& name) {
+    if (!name) return Activation::none;
+    if (*name == "silu") return Activation::silu;
+    if (*name == "gelu") return Activation::gelu;
+    if (*name == "gelu_tanh") return Activation::gelu_tanh;
+    if (*name == "relu") return Activation::relu;
+    fail("activation '" + *name + "' is unknown: choose silu, gelu, gelu_tanh, relu or None");
+}
+
+void linear(const nb::object& self, const Array& x_, const OutArray& out_, const MaybeArray& bias, bool accumulate,
+            const std::optional<std::string>& activation) {
     const auto& packed = nb::cast<const PackedLinear&>(self);
     const Matrix2 x = matrix(x_, "x"), out = matrix(out_, "out");
     require(x.cols == packed.panels.k, "x must have " + std::to_string(packed.panels.k) + " columns, not " + shape_of(x_));
     require(out.rows == x.rows && out.cols == packed.panels.n,
             "out must be [" + std::to_string(x.rows) + ", " + std::to_string(packed.panels.n) + "], not " + shape_of(out_));
-    const float* b = bias ? vector<float>(*bias, "bias", "float32", packed.panels.n) : nullptr;
-    LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, nullptr, 0, 0};
+    const float* b = bias ? vector<float>(*bias, "bias", "float32", (packed.panels.gated ? 2 : 1) * packed.panels.n) : nullptr;
+    const Activation kind = activation_named(activation);
+    LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, kind, nullptr, 0, 0};
     if (const PackedLinear* then = packed.then)
         args.then = then->panels.data, args.then_panels = then->count(), args.then_panel_bytes = then->nbytes / then->count();
     const auto kernel = packed.panels.bits ? packed.kernels.linear_quantized : packed.kernels.linear;
@@ -134,21 +149,6 @@ void rotary(const OutArray& x_, const Array& positions_, const Array& cos_, cons
     }, x_, positions_, cos_, sin_);
 }
 
-void activation(const Array& x_, const OutArray& out_, const std::string& kind, bool gated) {
-    const Matrix2 x = matrix(x_, "x"), out = matrix(out_, "out");
-    require(out.rows == x.rows && x.cols == (gated ? 2 : 1) * out.cols,
-            std::string("x must be [m, ") + (gated ? "2 f" : "f") + "] for an out of [m, f]: " + shape_of(x_) + " and " +
-                shape_of(out_));
-    Activation k;
-    if (kind == "silu") k = Activation::silu;
-    else if (kind == "gelu") k = Activation::gelu;
-    else if (kind == "gelu_tanh") k = Activation::gelu_tanh;
-    else if (kind == "relu") k = Activation::relu;
-    else fail("activation '" + kind + "' is unknown: choose one of silu, gelu, gelu_tanh, relu");
-    const ActivationArgs args{x.data, out.data, x.rows, out.cols, x.stride, out.stride, k, gated};
-    run_kernel([args, kernel = active_kernels().activation] { kernel(args); }, x_, out_);
-}
-
 void embed(const Array& ids_, const Array& table, const OutArray& out_, float scale, bool add) {
     const Matrix2 out = matrix(out_, "out");
     const DType dtype = float_dtype(table, "table");
@@ -179,18 +179,20 @@ void bind_layers(nb::module_& m) {
         .def_prop_ro("n", [](const PackedLinear& p) { return p.panels.n; })
         .def_prop_ro("k", [](const PackedLinear& p) { return p.panels.k; })
         .def_prop_ro("dtype", [](const PackedLinear& p) { return dtype_name(p.panels); })
+        .def_prop_ro("gated", [](const PackedLinear& p) { return p.panels.gated; })
         .def_prop_ro("group_size", [](const PackedLinear& p) { return p.panels.group; })
         .def_prop_ro("panel", [](const PackedLinear& p) { return p.panels.panel; })
         .def_prop_ro("data", packed_data)
         .def_prop_ro("nbytes", [](const PackedLinear& p) { return p.nbytes; })
         .def("set_then", [](PackedLinear& p, const PackedLinear& then) { p.then = &then; }, nb::arg("then"), nb::keep_alive<1, 2>())
         .def_prop_ro("isa", [](const PackedLinear& p) { return p.kernels.name; });
-    m.def("pack_linear", pack_linear, nb::arg("weights"), nb::arg("quantize") = nb::none(), nb::arg("group_size") = 0);
+    m.def("pack_linear", pack_linear, nb::arg("weights"), nb::arg("quantize") = nb::none(), nb::arg("group_size") = 0,
+          nb::arg("gated") = false);
     m.def("load_packed", load_packed, nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("dtype"), nb::arg("group_size") = 0,
-          nb::keep_alive<0, 1>());
+          nb::arg("gated") = false, nb::keep_alive<0, 1>());
     m.def("panel", [] { return active_kernels().panel; });
     m.def("linear", linear, nb::arg("packed"), nb::arg("x"), nb::arg("out"), nb::arg("bias") = nb::none(),
-          nb::arg("accumulate") = false);
+          nb::arg("accumulate") = false, nb::arg("activation") = nb::none());
     m.def("rms_norm",
           [](const Array& x, const Array& weight, float eps, const OutArray& out) { norm(x, weight, {}, eps, out, false); },
           nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"));
@@ -200,7 +202,6 @@ void bind_layers(nb::module_& m) {
           },
           nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("eps"), nb::arg("out"));
     m.def("rotary", rotary, nb::arg("x"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"));
-    m.def("activation", activation, nb::arg("x"), nb::arg("out"), nb::arg("kind"), nb::arg("gated") = false);
     m.def("embed",
           [](const Array& ids, const Array& table, const OutArray& out, float scale) { embed(ids, table, out, scale, false); },
           nb::arg("ids"), nb::arg("table"), nb::arg("out"), nb::arg("scale") = 1.0f);

@@ -25,12 +25,16 @@ std::vector<const Kernels*> supported() {
 #if defined(QUIRE_X86_KERNELS)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(QUIRE_EMULATE_AVX512)
+    if (v3) all = {&avx2::kernels, &avx512vnni_kernels(), &avx512::kernels};   // never chosen but by name
+#else
     if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         if (__builtin_cpu_supports("avx512vnni")) all.push_back(&avx512vnni_kernels());
         all.push_back(&avx512::kernels);
     }
     if (v3) all.push_back(&avx2::kernels);
+#endif
 #endif
     all.push_back(&portable::kernels);
     return all;

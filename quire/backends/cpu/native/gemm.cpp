@@ -6,26 +6,23 @@
 // A task is a block of rows against one panel of columns. The panel goes by in slices that fit L2 with room for the
 // slice after it, which is prefetched meanwhile: at few rows the product is bound by how fast weights arrive. The last
 // tasks prefetch the first panels of the linear that follows.
-#include "simd.h"
+#include "epilogue.h"
 #include "threads.h"
 
 namespace quire::QUIRE_NS {
 namespace {
 
-constexpr int kVecs = 4;                                                // vectors in a panel row
-constexpr int kPanel = kVecs * kWidth;
 constexpr int kRows = kWidth == 16 ? 6 : 3;                             // rows in a register tile
 constexpr int64_t kSlice = 1024;                                        // K positions in a slice
 constexpr int64_t kRowBlock = 192;
 constexpr int64_t kWidenRows = 4 * kRows;                               // from here on 16-bit slices are widened first
 
 struct Target {
-    float* out;            // the tile's corner
-    int64_t out_stride;
-    float* part;           // partial sums, rows kPanel apart
-    const float* bias;     // the panel's, or null
-    int columns;           // of the panel that exist
-    bool first, last, accumulate;
+    Output to;
+    float* part;           // where sums are put aside, rows kPanel apart
+    bool first;            // sums begin here
+    bool last;             // they end here, and go from registers to out
+    bool finishes;         // they end here, and go to `part` and from there to out, since an activation or a gate awaits them
 };
 
 // What to prefetch while a tile is computed: each K position PF lines at `at`, which then moves on by `step` bytes.
@@ -53,10 +50,10 @@ QUIRE_INLINE void chain(const float* x, int64_t x_stride, const T* w, int64_t kn
     }
 }
 
-template <int MT> QUIRE_INLINE void finish(const Target& t, vf (&acc)[MT][kVecs]) {
+template <int MT> QUIRE_INLINE void finish(const Output& t, vf (&acc)[MT][kVecs]) {
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m) {
-        float* out = t.out + m * t.out_stride;
+        float* out = t.out + m * t.stride;
 #pragma GCC unroll 4
         for (int j = 0; j < kVecs; ++j) {
             const int n = t.columns - j * kWidth;
@@ -83,7 +80,7 @@ void tile(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead,
         for (int j = 0; j < kVecs; ++j) acc[m][j] = t.first ? zero() : load(t.part + m * kPanel + j * kWidth);
     chain<MT, T, PF>(x, x_stride, w, kn, ahead, acc);
     if (t.last) {
-        finish<MT>(t, acc);
+        finish<MT>(t.to, acc);
     } else {
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m)
@@ -135,10 +132,11 @@ void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t k
         const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
         const Ahead ahead = prefetch_with(tiles == 1, w, kn, tiles - i, next);
         Target u = t;
-        u.out += row * t.out_stride;
+        u.to.out += row * t.to.stride;
         u.part += row * kPanel;
         const auto run = ahead.step == 128 && tiles > 1 ? tile_rows<T, 2> : tile_rows<T, 1>;
         run(mt, x + row * x_stride, x_stride, w, kn, ahead, u);
+        if (t.finishes) finish_rows(u.to, u.part, nullptr, 0, mt);
         next.at += kn * ahead.step;
         next.lines -= kn * ahead.step / 64;
         row += mt;
@@ -177,26 +175,22 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     const T* w = base + panel * a.w.k * kPanel;
     constexpr bool kNarrow = sizeof(T) < sizeof(float);
     const bool widen = kNarrow && rows >= kWidenRows, blocked = a.w.k > kSlice;
-    const size_t part_floats = blocked ? rows * kPanel : 0, wide_floats = widen ? kSlice * kPanel : 0;
+    const bool plain = !a.w.gated && a.activation == Activation::none;
+    const size_t part_floats = blocked || !plain ? rows * kPanel : 0, wide_floats = widen ? kSlice * kPanel : 0;
     float* part = static_cast<float*>(thread_scratch(kScratchGemm, (part_floats + wide_floats + 1) * sizeof(float)));
     float* wide = part + part_floats;
 
-    Target t{};
-    t.out = a.out + row * a.out_stride + panel * kPanel;
-    t.out_stride = a.out_stride;
-    t.part = part;
-    t.bias = a.bias ? a.bias + panel * kPanel : nullptr;
-    t.columns = static_cast<int>(a.w.n - panel * kPanel < kPanel ? a.w.n - panel * kPanel : kPanel);
-    t.accumulate = a.accumulate;
+    Target t{output_of(a, panel, row), part, false, false, false};
     const float* x = a.x + row * a.x_stride;
     for (int64_t k = 0; k == 0 || k < a.w.k; k += kSlice) {
         const int64_t kn = a.w.k - k < kSlice ? a.w.k - k : kSlice;
-        t.first = k == 0;
-        t.last = k + kn == a.w.k;
         const int64_t left = a.w.k - k - kn;
+        t.first = k == 0;
+        t.last = left == 0 && plain;
+        t.finishes = left == 0 && !plain;
         const Coming rest{reinterpret_cast<const char*>(w + (k + kn) * kPanel),
                           (left < kSlice ? left : kSlice) * kPanel * static_cast<int64_t>(sizeof(T)) / 64};
-        const Coming coming = t.last ? panel_after(plan, task, next) : rest;
+        const Coming coming = left == 0 ? panel_after(plan, task, next) : rest;
         if (widen) {
             const T* from = w + k * kPanel;
             for (int64_t i = 0; i < kn * kPanel; i += kWidth) store(wide + i, load(from + i));
@@ -211,7 +205,7 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
 
 void linear(const LinearArgs& args) {
     if (args.m == 0 || args.w.n == 0) return;
-    const int64_t panels = (args.w.n + kPanel - 1) / kPanel;
+    const int64_t panels = panel_count(args.w);
     Plan plan{args, 1, args.m, panels};
     // Enough tasks for every thread, but no more row blocks than that takes, since each reads the weights; and row blocks
     // whose partial sums stay in L2.

@@ -2,17 +2,16 @@
 //
 // An element of out is one chain, whatever the rows, tiles and threads around it: for the segments of K in ascending order
 // (quantized.h), the exact integer sum of (q - zero) * a, as a float32, is fused into sum = fma(integer, scale, sum); at the
-// end sum * (the row's scale), + bias, + out, each rounded. The integers start at -zero * (the sum of a), so that the
-// products take q as it is stored. Integers have no order of summation: instruction sets differ only where fma does.
+// end what epilogue.h does. The integers start at -zero * (the sum of a), so that the products take q as it is stored. Integers
+// have no order of summation: instruction sets differ only where fma does.
 //
 // As in gemm.cpp a task is a block of rows against one panel, which goes by in slices that fit L2 with room for the next.
+#include "epilogue.h"
 #include "quantize_rows.h"
 
 namespace quire::QUIRE_NS {
 namespace {
 
-constexpr int kVecs = 4;
-constexpr int kPanel = kVecs * kWidth;
 constexpr int kRows = kWidth == 16 ? 6 : 3;            // rows in a register tile
 constexpr int64_t kSlicePositions = 1024;
 constexpr int kRegisters = kWidth == 16 ? 32 : 16;
@@ -158,37 +157,6 @@ template <int Bits> void tile_rows(int rows, bool half, int pf, const Slice& s, 
     }
 }
 
-struct Out {
-    float* out;              // the block's corner
-    int64_t stride;
-    const float* scale;      // of the rows
-    const float* bias;       // the panel's, or null
-    int columns;             // of the panel that exist
-    bool accumulate;
-};
-
-void finish(const Out& o, const float* sums, int64_t row, int rows) {
-    for (int m = 0; m < rows; ++m, ++row, sums += kPanel) {
-        float* out = o.out + row * o.stride;
-        const vf scale = set1(o.scale[row]);
-#pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) {
-            const int n = o.columns - j * kWidth;
-            if (n <= 0) break;
-            vf y = mul(load(sums + j * kWidth), scale);
-            if (n >= kWidth) {
-                if (o.bias) y = add(y, load(o.bias + j * kWidth));
-                if (o.accumulate) y = add(load(out + j * kWidth), y);
-                store(out + j * kWidth, y);
-            } else {
-                if (o.bias) y = add(y, load_n(o.bias + j * kWidth, n));
-                if (o.accumulate) y = add(load_n(out + j * kWidth, n), y);
-                store_n(out + j * kWidth, y, n);
-            }
-        }
-    }
-}
-
 struct Plan {
     LinearArgs args;
     QuantLayout layout;
@@ -199,7 +167,7 @@ struct Plan {
 // All tiles of a block of rows against one slice of a panel. The lines at `ahead` are spread over the first tiles.
 template <int Bits>
 void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, int64_t k, float* sums, const char* ahead,
-           int64_t lines, const Out* out) {
+           int64_t lines, const Output* out) {
     const int64_t tiles = (rows + kRows - 1) / kRows, steps = (s.positions + kStepK<Bits> - 1) / kStepK<Bits>;
     // With groups the floats are added to often: a tile of more than 3 rows takes half a panel at a time, to keep them.
     const bool halves = kWidth == 16 && plan.args.w.group;
@@ -227,7 +195,7 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
             ahead += steps * pf * 64;
             lines -= steps * pf;
         }
-        if (out) finish(*out, sums + row * kPanel, row, mt);
+        if (out) finish_rows(*out, sums + row * kPanel, q.scale + first_row, row, mt);
         row += mt;
     }
 }
@@ -244,9 +212,7 @@ template <int Bits> void task(const void* context, int64_t task, int64_t next) {
     float* sums = static_cast<float*>(thread_scratch(kScratchGemm, static_cast<size_t>(rows * kPanel) * sizeof(float)));
     std::memset(sums, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
 
-    const int64_t left = a.w.n - panel * kPanel;
-    const Out out{a.out + row * a.out_stride + panel * kPanel, a.out_stride, plan.rows.scale + row,
-                  a.bias ? a.bias + panel * kPanel : nullptr, static_cast<int>(left < kPanel ? left : kPanel), a.accumulate};
+    const Output out = output_of(a, panel, row);
     const int64_t slice_bytes = kSlicePositions / l.segment * l.stride;
     for (int64_t k = 0, at = 0; k < a.w.k; k += kSlicePositions, at += slice_bytes) {
         const bool last = k + kSlicePositions >= a.w.k;
@@ -264,7 +230,7 @@ template <int Bits> void task(const void* context, int64_t task, int64_t next) {
 void linear_quantized(const LinearArgs& args) {
     if (args.m == 0 || args.w.n == 0) return;
     const QuantLayout layout = quant_layout(args.w);
-    const int64_t panels = (args.w.n + kPanel - 1) / kPanel;
+    const int64_t panels = panel_count(args.w);
     Plan plan{args, layout, args.w.bits == 8 ? quantize_rows<8>(args, layout) : quantize_rows<4>(args, layout), 1, args.m};
     // Enough tasks for every thread, and row blocks that stay in L2.
     const int64_t wanted = (8 * num_threads() + panels - 1) / panels, most = (args.m + 2 * kRows - 1) / (2 * kRows);

@@ -15,16 +15,24 @@ struct bf16 { uint16_t bits; };
 struct i8 { int8_t value; };
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
-enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+enum class Activation : int32_t { none, silu, gelu, gelu_tanh, relu };
 
-// Weights in the order in which the inner loop reads them: [ceil(n / panel)][k][panel], the last panel padded with 0.
+// Weights in the order in which the inner loop reads them: [panel_count][k][panel], the last panel padded with 0. Gated,
+// each panel has panel / 2 gates, then the columns that they gate.
 struct Panels {
     const void* data;
     DType dtype;
-    int64_t n, k, panel;
+    int64_t n, k, panel; // n: outputs; gated, there are 2 n columns
     int64_t bits = 0;    // 8 or 4 where weights are quantized: quantized.h has their layout, and dtype means nothing
     int64_t group = 0;   // then: positions of K that share a scale, or 0 for one scale a column
+    bool gated = false;
 };
+
+// Static, so that no compilation's copy can stand in for another's.
+__attribute__((always_inline)) static inline int64_t panel_outputs(const Panels& w) { return w.gated ? w.panel / 2 : w.panel; }
+__attribute__((always_inline)) static inline int64_t panel_count(const Panels& w) {
+    return (w.n + panel_outputs(w) - 1) / panel_outputs(w);
+}
 
 // A matrix somewhere in memory, at any address and with any strides (in bytes).
 struct Matrix {
@@ -35,7 +43,7 @@ struct Matrix {
 struct QuantizeArgs {
     const Matrix* parts;   // concatenated along n
     DType dtype;           // of the parts
-    Panels w;              // what to make
+    Panels w;              // what to make, n columns
     void* out;             // [panels][panel_bytes] of quantized.h, 64-byte aligned
 };
 
@@ -43,9 +51,10 @@ struct LinearArgs {
     Panels w;
     const float* x;      // [m, k], rows x_stride floats apart
     float* out;          // [m, n], rows out_stride floats apart
-    const float* bias;   // [n] or null
+    const float* bias;   // [n], gated [2][n]; or null
     int64_t m, x_stride, out_stride;
     bool accumulate;     // out += instead of out =
+    Activation activation;
     const void* then;    // the panels that will be read after these, to prefetch; or null
     int64_t then_panels, then_panel_bytes;
 };
@@ -67,14 +76,6 @@ struct RotaryArgs {
     const float* cos;    // [max_pos][half]
     const float* sin;
     int64_t m, heads, half, x_stride, x_head_stride;
-};
-
-struct ActivationArgs {
-    const float* x;      // [m, f], or [m, 2f] (gate, up) when gated
-    float* out;          // [m, f]
-    int64_t m, f, x_stride, out_stride;
-    Activation kind;
-    bool gated;
 };
 
 struct EmbedArgs {
@@ -173,7 +174,6 @@ struct Kernels {
     void (*pack_quantized)(const QuantizeArgs&);
     void (*norm)(const NormArgs&);
     void (*rotary)(const RotaryArgs&);
-    void (*activation)(const ActivationArgs&);
     void (*embed)(const EmbedArgs&);
     void (*convert)(const ConvertArgs&);
     void (*write_kv)(const WriteKvArgs&);

@@ -63,30 +63,44 @@ template <class T> void pack_task(const void* context, int64_t task, int64_t) {
     }
 }
 
+// Gate and up as the parts of a linear that is not gated: half a panel of each in turn, and zeros for what the last halves lack.
+std::vector<Matrix> interleaved(const Matrix& gate, const Matrix& up, int64_t half) {
+    static constexpr char kZero[sizeof(float)] = {};
+    std::vector<Matrix> parts;
+    for (int64_t at = 0; at < gate.n; at += half) {
+        const int64_t n = std::min(half, gate.n - at);
+        for (const Matrix& m : {gate, up}) {
+            parts.push_back({m.data + at * m.n_stride, n, m.k, m.n_stride, m.k_stride});
+            if (n < half) parts.push_back({kZero, half - n, m.k, 0, 0});
+        }
+    }
+    return parts;
+}
+
 }  // namespace
 
 int64_t packed_bytes(const Panels& p) {
-    const int64_t count = (p.n + p.panel - 1) / p.panel;
-    return count * (p.bits ? quant_layout(p).panel_bytes : p.panel * p.k * (p.dtype == DType::f32 ? 4 : 2));
+    return panel_count(p) * (p.bits ? quant_layout(p).panel_bytes : p.panel * p.k * (p.dtype == DType::f32 ? 4 : 2));
 }
 
 PackedLinear::PackedLinear(const Kernels& kernels_, const Panels& panels_)
     : kernels(kernels_), panels(panels_), nbytes(packed_bytes(panels_)), owned_(false) {}
 
-PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group)
-    : kernels(kernels_), panels{nullptr, dtype, 0, parts[0].k, kernels_.panel, bits, group}, owned_(true) {
-    for (const Matrix& part : parts) panels.n += part.n;
+PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated)
+    : kernels(kernels_), panels{nullptr, dtype, parts[0].n, parts[0].k, kernels_.panel, bits, group, gated}, owned_(true) {
+    if (!gated)
+        for (size_t i = 1; i < parts.size(); ++i) panels.n += parts[i].n;
     nbytes = packed_bytes(panels);
     void* memory = allocate_large(static_cast<size_t>(nbytes));
     panels.data = memory;
+    const std::vector<Matrix> columns = gated ? interleaved(parts[0], parts[1], panel_outputs(panels)) : parts;
+    const int64_t n = gated ? count() * panels.panel : panels.n;
     if (bits) {
-        kernels.pack_quantized({parts.data(), dtype, panels, memory});
+        kernels.pack_quantized({columns.data(), dtype, {nullptr, dtype, n, panels.k, panels.panel, bits, group}, memory});
         return;
     }
-    const int64_t count = (panels.n + panels.panel - 1) / panels.panel;
-    const int64_t size = dtype == DType::f32 ? 4 : 2;
-    Job job{&parts, static_cast<char*>(memory), panels.n, panels.k, panels.panel, 2048, (panels.k + 2047) / 2048};
-    run_tasks(count * job.k_blocks, size == 4 ? pack_task<uint32_t> : pack_task<uint16_t>, &job);
+    Job job{&columns, static_cast<char*>(memory), n, panels.k, panels.panel, 2048, (panels.k + 2047) / 2048};
+    run_tasks(count() * job.k_blocks, dtype == DType::f32 ? pack_task<uint32_t> : pack_task<uint16_t>, &job);
 }
 
 PackedLinear::~PackedLinear() {

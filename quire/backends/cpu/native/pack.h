@@ -10,8 +10,8 @@ namespace quire {
 
 class PackedLinear {
 public:
-    // Packs parts of one dtype, concatenated along n; bits and group as in Panels.
-    PackedLinear(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype, int64_t bits = 0, int64_t group = 0);
+    // Packs parts of one dtype, concatenated along n, or two of one shape, gate and up, where gated; bits and group as in Panels.
+    PackedLinear(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated);
     // Uses packed bytes where they are: panels.data must stay, and hold packed_bytes(panels).
     PackedLinear(const Kernels& kernels, const Panels& panels);
     ~PackedLinear();
@@ -22,7 +22,7 @@ public:
     Panels panels;
     int64_t nbytes;
     const PackedLinear* then = nullptr;   // what is read after it; must outlive it
-    int64_t count() const { return (panels.n + panels.panel - 1) / panels.panel; }
+    int64_t count() const { return panel_count(panels); }
 
 private:
     bool owned_;

@@ -6,7 +6,7 @@ namespace quire::QUIRE_NS {
 namespace {
 
 // Nothing happens to the value, but the compiler believes that it is used, or that it changed.
-#if defined(QUIRE_ISA_avx512)
+#if defined(__AVX512F__)
 template <class T> QUIRE_INLINE void keep(T& v) { asm volatile("" : "+v"(v)); }
 #elif defined(QUIRE_ISA_avx2)
 template <class T> QUIRE_INLINE void keep(T& v) { asm volatile("" : "+x"(v)); }
@@ -51,7 +51,7 @@ int64_t fma_loop(int64_t iterations) {
 // product does once for many rows, so it is not counted), since vpmaddubsw saturates and the sums must be exact.
 namespace {
 
-#if defined(__AVX512VNNI__)
+#if defined(QUIRE_ISA_avx512vnni)
 constexpr int kRows = 4, kVecs = 4, kMacs = 64;
 using vi = __m512i;
 using Operand = vi;

@@ -8,7 +8,6 @@ void linear_quantized(const LinearArgs&);
 void pack_quantized(const QuantizeArgs&);
 void norm(const NormArgs&);
 void rotary(const RotaryArgs&);
-void activation(const ActivationArgs&);
 void embed(const EmbedArgs&);
 void convert(const ConvertArgs&);
 void write_kv(const WriteKvArgs&);
@@ -37,7 +36,6 @@ const Kernels kernels = {
     .pack_quantized = pack_quantized,
     .norm = norm,
     .rotary = rotary,
-    .activation = activation,
     .embed = embed,
     .convert = convert,
     .write_kv = write_kv,
