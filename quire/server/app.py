@@ -18,11 +18,8 @@ from quire.server.chunks import json_bytes
 from quire.server.completions import completions
 from quire.server.context import Context, context_of
 from quire.server.errors import UnavailableError
+from quire.server.keys import App, KeyCheck, Receive, Scope, Send
 from quire.server.tokenization import detokenize, tokenize
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MAX_REQUEST_ID = 128
 
@@ -46,13 +43,13 @@ def create_app(context: Context) -> RequestIds:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
     openapi.install(app)
     errors.install(app, [*(path.replace(":path", "") for _, path, _ in routes), "/docs"])
-    return RequestIds(app)
+    return RequestIds(KeyCheck(app, context.keys))
 
 
 class RequestIds:
     """Gives every answer an X-Request-Id: the one that the client sent, if it is a sane one, or a new one."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,7 +100,8 @@ async def health(request: Request) -> Response:
     except EngineError:  # a long step is not an illness
         return _json({"status": "busy" if client.up else "restarting", "engine_restarts": client.restarts})
     return _json({
-        "status": "draining" if client.draining else "ok", "engine_restarts": client.restarts, "running": stats.running, "waiting": stats.waiting, "preemptions": stats.preemptions,
+        "status": "draining" if client.draining else "ok", "engine_restarts": client.restarts,
+        "running": stats.running, "waiting": stats.waiting, "preemptions": stats.preemptions,
         "kv_blocks_used": stats.kv.used_blocks, "kv_blocks_total": stats.kv.num_blocks, "kv_block_size": stats.kv.block_size,
     })  # fmt: skip
 

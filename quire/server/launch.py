@@ -27,6 +27,12 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
     with open_socket(server_config.host, server_config.port) as listener:
         from quire.server.supervisor import EngineProcess, Supervisor
 
+        keys = None
+        if server_config.api_keys is not None:
+            from quire.server.keys import read_keys
+
+            keys = read_keys(server_config.api_keys)
+
         engine = EngineProcess(engine_config)
         try:
             started = time.perf_counter()
@@ -50,7 +56,10 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             phases += loaded.phases
             model = server_config.served_model_name or folder.resolve().name
             client = EngineClient(loaded.limits, engine_config.max_waiting)
-            app = create_app(Context(client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults)))
+            context = Context(
+                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), keys=keys
+            )
+            app = create_app(context)
 
             def ready() -> None:
                 url = base_url(server_config.host, listener.getsockname()[1])
