@@ -171,8 +171,19 @@ class ServerConfig(_Checked):
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
     served_model_name: str | None = option(None, "model name in the API (default: the folder's name)", metavar="NAME")
+    api_keys: str | None = option(
+        None, "file of the API keys that are asked for, with their limits (default: none is asked for)", metavar="FILE"
+    )
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
+    drain_timeout: int = option(
+        30, "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended", low=0, high=86400, metavar="SECONDS"
+    )
+    engine_timeout: int = option(
+        120,
+        "seconds without a finished step, while there is work, after which the engine counts as hung and is started again",
+        low=1, high=86400, metavar="SECONDS",
+    )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:

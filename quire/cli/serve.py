@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import threading
 
 from quire.config import EMBEDDED_MODEL, EngineConfig, ServerConfig, add_arguments, read_config_file, resolve
 
@@ -35,17 +32,4 @@ def run(args: argparse.Namespace) -> int:
     from quire.models.weights import resolve_model
     from quire.server.launch import serve
 
-    code = serve(engine_config, server_config, resolve_model(engine_config.model))
-    _leave_if_busy(code)
-    return code
-
-
-def _leave_if_busy(code: int) -> None:
-    """End the process here where a thread is still loading or computing.
-
-    Python would stop such a thread inside native code while it finalizes, and that aborts the process.
-    """
-    if any(thread.daemon for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    return serve(engine_config, server_config, resolve_model(engine_config.model))

@@ -12,6 +12,7 @@ The engine knows nothing about text, tensors or sockets, and belongs to one thre
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Protocol
 
@@ -103,8 +104,12 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._live)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequestError, or QueueFullError where too many wait (nothing is changed then)."""
+    def add(self, request: Request, resumed: Seq[list[int] | None] = ()) -> None:
+        """Queue a request. Raises InvalidRequestError, or QueueFullError where too many wait (nothing is changed then).
+
+        resumed: what another engine made of it, the tokens of each sequence, None for one that has ended; it goes on from there, and
+        ends as it would have ended. (Beams put nothing out before they end.)
+        """
         params, prompt = request.params, request.prompt_token_ids
         self.limits.check(prompt, params)
         if request.request_id in self._live:
@@ -130,9 +135,12 @@ class Engine:
         elif count > params.n and params.logprobs is None:
             params = replace(params, logprobs=0)  # the best of several are found by their log-probabilities
         for index in range(count):
+            made = resumed[index] if resumed and group.search is None else []
+            if made is None:
+                continue
             order = (request.priority, self._arrivals, index)
             seed = derive_seed(request.seed, index)
-            seq = Sequence(group, request, index, list(prompt), len(prompt), seed, max_tokens, params, order)
+            seq = Sequence(group, request, index, [*prompt, *made], len(prompt), seed, max_tokens, params, order)
             group.sequences.append(seq)
         self._arrivals += 1
         self._live[request.request_id] = group

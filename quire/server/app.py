@@ -18,11 +18,8 @@ from quire.server.chunks import json_bytes
 from quire.server.completions import completions
 from quire.server.context import Context, context_of
 from quire.server.errors import UnavailableError
+from quire.server.keys import App, KeyCheck, Receive, Scope, Send
 from quire.server.tokenization import detokenize, tokenize
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MAX_REQUEST_ID = 128
 
@@ -39,19 +36,20 @@ def create_app(context: Context) -> RequestIds:
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
         ("GET", "/health", health),
+        ("GET", "/ready", ready),
         ("GET", "/version", version),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
     openapi.install(app)
     errors.install(app, [*(path.replace(":path", "") for _, path, _ in routes), "/docs"])
-    return RequestIds(app)
+    return RequestIds(KeyCheck(app, context.keys))
 
 
 class RequestIds:
     """Gives every answer an X-Request-Id: the one that the client sent, if it is a sane one, or a new one."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,17 +90,26 @@ async def get_model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """200 while requests can be answered; 503 once the engine has died or the server is shutting down."""
+    """Of this process: 200 while what it has taken will be answered, also while the engine is being started again; 503 once there
+    will be no engine any more, or the server is being stopped."""
+    client = context_of(request).client
     try:
-        stats = await context_of(request).client.stats()
+        stats = await client.stats()
     except UnavailableError:
         raise
     except EngineError:  # a long step is not an illness
-        return _json({"status": "busy"})
+        return _json({"status": "busy" if client.up else "restarting", "engine_restarts": client.restarts})
     return _json({
-        "status": "ok", "running": stats.running, "waiting": stats.waiting, "preemptions": stats.preemptions,
+        "status": "draining" if client.draining else "ok", "engine_restarts": client.restarts,
+        "running": stats.running, "waiting": stats.waiting, "preemptions": stats.preemptions,
         "kv_blocks_used": stats.kv.used_blocks, "kv_blocks_total": stats.kv.num_blocks, "kv_block_size": stats.kv.block_size,
     })  # fmt: skip
+
+
+async def ready(request: Request) -> Response:
+    """200 while a request that comes now is started; 503 while the engine is being started again, and while the server drains."""
+    context_of(request).client.check_ready()
+    return _json({"status": "ready"})
 
 
 async def version(request: Request) -> Response:

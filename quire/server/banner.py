@@ -12,7 +12,7 @@ from quire import __version__
 from quire.config import EngineConfig
 
 if TYPE_CHECKING:
-    from quire.backends.base import Backend
+    from quire.server.messages import Loaded
 
 SHORT_REQUEST = 512
 
@@ -26,43 +26,42 @@ def base_url(host: str, port: int) -> str:
 def banner(
     url: str,
     model: str,
-    backend: Backend,
+    engine: Loaded,
     config: EngineConfig,
-    policy: str,
     phases: Sequence[tuple[str, float]],
     total_s: float,
 ) -> str:
-    """``policy``: name of the class that admits; ``phases``: what took how many seconds."""
-    spec, num_blocks, block_size, max_model_len = backend.spec, backend.num_blocks, backend.block_size, backend.max_model_len
+    """``phases``: what took how many seconds, in both processes."""
+    num_blocks, block_size, max_model_len = engine.limits.num_blocks, engine.limits.block_size, engine.limits.max_model_len
     tokens = num_blocks * block_size
-    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    dtype = engine.dtype if config.dtype == "auto" else config.dtype
     lengths = sorted({max_model_len, min(SHORT_REQUEST, max_model_len)}, reverse=True)
-    pool = _bytes(tokens * spec.kv_bytes_per_token(config.kv_dtype))
+    pool = _bytes(tokens * engine.kv_bytes_per_token)
     fits = " or ".join(f"{num_blocks // -(-length // block_size):,} requests of {length:,} tokens" for length in lengths)
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases)
     rows = [
         ("URL", f"{url}/v1 (documentation: {url}/docs)"),
-        ("model", f"{model}: {spec.architecture}, {_count(spec.num_parameters())} parameters, {dtype}, context {max_model_len:,} tokens"),
-        *([("weights", backend.weight_note)] if backend.weight_note else []),
+        ("model", f"{model}: {engine.architecture}, {_count(engine.num_parameters)} parameters, {dtype}, context {max_model_len:,} tokens"),
+        *([("weights", engine.weight_note)] if engine.weight_note else []),
         (
             "KV pool",
             f"{num_blocks:,} blocks x {block_size} = {tokens:,} tokens ({pool}, {config.kv_dtype})",
         ),
-        *([("KV memory", backend.memory_note)] if backend.memory_note else []),
-        ("fits", f"{fits} at once (at most {config.num_seqs(num_blocks):,} sequences run at a time; {config.max_waiting:,} more wait)"),
-        ("policy", ", ".join(_policies(backend, config, policy))),
+        *([("KV memory", engine.memory_note)] if engine.memory_note else []),
+        ("fits", f"{fits} at once (at most {engine.limits.max_num_seqs:,} sequences run at a time; {config.max_waiting:,} more wait)"),
+        ("policy", ", ".join(_policies(engine, config))),
         ("started", f"in {total_s:.2f} s ({times}; some at the same time)"),
     ]
     lines = [f"Quire {__version__}", "", *(f"  {name:<10}{text}" for name, text in rows)]
     return "\n".join([*lines, "", "Try it:", f"  {curl(url, model)}", "", "Stop with Ctrl-C.", ""])
 
 
-def _policies(backend: Backend, config: EngineConfig, policy: str) -> Iterator[str]:
+def _policies(engine: Loaded, config: EngineConfig) -> Iterator[str]:
     """How the pool is used: whether content is shared, who is let in, what becomes of those that have to make room."""
     yield f"prefix caching {'on' if config.prefix_caching else 'off'}"
-    yield "admission " + re.sub(r"(?<!^)(?=[A-Z])", "-", policy).lower()
-    if blocks := backend.num_host_blocks:
-        size = blocks * backend.block_size * backend.spec.kv_bytes_per_token(config.kv_dtype)
+    yield "admission " + re.sub(r"(?<!^)(?=[A-Z])", "-", engine.policy).lower()
+    if blocks := engine.num_host_blocks:
+        size = blocks * engine.limits.block_size * engine.kv_bytes_per_token
         yield f"preempted requests are swapped to {_bytes(size)} ({blocks:,} blocks)"
 
 

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from quire.outputs import Choice
 from quire.sampling_params import SamplingParams
 from quire.server.chunks import head, json_bytes, reason_json, respond, text_json, usage_object
-from quire.server.context import Context, context_of
+from quire.server.context import Context, caller_of, context_of
 from quire.server.fields import parse
 from quire.server.generation import Generation, Piece, new_id
 from quire.server.limits import max_text_bytes, read_json
@@ -38,7 +38,9 @@ async def chat_completions(request: Request) -> Response:
             max_bytes=max_text_bytes(context.max_model_len),
         )
         # A message that is continued goes on in the middle of its text.
-        generation = Generation(context, call_id, body, [(prompt, params)], continues_prompt=bool(body.continue_final_message))
+        generation = Generation(
+            context, caller_of(request), call_id, body, [(prompt, params)], continues_prompt=bool(body.continue_final_message)
+        )
     form = _Form(context, body, params, call_id, prompt)
     return await respond(request, generation, form, body)
 

@@ -1,6 +1,6 @@
-"""EngineClient: the engine as asyncio code sees it.
+"""EngineClient: the engine as asyncio code sees it. What it has taken ends as if there were one engine that never dies.
 
-Everything here runs on the event loop's thread, but for ``_post``, which the engine's thread calls once a step.
+Everything here runs on the event loop's thread, but for ``_post``, which the link's thread calls once a step.
 """
 
 from __future__ import annotations
@@ -8,18 +8,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from quire.core.admission import RequestLimits
 from quire.core.sequence import Request
 from quire.core.stats import EngineStats
-from quire.errors import EngineError, QueueFullError
+from quire.errors import EngineError, QueueFullError, QuireError
 from quire.outputs import SequenceOutput
-from quire.server.engine_loop import EngineLoop, SteppedEngine
 from quire.server.errors import UnavailableError
-from quire.server.messages import Abort, Add, Died, FromEngine, GetStats, Outputs, Stats
+from quire.server.journal import FAIL_AFTER, Journal
+from quire.server.messages import Abort, Add, Died, Down, FromEngine, GetStats, Outputs, Stats, ToEngine, Up
 
 CLOSING = "the server is shutting down"
+DRAINING = "the server is shutting down: it finishes what it has, and takes nothing new"
+RESTARTING = "the engine is being started again; what is in flight goes on when it is there"
+
+
+class Link(Protocol):
+    """The way to an engine, which may be replaced by another one (Down, then Up)."""
+
+    def start(self, receive: Callable[[FromEngine], None], has_work: Callable[[], bool]) -> None: ...
+    def send(self, message: ToEngine) -> None: ...
+    def stop(self, timeout: float) -> None: ...
 
 
 class Stream:
@@ -103,19 +114,28 @@ class EngineClient:
         self.in_flight = 0
         """Sequences that were submitted and have not ended."""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._engine: EngineLoop | None = None
+        self._link: Link | None = None
+        self._journal = Journal()
         self._streams: dict[str, Stream] = {}
         self._tickets = itertools.count()
         self._asked: dict[int, asyncio.Future[EngineStats]] = {}
         self.dead: str | None = None
         """Why nothing can be generated any more; None while all is well."""
-        self.closing = False
+        self.draining = self.closing = False
+        self.up = False
+        """There is an engine."""
+        self.restarts = 0
+        """Engines that took the place of one that died."""
 
-    def start(self, engine: SteppedEngine) -> None:
-        """Start the engine's loop. Call on the event loop."""
+    def start(self, link: Link) -> None:
+        """Begin to talk to the engine, which is ready. Call on the event loop."""
         self._loop = asyncio.get_running_loop()
-        self._engine = EngineLoop(engine, self._post)
-        self._engine.start()
+        self._link, self.up = link, True
+        link.start(self._post, lambda: len(self._journal) > 0)
+
+    def drain(self) -> None:
+        """Take no new requests; those in flight go on."""
+        self.draining = True
 
     def close(self) -> None:
         """Take no new requests; those in flight end with an error now."""
@@ -123,9 +143,9 @@ class EngineClient:
         self._fail_all(CLOSING)
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End the engine's loop, after its current step."""
-        if self._engine is not None:
-            self._engine.stop(timeout)
+        """End the engine, after its current step."""
+        if self._link is not None:
+            self._link.stop(timeout)
 
     def submit(self, requests: Sequence[Request]) -> Stream:
         """Queue requests; close the stream in the end, whatever happens. Request ids must be unique among those in flight.
@@ -138,25 +158,28 @@ class EngineClient:
                 f"{self.in_flight:,} sequences run or wait, and this server takes {most:,} (--max-num-seqs {self.limits.max_num_seqs:,} + "
                 f"--max-waiting {self.max_waiting:,}): try again in a moment, or serve with a larger --max-waiting"
             )
-        assert self._engine is not None
         stream = Stream(self, requests)
         self.in_flight += len(stream._open)
         for request in requests:
             self._streams[request.request_id] = stream
-            self._engine.send(Add(request))
+            self._journal.add(request)
+        self._send_due()
         return stream
 
     async def stats(self, timeout: float = 5.0) -> EngineStats:
         """The engine's counters, after all that was sent before.
 
-        Raises UnavailableError where it died, EngineError where its current step takes longer than ``timeout`` seconds.
+        Raises UnavailableError where there will be none any more, EngineError where it is being started again, or where its current
+        step takes longer than ``timeout`` seconds.
         """
         ticket = next(self._tickets)
         answer = self._asked[ticket] = asyncio.get_running_loop().create_future()
         try:
-            self.check()
-            assert self._engine is not None
-            self._engine.send(GetStats(ticket))
+            self._check_alive()
+            if not self.up:
+                raise EngineError(RESTARTING)
+            assert self._link is not None
+            self._link.send(GetStats(ticket))
             async with asyncio.timeout(timeout):
                 stats: EngineStats = await answer
                 return stats
@@ -166,8 +189,19 @@ class EngineClient:
             del self._asked[ticket]
 
     def check(self) -> None:
-        """Raises UnavailableError where nothing can be generated any more."""
-        if self.dead is not None or self.closing or self._engine is None:
+        """Raises UnavailableError where nothing new is taken."""
+        self._check_alive()
+        if self.draining:
+            raise UnavailableError(DRAINING)
+
+    def check_ready(self) -> None:
+        """Raises UnavailableError where a request that came now would not be started."""
+        self.check()
+        if not self.up:
+            raise UnavailableError(RESTARTING)
+
+    def _check_alive(self) -> None:
+        if self.dead is not None or self.closing or self._link is None:
             raise UnavailableError(self.dead or (CLOSING if self.closing else "the engine has not started"))
 
     def _leave(self, requests: Sequence[Request], unfinished: set[str]) -> None:
@@ -177,11 +211,16 @@ class EngineClient:
             self._abort(request_id, None)
 
     def _abort(self, request_id: str, index: int | None) -> None:
-        if self._engine is not None:
-            self._engine.send(Abort(request_id, index))
+        if self._journal.end(request_id, index) and self.up and self._link is not None:
+            self._link.send(Abort(request_id, index))
+
+    def _send_due(self) -> None:
+        if self.up and self._link is not None:
+            for entry in self._journal.due():
+                self._link.send(Add(entry.request, entry.resumed))
 
     def _post(self, message: FromEngine) -> None:
-        """Called on the engine's thread."""
+        """Called on the link's thread."""
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the event loop has closed: the process is ending
             self._loop.call_soon_threadsafe(self._receive, message)
@@ -190,18 +229,38 @@ class EngineClient:
         match message:
             case Outputs(outputs):
                 for output in outputs:
-                    if (stream := self._streams.get(output.request_id)) is not None:
-                        stream._deliver(output)
+                    self._journal.note(output)
+                    self._deliver(output)
+                self._send_due()
             case Stats(ticket, stats):
                 if (answer := self._asked.get(ticket)) is not None and not answer.done():
                     answer.set_result(stats)
+            case Down(reason):
+                self.up = False
+                self._fail_asked(EngineError(RESTARTING))
+                for entry in self._journal.engine_died():
+                    why = f"{FAIL_AFTER} engines died while they worked on it, the last one alone with it; {reason}"
+                    for index, tokens in enumerate(entry.emitted):
+                        if tokens is not None:
+                            self._deliver(SequenceOutput(entry.request.request_id, index, [], None, "error", why))
+            case Up():
+                self.up = True
+                self.restarts += 1
+                self._send_due()
             case Died(reason):
-                self.dead = reason
+                self.up, self.dead = False, reason
                 self._fail_all(reason)
+
+    def _deliver(self, output: SequenceOutput) -> None:
+        if (stream := self._streams.get(output.request_id)) is not None:
+            stream._deliver(output)
 
     def _fail_all(self, reason: str) -> None:
         for stream in self._streams.values():
             stream._fail(reason)
+        self._fail_asked(UnavailableError(reason))
+
+    def _fail_asked(self, error: QuireError) -> None:
         for answer in self._asked.values():
             if not answer.done():
-                answer.set_exception(UnavailableError(reason))
+                answer.set_exception(error)

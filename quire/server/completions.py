@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from quire.outputs import Choice
 from quire.sampling_params import SamplingParams
 from quire.server.chunks import head, json_bytes, reason_json, respond, text_json, usage_object
-from quire.server.context import Context, context_of
+from quire.server.context import Context, caller_of, context_of
 from quire.server.fields import parse
 from quire.server.generation import Generation, Piece, new_id
 from quire.server.limits import read_json
@@ -31,7 +31,7 @@ async def completions(request: Request) -> Response:
     limits = context.client.limits
     call_id = new_id("cmpl")
     fitted = [(prompt, fit_default(params, body, len(prompt.token_ids), limits)) for prompt in prompts]
-    generation = Generation(context, call_id, body, fitted, continues_prompt=True)
+    generation = Generation(context, caller_of(request), call_id, body, fitted, continues_prompt=True)
     form = _Form(context, body, params, call_id, prompts)
     return await respond(request, generation, form, body)
 

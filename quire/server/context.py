@@ -10,6 +10,7 @@ from fastapi import Request
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.server.client import EngineClient
+from quire.server.keys import Caller, Keys
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
 
@@ -26,6 +27,8 @@ class Context:
     """The model's own, where a request says nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
     salts: Salts = field(default_factory=Salts)
+    keys: Keys | None = None
+    """None: everybody may use the server."""
 
     @property
     def max_model_len(self) -> int:
@@ -41,3 +44,9 @@ def context_of(request: Request) -> Context:
     context = request.app.state.context
     assert isinstance(context, Context)
     return context
+
+
+def caller_of(request: Request) -> Caller:
+    caller = request.scope["caller"]
+    assert isinstance(caller, Caller)
+    return caller

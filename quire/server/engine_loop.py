@@ -1,14 +1,13 @@
-"""EngineLoop: runs the engine on a thread of its own. Inbox → step → outbox.
+"""EngineLoop: runs the engine. Inbox → step → outbox.
 
-The kernels release the GIL, so sockets are served while a step computes. The loop sleeps on its inbox while the engine
-has no work; between steps it takes whatever has arrived. Only this thread ever touches the engine.
+It sleeps on its inbox while the engine has no work; between steps it takes whatever has arrived. Only the thread that runs it
+ever touches the engine.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -16,12 +15,10 @@ from quire.core.sequence import Request
 from quire.core.stats import EngineStats
 from quire.errors import QuireError
 from quire.outputs import SequenceOutput
-from quire.server.messages import Abort, Add, Died, FromEngine, GetStats, Outputs, Stats, Stop, ToEngine
+from quire.server.messages import ALIVE_S, Abort, Add, Alive, GetStats, Outputs, Stats, Stop, ToEngine
 
 QUIET_S = 1.0
 """After this long without work the engine checks its books."""
-
-log = logging.getLogger("quire.engine")
 
 
 class SteppedEngine(Protocol):
@@ -29,7 +26,7 @@ class SteppedEngine(Protocol):
 
     @property
     def has_work(self) -> bool: ...
-    def add(self, request: Request) -> None: ...
+    def add(self, request: Request, resumed: Sequence[list[int] | None] = ()) -> None: ...
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceOutput]: ...
     def step(self) -> list[SequenceOutput]: ...
     def stats(self) -> EngineStats: ...
@@ -37,35 +34,19 @@ class SteppedEngine(Protocol):
 
 
 class EngineLoop:
-    """Owns an engine. ``send`` may be called from any thread; ``outbox`` is called on the engine's thread."""
+    """Owns an engine. Messages are put into ``inbox`` by any thread; ``outbox`` is called on the thread of ``run``."""
 
-    def __init__(self, engine: SteppedEngine, outbox: Callable[[FromEngine], None]) -> None:
+    def __init__(self, engine: SteppedEngine, inbox: SimpleQueue[ToEngine], outbox: Callable[[Outputs | Stats | Alive], None]) -> None:
         self._engine = engine
+        self._inbox = inbox
         self._outbox = outbox
-        self._inbox: SimpleQueue[ToEngine] = SimpleQueue()
-        # A daemon: a step that hangs must not keep a stopping process alive.
-        self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
+        self._said = 0.0
+        """When the front was last told something."""
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def send(self, message: ToEngine) -> None:
-        self._inbox.put(message)
-
-    def stop(self, timeout: float) -> None:
-        """Leave after the current step; waits for at most ``timeout`` seconds."""
-        self.send(Stop())
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-
-    def _run(self) -> None:
-        try:
-            while self._turn():
-                pass
-        except Exception:
-            # Whoever is waiting learns it now; whoever comes later is refused by the front.
-            log.exception("the engine died")
-            self._outbox(Died("the engine has stopped after an internal error; the server's log has the details"))
+    def run(self) -> None:
+        """Until Stop. Raises what the engine raises: it can't go on then."""
+        while self._turn():
+            pass
 
     def _turn(self) -> bool:
         """Apply what has arrived, run one step. False: stop."""
@@ -80,8 +61,14 @@ class EngineLoop:
         if engine.has_work:
             outputs += engine.step()
         if outputs:
-            self._outbox(Outputs(outputs))
+            self._say(Outputs(outputs))
+        elif time.monotonic() - self._said > ALIVE_S:
+            self._say(Alive(engine.stats().steps))
         return True
+
+    def _say(self, message: Outputs | Stats | Alive) -> None:
+        self._said = time.monotonic()
+        self._outbox(message)
 
     def _poll(self) -> ToEngine | None:
         try:
@@ -99,13 +86,14 @@ class EngineLoop:
 
     def _apply(self, message: Add | Abort | GetStats) -> list[SequenceOutput]:
         match message:
-            case Add(request):
+            case Add():
+                request = message.read()
                 try:
-                    self._engine.add(request)
+                    self._engine.add(request, message.resumed)
                 except QuireError as e:
                     return [SequenceOutput(request.request_id, i, [], None, "error", e.message) for i in range(request.params.num_outputs)]
             case Abort(request_id, index):
                 return self._engine.abort(request_id, index)
             case GetStats(ticket):
-                self._outbox(Stats(ticket, self._engine.stats()))
+                self._say(Stats(ticket, self._engine.stats()))
         return []

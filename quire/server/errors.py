@@ -7,6 +7,7 @@ traceback, no path, no representation of an object.
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING
 
 from fastapi.responses import Response
@@ -24,6 +25,24 @@ class UnavailableError(QuireError):
 
     code = "unavailable"
     status = 503
+
+
+class UnauthorizedError(QuireError):
+    """No API key, or one that nobody has."""
+
+    code = "invalid_api_key"
+    status = 401
+
+
+class RateLimitError(QuireError):
+    """A key's limit is reached. Trying again after ``retry_after_s`` seconds may help."""
+
+    code = "rate_limit_exceeded"
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NotFoundError(QuireError):
@@ -73,8 +92,10 @@ def error_response(error: QuireError) -> Response:
     headers = {}
     if error.status not in (408, 429, 503):
         headers["x-should-retry"] = "false"  # the same request would get the same answer
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     if error.status == 429:
-        headers["retry-after"] = "1"
+        headers["retry-after"] = str(math.ceil(error.retry_after_s)) if isinstance(error, RateLimitError) else "1"
     if error.status in (408, 413):
         headers["connection"] = "close"  # part of the body may still be on its way
     return Response(error_bytes(error), status_code=error.status, media_type="application/json", headers=headers)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from quire.core.sequence import Request, Retention
-from quire.errors import EngineError, InvalidRequestError
+from quire.errors import EngineError, InvalidRequestError, QuireError
 from quire.outputs import Choice, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
 from quire.server.client import Stream
 from quire.server.context import Context
+from quire.server.keys import Caller
 from quire.server.prompts import Prompt
 from quire.server.sampling import draw_seed
 from quire.server.schemas import GenerationRequest
@@ -44,6 +45,7 @@ class Generation:
     def __init__(
         self,
         context: Context,
+        caller: Caller,
         call_id: str,
         body: GenerationRequest,
         prompts: Sequence[tuple[Prompt, SamplingParams]],
@@ -58,9 +60,9 @@ class Generation:
         self.n = prompts[0][1].n
         self._width = prompts[0][1].num_outputs
         """Samples of a prompt; the best ``n`` of them become choices."""
-        self._client = context.client
+        self._client, self._caller = context.client, caller
         self._stream: Stream | None = None
-        salt, retention = context.salts.derive(body.cache_salt), _retention(body)
+        salt, retention = context.salts.derive(body.cache_salt, caller.tenant), _retention(body)
         self._requests: list[Request] = []
         self._first_sample: dict[str, int] = {}
         self._assemblers: list[OutputAssembler] = []
@@ -75,17 +77,26 @@ class Generation:
             seen = prompt.token_ids if continues_prompt else ()
             self._assemblers += [OutputAssembler(context.tokenizer, params, seen) for _ in range(self._width)]
         self._started = [False] * len(self._assemblers)
+        self._closed = False
         self._uncounted = set(self._first_sample)
         """Requests of which it is not known how much was cached."""
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts))
 
     def submit(self) -> None:
-        """Queue the requests. Raises UnavailableError, or QueueFullError."""
-        self._stream = self._client.submit(self._requests)
+        """Queue the requests. Raises UnavailableError, QueueFullError, or RateLimitError."""
+        self._caller.enter()
+        try:
+            self._stream = self._client.submit(self._requests)
+        except QuireError:
+            self._caller.leave(0)
+            raise
 
     def close(self) -> None:
-        if self._stream is not None:
+        """May be called twice."""
+        if self._stream is not None and not self._closed:
+            self._closed = True
             self._stream.close()
+            self._caller.leave(self.usage.total_tokens)
 
     def __enter__(self) -> Generation:
         return self

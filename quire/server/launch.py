@@ -1,7 +1,6 @@
-"""From a model folder to a server that answers: open the socket, load, start the engine's loop, serve, stop.
+"""From a model folder to a server that answers: open the socket, start the engine's process, serve, stop.
 
-The model is loaded on one thread while the HTTP stack is imported on another: the time to the first answer is what the
-user waits for.
+The engine loads the model while the HTTP stack is imported here: the time to the first answer is what the user waits for.
 """
 
 from __future__ import annotations
@@ -9,104 +8,70 @@ from __future__ import annotations
 import logging
 import socket
 import sys
-import threading
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ServerConfig
 from quire.errors import ConfigError, QuireError
-from quire.logs import ThrottledLog
-
-if TYPE_CHECKING:
-    from quire.backends.base import Backend
-    from quire.core.engine import Engine, Executor
-    from quire.server.client import EngineClient
 
 KEEP_ALIVE_S = 75
 """Longer than common clients keep idle connections, so that it is they who close them."""
-UNBOUNDED = 1 << 20
-"""As ``max_waiting``: the most that it may be."""
 GRACE_S = 5
-"""After a signal, streams end with an error at once; a client that does not read it is cut off after this time."""
+"""Streams that end with an error end at once; a client that does not read it is cut off after this time."""
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path) -> int:
     """Serve the model in ``folder`` until SIGINT or SIGTERM. Returns the exit code. Raises QuireError where it can't start."""
     phases: list[tuple[str, float]] = []
-    listener = open_socket(server_config.host, server_config.port)
-    with listener:
-        loading = _Loading(engine_config, phases)
-        started = time.perf_counter()
-        from quire.server.uvicorn_server import EngineServer
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    with open_socket(server_config.host, server_config.port) as listener:
+        from quire.server.supervisor import EngineProcess, Supervisor
 
-        phases.append(("HTTP stack", time.perf_counter() - started))
-        started = time.perf_counter()
-        from quire.text.tokenizer import Tokenizer
+        keys = None
+        if server_config.api_keys is not None:
+            from quire.server.keys import read_keys
 
+            keys = read_keys(server_config.api_keys)
+
+        engine = EngineProcess(engine_config)
         try:
-            tokenizer = Tokenizer.load(folder)
-        except QuireError:
-            loading.result()  # a folder that is no model at all is reported as that
-            raise
-        phases.append(("tokenizer", time.perf_counter() - started))
-        backend = loading.result()
-        started = time.perf_counter()
-        from quire.server.app import create_app
-        from quire.server.banner import banner, base_url
-        from quire.server.context import Context
+            started = time.perf_counter()
+            from quire.server.app import create_app
+            from quire.server.banner import banner, base_url
+            from quire.server.client import EngineClient
+            from quire.server.context import Context
+            from quire.server.uvicorn_server import EngineServer
 
-        engine, client = make_engine(backend, engine_config)
-        model = server_config.served_model_name or folder.resolve().name
-        app = create_app(Context(client, tokenizer, server_config, model, backend.spec.eos_token_ids, dict(backend.spec.sampling_defaults)))
-        phases.append(("engine", time.perf_counter() - started))
+            phases.append(("HTTP stack", time.perf_counter() - started))
+            started = time.perf_counter()
+            from quire.text.tokenizer import Tokenizer
 
-        def ready() -> None:
-            url = base_url(server_config.host, listener.getsockname()[1])
-            policy = type(engine.scheduler.policy).__name__
-            print(banner(url, model, backend, engine_config, policy, phases, since_process_start()), flush=True)
+            try:
+                tokenizer = Tokenizer.load(folder)
+            except QuireError:
+                engine.loaded()  # a folder that is no model at all is reported as that
+                raise
+            phases.append(("tokenizer", time.perf_counter() - started))
+            loaded = engine.loaded()
+            phases += loaded.phases
+            model = server_config.served_model_name or folder.resolve().name
+            client = EngineClient(loaded.limits, engine_config.max_waiting)
+            context = Context(
+                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), keys=keys
+            )
+            app = create_app(context)
 
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
-        EngineServer(app, client, engine, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S).run(sockets=[listener])
+            def ready() -> None:
+                url = base_url(server_config.host, listener.getsockname()[1])
+                print(banner(url, model, loaded, engine_config, phases, since_process_start()), flush=True)
+
+            link = Supervisor(engine, engine_config, server_config.engine_timeout)
+            EngineServer(app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout).run(
+                sockets=[listener]
+            )
+        finally:
+            engine.kill()
     return 0
-
-
-def make_engine(backend: Executor, config: EngineConfig) -> tuple[Engine, EngineClient]:
-    """An engine, and the front's side of it. Raises CapacityError."""
-    from quire.core.engine import Engine
-    from quire.server.client import EngineClient
-
-    # The front bounds the queue: what it has taken, the engine takes too.
-    engine = Engine(backend, replace(config, max_waiting=UNBOUNDED), time.monotonic)
-    engine.on_preemption(ThrottledLog(logging.getLogger("quire.engine")).warning)
-    return engine, EngineClient(engine.limits, config.max_waiting)
-
-
-class _Loading:
-    """Opens the backend on another thread; a daemon, so that Ctrl-C does not wait for it."""
-
-    def __init__(self, config: EngineConfig, phases: list[tuple[str, float]]) -> None:
-        self._config, self._phases = config, phases
-        self._backend: Backend | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="quire-load", daemon=True)
-        self._thread.start()
-
-    def result(self) -> Backend:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._backend is not None
-        return self._backend
-
-    def _run(self) -> None:
-        try:
-            from quire.backends.base import open_backend
-
-            self._backend = open_backend(self._config, lambda name, seconds: self._phases.append((name, seconds)))
-        except BaseException as e:
-            self._error = e
 
 
 def open_socket(host: str, port: int) -> socket.socket:

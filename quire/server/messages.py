@@ -1,63 +1,144 @@
-"""What the front (HTTP, text) and the engine say to each other.
+"""What the front (HTTP, text) and the engine say to each other: plain data, as msgpack where it crosses a process border.
 
-Plain data only, no callbacks and no shared objects, so that the same messages can cross a process border.
+The engine's process is told first what to load, and answers with what it has loaded or with why it could not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
-from quire.core.sequence import Request
+import msgspec
+
+from quire.core.admission import RequestLimits
+from quire.core.sequence import Request, Retention
 from quire.core.stats import EngineStats
 from quire.outputs import SequenceOutput
+from quire.sampling_params import SamplingParams
 
 
-@dataclass(slots=True, frozen=True)
-class Add:
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Tagged with its name, fields in their order."""
+
+
+class Load(Message, frozen=True):
+    """The first message: the fields of the EngineConfig."""
+
+    config: dict[str, Any]
+
+
+class Add(Message, frozen=True):
     """Queue a request. Its front has checked it against the engine's limits."""
 
-    request: Request
+    request: Any
+    """A Request; its fields, where it came as msgpack. See ``read``."""
+    resumed: list[list[int] | None] = []
+    """What another engine made of it: the tokens of each sequence, None where it has ended. Empty for a new request."""
+
+    def read(self) -> Request:
+        if isinstance(self.request, Request):
+            return self.request
+        fields = dict(self.request)
+        params = {name: value for name, value in fields.pop("params").items() if name != "stop_strings"}
+        retention = fields.pop("retention")
+        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+        return Request(params=SamplingParams(**params), retention=None if retention is None else Retention(**retention), **fields)
 
 
-@dataclass(slots=True, frozen=True)
-class Abort:
+class Abort(Message, frozen=True):
     """End a request, or only its ``index``-th sequence. Unknown and finished ones are fine: hang-ups race with ends."""
 
     request_id: str
     index: int | None = None
 
 
-@dataclass(slots=True, frozen=True)
-class GetStats:
+class GetStats(Message, frozen=True):
     """Answered with ``Stats`` of the same ticket, after every message sent before it was applied."""
 
     ticket: int
 
 
-@dataclass(slots=True, frozen=True)
-class Stop:
+class Stop(Message, frozen=True):
     """Leave the loop; nothing more is answered."""
 
 
-@dataclass(slots=True, frozen=True)
-class Outputs:
+class Loaded(Message, frozen=True):
+    """The engine is ready. What its front needs to know."""
+
+    limits: RequestLimits
+    eos_token_ids: list[int]
+    sampling_defaults: dict[str, Any]
+    architecture: str
+    num_parameters: int
+    dtype: str
+    """Of the checkpoint."""
+    kv_bytes_per_token: int
+    num_host_blocks: int
+    max_num_seqs: int
+    policy: str
+    """Name of the class that admits."""
+    weight_note: str
+    memory_note: str
+    phases: list[tuple[str, float]]
+    """What took how many seconds."""
+
+
+class NotLoaded(Message, frozen=True):
+    """The engine can't start: a QuireError's own words."""
+
+    message: str
+    param: str | None
+    kind: str
+    """Name of its class in quire.errors."""
+
+
+class Outputs(Message, frozen=True):
     """All that one step added, for all requests: one message a step, not one a token."""
 
     outputs: list[SequenceOutput]
 
 
-@dataclass(slots=True, frozen=True)
-class Stats:
+class Stats(Message, frozen=True):
     ticket: int
     stats: EngineStats
 
 
-@dataclass(slots=True, frozen=True)
-class Died:
-    """The engine can't go on; every request in flight is lost."""
+class Alive(Message, frozen=True):
+    """A step has ended that had nothing to say; at most one in ``ALIVE_S`` seconds."""
+
+    steps: int
+
+
+class Down(Message, frozen=True):
+    """The engine has died, and another one is being started: what is in flight goes on there. Said on the front's side."""
+
+    reason: str
+
+
+class Up(Message, frozen=True):
+    """The other one is ready. Said on the front's side."""
+
+
+class Died(Message, frozen=True):
+    """There will be no engine any more; every request in flight is lost."""
 
     reason: str
 
 
 ToEngine = Add | Abort | GetStats | Stop
-FromEngine = Outputs | Stats | Died
+FromEngine = Outputs | Stats | Alive | Down | Up | Died
+
+ALIVE_S = 0.5
+
+encode = msgspec.msgpack.Encoder().encode
+_to_engine = msgspec.msgpack.Decoder(Load | Add | Abort | GetStats | Stop)
+_from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | Alive | Died)
+
+
+def decode_to_engine(data: bytes) -> Load | ToEngine:
+    message: Load | ToEngine = _to_engine.decode(data)
+    return message
+
+
+def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | Alive | Died:
+    message: Loaded | NotLoaded | Outputs | Stats | Alive | Died = _from_engine.decode(data)
+    return message

@@ -16,7 +16,8 @@ _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
     "/v1/chat/completions": ("Answer a conversation", schemas.ChatCompletionRequest),
     "/tokenize": ("A text or a conversation as token ids", schemas.TokenizeRequest),
     "/detokenize": ("Token ids as text", schemas.DetokenizeRequest),
-    "/health": ("Whether requests can be answered, and what is in use", None),
+    "/health": ("Whether this process lives, and what is in use", None),
+    "/ready": ("Whether a request that comes now is started", None),
     "/version": ("Version of Quire", None),
 }
 

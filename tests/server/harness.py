@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
@@ -25,8 +26,13 @@ from quire.config import EngineConfig, ServerConfig
 from quire.core.plan import StepPlan, StepResult
 from quire.outputs import TokenLogprobs
 from quire.server.app import create_app
+from quire.server.client import EngineClient
 from quire.server.context import Context
-from quire.server.launch import make_engine, open_socket
+from quire.server.engine_loop import EngineLoop, SteppedEngine
+from quire.server.engine_process import make_engine
+from quire.server.keys import Keys
+from quire.server.launch import open_socket
+from quire.server.messages import Died, FromEngine, Stop, ToEngine
 from quire.server.uvicorn_server import EngineServer
 from quire.text.tokenizer import Tokenizer
 
@@ -63,20 +69,48 @@ class PacedBackend(FakeBackend):
         return result
 
 
+class ThreadLink:
+    """A link to an engine on a thread of this process, which is not replaced when it dies."""
+
+    def __init__(self, engine: SteppedEngine) -> None:
+        self._engine = engine
+        self._inbox: SimpleQueue[ToEngine] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self, receive: Callable[[FromEngine], None], has_work: Callable[[], bool]) -> None:
+        self._receive = receive
+        self._thread.start()
+
+    def send(self, message: ToEngine) -> None:
+        self._inbox.put(message)
+
+    def stop(self, timeout: float) -> None:
+        self.send(Stop())
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            EngineLoop(self._engine, self._inbox, lambda message: self._receive(message)).run()
+        except Exception:
+            self._receive(Died("the engine has stopped"))
+
+
 class Server:
     """A server in this process, on a thread of its own."""
 
-    def __init__(self, tokenizer: Tokenizer, backend: PacedBackend, **options: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer, backend: PacedBackend, keys: Keys | None = None, **options: Any) -> None:
         self.backend, self.tokenizer = backend, tokenizer
         engine_options = {name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options}
-        self.engine, self.client = make_engine(backend, EngineConfig(**engine_options))
+        engine_config = EngineConfig(**engine_options)
+        self.engine = make_engine(backend, engine_config)
+        self.client = EngineClient(self.engine.limits, engine_config.max_waiting)
         config = ServerConfig(port=0, **options)
         self._socket = open_socket("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = create_app(Context(self.client, tokenizer, config, "fake", ()))
+        app = create_app(Context(self.client, tokenizer, config, "fake", (), keys=keys))
         started = threading.Event()
-        self._server = EngineServer(app, self.client, self.engine, started.set, keep_alive_s=5, grace_s=2)
+        self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
         self._thread.start()
         assert started.wait(DEADLINE_S)
@@ -105,6 +139,11 @@ class Process:
         self.port = int(match[1])
         self.url = f"http://127.0.0.1:{self.port}"
 
+    @property
+    def engine_pid(self) -> int:
+        """Of the engine's process; waits until there is one."""
+        return engine_pid(self.process.pid)
+
     def stop(self, how: int = signal.SIGINT) -> tuple[int, str]:
         """(exit code, stderr)"""
         self.process.send_signal(how)
@@ -124,6 +163,27 @@ def start_process(*arguments: str) -> subprocess.Popen[str]:
         [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
+
+
+def engine_pid(front: int) -> int:
+    """Of the engine's process of the server ``front``; waits until there is one."""
+    found: list[int] = []
+
+    def look() -> bool:
+        tasks = Path(f"/proc/{front}/task").iterdir()  # whichever thread has started it
+        found[:] = [int(pid) for task in tasks for pid in (task / "children").read_text().split() if not is_gone(int(pid))]
+        return bool(found)
+
+    wait_until(look, "the server has an engine")
+    return found[0]
+
+
+def is_gone(pid: int) -> bool:
+    """The process has ended, whether its parent has noticed or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def health(url: str) -> dict[str, Any]:

@@ -73,16 +73,15 @@ def test_the_curl_line_works_when_pasted(real: Process) -> None:
     assert found[-2]["choices"][0]["finish_reason"] in ("length", "stop")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_it_cleanly(how: int) -> None:
-    """With a stream in flight, which ends with an error instead of hanging."""
+def test_ctrl_c_ends_it_cleanly() -> None:
+    """With a stream in flight, which ends with an error instead of hanging. (SIGTERM drains: test_supervisor.)"""
     process = Process("--kv-memory", "16MiB")
     try:
         with raw_request(
             process.port, "/v1/completions", {"prompt": "a", "max_tokens": 2000, "stream": True, "ignore_eos": True}
         ) as connection:
             wait_until(lambda: health(process.url)["running"] == 1, "it runs")
-            code, err = process.stop(how)
+            code, err = process.stop(signal.SIGINT)
             got = b""
             while part := connection.recv(65536):
                 got += part

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
@@ -325,11 +326,12 @@ def test_shutdown_ends_streams_with_an_error(tokenizer: Tokenizer) -> None:
 def test_the_loop_refuses_what_the_engine_refuses(fake: Server) -> None:
     """The front checks first; should the engine still refuse, the request ends with its message."""
     got: list[Any] = []
-    loop = EngineLoop(fake.engine, got.append)  # not started: one turn by hand
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    loop = EngineLoop(fake.engine, inbox, got.append)  # not running: one turn by hand
     bad = Request("bad", [], SamplingParams(n=2), 0)
     from quire.server.messages import Add, Outputs
 
-    loop.send(Add(bad))
+    inbox.put(Add(bad))
     assert loop._turn()
     (message,) = got
     assert isinstance(message, Outputs)

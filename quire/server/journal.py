@@ -1,0 +1,121 @@
+"""The journal: what is in flight, and all of it that another engine needs in order to go on: prompt, parameters, seed, and the
+tokens that were put out so far. Pure bookkeeping; it sends nothing.
+
+A request that keeps killing engines must not take the others with it. Each death without a new token in between counts against
+those that the engine had; after two of them a request is suspected and tried alone, until it has made a token. Where the engine
+dies a third time, with nothing else in it, the request fails, and the others go on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from quire.core.sequence import Request
+from quire.outputs import SequenceOutput
+
+SUSPECT_AFTER = 2
+FAIL_AFTER = 3
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request in flight."""
+
+    request: Request
+    emitted: list[list[int] | None] = field(default_factory=list)
+    """The tokens of each sequence so far; None for one that has ended."""
+    deaths: int = 0
+    """Engines that died under it since it made a token."""
+    sent: bool = False
+    """The engine that runs now has it."""
+
+    def __post_init__(self) -> None:
+        self.emitted = [[] for _ in range(self.request.params.num_outputs)]
+
+    @property
+    def resumed(self) -> list[list[int] | None]:
+        """What to tell an engine of it besides the request: nothing, if nothing has happened yet."""
+        return self.emitted if any(tokens is None or tokens for tokens in self.emitted) else []
+
+
+class Journal:
+    """Entries in the order of their submission."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._unsent: deque[Entry] = deque()
+        self._suspects: deque[Entry] = deque()
+        self._alone: Entry | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def num_suspects(self) -> int:
+        """Requests that wait to be run alone, or are."""
+        return len(self._suspects) + (self._alone is not None)
+
+    def add(self, request: Request) -> None:
+        entry = self._entries[request.request_id] = Entry(request)
+        self._unsent.append(entry)
+
+    def note(self, output: SequenceOutput) -> None:
+        """The engine has made something."""
+        entry = self._entries.get(output.request_id)
+        if entry is None:
+            return
+        tokens = entry.emitted[output.index]
+        if tokens is not None:
+            tokens += output.token_ids
+        if output.token_ids:
+            entry.deaths = 0
+            if entry is self._alone:
+                self._alone = None
+        if output.finish_reason is not None:
+            self.end(output.request_id, output.index)
+
+    def end(self, request_id: str, index: int | None = None) -> bool:
+        """Nothing more is wanted of a request, or of one sequence of it. Whether the engine knows it."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        for i in range(len(entry.emitted)) if index is None else (index,):
+            entry.emitted[i] = None
+        if all(tokens is None for tokens in entry.emitted):
+            del self._entries[request_id]
+            if entry is self._alone:
+                self._alone = None
+        return entry.sent
+
+    def due(self) -> list[Entry]:
+        """What is to be sent to the engine now; it counts as sent."""
+        if self._alone is not None:
+            return []
+        while self._suspects:
+            entry = self._suspects.popleft()
+            if self._lives(entry):
+                self._alone, entry.sent = entry, True
+                return [entry]
+        due = [entry for entry in self._unsent if self._lives(entry)]
+        self._unsent.clear()
+        for entry in due:
+            entry.sent = True
+        return due
+
+    def engine_died(self) -> list[Entry]:
+        """Nothing is sent any more. The requests that have failed now, and are in the journal no longer."""
+        sent = [entry for entry in self._entries.values() if entry.sent]
+        most = FAIL_AFTER if len(sent) == 1 else SUSPECT_AFTER  # in company it may have been another's fault
+        for entry in sent:
+            entry.deaths, entry.sent = min(entry.deaths + 1, most), False
+        failed = [entry for entry in sent if entry.deaths >= FAIL_AFTER]
+        for entry in failed:
+            del self._entries[entry.request.request_id]
+        self._alone = None
+        self._suspects = deque(entry for entry in self._entries.values() if entry.deaths >= SUSPECT_AFTER)
+        self._unsent = deque(entry for entry in self._entries.values() if entry.deaths < SUSPECT_AFTER)
+        return failed
+
+    def _lives(self, entry: Entry) -> bool:
+        return self._entries.get(entry.request.request_id) is entry

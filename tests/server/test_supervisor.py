@@ -1,0 +1,256 @@
+"""Engines that die, hang and don't start, behind a real ``quire serve``: nobody's request is lost, and its bytes are those of a run
+that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from quire.core.sequence import Request, Retention
+from quire.sampling_params import SamplingParams
+from quire.server.messages import Add, decode_to_engine, encode
+from server.harness import DEADLINE_S, EMBEDDED, Process, engine_pid, events, health, is_gone, start_process, wait_clean, wait_until
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[Process]:
+    process = Process("--kv-memory", "32MiB", *arguments)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def calls() -> list[tuple[str, dict[str, Any]]]:
+    """Requests of every kind: sampled and greedy, whole and streamed, several samples, the best of several, beams, stop strings,
+    penalties, log-probabilities, prompts that share a beginning."""
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        (COMPLETIONS, {"prompt": "import os\n", "max_tokens": 300, "temperature": 0, "stream": True}),
+        (COMPLETIONS, {"prompt": "import os\nimport re\n", "max_tokens": 200, "stream": True, "logprobs": 3}),
+        (COMPLETIONS, {"prompt": ["class A:\n", "def f(x):\n"], "n": 3, "max_tokens": 150, "logprobs": 1}),
+        (COMPLETIONS, {"prompt": "for i in", "n": 1, "best_of": 4, "max_tokens": 120}),
+        (COMPLETIONS, {"prompt": "def g(", "beam_width": 3, "n": 2, "max_tokens": 60}),
+        (COMPLETIONS, {"prompt": "x = [", "stop": ["return", "if "], "max_tokens": 300, "stream": True}),
+        (COMPLETIONS, {"prompt": "y = {", "frequency_penalty": 0.5, "repetition_penalty": 1.1, "top_p": 0.9, "max_tokens": 300}),
+        (CHAT, {"messages": [{"role": "user", "content": "Write a loop"}], "max_tokens": 200, "stream": True, "n": 2}),
+    ]
+    return [(path, {"ignore_eos": True, "seed": 100 * i + j} | fields) for i in range(2) for j, (path, fields) in enumerate(kinds)]
+
+
+def told(url: str, call: tuple[str, dict[str, Any]]) -> Any:
+    """All that the client is told which may not depend on how often the engine died."""
+    path, fields = call
+    answer = httpx.post(url + path, json=fields, timeout=DEADLINE_S)
+    assert answer.status_code == 200, answer.text
+    if not fields.get("stream"):
+        return answer.json()["choices"]
+    said: dict[int, list[Any]] = {}
+    found = events(answer.text)
+    assert found[-1] == "[DONE]"
+    for event in found[:-1]:
+        for choice in event["choices"]:
+            text, tokens, reasons = said.setdefault(choice["index"], ["", [], []])
+            text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            if choice.get("logprobs"):
+                tokens += zip(choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], strict=True)
+            if choice["finish_reason"]:
+                reasons.append(choice["finish_reason"])
+            said[choice["index"]] = [text, tokens, reasons]
+    assert all(len(reasons) == 1 for _, _, reasons in said.values()), "one end for each"
+    return said
+
+
+def all_told(url: str) -> list[Any]:
+    with ThreadPoolExecutor(64) as clients:
+        return list(clients.map(lambda call: told(url, call), calls()))
+
+
+def test_killed_at_any_moment_every_stream_ends_with_the_same_bytes() -> None:
+    rng, done = random.Random(3), threading.Event()
+    with serving("--max-num-seqs", "24") as server:
+        undisturbed = all_told(server.url)
+        killed: list[int] = []
+
+        def killer() -> None:
+            while not done.wait(rng.uniform(0.05, 1.5)):
+                killed.append(server.engine_pid)
+                os.kill(killed[-1], signal.SIGKILL)
+                wait_until(lambda: httpx.get(server.url + "/ready").status_code == 200 or done.is_set(), "the next engine is there")
+
+        thread = threading.Thread(target=killer)
+        thread.start()
+        try:
+            disturbed = all_told(server.url)
+        finally:
+            done.set()
+            thread.join()
+        assert len(set(killed)) >= 2
+        assert disturbed == undisturbed
+        wait_clean(server.url)
+        assert health(server.url)["engine_restarts"] == len(killed)
+        code, err = server.stop()
+    assert code == 0
+    assert err.count("killed by SIGKILL") == len(killed)
+    assert "Traceback" not in err
+
+
+def test_a_hung_engine_is_found_by_its_missing_steps() -> None:
+    with serving("--engine-timeout", "2") as server, ThreadPoolExecutor() as clients:
+        call = calls()[1]
+        expected = told(server.url, call)
+        answer = clients.submit(told, server.url, call)
+        wait_until(lambda: health(server.url).get("running") == 1, "it runs")
+        os.kill(server.engine_pid, signal.SIGSTOP)
+        assert answer.result(DEADLINE_S) == expected
+        time.sleep(3)  # idle for longer than the timeout: nothing is wrong with that
+        assert health(server.url)["engine_restarts"] == 1
+        _, err = server.stop()
+    assert "did not finish a step for 2 seconds and was killed" in err
+
+
+def test_a_request_that_kills_engines_fails_alone() -> None:
+    """One whose first token is far away meets every death; the other one has made tokens in between."""
+    with serving("--max-num-batched-tokens", "2", "--max-num-seqs", "2", "--no-prefix-caching") as server, ThreadPoolExecutor() as clients:
+        streamed = COMPLETIONS, {"prompt": "import os\n", "max_tokens": 1000, "temperature": 0, "ignore_eos": True, "stream": True}
+        with ThreadPoolExecutor() as other:
+            long = other.submit(
+                lambda: httpx.post(server.url + COMPLETIONS, json={"prompt": [7] * 1800, "max_tokens": 1}, timeout=DEADLINE_S)
+            )
+            stream = clients.submit(told, server.url, streamed)
+            for runs in (2, 2, 1):
+                wait_until(lambda: httpx.get(server.url + "/ready").status_code == 200, "an engine is there")
+                wait_until(lambda runs=runs: health(server.url).get("running", 0) >= runs, "it runs")
+                time.sleep(0.2)
+                os.kill(server.engine_pid, signal.SIGKILL)
+                wait_until(lambda: httpx.get(server.url + "/ready").status_code == 503, "the death was noticed")
+            failed = long.result(DEADLINE_S)
+        assert failed.status_code == 500
+        message = failed.json()["error"]["message"]
+        assert "3 engines died while they worked on it" in message
+        assert "/" not in message
+        assert stream.result(DEADLINE_S) == told(server.url, streamed)
+
+
+def test_a_front_that_dies_takes_its_engine_with_it() -> None:
+    with serving() as server:
+        pid = server.engine_pid
+        server.process.kill()
+        wait_until(lambda: is_gone(pid), "the engine has gone too")
+
+
+def test_an_engine_that_dies_while_it_loads() -> None:
+    process = start_process("--port", "0")
+    os.kill(engine_pid(process.pid), signal.SIGKILL)
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith("quire: the engine could not start: its process was killed by SIGKILL"), err
+    assert err.count("\n") == 1
+
+
+def test_an_engine_that_can_not_be_started_again(tmp_path: Path) -> None:
+    """Whoever waits learns why; whoever comes later too."""
+    folder = shutil.copytree(EMBEDDED, tmp_path / "model")
+    with serving(str(folder)) as server, ThreadPoolExecutor() as clients:
+        stream = clients.submit(httpx.post, server.url + COMPLETIONS, json=calls()[0][1] | {"max_tokens": 2000}, timeout=DEADLINE_S)
+        wait_until(lambda: health(server.url).get("running") == 1, "it runs")
+        (folder / "model.safetensors").unlink()
+        os.kill(server.engine_pid, signal.SIGKILL)
+        found = events(stream.result(DEADLINE_S).text)
+        assert found[-1] == "[DONE]"
+        assert "the engine could not be started again" in found[-2]["error"]["message"]
+        for path in ("/health", "/ready"):
+            assert httpx.get(server.url + path).status_code == 503
+        refused = httpx.post(server.url + COMPLETIONS, json={"prompt": "a"})
+        assert refused.status_code == 503
+        assert "safetensors" in refused.json()["error"]["message"]
+        _, err = server.stop()
+    assert "attempt 3 of 3" in err
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def draining() -> Iterator[Callable[..., tuple[Process, Future[Any]]]]:
+    """Starts a server and a stream, and sends SIGTERM while it runs."""
+    with ThreadPoolExecutor() as clients:
+        servers: list[Process] = []
+
+        def start(max_tokens: int, *arguments: str) -> tuple[Process, Future[Any]]:
+            server = Process("--kv-memory", "32MiB", *arguments)
+            servers.append(server)
+            fields = {"prompt": "import os\n", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+            stream = clients.submit(httpx.post, server.url + COMPLETIONS, json=fields, timeout=DEADLINE_S)
+            wait_until(lambda: health(server.url).get("running") == 1, "it runs")
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: httpx.get(server.url + "/ready").status_code == 503, "it drains")
+            return server, stream
+
+        yield start
+        for server in servers:
+            server.kill()
+
+
+Draining = Callable[..., tuple[Process, Future[Any]]]
+
+
+def test_sigterm_drains(draining: Draining) -> None:
+    server, stream = draining(1500)
+    assert health(server.url)["status"] == "draining"
+    refused = httpx.post(server.url + COMPLETIONS, json={"prompt": "a"})
+    assert refused.status_code == 503
+    assert "shutting down" in refused.json()["error"]["message"]
+    found = events(stream.result(DEADLINE_S).text)
+    assert found[-2]["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(DEADLINE_S) == 0
+
+
+def test_an_engine_that_dies_while_the_server_drains(draining: Draining) -> None:
+    server, stream = draining(1500)
+    os.kill(server.engine_pid, signal.SIGKILL)
+    found = events(stream.result(DEADLINE_S).text)
+    assert found[-2]["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(DEADLINE_S) == 0
+
+
+def test_what_does_not_end_in_time_ends_with_an_error(draining: Draining) -> None:
+    server, stream = draining(2000, "--drain-timeout", "1", "--max-num-batched-tokens", "1")
+    found = events(stream.result(DEADLINE_S).text)
+    assert "shutting down" in found[-2]["error"]["message"]
+    assert server.process.wait(DEADLINE_S) == 0
+
+
+def test_a_second_signal_does_not_wait(draining: Draining) -> None:
+    server, stream = draining(2000, "--drain-timeout", "3600")
+    code, err = server.stop(signal.SIGTERM)
+    assert (code, err) == (0, "")
+    assert "shutting down" in events(stream.result(DEADLINE_S).text)[-2]["error"]["message"]
+
+
+def test_requests_cross_the_socket_as_they_are() -> None:
+    everything = SamplingParams(
+        n=2, best_of=3, temperature=0.3, top_p=0.5, top_k=7, min_p=0.1, presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.2,
+        logit_bias={5: 1.5, 7: -100.0}, seed=(1 << 64) - 1, max_tokens=None, min_tokens=2,
+        stop=["é", "x"], stop_token_ids=[4], ignore_eos=True,
+        logprobs=3, include_stop_str_in_output=True, skip_special_tokens=False,
+    )  # fmt: skip
+    for params in (SamplingParams(), everything, SamplingParams(beam_width=4, early_stopping="never", length_penalty=0.5, n=2)):
+        request = Request("ä", [1, 2, 3], params, (1 << 64) - 1, (1, 2), -3, b"\xff\x00", Retention(5, 2.5))
+        message = decode_to_engine(encode(Add(request, [[1], None])))
+        assert isinstance(message, Add)
+        assert message.read() == request
+        assert message.resumed == [[1], None]
+        json.dumps(message.request["params"])  # plain data
