@@ -30,7 +30,8 @@ UNBOUNDED = 1 << 20
 
 def main() -> None:
     """Entry of the process; its argument is the socket's file descriptor."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the front decides what it means
+    for sig in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager sends them to all processes: the front decides
+        signal.signal(sig, signal.SIG_IGN)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     code = 1
     try:
