@@ -1,7 +1,9 @@
 // Weights to 8 or 4 bits, straight from where the file's mapping has them into panels: a run of positions of one column is
 // quantized while it is in the cache, then the runs of a panel's columns are interleaved.
+#include <type_traits>
+
+#include "quantize_weights.h"
 #include "quantized.h"
-#include "simd_int.h"
 #include "threads.h"
 
 namespace quire::QUIRE_NS {
@@ -10,7 +12,7 @@ namespace {
 constexpr int kPanel = 4 * kWidth;
 constexpr int64_t kRun = 1024;                       // positions; whole groups, whole segments
 constexpr int64_t kRunStride = kRun + 64;            // so that the columns of a panel don't share few sets of the cache
-constexpr int64_t kMaxGroups = kRun / 32;
+static_assert(kRun / 32 <= kMaxGroups);
 static_assert(kRun % kSegment == 0 || kSegment % kRun == 0);
 
 struct Job {
@@ -80,114 +82,44 @@ template <class T> struct Reader {
     }
     const float* column(int j) {
         if (source.side_by_side) return block + j * kRunStride;
+        if constexpr (std::is_same_v<T, float>)
+            if (source.column[j].stride == sizeof(T)) return reinterpret_cast<const float*>(source.column[j].data) + k;
         fetch(source.column[j], k, kn, block);
         return block;
     }
 };
 
-// How weights become whole numbers: round(w * inverse * factor), which stand for multiples of scale.
-struct Fit {
-    float inverse, factor;
-    bf16 scale;
-};
-
-// Weights that are all tiny count as zeros; where some are not finite, the scale is not a number.
-QUIRE_INLINE bool has_no_fit(int32_t magnitude, Fit& fit) {
-    if (magnitude < kInfinityBits && from_bits(static_cast<uint32_t>(magnitude)) >= kTiny) return false;
-    fit = {0, 0, {static_cast<uint16_t>(magnitude < kInfinityBits ? 0 : 0x7fc0)}};
-    return true;
+#if !defined(QUIRE_ISA_portable)
+// Four words of each of eight columns: four rows of eight words.
+QUIRE_INLINE void turn_8x4(const uint8_t* columns, int64_t stride, uint8_t* out, int64_t out_stride) {
+    const auto two = [&](int j) QUIRE_LAMBDA {   // columns j and j + 4
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + j * stride));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + (j + 4) * stride));
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+    };
+    const __m256i a = two(0), b = two(1), c = two(2), d = two(3);
+    const __m256i ab0 = _mm256_unpacklo_epi32(a, b), ab2 = _mm256_unpackhi_epi32(a, b);
+    const __m256i cd0 = _mm256_unpacklo_epi32(c, d), cd2 = _mm256_unpackhi_epi32(c, d);
+    const auto row = [&](int i) QUIRE_LAMBDA { return reinterpret_cast<__m256i*>(out + i * out_stride); };
+    _mm256_storeu_si256(row(0), _mm256_unpacklo_epi64(ab0, cd0));
+    _mm256_storeu_si256(row(1), _mm256_unpackhi_epi64(ab0, cd0));
+    _mm256_storeu_si256(row(2), _mm256_unpacklo_epi64(ab2, cd2));
+    _mm256_storeu_si256(row(3), _mm256_unpackhi_epi64(ab2, cd2));
 }
-
-// 8 bits: the greatest magnitude becomes 127.
-QUIRE_INLINE Fit fit8(int32_t magnitude) {
-    Fit fit{0, 1, {0}};
-    if (has_no_fit(magnitude, fit)) return fit;
-    from_float(from_bits(static_cast<uint32_t>(magnitude)) / 127.0f, fit.scale);
-    fit.inverse = 1.0f / to_float(fit.scale);
-    return fit;
-}
-
-// Sixteen lanes in a fixed order, halves first, so that every width of vectors gives the same scale.
-QUIRE_INLINE float sum16(vf (&part)[16 / kWidth]) {
-#pragma GCC unroll 2
-    for (int half = 8 / kWidth; half; half /= 2)
-#pragma GCC unroll 2
-        for (int i = 0; i < half; ++i) part[i] = add(part[i], part[i + half]);
-    return reduce_add(part[0]);
-}
-QUIRE_INLINE vf round_int4(vf v) { return max(set1(-8.0f), min(set1(7.0f), round_even(v))); }
-
-// 4 bits: the weight of the greatest magnitude goes to -8, the end of the range that reaches further, or somewhat inside
-// or beyond it, whichever leaves the least squared error; the scale is the one that fits the whole numbers best.
-QUIRE_INLINE Fit fit4(const float* w, int64_t n) {
-    constexpr int kTries = 3;
-    constexpr float kFactors[kTries] = {1.0f, 7.25f / 8.0f, 9.0f / 8.0f};
-    Fit fit{};
-    const int32_t magnitude = greatest_magnitude(w, n);
-    if (has_no_fit(magnitude, fit)) return fit;
-    vf most = load(w);
-    for (int64_t i = kWidth; i < n; i += kWidth) most = max(most, load(w + i));
-    float top = from_bits(static_cast<uint32_t>(magnitude));
-    if (reduce_max(most) != top) top = -top;
-    fit.inverse = -8.0f / top;
-    vf qv[kTries][16 / kWidth], qq[kTries][16 / kWidth];
-#pragma GCC unroll 3
-    for (int t = 0; t < kTries; ++t)
-#pragma GCC unroll 4
-        for (int l = 0; l < 16 / kWidth; ++l) qv[t][l] = qq[t][l] = zero();
-    for (int64_t i = 0; i < n; i += 16)
-#pragma GCC unroll 4
-        for (int l = 0; l < 16 / kWidth; ++l) {
-            const vf v = mul(load(w + i + l * kWidth), set1(fit.inverse));
-#pragma GCC unroll 3
-            for (int t = 0; t < kTries; ++t) {
-                const vf q = round_int4(mul(v, set1(kFactors[t])));
-                qv[t][l] = add(qv[t][l], mul(q, v));
-                qq[t][l] = add(qq[t][l], mul(q, q));
-            }
-        }
-    float best = -1, scale = 0;
-#pragma GCC unroll 3
-    for (int t = 0; t < kTries; ++t) {
-        const float cross = sum16(qv[t]), square = sum16(qq[t]), explained = cross * cross / square;
-        if (explained > best) best = explained, scale = cross / square, fit.factor = kFactors[t];
-    }
-    from_float(scale * (top / -8.0f), fit.scale);
-    return fit;
-}
-
-// One byte each; what has no fit is 0.
-template <int Bits> QUIRE_INLINE void quantize(const float* w, int64_t n, const Fit& fit, uint8_t* q) {
-    constexpr int32_t kZero = Bits == 8 ? 128 : 8;
-    if (fit.inverse == 0) {
-        std::memset(q, kZero, static_cast<size_t>((n + kWidth - 1) / kWidth * kWidth));
-        return;
-    }
-    for (int64_t i = 0; i < n; i += kWidth) {
-        const vf v = mul(i + kWidth <= n ? load(w + i) : load_n(w + i, static_cast<int>(n - i)), set1(fit.inverse));
-        const vf whole = Bits == 8 ? max(set1(-127.0f), min(set1(127.0f), v)) : round_int4(mul(v, set1(fit.factor)));
-        store_bytes(reinterpret_cast<int8_t*>(q + i), add_i(to_int(whole), set1_i(kZero)));
-    }
-}
-
-// Eight bytes of four bits each become four: position k + i low, k + 4 + i high.
-QUIRE_INLINE void pack_nibbles(const uint8_t* bytes, int64_t n, uint8_t* out) {
-    for (int64_t i = 0; i < n; i += 8, out += 4) {
-        uint64_t x;
-        std::memcpy(&x, bytes + i, 8);
-        const uint32_t y = static_cast<uint32_t>(x | x >> 28);
-        std::memcpy(out, &y, 4);
-    }
-}
+#endif
 
 // The words of all columns' runs into the panel's order: word by word, the columns side by side.
 void interleave(const uint8_t* runs, int64_t words, uint8_t* out) {
-    for (int64_t i = 0; i < words; ++i)
+    int64_t i = 0;
+#if !defined(QUIRE_ISA_portable)
+    for (; i + 4 <= words; i += 4, out += 4 * 4 * kPanel)
+        for (int j = 0; j < kPanel; j += 8) turn_8x4(runs + j * kRunStride + 4 * i, kRunStride, out + 4 * j, 4 * kPanel);
+#endif
+    for (; i < words; ++i)
         for (int j = 0; j < kPanel; ++j, out += 4) std::memcpy(out, runs + j * kRunStride + 4 * i, 4);
 }
 
-template <class T> void fit_columns(Reader<T>& reader, int64_t k, Fit* fits) {
-    int32_t most[kPanel] = {};
+template <class T> void greatest_of_columns(Reader<T>& reader, int64_t k, int32_t (&most)[kPanel]) {
     for (int64_t at = 0; at < k; at += kRun) {
         reader.open(at, k - at < kRun ? k - at : kRun);
         for (int j = 0; j < reader.source.columns; ++j) {
@@ -195,7 +127,6 @@ template <class T> void fit_columns(Reader<T>& reader, int64_t k, Fit* fits) {
             if (magnitude > most[j]) most[j] = magnitude;
         }
     }
-    for (int j = 0; j < kPanel; ++j) fits[j] = fit8(most[j]);
 }
 
 template <class T, int Bits> void pack_task(const void* context, int64_t panel, int64_t) {
@@ -206,15 +137,21 @@ template <class T, int Bits> void pack_task(const void* context, int64_t panel, 
     const Source<T> source = source_of<T>(a, panel);
     const size_t run_bytes = kPanel * kRunStride, block_bytes = (source.side_by_side ? kPanel : 1) * kRunStride * sizeof(float);
     uint8_t* runs = static_cast<uint8_t*>(thread_scratch(kScratchGemm, run_bytes + block_bytes));
-    std::memset(runs, Bits == 8 ? 0x80 : 0x88, run_bytes);   // columns and positions that don't exist
+    std::memset(runs + source.columns * kRunStride, Bits == 8 ? 0x80 : 0x88,   // columns that don't exist
+                static_cast<size_t>((kPanel - source.columns) * kRunStride));
     Reader<T> reader{source, reinterpret_cast<float*>(runs + run_bytes), 0, 0};
 
     bf16 scales[kMaxGroups][kPanel] = {};
-    Fit fits[kPanel] = {};
+    int32_t most[kPanel] = {};
+    Fits fits{};
     const int64_t k = a.w.k, group = a.w.group;
+    const int shift = group ? __builtin_ctzll(static_cast<uint64_t>(group)) : 63;   // 32, 64 or 128
     if (!group) {
-        fit_columns(reader, k, fits);
-        for (int j = 0; j < kPanel; ++j) scales[0][j] = fits[j].scale;
+        greatest_of_columns(reader, k, most);
+        for (int j = 0; j < kPanel; ++j) {
+            fit8(most[j], fits, 0);
+            scales[0][j] = fits.scale[0];
+        }
         std::memcpy(out, scales[0], static_cast<size_t>(l.scale_bytes));
         out += l.scale_bytes;
     }
@@ -223,13 +160,12 @@ template <class T, int Bits> void pack_task(const void* context, int64_t panel, 
         reader.open(at, kn);
         for (int j = 0; j < source.columns; ++j) {
             const float* w = reader.column(j);
-            for (int64_t i = 0, g = 0; i < kn; i += step, ++g) {
-                const Fit fit = !group ? fits[j] : Bits == 8 ? fit8(greatest_magnitude(w + i, step)) : fit4(w + i, step);
-                if (group) scales[g][j] = fit.scale;
-                uint8_t* run = runs + j * kRunStride;
-                quantize<Bits>(w + i, step, fit, run + i);
-                if constexpr (Bits == 4) pack_nibbles(run + i, step, run + i / 2);
-            }
+            uint8_t* run = runs + j * kRunStride;
+            if constexpr (Bits == 4) fit4(w, kn, group, fits);
+            else if (group) for (int g = 0; g < kn / group; ++g) fit8(greatest_magnitude(w + g * group, group), fits, g);
+            else fit8(most[j], fits, 0);
+            if (group) for (int g = 0; g < kn / group; ++g) scales[g][j] = fits.scale[g];
+            quantize_run<Bits>(w, kn, shift, fits, run);
         }
         for (int64_t i = 0, g = 0; i < kn; i += step, ++g) {
             if (group) {

@@ -41,7 +41,7 @@ struct QuantRows {
     int64_t m, k, x_stride, span, spans;
 };
 
-template <int Bits> QUIRE_INLINE void store_activations(int8_t* p, vi a) {
+template <int Bits, class V> QUIRE_INLINE void store_activations(int8_t* p, const V& a) {   // a vector, or four
     if constexpr (kFlips<Bits>) store_flips(p, a);
     else store_bytes(p, a);
 }
@@ -65,6 +65,15 @@ template <int Bits> void quantize_row(const QuantRows& rows, int64_t row) {
         const int64_t begin = s * rows.span, end = begin + rows.span < rows.k ? begin + rows.span : rows.k;
         vi sum = set1_i(0);
         int64_t i = begin;
+        for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+            vi v[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                v[j] = to_int(mul(load(x + i + j * kWidth), inverse));
+                sum = add_i(sum, excess<Bits>(v[j]));
+            }
+            store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
+        }
         for (; i + kWidth <= end; i += kWidth) {
             const vi v = to_int(mul(load(x + i), inverse));
             sum = add_i(sum, excess<Bits>(v));

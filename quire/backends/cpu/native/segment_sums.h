@@ -45,7 +45,6 @@ template <int MT, int NV, class Work> QUIRE_INLINE void each(Work work) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) work(m, j);
 }
-#define QUIRE_LAMBDA __attribute__((always_inline))
 
 // The compiler no longer knows where p points: it loads again what it would else keep, in registers that the sums need.
 template <class T> QUIRE_INLINE void reload(T*& p) { asm volatile("" : "+r"(p)); }

@@ -25,6 +25,7 @@
 #endif
 
 #define QUIRE_INLINE static inline __attribute__((always_inline))
+#define QUIRE_LAMBDA __attribute__((always_inline))
 
 namespace quire::QUIRE_NS {
 

@@ -36,6 +36,19 @@ QUIRE_INLINE void store_flips(int8_t* p, vi a) {
 // Neighbouring products of an unsigned and a signed byte, summed in 16 bits, which must hold them; neighbours of those, summed.
 QUIRE_INLINE vh maddubs(vi u, vi a) { return reinterpret_cast<vh>(_mm512_maddubs_epi16(raw(u), raw(a))); }
 QUIRE_INLINE vi add_pairs(vh a) { return as_vi(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), _mm512_set1_epi16(1))); }
+// Four vectors' lanes in order as bytes, with saturation; the greater and the smaller of signed bytes.
+QUIRE_INLINE vi narrow(const vi (&a)[4]) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i low = _mm512_packs_epi32(raw(a[0]), raw(a[1])), high = _mm512_packs_epi32(raw(a[2]), raw(a[3]));
+    return as_vi(_mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
+}
+// Eight bytes of four bits each become four: position k + i low, k + 4 + i high.
+QUIRE_INLINE void store_nibbles(uint8_t* p, vi bytes) {
+    const __m512i both = _mm512_or_si512(raw(bytes), _mm512_srli_epi64(raw(bytes), 28));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(both));
+}
+QUIRE_INLINE vi max_bytes(vi a, vi b) { return as_vi(_mm512_max_epi8(raw(a), raw(b))); }
+QUIRE_INLINE vi min_bytes(vi a, vi b) { return as_vi(_mm512_min_epi8(raw(a), raw(b))); }
 #if defined(QUIRE_ISA_avx512vnni)
 // Four products of an unsigned and a signed byte added to each lane.
 QUIRE_INLINE vi dot(vi sum, vi u, vi a) { return as_vi(_mm512_dpbusd_epi32(raw(sum), raw(u), raw(a))); }
@@ -64,6 +77,18 @@ QUIRE_INLINE void store_flips(int8_t* p, vi a) {
 }
 QUIRE_INLINE vh maddubs(vi u, vi a) { return reinterpret_cast<vh>(_mm256_maddubs_epi16(raw(u), raw(a))); }
 QUIRE_INLINE vi add_pairs(vh a) { return as_vi(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), _mm256_set1_epi16(1))); }
+QUIRE_INLINE vi narrow(const vi (&a)[4]) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i low = _mm256_packs_epi32(raw(a[0]), raw(a[1])), high = _mm256_packs_epi32(raw(a[2]), raw(a[3]));
+    return as_vi(_mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+QUIRE_INLINE void store_nibbles(uint8_t* p, vi bytes) {
+    const __m256i both = _mm256_or_si256(raw(bytes), _mm256_srli_epi64(raw(bytes), 28));
+    const __m256i words = _mm256_permutevar8x32_epi32(both, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
+}
+QUIRE_INLINE vi max_bytes(vi a, vi b) { return as_vi(_mm256_max_epi8(raw(a), raw(b))); }
+QUIRE_INLINE vi min_bytes(vi a, vi b) { return as_vi(_mm256_min_epi8(raw(a), raw(b))); }
 
 #else
 using vi = vm;
@@ -83,6 +108,31 @@ QUIRE_INLINE void store_flips(int8_t* p, vi a) {
         p[i] = static_cast<int8_t>(a[i] < 0 ? -a[i] : a[i]);
         p[i + kWidth] = static_cast<int8_t>(a[i] < 0 ? 0x7f : 0x80);
     }
+}
+QUIRE_INLINE void store_nibbles(uint8_t* p, vi bytes) {
+    uint64_t eight[2];
+    std::memcpy(eight, &bytes, sizeof eight);
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t four = static_cast<uint32_t>(eight[i] | eight[i] >> 28);
+        std::memcpy(p + 4 * i, &four, 4);
+    }
+}
+typedef int8_t vb __attribute__((vector_size(16)));
+QUIRE_INLINE vi max_bytes(vi a, vi b) {
+    const vb x = reinterpret_cast<vb>(a), y = reinterpret_cast<vb>(b);
+    return reinterpret_cast<vi>(x > y ? x : y);
+}
+QUIRE_INLINE vi min_bytes(vi a, vi b) {
+    const vb x = reinterpret_cast<vb>(a), y = reinterpret_cast<vb>(b);
+    return reinterpret_cast<vi>(x < y ? x : y);
+}
+QUIRE_INLINE vi narrow(const vi (&a)[4]) {
+    vb bytes;
+    for (int i = 0; i < 4 * kWidth; ++i) {
+        const int32_t x = a[i / kWidth][i % kWidth];
+        bytes[i] = static_cast<int8_t>(x < -128 ? -128 : x > 127 ? 127 : x);
+    }
+    return reinterpret_cast<vi>(bytes);
 }
 // The products and sums here fit 16 bits, which is what SSE2 and NEON multiply.
 typedef int16_t signed_vh __attribute__((vector_size(16)));
@@ -123,14 +173,36 @@ QUIRE_INLINE void reduce_fours(vi a, int32_t (&sum)[4]) {
     std::memcpy(sum, &four, sizeof sum);
 #endif
 }
-#if !defined(QUIRE_ISA_avx512)
+#if defined(QUIRE_ISA_avx2)
 QUIRE_INLINE int32_t reduce_max_i(vi a) {
-    int32_t lane[kWidth], most = INT32_MIN;
-    std::memcpy(lane, &a, sizeof a);
-    for (int32_t x : lane) most = x > most ? x : most;
+    __m128i b = _mm_max_epi32(_mm256_castsi256_si128(raw(a)), _mm256_extracti128_si256(raw(a), 1));
+    b = _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+#elif defined(QUIRE_ISA_portable)
+QUIRE_INLINE int32_t reduce_max_i(vi a) {
+    int32_t most = a[0];
+    for (int i = 1; i < kWidth; ++i) most = a[i] > most ? a[i] : most;
     return most;
 }
 #endif
+
+// Four vectors at once.
+QUIRE_INLINE void store_bytes(int8_t* p, const vi (&a)[4]) {
+    const vi bytes = narrow(a);
+    std::memcpy(p, &bytes, sizeof bytes);
+}
+QUIRE_INLINE void store_flips(int8_t* p, const vi (&a)[4]) {
+#if defined(QUIRE_ISA_avx2)
+    const __m256i bytes = _mm256_permutevar8x32_epi32(raw(narrow(a)), _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
+    const __m256i magnitude = _mm256_abs_epi8(bytes), negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes);
+    const __m256i flip = _mm256_xor_si256(negative, _mm256_set1_epi8(-128));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_unpacklo_epi32(magnitude, flip));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + 1, _mm256_unpackhi_epi32(magnitude, flip));
+#else
+    for (int i = 0; i < 4; ++i) store_flips(p + 2 * i * kWidth, a[i]);
+#endif
+}
 
 // The greatest magnitude among p[0..n), as the bits of a float: 0x7f800000 is infinity, more is NaN.
 QUIRE_INLINE int32_t greatest_magnitude(const float* p, int64_t n) {
