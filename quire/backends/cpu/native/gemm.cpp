@@ -13,10 +13,19 @@
 namespace quire::QUIRE_NS {
 namespace {
 
-constexpr int kRows = kWidth == 16 ? 6 : 3;                             // rows in a register tile
+constexpr int kMostRows = 6;                                            // rows in a register tile
 constexpr int64_t kSlice = 1024;                                        // K positions in a slice
 constexpr int64_t kRowBlock = 192;
-constexpr int64_t kWidenRows = 4 * kRows;                               // from here on 16-bit slices are widened first
+
+// 16-bit weights are widened as a tile reads them, or, from so many rows on, a slice at a time: with 16 registers, whose tiles then
+// have more rows, that never pays.
+constexpr int64_t kWidenRows = kWidth == 16 ? 24 : INT64_MAX;
+
+// A tile over weights of type T has up to kRows rows. 32 registers hold their sums for a whole panel. 16 hold those of 3 rows, or of
+// 6 rows and half a panel, which takes more tiles but widens half as often.
+template <class T> constexpr bool kNarrow = sizeof(T) < sizeof(float);
+template <class T> constexpr int kRows = kWidth == 16 || kNarrow<T> ? kMostRows : 3;
+template <class T> constexpr int tile_vecs(int rows) { return kWidth == 16 || rows <= (kNarrow<T> ? 2 : 3) ? kVecs : kVecs / 2; }
 
 struct Target {
     Output to;
@@ -26,13 +35,13 @@ struct Target {
     bool finishes;         // they end here, and go to `part` and from there to out, since an activation or a gate awaits them
 };
 
-// kn steps of the chains of `MT` rows x one panel.
-template <int MT, class T, int PF>
-QUIRE_INLINE void chain(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, vf (&acc)[MT][kVecs]) {
+// kn steps of the chains of MT rows x NV vectors of columns.
+template <int MT, int NV, class T, int PF>
+QUIRE_INLINE void chain(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, vf (&acc)[MT][NV]) {
     for (int64_t k = 0; k < kn; ++k) {
-        vf wv[kVecs];
+        vf wv[NV];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) wv[j] = load(w + k * kPanel + j * kWidth);
+        for (int j = 0; j < NV; ++j) wv[j] = load(w + k * kPanel + j * kWidth);
 #pragma GCC unroll 2
         for (int j = 0; j < PF; ++j) prefetch_l2(ahead.at + j * 64);
         ahead.at += ahead.step;
@@ -40,94 +49,101 @@ QUIRE_INLINE void chain(const float* x, int64_t x_stride, const T* w, int64_t kn
         for (int m = 0; m < MT; ++m) {
             const vf xv = set1(x[m * x_stride + k]);
 #pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) acc[m][j] = fma(xv, wv[j], acc[m][j]);
+            for (int j = 0; j < NV; ++j) acc[m][j] = fma(xv, wv[j], acc[m][j]);
         }
     }
 }
 
-template <int MT> QUIRE_INLINE void finish(const Output& t, vf (&acc)[MT][kVecs]) {
+template <int MT, int NV> QUIRE_INLINE void finish(const Output& t, int first, vf (&acc)[MT][NV]) {
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m) {
         float* out = t.out + m * t.stride;
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) {
-            const int n = t.columns - j * kWidth;
+        for (int j = 0; j < NV; ++j) {
+            const int at = first + j * kWidth, n = t.columns - at;
             vf a = acc[m][j];
             if (n >= kWidth) {
-                if (t.bias) a = add(a, load(t.bias + j * kWidth));
-                if (t.accumulate) a = add(load(out + j * kWidth), a);
-                store(out + j * kWidth, a);
+                if (t.bias) a = add(a, load(t.bias + at));
+                if (t.accumulate) a = add(load(out + at), a);
+                store(out + at, a);
             } else if (n > 0) {
-                if (t.bias) a = add(a, load_n(t.bias + j * kWidth, n));
-                if (t.accumulate) a = add(load_n(out + j * kWidth, n), a);
-                store_n(out + j * kWidth, a, n);
+                if (t.bias) a = add(a, load_n(t.bias + at, n));
+                if (t.accumulate) a = add(load_n(out + at, n), a);
+                store_n(out + at, a, n);
             }
         }
     }
 }
 
+// MT rows against the columns of a panel from `first` on.
 template <int MT, class T, int PF>
-void tile(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, const Target& t) {
-    vf acc[MT][kVecs];
+void tile(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, const Target& t, int first) {
+    constexpr int NV = tile_vecs<T>(MT);
+    vf acc[MT][NV];
+    float* const part = t.part + first;
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) acc[m][j] = t.first ? zero() : load(t.part + m * kPanel + j * kWidth);
-    chain<MT, T, PF>(x, x_stride, w, kn, ahead, acc);
+        for (int j = 0; j < NV; ++j) acc[m][j] = t.first ? zero() : load(part + m * kPanel + j * kWidth);
+    chain<MT, NV, T, PF>(x, x_stride, w + first, kn, ahead, acc);
     if (t.last) {
-        finish<MT>(t.to, acc);
+        finish<MT, NV>(t.to, first, acc);
     } else {
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) store(t.part + m * kPanel + j * kWidth, acc[m][j]);
+            for (int j = 0; j < NV; ++j) store(part + m * kPanel + j * kWidth, acc[m][j]);
     }
 }
 
 template <class T, int PF>
-void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, const Target& t) {
+void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, const Target& t, int first) {
     switch (rows) {
-        case 1: return tile<1, T, PF>(x, x_stride, w, kn, ahead, t);
-        case 2: return tile<2, T, PF>(x, x_stride, w, kn, ahead, t);
-        case 3: return tile<3, T, PF>(x, x_stride, w, kn, ahead, t);
-#if defined(QUIRE_ISA_avx512)
-        case 4: return tile<4, T, PF>(x, x_stride, w, kn, ahead, t);
-        case 5: return tile<5, T, PF>(x, x_stride, w, kn, ahead, t);
-        case 6: return tile<6, T, PF>(x, x_stride, w, kn, ahead, t);
-#endif
+        case 1: return tile<1, T, PF>(x, x_stride, w, kn, ahead, t, first);
+        case 2: return tile<2, T, PF>(x, x_stride, w, kn, ahead, t, first);
+        case 3: return tile<3, T, PF>(x, x_stride, w, kn, ahead, t, first);
+    }
+    if constexpr (kRows<T> > 3) switch (rows) {
+        case 4: return tile<4, T, PF>(x, x_stride, w, kn, ahead, t, first);
+        case 5: return tile<5, T, PF>(x, x_stride, w, kn, ahead, t, first);
+        case 6: return tile<6, T, PF>(x, x_stride, w, kn, ahead, t, first);
     }
 }
 
-// How a tile prefetches, when `tiles` of kn steps are left to do it in.
+// How a tile prefetches, when `passes` of kn steps are left to do it in.
 //
 // Alone, a tile waits for its own weights, and they should arrive on the hardware's streams, which fetch more at a time than
 // prefetches can. But these streams end with every 4 KiB: one line for each K position starts those of the next slice, or
 // (16 bits wide) of this one a little later. All lines, prefetched, would take 20 % longer.
 // Several tiles read the slice once from memory and then from L2, and the streams sleep meanwhile: all lines of the next slice
 // are prefetched, spread evenly, since at 10 to 30 rows reading takes nearly as long as multiplying.
-template <class T> QUIRE_INLINE Ahead prefetch_with(bool alone, const T* w, int64_t kn, int64_t tiles, const Coming& next) {
+template <class T> QUIRE_INLINE Ahead prefetch_with(bool alone, const T* w, int64_t kn, int64_t passes, const Coming& next) {
     constexpr int64_t kStep = kPanel * static_cast<int64_t>(sizeof(T)), kSoon = 4096;
     const char* own = reinterpret_cast<const char*>(w);
     if (alone) return {sizeof(T) < sizeof(float) || next.lines <= 0 ? own + kSoon : next.at, kStep};
     if (next.lines <= 0) return {own, 0};
-    return {next.at, next.lines > kn * tiles ? 128 : 64};
+    return {next.at, next.lines > kn * passes ? 128 : 64};
 }
 
 // All tiles of a block of rows against one slice of a panel.
 template <class T>
 void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t kn, Coming next, const Target& t) {
-    const int64_t tiles = (rows + kRows - 1) / kRows;
+    const int64_t tiles = (rows + kRows<T> - 1) / kRows<T>;
+    const bool alone = tiles == 1 && tile_vecs<T>(static_cast<int>(rows)) == kVecs;
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
         const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
-        const Ahead ahead = prefetch_with(tiles == 1, w, kn, tiles - i, next);
+        const int vecs = tile_vecs<T>(mt);
         Target u = t;
         u.to.out += row * t.to.stride;
         u.part += row * kPanel;
-        const auto run = ahead.step == 128 && tiles > 1 ? tile_rows<T, 2> : tile_rows<T, 1>;
-        run(mt, x + row * x_stride, x_stride, w, kn, ahead, u);
+        for (int j = 0; j < kVecs; j += vecs) {
+            const Ahead ahead = prefetch_with(alone, w, kn, (tiles - i) * (kVecs / vecs) - j / vecs, next);
+            const auto run = ahead.step == 128 && !alone ? tile_rows<T, 2> : tile_rows<T, 1>;
+            run(mt, x + row * x_stride, x_stride, w, kn, ahead, u, j * kWidth);
+            next.at += kn * ahead.step;
+            next.lines -= kn * ahead.step / 64;
+        }
         if (t.finishes) finish_rows(u.to, u.part, nullptr, 0, mt);
-        next.at += kn * ahead.step;
-        next.lines -= kn * ahead.step / 64;
         row += mt;
     }
 }
@@ -145,8 +161,7 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     const int64_t rows = a.m - row < grid.rows_per_block ? a.m - row : grid.rows_per_block;
     const T* base = static_cast<const T*>(a.w.data);
     const T* w = base + panel * a.w.k * kPanel;
-    constexpr bool kNarrow = sizeof(T) < sizeof(float);
-    const bool widen = kNarrow && rows >= kWidenRows, blocked = a.w.k > kSlice;
+    const bool widen = kNarrow<T> && rows >= kWidenRows, blocked = a.w.k > kSlice;
     const bool plain = !a.w.gated && a.activation == Activation::none;
     const size_t part_floats = blocked || !plain ? rows * kPanel : 0, wide_floats = widen ? kSlice * kPanel : 0;
     float* part = static_cast<float*>(thread_scratch(kScratchGemm, (part_floats + wide_floats + 1) * sizeof(float)));
@@ -181,11 +196,11 @@ void linear(const LinearArgs& args) {
     const int64_t panels = panel_count(args.w);
     // Enough tasks for every thread, but no more row blocks than that takes, since each reads the weights; and row blocks
     // whose partial sums stay in L2.
-    const int64_t wanted = (4 * num_threads() + panels - 1) / panels, most = (args.m + 2 * kRows - 1) / (2 * kRows);
+    const int64_t wanted = (4 * num_threads() + panels - 1) / panels, most = (args.m + 2 * kMostRows - 1) / (2 * kMostRows);
     const int64_t fit = (args.m + kRowBlock - 1) / kRowBlock;
     const int64_t blocks = wanted > most ? most : wanted;
     const int64_t count = blocks > fit ? blocks : fit;
-    const int64_t rows_per_block = ((args.m + count - 1) / count + kRows - 1) / kRows * kRows;
+    const int64_t rows_per_block = ((args.m + count - 1) / count + kMostRows - 1) / kMostRows * kMostRows;
     const int64_t row_blocks = (args.m + rows_per_block - 1) / rows_per_block;
     const int64_t panel_bytes = args.w.k * kPanel * (args.w.dtype == DType::f32 ? 4 : 2);
     const Plan plan{args, {row_blocks, rows_per_block, panels * row_blocks, panel_bytes}};
