@@ -127,12 +127,11 @@ QUIRE_INLINE vi min_bytes(vi a, vi b) {
     return reinterpret_cast<vi>(x < y ? x : y);
 }
 QUIRE_INLINE vi narrow(const vi (&a)[4]) {
-    vb bytes;
-    for (int i = 0; i < 4 * kWidth; ++i) {
-        const int32_t x = a[i / kWidth][i % kWidth];
-        bytes[i] = static_cast<int8_t>(x < -128 ? -128 : x > 127 ? 127 : x);
-    }
-    return reinterpret_cast<vi>(bytes);
+    int8_t bytes[4 * kWidth];
+    for (int i = 0; i < 4; ++i) store_bytes(bytes + i * kWidth, max_i(min_i(a[i], set1i(127)), set1i(-128)));
+    vi all;
+    std::memcpy(&all, bytes, sizeof all);
+    return all;
 }
 // The products and sums here fit 16 bits, which is what SSE2 and NEON multiply.
 typedef int16_t signed_vh __attribute__((vector_size(16)));
