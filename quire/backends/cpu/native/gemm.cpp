@@ -17,9 +17,8 @@ constexpr int kMostRows = 6;                                            // rows 
 constexpr int64_t kSlice = 1024;                                        // K positions in a slice
 constexpr int64_t kRowBlock = 192;
 
-// 16-bit weights are widened as a tile reads them, or, from so many rows on, a slice at a time: with 16 registers, whose tiles then
-// have more rows, that never pays.
-constexpr int64_t kWidenRows = kWidth == 16 ? 24 : INT64_MAX;
+// 16-bit weights are widened as a tile reads them, or, from so many rows on, a slice at a time. On AVX2 that never pays.
+constexpr int64_t kWidenRows = kWidth == 8 ? INT64_MAX : 24;
 
 // A tile over weights of type T has up to kRows rows. 32 registers hold their sums for a whole panel. 16 hold those of 3 rows, or of
 // 6 rows and half a panel, which takes more tiles but widens half as often.
