@@ -54,11 +54,17 @@ QUIRE_TWICE(__m512i, add_epi32)
 QUIRE_TWICE(__m512i, max_epi32)
 QUIRE_TWICE(__m512i, madd_epi16)
 QUIRE_TWICE(__m512i, maddubs_epi16)
+QUIRE_TWICE(__m512i, max_epi8)
+QUIRE_TWICE(__m512i, min_epi8)
+QUIRE_TWICE(__m512i, min_epi32)
+QUIRE_TWICE(__m512i, packs_epi16)   // of each 128 bits by themselves, as in AVX2
+QUIRE_TWICE(__m512i, packs_epi32)
 #undef QUIRE_TWICE
 QUIRE_EMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     return join512(_mm256_fmadd_ps(low512(a), low512(b), low512(c)), _mm256_fmadd_ps(high512(a), high512(b), high512(c)));
 }
 QUIRE_EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
+QUIRE_EMULATED __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 
 // Bits as another type.
 QUIRE_EMULATED __m512 _mm512_castpd_ps(__m512d a) { return reinterpret_cast<__m512>(a); }
@@ -66,6 +72,7 @@ QUIRE_EMULATED __m512d _mm512_castps_pd(__m512 a) { return reinterpret_cast<__m5
 QUIRE_EMULATED __m512i _mm512_castps_si512(__m512 a) { return reinterpret_cast<__m512i>(a); }
 QUIRE_EMULATED __m512 _mm512_castsi512_ps(__m512i a) { return reinterpret_cast<__m512>(a); }
 QUIRE_EMULATED __m256 _mm512_castps512_ps256(__m512 a) { return low512(a); }
+QUIRE_EMULATED __m256i _mm512_castsi512_si256(__m512i a) { return low512(a); }
 QUIRE_EMULATED __m512 _mm512_castps256_ps512(__m256 a) { return join512(a, _mm256_set1_ps(__builtin_nanf(""))); }
 
 // Constants.
@@ -149,6 +156,18 @@ QUIRE_EMULATED __m128i _mm512_cvtepi32_epi8(__m512i a) {
     const __m256i in_order = _mm256_permute4x64_epi64(words, 0xd8);
     return _mm_packus_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1));
 }
+QUIRE_EMULATED __m256i _mm512_cvtepi64_epi32(__m512i a) {
+    const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+    return _mm256_blend_epi32(_mm256_permutevar8x32_epi32(low512(a), even), _mm256_permutevar8x32_epi32(high512(a), even), 0xf0);
+}
+QUIRE_EMULATED __m512i _mm512_permutexvar_epi32(__m512i index, __m512i a) {
+    int32_t at[16], from[16], to[16];
+    std::memcpy(at, &index, sizeof at);
+    std::memcpy(from, &a, sizeof from);
+    for (int i = 0; i < 16; ++i) to[i] = from[at[i] & 15];
+    std::memcpy(&a, to, sizeof to);
+    return a;
+}
 QUIRE_EMULATED __m512 _mm512_cvtepi32_ps(__m512i a) { return join512(_mm256_cvtepi32_ps(low512(a)), _mm256_cvtepi32_ps(high512(a))); }
 QUIRE_EMULATED __m512i _mm512_cvtps_epi32(__m512 a) { return join512(_mm256_cvtps_epi32(low512(a)), _mm256_cvtps_epi32(high512(a))); }
 
@@ -184,6 +203,9 @@ template <int N> QUIRE_EMULATED __m512i shift_left32(__m512i a) {
 template <int N> QUIRE_EMULATED __m512i shift_right_of_16(__m512i a) {
     return join512(_mm256_srli_epi16(low512(a), N), _mm256_srli_epi16(high512(a), N));
 }
+template <int N> QUIRE_EMULATED __m512i shift_right64(__m512i a) {
+    return join512(_mm256_srli_epi64(low512(a), N), _mm256_srli_epi64(high512(a), N));
+}
 QUIRE_EMULATED int32_t _mm512_reduce_add_epi32(__m512i a) {
     uint32_t lane[16], sum = 0;
     std::memcpy(lane, &a, sizeof a);
@@ -209,6 +231,7 @@ QUIRE_EMULATED __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i u, __m512i s) {
 // Halves by number.
 template <int N> QUIRE_EMULATED __m512d with_half(__m512d a, __m256d b) { return N ? join512(low512(a), b) : join512(b, high512(a)); }
 template <int N> QUIRE_EMULATED __m256d half_of(__m512d a) { return N ? high512(a) : low512(a); }
+template <int N> QUIRE_EMULATED __m256i half_of(__m512i a) { return N ? high512(a) : low512(a); }
 
 }  // namespace quire
 
@@ -218,12 +241,16 @@ template <int N> QUIRE_EMULATED __m256d half_of(__m512d a) { return N ? high512(
 #undef _mm512_roundscale_ps
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi16
+#undef _mm512_srli_epi64
 #undef _mm512_insertf64x4
 #undef _mm512_extractf64x4_pd
+#undef _mm512_extracti64x4_epi64
 #define _mm512_cmp_ps_mask(a, b, predicate) ::quire::compare_ps<(predicate)>(a, b)
 #define _mm512_cvtps_ph(a, rounding) ::quire::ps_to_ph<(rounding)>(a)
 #define _mm512_roundscale_ps(a, rounding) ::quire::round_ps<(rounding)>(a)
 #define _mm512_slli_epi32(a, n) ::quire::shift_left32<(n)>(a)
 #define _mm512_srli_epi16(a, n) ::quire::shift_right_of_16<(n)>(a)
+#define _mm512_srli_epi64(a, n) ::quire::shift_right64<(n)>(a)
 #define _mm512_insertf64x4(a, b, n) ::quire::with_half<(n)>(a, b)
 #define _mm512_extractf64x4_pd(a, n) ::quire::half_of<(n)>(a)
+#define _mm512_extracti64x4_epi64(a, n) ::quire::half_of<(n)>(a)

@@ -146,7 +146,7 @@ QUIRE_INLINE vi add_pairs(vh p) { return (reinterpret_cast<vi>(p) << 16 >> 16) +
 // sum += a here and now: the compiler would add up products first, and have no registers for the sums.
 QUIRE_INLINE void accumulate(vh& sum, vh a) {
     sum += a;
-#if defined(QUIRE_ISA_avx512)
+#if defined(QUIRE_ISA_avx512) && defined(__AVX512F__)   // not where it is emulated
     asm("" : "+v"(sum));
 #elif defined(QUIRE_ISA_avx2)
     asm("" : "+x"(sum));
