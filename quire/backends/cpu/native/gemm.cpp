@@ -116,9 +116,11 @@ void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t k
 // (16 bits wide) of this one a little later. All lines, prefetched, would take 20 % longer.
 // Several tiles read the slice once from memory and then from L2, and the streams sleep meanwhile: all lines of the next slice
 // are prefetched, spread evenly, since at 10 to 30 rows reading takes nearly as long as multiplying.
-template <class T> QUIRE_INLINE Ahead prefetch_with(bool alone, const T* w, int64_t kn, int64_t passes, const Coming& next) {
+// On AVX2, 2 or 3 rows alone are slower than their weights arrive, and the streams fall behind: all of their own lines, a little ahead.
+template <class T> QUIRE_INLINE Ahead prefetch_with(bool alone, int64_t rows, const T* w, int64_t kn, int64_t passes, const Coming& next) {
     constexpr int64_t kStep = kPanel * static_cast<int64_t>(sizeof(T)), kSoon = 4096;
     const char* own = reinterpret_cast<const char*>(w);
+    if (alone && kWidth == 8 && rows > 1) return {own + kSoon / 2, kStep};
     if (alone) return {sizeof(T) < sizeof(float) || next.lines <= 0 ? own + kSoon : next.at, kStep};
     if (next.lines <= 0) return {own, 0};
     return {next.at, next.lines > kn * passes ? 128 : 64};
@@ -136,8 +138,8 @@ void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t k
         u.to.out += row * t.to.stride;
         u.part += row * kPanel;
         for (int j = 0; j < kVecs; j += vecs) {
-            const Ahead ahead = prefetch_with(alone, w, kn, (tiles - i) * (kVecs / vecs) - j / vecs, next);
-            const auto run = ahead.step == 128 && !alone ? tile_rows<T, 2> : tile_rows<T, 1>;
+            const Ahead ahead = prefetch_with(alone, rows, w, kn, (tiles - i) * (kVecs / vecs) - j / vecs, next);
+            const auto run = ahead.step == 128 && (!alone || (kWidth == 8 && rows > 1)) ? tile_rows<T, 2> : tile_rows<T, 1>;
             run(mt, x + row * x_stride, x_stride, w, kn, ahead, u, j * kWidth);
             next.at += kn * ahead.step;
             next.lines -= kn * ahead.step / 64;
