@@ -41,6 +41,9 @@ EMBEDDED = PACKAGE / "models" / "embedded"
 DEADLINE_S = 60.0
 """Nothing here takes this long; a wait beyond it is a failure, and not a slow machine."""
 
+http = httpx.Client(timeout=DEADLINE_S, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
+"""For requests of any thread: a connection each, and our own deadline. httpx's default of 5 seconds is too short for a busy machine."""
+
 
 class PacedBackend(FakeBackend):
     """A fake backend that can be held, slowed down and broken, and that reports log-probabilities."""
@@ -170,8 +173,10 @@ def engine_pid(front: int) -> int:
     found: list[int] = []
 
     def look() -> bool:
-        tasks = Path(f"/proc/{front}/task").iterdir()  # whichever thread has started it
-        found[:] = [int(pid) for task in tasks for pid in (task / "children").read_text().split() if not is_gone(int(pid))]
+        found.clear()
+        for task in Path(f"/proc/{front}/task").iterdir():  # whichever thread has started it
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+                found.extend(int(pid) for pid in (task / "children").read_text().split() if not is_gone(int(pid)))
         return bool(found)
 
     wait_until(look, "the server has an engine")
@@ -187,7 +192,7 @@ def is_gone(pid: int) -> bool:
 
 
 def health(url: str) -> dict[str, Any]:
-    answer = httpx.get(f"{url}/health", timeout=DEADLINE_S)
+    answer = http.get(f"{url}/health")
     assert answer.status_code == 200, answer.text
     value: dict[str, Any] = answer.json()
     return value
@@ -205,7 +210,7 @@ def wait_clean(url: str) -> None:
 
     def clean() -> bool:
         now = health(url)
-        return (now["running"], now["waiting"], now["kv_blocks_used"]) == (0, 0, 0)
+        return (now.get("running"), now.get("waiting"), now.get("kv_blocks_used")) == (0, 0, 0)  # none while the engine is away
 
     wait_until(clean, "every block is free")
 

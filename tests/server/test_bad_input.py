@@ -13,7 +13,7 @@ from fastapi import Request
 
 from quire.server.errors import TooLargeError
 from quire.server.limits import read_json
-from server.harness import DEADLINE_S, Server, health, raw_request, wait_clean
+from server.harness import DEADLINE_S, Server, health, http, raw_request, wait_clean
 
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -219,25 +219,25 @@ def test_table(fake: Server, stream: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["text/plain", "", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 def test_wrong_content_type(fake: Server, kind: str) -> None:
-    answer = httpx.post(fake.url + COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": kind} if kind else {})
+    answer = http.post(fake.url + COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": kind} if kind else {})
     check_error(answer, 415, None, ("application/json",))
 
 
 def test_content_type_with_a_charset_is_fine(fake: Server) -> None:
-    answer = httpx.post(fake.url + COMPLETIONS, content=json.dumps(text()), headers={"content-type": "application/json; charset=utf-8"})
+    answer = http.post(fake.url + COMPLETIONS, content=json.dumps(text()), headers={"content-type": "application/json; charset=utf-8"})
     assert answer.status_code == 200
 
 
 def test_unknown_paths_and_methods(fake: Server) -> None:
-    check_error(httpx.get(fake.url + "/v2/nothing"), 404, None, ("/v2/nothing", "/v1/completions", "/docs"))
-    check_error(httpx.get(fake.url + "/v1/completions/"), 404, None, ())
-    check_error(httpx.get(fake.url + COMPLETIONS), 405, None, ("POST",))
-    check_error(httpx.get(fake.url + "/v1/models/meta/llama"), 404, "model", ("meta/llama", "fake"))
+    check_error(http.get(fake.url + "/v2/nothing"), 404, None, ("/v2/nothing", "/v1/completions", "/docs"))
+    check_error(http.get(fake.url + "/v1/completions/"), 404, None, ())
+    check_error(http.get(fake.url + COMPLETIONS), 405, None, ("POST",))
+    check_error(http.get(fake.url + "/v1/models/meta/llama"), 404, "model", ("meta/llama", "fake"))
 
 
 def test_chunked_body_is_cut_at_the_limit(fake: Server) -> None:
     """Without a Content-Length the size shows only while reading."""
-    answer = httpx.post(fake.url + COMPLETIONS, content=(b"x" * 10_000 for _ in range(40)), headers={"content-type": "application/json"})
+    answer = http.post(fake.url + COMPLETIONS, content=(b"x" * 10_000 for _ in range(40)), headers={"content-type": "application/json"})
     check_error(answer, 413, None, ("200,000",))
 
 
@@ -338,12 +338,12 @@ def test_harmless_fields_are_ignored(fake: Server) -> None:
         "prompt_cache_retention": "24h", "repetition_penalty": 1.0, "prompt_logprobs": None, "temperature": None,
         "not_known_but_null": None,
     }  # fmt: skip
-    answer = httpx.post(fake.url + COMPLETIONS, json=text(**harmless))
+    answer = http.post(fake.url + COMPLETIONS, json=text(**harmless))
     assert answer.status_code == 200, answer.text
 
 
 def test_request_ids(fake: Server) -> None:
-    assert httpx.get(fake.url + "/health", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
-    assert httpx.get(fake.url + "/health", headers={"x-request-id": "a" * 500}).headers["x-request-id"].startswith("req-")
+    assert http.get(fake.url + "/health", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    assert http.get(fake.url + "/health", headers={"x-request-id": "a" * 500}).headers["x-request-id"].startswith("req-")
     with raw_request(fake.port, COMPLETIONS, text(stream=True)) as connection:
         assert b"x-request-id: req-" in connection.recv(65536)

@@ -15,7 +15,7 @@ from quire.errors import ConfigError
 from quire.server.errors import RateLimitError
 from quire.server.keys import Bucket, Caller, read_keys
 from quire.text.tokenizer import Tokenizer
-from server.harness import DEADLINE_S, PacedBackend, Server, raw_request, start_process, wait_clean, wait_until
+from server.harness import DEADLINE_S, PacedBackend, Server, http, raw_request, start_process, wait_clean, wait_until
 
 COMPLETIONS = "/v1/completions"
 ALICE, BOB = "sk-alice-0123456789", "sk-bob-01234567890"
@@ -52,23 +52,23 @@ def bearer(key: str) -> dict[str, str]:
 
 def complete(server: Server, key: str, **fields: Any) -> httpx.Response:
     body = {"prompt": "a", "max_tokens": 4, "ignore_eos": True, "seed": 1} | fields
-    return httpx.post(server.url + COMPLETIONS, json=body, headers=bearer(key), timeout=DEADLINE_S)
+    return http.post(server.url + COMPLETIONS, json=body, headers=bearer(key))
 
 
 def test_every_route_asks_for_a_key_but_those_that_watch_the_server(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with serving(tokenizer, write(tmp_path, FILE)) as server:
         for path in ("/health", "/ready"):
-            assert httpx.get(server.url + path).status_code == 200
+            assert http.get(server.url + path).status_code == 200
         tricks = ["/v1/models", "/docs", "/openapi.json", "/version", "/nothing", "/", "//health", "/health/", "/health/../v1/models",
                   "/%68ealth/", "/health%2f..%2fv1/models", "/HEALTH", "/health;x", "/v1/models?/health", "/v1/models#/health"]  # fmt: skip
-        with httpx.Client(base_url=server.url) as http:
+        with httpx.Client(base_url=server.url, timeout=DEADLINE_S) as client:
             for path in tricks:
-                answer = http.get(path)
+                answer = client.get(path)
                 assert answer.status_code == 401, path
                 assert answer.headers["www-authenticate"] == "Bearer"
                 assert answer.json()["error"]["code"] == "invalid_api_key"
             for path in (COMPLETIONS, "/v1/chat/completions", "/tokenize", "/detokenize"):
-                assert http.post(path, json={}).status_code == 401
+                assert client.post(path, json={}).status_code == 401
         # A proxy in front may hand the path on as it is: no client library tidies it up here.
         with raw_request(server.port, "/health/../v1/completions", {"prompt": "a"}) as connection:
             assert b" 401 " in connection.recv(1000)
@@ -80,7 +80,7 @@ def test_every_route_asks_for_a_key_but_those_that_watch_the_server(tokenizer: T
 ])  # fmt: skip
 def test_what_is_no_key(header: dict[str, str], tokenizer: Tokenizer, tmp_path: Path) -> None:
     with serving(tokenizer, write(tmp_path, FILE)) as server:
-        answer = httpx.get(server.url + "/v1/models", headers={k: v.encode("latin-1") for k, v in header.items()})
+        answer = http.get(server.url + "/v1/models", headers={k: v.encode("latin-1") for k, v in header.items()})
         assert answer.status_code == 401
         assert "sk-" not in answer.text
 
@@ -88,14 +88,14 @@ def test_what_is_no_key(header: dict[str, str], tokenizer: Tokenizer, tmp_path: 
 def test_official_clients_bring_their_key(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with serving(tokenizer, write(tmp_path, FILE)) as server:
         for key in (ALICE, BOB):
-            with openai.OpenAI(base_url=server.url + "/v1", api_key=key) as client:
+            with openai.OpenAI(base_url=server.url + "/v1", api_key=key, timeout=DEADLINE_S) as client:
                 assert client.models.list().data[0].id == "fake"
         with (
-            openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", max_retries=0) as client,
+            openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", timeout=DEADLINE_S, max_retries=0) as client,
             pytest.raises(openai.AuthenticationError),
         ):
             client.models.list()
-        assert httpx.get(server.url + "/v1/models", headers={"x-api-key": ALICE}).status_code == 200
+        assert http.get(server.url + "/v1/models", headers={"x-api-key": ALICE}).status_code == 200
 
 
 def test_a_key_without_limits_is_not_limited_by_that_of_another(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from server.harness import DEADLINE_S, Process, wait_clean
+from server.harness import DEADLINE_S, Process, http, wait_clean
 
 PROMPT = "def fibonacci(n):\n"
 HELLO: Any = [{"role": "system", "content": "You complete code."}, {"role": "user", "content": "import os\n"}]
@@ -65,7 +65,7 @@ def test_default_of_max_tokens(client: openai.OpenAI) -> None:
 
 
 def test_prompt_forms(client: openai.OpenAI, real: Process) -> None:
-    ids = httpx.post(real.url + "/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+    ids = http.post(real.url + "/tokenize", json={"prompt": PROMPT}).json()["tokens"]
     fields: dict[str, Any] = {"model": "embedded", "max_tokens": 12, "temperature": 0}
     text = client.completions.create(prompt=PROMPT, **fields).choices[0].text
     for prompt in ([PROMPT], ids, [ids]):

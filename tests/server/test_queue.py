@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from quire.text.tokenizer import Tokenizer
-from server.harness import DEADLINE_S, PacedBackend, Server, events, raw_request, wait_clean, wait_until
+from server.harness import DEADLINE_S, PacedBackend, Server, events, http, raw_request, wait_clean, wait_until
 
 COMPLETIONS = "/v1/completions"
 
@@ -58,9 +58,9 @@ def test_a_full_queue_refuses_before_an_answer_begins(tokenizer: Tokenizer) -> N
             clients.enter_context(raw_request(server.port, COMPLETIONS, body(number, stream=number == 1)))
         in_flight(server, 3)
         for fields in ({}, {"stream": True}, {"n": 3}):
-            check_refusal(httpx.post(server.url + COMPLETIONS, json=body(9, **fields), timeout=DEADLINE_S))
+            check_refusal(http.post(server.url + COMPLETIONS, json=body(9, **fields)))
         chat = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
-        check_refusal(httpx.post(server.url + "/v1/chat/completions", json=chat, timeout=DEADLINE_S))
+        check_refusal(http.post(server.url + "/v1/chat/completions", json=chat))
         assert server.client.in_flight == 3
         clients.close()  # who leaves makes room, though the engine has not even begun
         in_flight(server, 0)
@@ -96,7 +96,7 @@ def test_a_crowd_that_comes_at_once(tokenizer: Tokenizer) -> None:
 def test_a_large_request_is_taken_while_there_is_room(tokenizer: Tokenizer) -> None:
     """Otherwise it would be refused for ever."""
     with serving(tokenizer, hold=False, max_num_seqs=1, max_waiting=1) as server:
-        answer = httpx.post(server.url + COMPLETIONS, json=body(n=6), timeout=DEADLINE_S)
+        answer = http.post(server.url + COMPLETIONS, json=body(n=6))
         assert answer.status_code == 200
         assert len(answer.json()["choices"]) == 6
 
@@ -130,7 +130,7 @@ def test_priority_is_the_order_of_the_queue(tokenizer: Tokenizer) -> None:
     order: list[str] = []
 
     def ask(name: str, priority: int | None) -> None:
-        httpx.post(server.url + COMPLETIONS, json=body(max_tokens=40, priority=priority), timeout=DEADLINE_S).raise_for_status()
+        http.post(server.url + COMPLETIONS, json=body(max_tokens=40, priority=priority)).raise_for_status()
         order.append(name)
 
     with serving(tokenizer, max_num_seqs=1) as server:
@@ -156,7 +156,7 @@ def test_preemptions_are_logged(tokenizer: Tokenizer, caplog: pytest.LogCaptureF
 
         def ask() -> None:
             fields = body(prompt=[[number] * 20 for number in range(1, 9)], max_tokens=120)
-            answers.append(httpx.post(server.url + COMPLETIONS, json=fields, timeout=DEADLINE_S))
+            answers.append(http.post(server.url + COMPLETIONS, json=fields))
 
         thread = threading.Thread(target=ask)
         thread.start()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from server.harness import DEADLINE_S, EMBEDDED, Process, events, health, raw_request, start_process, wait_clean, wait_until
+from server.harness import DEADLINE_S, EMBEDDED, Process, events, health, http, raw_request, start_process, wait_clean, wait_until
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -212,11 +212,9 @@ def test_other_name_and_config_file(tmp_path: Path) -> None:
     (tmp_path / "quire.toml").write_text('kv-memory = "16MiB"\nserved-model-name = "my/model"\nmax-model-len = 100\n')
     process = Process("--config", str(tmp_path / "quire.toml"))
     try:
-        import httpx
-
-        model = httpx.get(process.url + "/v1/models/my/model").json()
+        model = http.get(process.url + "/v1/models/my/model").json()
         assert (model["id"], model["max_model_len"]) == ("my/model", 100)
-        answer = httpx.post(process.url + "/v1/completions", json={"model": "my/model", "prompt": "a", "max_tokens": 100})
+        answer = http.post(process.url + "/v1/completions", json={"model": "my/model", "prompt": "a", "max_tokens": 100})
         assert answer.status_code == 400
         assert "lower max_tokens to at most 98" in answer.json()["error"]["message"]
     finally:

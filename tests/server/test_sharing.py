@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from quire import LLM, SamplingParams
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
-from server.harness import DEADLINE_S, PacedBackend, Process, Server, events, health, raw_request, wait_clean, wait_until
+from server.harness import DEADLINE_S, PacedBackend, Process, Server, events, health, http, raw_request, wait_clean, wait_until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = "def fibonacci(n):\n"
@@ -35,7 +34,7 @@ def ids(count: int, start: int = 1) -> list[int]:
 
 
 def post(server: Server, path: str = COMPLETIONS, **fields: Any) -> Any:
-    answer = httpx.post(server.url + path, json={"ignore_eos": True} | fields, timeout=DEADLINE_S)
+    answer = http.post(server.url + path, json={"ignore_eos": True} | fields)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -147,7 +146,7 @@ def test_beams_in_the_names_of_vllm(client: openai.OpenAI, llm: LLM) -> None:
 def test_beams_beyond_the_rows_are_refused_before_a_stream_begins(tokenizer: Tokenizer) -> None:
     server = Server(tokenizer, PacedBackend(vocab_size=tokenizer.vocab_size), max_num_seqs=2)
     for stream in (False, True):
-        answer = httpx.post(server.url + COMPLETIONS, json={"prompt": "a", "beam_width": 3, "max_tokens": 2, "stream": stream})
+        answer = http.post(server.url + COMPLETIONS, json={"prompt": "a", "beam_width": 3, "max_tokens": 2, "stream": stream})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "beam_width"
         assert "3 beams > --max-num-seqs 2" in answer.json()["error"]["message"]
@@ -202,7 +201,7 @@ def test_every_usage_says_what_was_cached(fake: Server) -> None:
     assert whole["prompt_tokens_details"] == {"cached_tokens": 39 + 59}, "each prompt counts once, whatever n"
     assert whole["prompt_tokens"] == 100
     options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    found = events(httpx.post(fake.url + COMPLETIONS, json={"ignore_eos": True} | fields | options, timeout=DEADLINE_S).text)
+    found = events(http.post(fake.url + COMPLETIONS, json={"ignore_eos": True} | fields | options).text)
     assert found[-2]["usage"] == whole
     assert all("cached_tokens" in event["usage"]["prompt_tokens_details"] for event in found[:-1])
     beams = post(fake, prompt=ids(40, 7), beam_width=2, n=2, max_tokens=2)["usage"]

@@ -19,7 +19,7 @@ from quire.server.client import EngineClient
 from quire.server.engine_loop import EngineLoop
 from quire.text.tokenizer import Tokenizer
 from sample_tokenizers import sample
-from server.harness import DEADLINE_S, PacedBackend, Server, events, health, raw_request, wait_clean, wait_until
+from server.harness import DEADLINE_S, PacedBackend, Server, events, health, http, raw_request, wait_clean, wait_until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -47,10 +47,10 @@ def test_stream_says_what_the_whole_answer_says(fake: Server) -> None:
         (COMPLETIONS, body(1, n=3, logprobs=2)),
         (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30, "seed": 5, "n": 2}),
     ):
-        httpx.post(fake.url + path, json=fields)  # from here on the prompt is cached
-        whole = httpx.post(fake.url + path, json=fields).json()
+        http.post(fake.url + path, json=fields)  # from here on the prompt is cached
+        whole = http.post(fake.url + path, json=fields).json()
         options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        found = events(httpx.post(fake.url + path, json=fields | options).text)
+        found = events(http.post(fake.url + path, json=fields | options).text)
         assert found[-1] == "[DONE]"
         assert found[-2]["choices"] == []
         assert found[-2]["usage"] == whole["usage"]
@@ -65,7 +65,7 @@ def test_stream_says_what_the_whole_answer_says(fake: Server) -> None:
 
 
 def test_headers_of_a_stream(fake: Server) -> None:
-    answer = httpx.post(fake.url + COMPLETIONS, json=body(stream=True))
+    answer = http.post(fake.url + COMPLETIONS, json=body(stream=True))
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-cache"
     assert answer.headers["x-accel-buffering"] == "no"
@@ -74,19 +74,19 @@ def test_headers_of_a_stream(fake: Server) -> None:
 
 def test_token_ids(fake: Server) -> None:
     fields = body(2, return_token_ids=True, prompt=[5, 6, 7])
-    whole = httpx.post(fake.url + COMPLETIONS, json=fields).json()["choices"][0]
-    found = events(httpx.post(fake.url + COMPLETIONS, json=fields | {"stream": True}).text)[:-1]
+    whole = http.post(fake.url + COMPLETIONS, json=fields).json()["choices"][0]
+    found = events(http.post(fake.url + COMPLETIONS, json=fields | {"stream": True}).text)[:-1]
     assert whole["prompt_token_ids"] == found[0]["choices"][0]["prompt_token_ids"] == [5, 6, 7]
     assert [i for event in found for i in event["choices"][0]["token_ids"]] == whole["token_ids"]
     assert len(whole["token_ids"]) == 40
 
 
 def test_choice_indexes_of_several_prompts(fake: Server) -> None:
-    alone = [httpx.post(fake.url + COMPLETIONS, json=body(seed=3, prompt=p, n=2)).json()["choices"] for p in ("a", "b", "c")]
-    together = httpx.post(fake.url + COMPLETIONS, json=body(seed=3, prompt=["a", "b", "c"], n=2)).json()["choices"]
+    alone = [http.post(fake.url + COMPLETIONS, json=body(seed=3, prompt=p, n=2)).json()["choices"] for p in ("a", "b", "c")]
+    together = http.post(fake.url + COMPLETIONS, json=body(seed=3, prompt=["a", "b", "c"], n=2)).json()["choices"]
     assert [choice["index"] for choice in together] == list(range(6))
     assert [choice["text"] for choice in together] == [choice["text"] for choices in alone for choice in choices]
-    found = events(httpx.post(fake.url + COMPLETIONS, json=body(seed=3, prompt=["a", "b", "c"], n=2, stream=True, echo=True)).text)
+    found = events(http.post(fake.url + COMPLETIONS, json=body(seed=3, prompt=["a", "b", "c"], n=2, stream=True, echo=True)).text)
     for index, choice in enumerate(together):
         assert stream_text(found, index) == "abc"[index // 2] + choice["text"]
 
@@ -98,7 +98,7 @@ def test_a_completion_continues_its_prompt() -> None:
     prompt = tokenizer.encode("hello")
     for seed in range(100):
         fields = {"prompt": prompt, "max_tokens": 5, "seed": seed, "return_token_ids": True}
-        choice = httpx.post(server.url + COMPLETIONS, json=fields).json()["choices"][0]
+        choice = http.post(server.url + COMPLETIONS, json=fields).json()["choices"][0]
         whole = tokenizer.decode(prompt + choice["token_ids"])
         assert whole == tokenizer.decode(prompt) + choice["text"]
         if choice["text"].startswith(" "):
@@ -109,11 +109,11 @@ def test_a_completion_continues_its_prompt() -> None:
 
 
 def test_stop_string_frees_the_sequence_at_once(fake: Server) -> None:
-    text = httpx.post(fake.url + COMPLETIONS, json=body(7)).json()["choices"][0]["text"]
+    text = http.post(fake.url + COMPLETIONS, json=body(7)).json()["choices"][0]["text"]
     stop = text[len(text) // 2 :][:6]
     steps = fake.engine.stats().steps
     fake.backend.delay_s = 0.005
-    answer = httpx.post(fake.url + COMPLETIONS, json=body(7, stop=[stop], max_tokens=400)).json()
+    answer = http.post(fake.url + COMPLETIONS, json=body(7, stop=[stop], max_tokens=400)).json()
     wait_clean(fake.url)
     fake.backend.delay_s = 0.0
     assert fake.engine.stats().steps - steps < 300, "the engine did not go on to max_tokens"
@@ -166,7 +166,7 @@ def test_hang_ups_of_waiting_requests(tokenizer: Tokenizer) -> None:
 def test_slow_reader_gets_everything(fake: Server) -> None:
     """It stops reading while the engine goes on and finishes; what it missed comes in fewer, larger pieces."""
     fields = body(9, max_tokens=480, logprobs=20)
-    whole = httpx.post(fake.url + COMPLETIONS, json=fields).json()["choices"][0]
+    whole = http.post(fake.url + COMPLETIONS, json=fields).json()["choices"][0]
     with raw_request(fake.port, COMPLETIONS, fields | {"stream": True}, receive_buffer=4096) as connection:
         first = connection.recv(100)
         wait_clean(fake.url)  # the engine is done with it, whether it reads or not
@@ -270,14 +270,14 @@ def test_the_engine_dies(tokenizer: Tokenizer) -> None:
     assert "/secret" not in json.dumps(found)
     assert answer.startswith(b"HTTP/1.1 503")
     for answered in (
-        httpx.get(server.url + "/health"),
-        httpx.post(server.url + COMPLETIONS, json=body()),
-        httpx.post(server.url + COMPLETIONS, json=body(stream=True)),
+        http.get(server.url + "/health"),
+        http.post(server.url + COMPLETIONS, json=body()),
+        http.post(server.url + COMPLETIONS, json=body(stream=True)),
     ):
         assert answered.status_code == 503
         assert answered.json()["error"]["code"] == "unavailable"
         assert "/secret" not in answered.text
-    assert httpx.get(server.url + "/v1/models").status_code == 200
+    assert http.get(server.url + "/v1/models").status_code == 200
     server.stop()
 
 
@@ -285,14 +285,14 @@ def test_one_row_fails(fake: Server) -> None:
     """An error in one request's work ends that request, and no other."""
     fake.backend.fail_rows = set(range(64))
     try:
-        answer = httpx.post(fake.url + COMPLETIONS, json=body())
+        answer = http.post(fake.url + COMPLETIONS, json=body())
         assert answer.status_code == 500
         assert "not finite" in answer.json()["error"]["message"]
-        found = events(httpx.post(fake.url + COMPLETIONS, json=body(stream=True)).text)
+        found = events(http.post(fake.url + COMPLETIONS, json=body(stream=True)).text)
         assert "not finite" in found[-2]["error"]["message"]
     finally:
         fake.backend.fail_rows = set()
-    assert httpx.post(fake.url + COMPLETIONS, json=body()).status_code == 200
+    assert http.post(fake.url + COMPLETIONS, json=body()).status_code == 200
     wait_clean(fake.url)
 
 
