@@ -19,6 +19,7 @@ from quire.server.completions import completions
 from quire.server.context import Context, context_of
 from quire.server.errors import UnavailableError
 from quire.server.keys import App, KeyCheck, Receive, Scope, Send
+from quire.server.metrics.route import metrics
 from quire.server.tokenization import detokenize, tokenize
 
 MAX_REQUEST_ID = 128
@@ -37,13 +38,14 @@ def create_app(context: Context) -> RequestIds:
         ("POST", "/detokenize", detokenize),
         ("GET", "/health", health),
         ("GET", "/ready", ready),
+        ("GET", "/metrics", metrics),
         ("GET", "/version", version),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
     openapi.install(app)
     errors.install(app, [*(path.replace(":path", "") for _, path, _ in routes), "/docs"])
-    return RequestIds(KeyCheck(app, context.keys))
+    return RequestIds(KeyCheck(app, context.keys, context.client.meter.refuse))
 
 
 class RequestIds:

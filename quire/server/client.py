@@ -18,7 +18,9 @@ from quire.errors import EngineError, QueueFullError, QuireError
 from quire.outputs import SequenceOutput
 from quire.server.errors import UnavailableError
 from quire.server.journal import FAIL_AFTER, Journal
-from quire.server.messages import Abort, Add, Died, Down, FromEngine, GetStats, Outputs, Stats, ToEngine, Up
+from quire.server.messages import Abort, Add, Died, Down, FromEngine, GetStats, KVEvents, Outputs, Stats, ToEngine, Up
+from quire.server.metrics.meter import RequestMeter
+from quire.server.metrics.totals import EngineTotals
 
 CLOSING = "the server is shutting down"
 DRAINING = "the server is shutting down: it finishes what it has, and takes nothing new"
@@ -51,6 +53,8 @@ class Stream:
     def close(self) -> None:
         """Nothing more is wanted of any of the requests. May be called twice."""
         self._client._leave(self._requests, {request_id for request_id, _ in self._open})
+        for request_id, index in self._open:
+            self._client.meter.end(request_id, index, "abort")
         self._client.in_flight -= len(self._open)
         self._open.clear()
 
@@ -63,6 +67,7 @@ class Stream:
         """Nothing more is wanted of one sequence (a stop string was found in its text): free its blocks now."""
         if (request_id, index) in self._open:
             self._ended((request_id, index))
+            self._client.meter.end(request_id, index, "stop")
             self._client._abort(request_id, index)
 
     async def fetch(self, timeout: float | None = None) -> list[SequenceOutput]:
@@ -126,6 +131,10 @@ class EngineClient:
         """There is an engine."""
         self.restarts = 0
         """Engines that took the place of one that died."""
+        self.meter = RequestMeter()
+        self.totals = EngineTotals()
+        self.on_kv_events: Callable[[bytes | None], None] | None = None
+        """Told what the engine says of its cache; None where it died, and its cache with it."""
 
     def start(self, link: Link) -> None:
         """Begin to talk to the engine, which is ready. Call on the event loop."""
@@ -160,11 +169,22 @@ class EngineClient:
             )
         stream = Stream(self, requests)
         self.in_flight += len(stream._open)
+        self.meter.begin(requests)
         for request in requests:
             self._streams[request.request_id] = stream
             self._journal.add(request)
         self._send_due()
         return stream
+
+    @property
+    def num_suspects(self) -> int:
+        """Requests that are tried alone, since engines died while they worked on them."""
+        return self._journal.num_suspects
+
+    @property
+    def num_unsent(self) -> int:
+        """Sequences that the engine does not know yet: it is away, or tries a suspect alone."""
+        return self._journal.num_unsent
 
     async def stats(self, timeout: float = 5.0) -> EngineStats:
         """The engine's counters, after all that was sent before.
@@ -228,20 +248,29 @@ class EngineClient:
     def _receive(self, message: FromEngine) -> None:
         match message:
             case Outputs(outputs):
+                self.meter.step(outputs)
                 for output in outputs:
                     self._journal.note(output)
                     self._deliver(output)
                 self._send_due()
-            case Stats(ticket, stats):
+            case Stats(ticket, stats, send_s):
+                self.totals.heard(stats, send_s)
                 if (answer := self._asked.get(ticket)) is not None and not answer.done():
                     answer.set_result(stats)
+            case KVEvents(payload):
+                if self.on_kv_events is not None:
+                    self.on_kv_events(payload)
             case Down(reason):
                 self.up = False
+                self.totals.died()
+                if self.on_kv_events is not None:
+                    self.on_kv_events(None)
                 self._fail_asked(EngineError(RESTARTING))
                 for entry in self._journal.engine_died():
                     why = f"{FAIL_AFTER} engines died while they worked on it, the last one alone with it; {reason}"
                     for index, tokens in enumerate(entry.emitted):
                         if tokens is not None:
+                            self.meter.end(entry.request.request_id, index, "error")
                             self._deliver(SequenceOutput(entry.request.request_id, index, [], None, "error", why))
             case Up():
                 self.up = True

@@ -11,6 +11,7 @@ from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.server.client import EngineClient
 from quire.server.keys import Caller, Keys
+from quire.server.metrics.totals import Machine
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
 
@@ -29,6 +30,8 @@ class Context:
     salts: Salts = field(default_factory=Salts)
     keys: Keys | None = None
     """None: everybody may use the server."""
+    machine: Machine | None = None
+    """What steps cost, and what the engine's device can do at most; None where that is not known."""
 
     @property
     def max_model_len(self) -> int:

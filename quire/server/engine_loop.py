@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -15,10 +16,13 @@ from quire.core.sequence import Request
 from quire.core.stats import EngineStats
 from quire.errors import QuireError
 from quire.outputs import SequenceOutput
-from quire.server.messages import ALIVE_S, Abort, Add, Alive, GetStats, Outputs, Stats, Stop, ToEngine
+from quire.server.kv_events import EventLog
+from quire.server.messages import ALIVE_S, STATS_S, UNASKED, Abort, Add, Alive, GetStats, KVEvents, Outputs, Stats, Stop, ToEngine
 
 QUIET_S = 1.0
 """After this long without work the engine checks its books."""
+PAUSE_S = 0.05
+"""After this long without work it says what it has counted."""
 
 
 class SteppedEngine(Protocol):
@@ -34,14 +38,29 @@ class SteppedEngine(Protocol):
 
 
 class EngineLoop:
-    """Owns an engine. Messages are put into ``inbox`` by any thread; ``outbox`` is called on the thread of ``run``."""
+    """Owns an engine. Messages are put into ``inbox`` by any thread; ``outbox`` is called on the thread of ``run``.
 
-    def __init__(self, engine: SteppedEngine, inbox: SimpleQueue[ToEngine], outbox: Callable[[Outputs | Stats | Alive], None]) -> None:
+    events: listens to the engine; what it has written down goes out after each step.
+    """
+
+    def __init__(
+        self,
+        engine: SteppedEngine,
+        inbox: SimpleQueue[ToEngine],
+        outbox: Callable[[Outputs | Stats | KVEvents | Alive], None],
+        events: EventLog | None = None,
+    ) -> None:
         self._engine = engine
         self._inbox = inbox
         self._outbox = outbox
         self._said = 0.0
         """When the front was last told something."""
+        self._counted = 0.0
+        """When it was last told what the engine has counted."""
+        self._stale = False
+        """Something has happened since."""
+        self._send_s = 0.0
+        self._events = events
 
     def run(self) -> None:
         """Until Stop. Raises what the engine raises: it can't go on then."""
@@ -60,15 +79,26 @@ class EngineLoop:
             message = self._poll()
         if engine.has_work:
             outputs += engine.step()
+            self._stale = True
         if outputs:
             self._say(Outputs(outputs))
         elif time.monotonic() - self._said > ALIVE_S:
             self._say(Alive(engine.stats().steps))
+        if self._events is not None and (payload := self._events.take()):
+            self._say(KVEvents(payload))
+        if self._said - self._counted > STATS_S:
+            self._count(UNASKED)
         return True
 
-    def _say(self, message: Outputs | Stats | Alive) -> None:
-        self._said = time.monotonic()
+    def _say(self, message: Outputs | Stats | KVEvents | Alive) -> None:
+        began = time.monotonic()
         self._outbox(message)
+        self._said = time.monotonic()
+        self._send_s += self._said - began
+
+    def _count(self, ticket: int) -> None:
+        self._say(Stats(ticket, self._engine.stats(), self._send_s))
+        self._counted, self._stale = self._said, False
 
     def _poll(self) -> ToEngine | None:
         try:
@@ -78,13 +108,17 @@ class EngineLoop:
 
     def _wait(self) -> ToEngine:
         """The next message, however long it takes; a quiet moment is used to prove that no block was lost."""
-        try:
+        with suppress(Empty):
+            return self._inbox.get(timeout=PAUSE_S)
+        if self._stale:
+            self._count(UNASKED)
+        with suppress(Empty):
             return self._inbox.get(timeout=QUIET_S)
-        except Empty:
-            self._engine.check()
-            return self._inbox.get()
+        self._engine.check()
+        return self._inbox.get()
 
     def _apply(self, message: Add | Abort | GetStats) -> list[SequenceOutput]:
+        self._stale = True
         match message:
             case Add():
                 request = message.read()
@@ -95,5 +129,5 @@ class EngineLoop:
             case Abort(request_id, index):
                 return self._engine.abort(request_id, index)
             case GetStats(ticket):
-                self._say(Stats(ticket, self._engine.stats()))
+                self._count(ticket)
         return []

@@ -105,8 +105,10 @@ def install(app: FastAPI, endpoints: list[str]) -> None:
     """Answer every error of the application in the API's form. ``endpoints`` are named where a path is unknown."""
     from starlette.exceptions import HTTPException
 
-    async def quire_error(_: Request, error: Exception) -> Response:
+    async def quire_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, QuireError)
+        if error.status != 500:  # 500: it was taken, and failed
+            request.app.state.context.client.meter.refuse(error.code)
         return error_response(error)
 
     async def http_error(request: Request, error: Exception) -> Response:

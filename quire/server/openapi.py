@@ -18,6 +18,7 @@ _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
     "/detokenize": ("Token ids as text", schemas.DetokenizeRequest),
     "/health": ("Whether this process lives, and what is in use", None),
     "/ready": ("Whether a request that comes now is started", None),
+    "/metrics": ("Everything that is counted, in Prometheus' text format or OpenMetrics", None),
     "/version": ("Version of Quire", None),
 }
 

@@ -103,7 +103,9 @@ class CpuBackend:
         sampled = batch.sampled
         if len(sampled) == 0:
             return StepResult()
+        began = perf_counter()
         result = self._sampler.sample(logits, sampled, batch.lengths)
+        result.sample_s = perf_counter() - began
         if batch.drafts:
             self._rows.append_accepted(plan.work, result.tokens, self._sampler.beams)
         else:
