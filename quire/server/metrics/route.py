@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -18,13 +18,14 @@ from quire.server.metrics.vllm import aliases
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family
 
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 FRESH_S = 0.5
 """So long the engine may take to say what it has counted; what it said last has to do then."""
 
 
 async def metrics(request: Request) -> Response:
-    from prometheus_client import CollectorRegistry, ProcessCollector
-    from prometheus_client.exposition import choose_encoder
+    from prometheus_client import CollectorRegistry, ProcessCollector, exposition
+    from prometheus_client.openmetrics import exposition as openmetrics
 
     context = context_of(request)
     with suppress(QuireError):
@@ -32,8 +33,13 @@ async def metrics(request: Request) -> Response:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(context))
     ProcessCollector(registry=registry)
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(registry), headers={"content-type": content_type})
+    if "application/openmetrics-text" in request.headers.get("accept", ""):
+        # Every name here is plain; other escapings write vllm_ for vllm: (prometheus_client 0.26).
+        write: Any = openmetrics.generate_latest
+        body, content_type = write(registry, escaping=openmetrics.ALLOWUTF8), OPENMETRICS
+    else:
+        body, content_type = exposition.generate_latest(registry), exposition.CONTENT_TYPE_PLAIN_0_0_4
+    return Response(body, headers={"content-type": content_type})
 
 
 class _Snapshot:
