@@ -273,7 +273,8 @@ def resolve(classes: tuple[type, ...], arguments: Mapping[str, Any], file: Mappi
             for source, label in ((file, f.name), (environ, env), (arguments, "--" + f.name.replace("_", "-"))):
                 key = env if source is environ else f.name
                 # Kubernetes sets QUIRE_PORT=tcp://... in every pod beside a service named quire; it is not meant for us.
-                if key in source and not str(source[key]).startswith("tcp://"):
+                kubernetes = source is environ and f.name == "port" and environ.get(env, "").startswith("tcp://")
+                if key in source and not kubernetes:
                     values[f.name] = _convert(f.name, str(f.type), source[key], label)
         built.append(cls(**values))
     return built
