@@ -14,6 +14,7 @@ from quire.server.chunks import head, json_bytes, reason_json, respond, text_jso
 from quire.server.context import Context, caller_of, context_of
 from quire.server.fields import parse
 from quire.server.generation import Generation, Piece, new_id
+from quire.server.keys import Caller
 from quire.server.limits import max_text_bytes, read_json
 from quire.server.logprobs import chat_logprobs
 from quire.server.prompts import Prompt, chat_prompt
@@ -25,8 +26,16 @@ async def chat_completions(request: Request) -> Response:
     context = context_of(request)
     body = parse(ChatCompletionRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
-    params = chat_params(body, context.sampling_defaults)
     call_id = new_id("chatcmpl")
+    prompt, params = await chat_call(context, body)
+    generation = chat_generation(context, caller_of(request), call_id, body, prompt, params)
+    form = _Form(context, body, params, call_id, prompt)
+    return await respond(request, generation, form, body)
+
+
+async def chat_call(context: Context, body: ChatCompletionRequest) -> tuple[Prompt, SamplingParams]:
+    """What a conversation asks of the engine. Raises InvalidRequestError or ContextLengthError."""
+    params = chat_params(body, context.sampling_defaults)
     with chat_names(body):
         prompt = await chat_prompt(
             context,
@@ -37,12 +46,16 @@ async def chat_completions(request: Request) -> Response:
             add_special_tokens=body.add_special_tokens,
             max_bytes=max_text_bytes(context.max_model_len),
         )
+    return prompt, params
+
+
+def chat_generation(
+    context: Context, caller: Caller, call_id: str, body: ChatCompletionRequest, prompt: Prompt, params: SamplingParams
+) -> Generation:
+    """Raises InvalidRequestError or ContextLengthError."""
+    with chat_names(body):
         # A message that is continued goes on in the middle of its text.
-        generation = Generation(
-            context, caller_of(request), call_id, body, [(prompt, params)], continues_prompt=bool(body.continue_final_message)
-        )
-    form = _Form(context, body, params, call_id, prompt)
-    return await respond(request, generation, form, body)
+        return Generation(context, caller, call_id, body, [(prompt, params)], continues_prompt=bool(body.continue_final_message))
 
 
 class _Form:
