@@ -33,7 +33,7 @@ def prompts(args: argparse.Namespace) -> list[list[int]]:
 
 def offline(args: argparse.Namespace) -> float:
     """Output tokens/s, in a process of its own."""
-    command = [sys.executable, __file__, args.model, "--offline", *sum(([f"--{n}", str(getattr(args, n))] for n in NUMBERS), [])]
+    command = [sys.executable, __file__, args.model, "--offline", *(f"--{n}={getattr(args, n)}" for n in NUMBERS)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
