@@ -4,19 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from quire.text.tools import formats
 from quire.text.tools.delta import Message, MessageDelta, ToolParser
+from quire.text.tools.scan import Reading, Scan
 
 
-class _Plain:
-    """No calls, no reasoning: text is text."""
+class _Parser:
+    """Runs a grammar over the text as it comes."""
 
-    done = False
+    __slots__ = ("_reader", "_scan")
+
+    def __init__(self, scan: Scan, reader: Reading[None]) -> None:
+        self._scan = scan
+        self._reader: Reading[None] | None = reader
+
+    @property
+    def done(self) -> bool:
+        return self._scan.done
 
     def push(self, text: str) -> MessageDelta:
-        return MessageDelta(text)
+        if self._reader is None:
+            return MessageDelta()
+        self._scan.feed(text)
+        return self._read()
 
     def finish(self) -> MessageDelta:
-        return MessageDelta()
+        self._scan.ended = True
+        return self._read()
+
+    def _read(self) -> MessageDelta:
+        if self._reader is not None:
+            try:
+                next(self._reader)
+            except StopIteration:
+                self._reader = None
+        return self._scan.take_delta()
 
 
 def parser_for(
@@ -36,7 +58,15 @@ def parser_for(
     with ``<think>``...``</think>``; in_reasoning: the prompt has opened it already. hidden: markers that are special tokens, of which
     nothing is shown even where there is no call.
     """
-    return _Plain()
+    form = formats.PLAIN if name is None else formats.FORMATS[name]
+    scan = Scan(functions, key, form.id_form, hidden, parallel)
+
+    def read() -> Reading[None]:
+        if reasoning:
+            yield from formats.reasoning(scan, in_reasoning)
+        yield from form.grammar(scan)
+
+    return _Parser(scan, read())
 
 
 def parse_message(parser: ToolParser, text: str) -> Message:
