@@ -24,8 +24,8 @@ from quire.server.schemas import GenerationRequest
 from quire.text.output import Delta, OutputAssembler, best_choices
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{binascii.hexlify(os.urandom(12)).decode()}"
+def new_id(prefix: str, separator: str = "-") -> str:
+    return f"{prefix}{separator}{binascii.hexlify(os.urandom(12)).decode()}"
 
 
 @dataclass(slots=True)
