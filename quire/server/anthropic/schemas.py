@@ -60,6 +60,7 @@ class MessagesRequest(CountTokensRequest):
     repetition_penalty: float | None = Field(None, description="1 is off")
     seed: int | None = Field(None, description="the same request with the same seed gives the same output")
     min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     priority: int | None = Field(None, description="lower runs earlier; default 0")
     cache_salt: str | None = Field(None, description="cached prefixes are shared only among requests with the same salt")
@@ -67,7 +68,7 @@ class MessagesRequest(CountTokensRequest):
 
 
 SAME_NAME = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "min_tokens", "ignore_eos", "priority",
-    "cache_salt", "stream",
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "min_tokens", "stop_token_ids",
+    "ignore_eos", "priority", "cache_salt", "stream",
 )  # fmt: skip
 """Fields that mean what they mean in /v1/chat/completions."""

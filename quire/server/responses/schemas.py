@@ -57,6 +57,7 @@ class ResponsesRequest(BaseModel):
     seed: int | None = Field(None, description="the same request with the same seed gives the same output")
     min_tokens: int | None = None
     stop: Any = None
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="more variables for the model's chat template")
     priority: int | None = Field(None, description="lower runs earlier; default 0")
@@ -66,6 +67,6 @@ class ResponsesRequest(BaseModel):
 
 SAME_NAME = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "min_tokens", "stop",
-    "ignore_eos", "parallel_tool_calls", "top_logprobs", "priority", "cache_salt", "stream",
+    "stop_token_ids", "ignore_eos", "parallel_tool_calls", "top_logprobs", "priority", "cache_salt", "stream",
 )  # fmt: skip
 """Fields that mean what they mean in /v1/chat/completions."""
