@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import binascii
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -123,8 +123,22 @@ class Generation:
         Raises EngineError where the work of one sequence failed, UnavailableError where the engine or server stopped.
         """
         assert self._stream is not None
+        return self._read(await self._stream.fetch(timeout))
+
+    def take(self) -> list[Piece]:
+        """As ``next``, of what is there by now."""
+        assert self._stream is not None
+        return self._read(self._stream.take())
+
+    def listen(self, listener: Callable[[], bool]) -> None:
+        """See Stream. After ``submit``."""
+        assert self._stream is not None
+        self._stream.listener = listener
+
+    def _read(self, outputs: list[SequenceOutput]) -> list[Piece]:
+        assert self._stream is not None
         pieces = []
-        for output in _merged(await self._stream.fetch(timeout)):
+        for output in _merged(outputs):
             if output.finish_reason == "error":
                 raise EngineError(f"the request could not be finished: {output.stop_reason}")
             if output.cached_tokens is not None and output.request_id in self._uncounted:
