@@ -178,6 +178,17 @@ class ServerConfig(_Checked):
     api_keys: str | None = option(
         None, "file of the API keys that are asked for, with their limits (default: none is asked for)", metavar="FILE"
     )
+    tool_parser: str = option(
+        "auto",
+        "format of the model's calls of tools; auto finds it in the model's chat template, none refuses tools",
+        choices=("auto", "hermes", "llama3", "mistral", "none"),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "how an answer's reasoning is told from the answer: think (<think>...</think> before it); auto looks for that in the model's chat "
+        "template, none leaves it in the text",
+        choices=("auto", "think", "none"),
+    )
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
     drain_timeout: int = option(

@@ -13,6 +13,7 @@ from quire.server.client import EngineClient
 from quire.server.keys import Caller, Keys
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
+from quire.text.tools.formats import END_THINK, detect
 
 
 @dataclass(slots=True, frozen=True)
@@ -31,6 +32,16 @@ class Context:
     """Other names of the served model."""
     keys: Keys | None = None
     """None: everybody may use the server."""
+    tool_format: str | None = field(init=False)
+    """In which the model writes calls of tools; None: in none that is known."""
+    reasoning: bool = field(init=False)
+    """The model's answers may begin with its reasoning."""
+
+    def __post_init__(self) -> None:
+        template, tools, reasoning = self.tokenizer.chat_template, self.config.tool_parser, self.config.reasoning_parser
+        found = detect(template) if tools == "auto" else None if tools == "none" else tools
+        object.__setattr__(self, "tool_format", found)
+        object.__setattr__(self, "reasoning", END_THINK in template if reasoning == "auto" else reasoning == "think")
 
     @property
     def max_model_len(self) -> int:

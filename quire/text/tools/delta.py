@@ -27,6 +27,11 @@ class MessageDelta:
     reasoning: str = ""
     calls: list[CallDelta] = field(default_factory=list)
 
+    def add(self, more: MessageDelta) -> None:
+        self.text += more.text
+        self.reasoning += more.reasoning
+        self.calls += more.calls
+
 
 @dataclass(slots=True)
 class Call:
@@ -65,6 +70,11 @@ class ToolParser(Protocol):
     @property
     def done(self) -> bool:
         """Nothing more is wanted: the one call that was asked for is complete. What is pushed from here on is dropped."""
+        ...
+
+    @property
+    def called(self) -> bool:
+        """There was a call."""
         ...
 
     def push(self, text: str) -> MessageDelta:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from quire.text.tools.scan import Reading, Scan
 
-THINK, END_THINK = "<think>", "</think>"
+THINK_MARKERS = THINK, END_THINK = "<think>", "</think>"
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]*")
 

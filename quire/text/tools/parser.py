@@ -22,6 +22,10 @@ class _Parser:
     def done(self) -> bool:
         return self._scan.done
 
+    @property
+    def called(self) -> bool:
+        return self._scan.called
+
     def push(self, text: str) -> MessageDelta:
         if self._reader is None:
             return MessageDelta()

@@ -76,6 +76,10 @@ class Scan:
             self._said += self._spaces
         self._spaces.clear()
 
+    @property
+    def called(self) -> bool:
+        return self._count > 0
+
     # Reading
 
     def peek(self) -> Reading[str]:
@@ -101,7 +105,7 @@ class Scan:
         return taken
 
     def run(self, pattern: re.Pattern[str], give: Callable[[str], object] | None = None) -> Reading[str]:
-        """All that comes next of what ``pattern``, the repetition of a class of characters, allows; given to ``give`` as it comes, if there is one."""
+        """All that comes next of what ``pattern``, a repetition of characters, allows; or ``give`` it as it comes."""
         parts: list[str] = []
         give = give or parts.append
         while (yield from self.peek()) and (match := pattern.match(self._text, self._at)) and match[0]:
