@@ -159,14 +159,14 @@ class Generation:
             assembler = self._assemblers[index]
             delta = assembler.feed(output)
             self.usage.completion_tokens += len(delta.token_ids)
-            message = self._read(index, delta) if self._parsers else None
+            message = self._read_message(index, delta) if self._parsers else None
             if assembler.finished and output.finish_reason is None:  # a stop string, which the engine knows nothing of
                 self._stream.end(output.request_id, output.index)
             pieces.append(Piece(index, not self._started[index], delta, message))
             self._started[index] = True
         return pieces
 
-    def _read(self, index: int, delta: Delta) -> MessageDelta:
+    def _read_message(self, index: int, delta: Delta) -> MessageDelta:
         """What ``delta`` adds to the message. Ends the sequence where nothing more is wanted."""
         parser, assembler = self._parsers[index], self._assemblers[index]
         message = parser.push(delta.text)
