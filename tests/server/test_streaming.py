@@ -242,7 +242,7 @@ def test_200_clients_with_random_hang_ups(fake: Server) -> None:
 
 
 def test_pings_while_nothing_comes(held: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.server.chunks.PING_S", 0.05)
+    monkeypatch.setattr("quire.server.answers.PING_S", 0.05)
     with raw_request(held.port, COMPLETIONS, body(stream=True)) as connection:
         got = b""
         while got.count(b": ping\n\n") < 3:
