@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from quire.errors import QuireError
 from quire.server.errors import INTERNAL
 from quire.server.generation import Generation, Piece
-from quire.server.sse import PING_S, EventStream, answer
+from quire.server.sse import PING_S, EventStream, Push, answer, push_of
 
 log = logging.getLogger("quire.server")
 
@@ -50,22 +50,48 @@ async def deliver(request: Request, generation: Generation, writer: Writer, stre
     """Run a generation, and answer. What can't be queued is refused before the answer begins."""
     generation.submit()
     if stream:
-        return EventStream(events(generation, writer), generation.close)
+        return EventStream(events(generation, writer, push_of(request.scope)), generation.close)
     with generation:
         return await answer(request, writer.whole(generation))
 
 
-async def events(generation: Generation, writer: Writer) -> AsyncIterator[bytes]:
-    """The whole stream, errors included. Closing it early ends the generation."""
+async def events(generation: Generation, writer: Writer, push: Push | None = None) -> AsyncIterator[bytes]:
+    """The whole stream, errors included. Closing it early ends the generation.
+
+    push: the way around this generator, for what comes while the client reads as fast as it is sent: the tokens of a step go out
+    where they arrive, without waking anybody. The rest (the beginning and the end, errors, a client that is slow) comes from here.
+    """
+    failures: list[Exception] = []
+    pushed = False
+
+    def listener() -> bool:
+        nonlocal pushed
+        assert push is not None
+        if not push.ready:
+            return False
+        try:
+            if made := writer.write(generation.take()):
+                push.write(made)
+        except Exception as e:
+            failures.append(e)
+        pushed = True
+        return not failures and not generation.finished
+
     try:
         with generation:
             if made := writer.start():
                 yield made
+            if push is not None:
+                generation.listen(listener)
             while not generation.finished:
                 pieces = await generation.next(PING_S)
-                made = writer.write(pieces)
-                if made or not pieces:
-                    yield made or writer.ping
+                if failures:
+                    raise failures[0]
+                if made := writer.write(pieces):
+                    yield made
+                elif not pieces and not pushed:
+                    yield writer.ping
+                pushed = False
         yield writer.end()
     except QuireError as e:
         yield writer.failed(e)

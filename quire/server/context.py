@@ -22,12 +22,14 @@ class Context:
     tokenizer: Tokenizer
     config: ServerConfig
     model: str
-    """Id of the served model."""
+    """Id of the served model: the first of its names."""
     eos_token_ids: tuple[int, ...]
     sampling_defaults: dict[str, float] = field(default_factory=dict)
     """The model's own, where a request says nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
     salts: Salts = field(default_factory=Salts)
+    aliases: tuple[str, ...] = ()
+    """Other names of the served model."""
     keys: Keys | None = None
     """None: everybody may use the server."""
     tool_format: str | None = field(init=False)
@@ -45,10 +47,19 @@ class Context:
     def max_model_len(self) -> int:
         return self.client.limits.max_model_len
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which requests may ask for the served model."""
+        return (self.model, *self.aliases)
+
     def check_model(self, name: str | None) -> None:
-        """Raises ModelNotFoundError unless ``name`` is the served model, or is left out."""
-        if name is not None and name != self.model:
-            raise ModelNotFoundError(f"the model {name[:200]!r} does not exist here; this server has {self.model!r}", param="model")
+        """Raises ModelNotFoundError unless ``name`` is one of the served model, or is left out."""
+        if name is not None and name not in self.names:
+            known = " or ".join(map(repr, self.names))
+            raise ModelNotFoundError(
+                f"the model {name[:200]!r} does not exist here; this server has {known} (more names: --served-model-name NAME,NAME)",
+                param="model",
+            )
 
 
 def context_of(request: Request) -> Context:

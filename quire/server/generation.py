@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import binascii
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -26,8 +26,8 @@ from quire.text.output import Delta, OutputAssembler, best_choices
 from quire.text.tools import Message, MessageDelta, ToolParser
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{binascii.hexlify(os.urandom(12)).decode()}"
+def new_id(prefix: str, separator: str = "-") -> str:
+    return f"{prefix}{separator}{binascii.hexlify(os.urandom(12)).decode()}"
 
 
 @dataclass(slots=True)
@@ -134,8 +134,22 @@ class Generation:
         Raises EngineError where the work of one sequence failed, UnavailableError where the engine or server stopped.
         """
         assert self._stream is not None
+        return self._read(await self._stream.fetch(timeout))
+
+    def take(self) -> list[Piece]:
+        """As ``next``, of what is there by now."""
+        assert self._stream is not None
+        return self._read(self._stream.take())
+
+    def listen(self, listener: Callable[[], bool]) -> None:
+        """See Stream. After ``submit``."""
+        assert self._stream is not None
+        self._stream.listener = listener
+
+    def _read(self, outputs: list[SequenceOutput]) -> list[Piece]:
+        assert self._stream is not None
         pieces = []
-        for output in _merged(await self._stream.fetch(timeout)):
+        for output in _merged(outputs):
             if output.finish_reason == "error":
                 raise EngineError(f"the request could not be finished: {output.stop_reason}")
             if output.cached_tokens is not None and output.request_id in self._uncounted:

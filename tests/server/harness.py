@@ -229,6 +229,17 @@ def events(body: str) -> list[Any]:
     return found
 
 
+def named_events(body: str) -> list[dict[str, Any]]:
+    """The data of a stream whose events have names, which are their types."""
+    found = []
+    for block in body.split("\n\n"):
+        if block and not block.startswith(":"):
+            name, data = block.split("\n")
+            found.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
+    return found
+
+
 @contextlib.contextmanager
 def raw_request(port: int, path: str, body: object, *, receive_buffer: int | None = None) -> Iterator[socket.socket]:
     """A connection on which a POST was sent; closed at the end, whatever has arrived."""
