@@ -160,7 +160,7 @@ class KeyCheck:
             try:
                 scope["caller"] = self._caller(scope)
             except QuireError as e:
-                await error_response(e)(scope, receive, send)
+                await error_response(e, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
