@@ -85,7 +85,7 @@ class SequenceOutput:
     """The stop token id that ended it; the message where finish_reason is ``error``."""
     cached_tokens: int | None = None
     """In the first output: positions of the request's prompt that were found in the prefix cache."""
-    queue_s: float | None = None
-    """In the first output: seconds that the request waited in the engine before it was started."""
+    queued_s: float | None = None
+    """In the first output: how long the request waited before anything of it was computed."""
     preemptions: int | None = None
     """In the last output: how often sequences of the request were preempted."""

@@ -25,6 +25,7 @@ from quire.core.past_future import PastFuture
 from quire.core.plan import StepExtent, StepPlan, StepResult
 from quire.core.scheduler import Scheduler
 from quire.core.sequence import Group, Request, Sequence, derive_seed
+from quire.core.snapshot import Watch
 from quire.core.speculation import Speculation
 from quire.core.stats import EngineStats, StepTimes
 from quire.errors import CapacityError, InvalidRequestError, QueueFullError
@@ -87,6 +88,7 @@ class Engine:
         self.limits = RequestLimits(
             backend.max_model_len, backend.spec.vocab_size, self._max_num_seqs, backend.num_blocks, backend.block_size
         )
+        self._clock = clock
         self._max_waiting = config.max_waiting
         policy = policy or admission_policy(config, backend.block_size, backend.max_model_len)
         speculation = None
@@ -129,7 +131,7 @@ class Engine:
             raise QueueFullError(
                 f"{len(self.scheduler.waiting):,} sequences are waiting, and --max-waiting is {self._max_waiting:,}: try again later"
             )
-        group = Group(request, self._clock())
+        group = Group(request, added=self._clock())
         count = params.num_sequences
         if params.use_beam_search:
             count = 1
@@ -216,6 +218,12 @@ class Engine:
         """Tell ``listener``, which listens, nothing more."""
         (self._listeners if listener in self._listeners else self._preemption_listeners).remove(listener)
         self._connect()
+
+    def watch(self) -> Watch:
+        """For somebody who wants to see every block and sequence now and then; to be closed."""
+        watch = Watch(self.scheduler, self._clock, self.stats, self.unlisten)
+        self.listen(watch.note)
+        return watch
 
     def stats(self) -> EngineStats:
         scheduler, counters = self.scheduler, self.scheduler.counters

@@ -155,7 +155,7 @@ class Scheduler:
             output = SequenceOutput(seq.request.request_id, seq.index, [token], None if entry is None else [entry])
             if seq.first_output:
                 seq.first_output = False
-                output.cached_tokens, output.queue_s = seq.group.cached_tokens, seq.group.queue_s
+                output.cached_tokens, output.queued_s = seq.group.cached_tokens, seq.group.queued_s
             end = seq.end_reason()
             if drafted and self._speculation is not None:
                 end = self._speculation.verify(work, seq, output, drafted, self.counters)
@@ -424,7 +424,7 @@ class Scheduler:
             group.cached_tokens = min(seq.num_computed, seq.num_prompt - 1)
             counters.prompt_tokens += seq.num_prompt
             counters.hit_tokens += group.cached_tokens
-            group.queue_s = self._clock() - group.arrived
+            group.queued_s = self._clock() - group.added
         self.run(seq)
 
     def run(self, seq: Sequence) -> None:

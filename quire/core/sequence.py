@@ -88,14 +88,14 @@ class Group:
     """The live sequences of one request: they share its prompt's blocks."""
 
     request: Request
-    arrived: float = 0.0
+    added: float = 0.0
     """When it was queued, by the engine's clock."""
     sequences: list[Sequence] = field(default_factory=list)
     search: BeamSearch | None = None
     """Set where the sequences are beams; ``sequences`` are in the search's order then."""
     cached_tokens: int | None = None
     """Positions of the prompt that its first sequence found in the cache; None before it was admitted."""
-    queue_s: float = 0.0
+    queued_s: float = 0.0
     """Seconds until then."""
     preemptions: int = 0
     """Of its sequences, so far."""

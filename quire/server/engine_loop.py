@@ -13,16 +13,36 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from quire.core.sequence import Request
+from quire.core.snapshot import Watch
 from quire.core.stats import EngineStats
 from quire.errors import QuireError
 from quire.outputs import SequenceOutput
 from quire.server.kv_events import EventLog
-from quire.server.messages import ALIVE_S, STATS_S, UNASKED, Abort, Add, Alive, GetStats, KVEvents, Outputs, Stats, Stop, ToEngine
+from quire.server.messages import (
+    ALIVE_S,
+    STATS_S,
+    UNASKED,
+    Abort,
+    Add,
+    Alive,
+    GetSnapshot,
+    GetStats,
+    KVEvents,
+    Outputs,
+    Seen,
+    Stats,
+    Stop,
+    ToEngine,
+    Unwatch,
+)  # fmt: skip
 
 QUIET_S = 1.0
 """After this long without work the engine checks its books."""
 PAUSE_S = 0.05
 """After this long without work it says what it has counted."""
+
+
+FromLoop = Outputs | Stats | KVEvents | Seen | Alive
 
 
 class SteppedEngine(Protocol):
@@ -34,6 +54,7 @@ class SteppedEngine(Protocol):
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceOutput]: ...
     def step(self) -> list[SequenceOutput]: ...
     def stats(self) -> EngineStats: ...
+    def watch(self) -> Watch: ...
     def check(self) -> None: ...
 
 
@@ -47,7 +68,7 @@ class EngineLoop:
         self,
         engine: SteppedEngine,
         inbox: SimpleQueue[ToEngine],
-        outbox: Callable[[Outputs | Stats | KVEvents | Alive], None],
+        outbox: Callable[[FromLoop], None],
         events: EventLog | None = None,
     ) -> None:
         self._engine = engine
@@ -61,6 +82,8 @@ class EngineLoop:
         """Something has happened since."""
         self._send_s = 0.0
         self._events = events
+        self._watch: Watch | None = None
+        self._snapshot_s = 0.0
 
     def run(self) -> None:
         """Until Stop. Raises what the engine raises: it can't go on then."""
@@ -90,7 +113,7 @@ class EngineLoop:
             self._count(UNASKED)
         return True
 
-    def _say(self, message: Outputs | Stats | KVEvents | Alive) -> None:
+    def _say(self, message: FromLoop) -> None:
         began = time.monotonic()
         self._outbox(message)
         self._said = time.monotonic()
@@ -117,8 +140,8 @@ class EngineLoop:
         self._engine.check()
         return self._inbox.get()
 
-    def _apply(self, message: Add | Abort | GetStats) -> list[SequenceOutput]:
-        self._stale = True
+    def _apply(self, message: Add | Abort | GetStats | GetSnapshot | Unwatch) -> list[SequenceOutput]:
+        self._stale = self._stale or isinstance(message, Add | Abort)
         match message:
             case Add():
                 request = message.read()
@@ -130,4 +153,13 @@ class EngineLoop:
                 return self._engine.abort(request_id, index)
             case GetStats(ticket):
                 self._count(ticket)
+            case GetSnapshot(ticket):
+                start = time.thread_time()
+                if self._watch is None:
+                    self._watch = self._engine.watch()
+                self._say(Seen(ticket, self._watch.snapshot(), self._snapshot_s))
+                self._snapshot_s = time.thread_time() - start
+            case Unwatch() if self._watch is not None:
+                self._watch.close()
+                self._watch = None
         return []

@@ -58,21 +58,15 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             phases.append(("tokenizer", time.perf_counter() - started))
             loaded = engine.loaded()
             phases += loaded.phases
-            model = server_config.served_model_name or folder.resolve().name
+            model, *aliases = server_config.model_names or (folder.resolve().name,)
             client = EngineClient(loaded.limits, engine_config.max_waiting)
             if publisher is not None:
                 client.on_kv_events = publisher.publish
             machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
             context = Context(
-                client,
-                tokenizer,
-                server_config,
-                model,
-                tuple(loaded.eos_token_ids),
-                dict(loaded.sampling_defaults),
-                keys=keys,
-                machine=machine,
-            )
+                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
+                aliases=tuple(aliases), keys=keys, machine=machine,
+            )  # fmt: skip
             app = create_app(context)
 
             def ready() -> None:

@@ -219,8 +219,8 @@ def test_steps_and_queues_are_timed_by_the_engines_clock() -> None:
     engine.add(request("a", [1, 2], max_tokens=3))
     engine.add(request("b", [3], max_tokens=2))
     outputs = drain(engine)
-    assert [o.queue_s for o in outputs["a", 0]] == [0.0, None, None]
-    assert [o.queue_s for o in outputs["b", 0]] == [3.0, None], "it waited for the only row"
+    assert [o.queued_s for o in outputs["a", 0]] == [0.0, None, None]
+    assert [o.queued_s for o in outputs["b", 0]] == [3.0, None], "it waited for the only row"
     assert [o.preemptions for o in outputs["a", 0]] == [None, None, 0]
     times = engine.stats().times
     assert (times.schedule, times.execute, times.sample, times.commit) == (0, 5 * 0.75, 5 * 0.25, 0)

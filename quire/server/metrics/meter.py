@@ -43,7 +43,7 @@ class RequestRecord:
     generated: int = 0
     """Tokens, of all sequences."""
     cached: int = 0
-    queue_s: float | None = None
+    queued_s: float | None = None
     preemptions: int = 0
     finished_reason: str = "stop"
     parent: object = None
@@ -53,7 +53,7 @@ class RequestRecord:
     @property
     def prefill_s(self) -> float:
         """From the end of the queue to the first token."""
-        return max(0.0, self.first_token - self.arrived - (self.queue_s or 0.0))
+        return max(0.0, self.first_token - self.arrived - (self.queued_s or 0.0))
 
     @property
     def decode_s(self) -> float:
@@ -143,11 +143,11 @@ class RequestMeter:
     def _first(self, record: RequestRecord, output: SequenceOutput, now: float) -> None:
         record.first_token = now
         record.cached = output.cached_tokens or 0
-        record.queue_s = output.queue_s
+        record.queued_s = output.queued_s
         self.prompt_tokens += len(record.request.prompt_token_ids)
         self.cached_tokens += record.cached
         self.time_to_first_token.observe(now - record.arrived)
-        self.queue.observe(record.queue_s or 0.0)
+        self.queue.observe(record.queued_s or 0.0)
         self.prefill.observe(record.prefill_s)
 
     def _finish(self, record: RequestRecord, now: float) -> None:
