@@ -42,7 +42,7 @@ class KVPublisher:
         except ModuleNotFoundError:
             raise ConfigError("--kv-events needs pyzmq: pip install 'quire[kv-events]'", param="kv_events") from None
         self._zmq: Any = zmq
-        self._topic, self._form = topic.encode(), form
+        self.topic, self._form = topic, form
         self._context: Any = zmq.Context()
         self._publisher = self._bind(zmq.PUB, endpoint, "--kv-events")
         self._replay = None if replay is None else self._bind(zmq.ROUTER, replay, "--kv-events-replay")
@@ -92,7 +92,7 @@ class KVPublisher:
                 if payload is None:
                     break
                 self._kept.append((self._next, payload))
-                self._publisher.send_multipart([self._topic, self._next.to_bytes(8, "big"), payload])
+                self._publisher.send_multipart([self.topic.encode(), self._next.to_bytes(8, "big"), payload])
                 self._next += 1
             if self._replay is not None and self._replay.poll(0):
                 self._answer(self._replay)

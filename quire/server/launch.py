@@ -65,7 +65,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
             context = Context(
                 client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-                aliases=tuple(aliases), keys=keys, machine=machine,
+                aliases=tuple(aliases), keys=keys, machine=machine, publisher=observers.publisher,
             )  # fmt: skip
             app = observers.around(create_app(context))
 
