@@ -42,7 +42,7 @@ class Writer(Protocol):
 
 async def respond(request: Request, generation: Generation, writer: Writer, body: GenerationRequest) -> Response:
     """Run a generation, and answer in the form that ``body`` asks for. What can't be queued is refused before the answer begins."""
-    generation.submit()
+    await generation.submit()
     if body.stream:
         return EventStream(events(generation, writer, body.stream_options), generation.close)
     with generation:

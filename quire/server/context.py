@@ -10,6 +10,7 @@ from fastapi import Request
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.server.client import EngineClient
+from quire.server.compiler import Compiler
 from quire.server.keys import Caller, Keys
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
@@ -29,6 +30,8 @@ class Context:
     salts: Salts = field(default_factory=Salts)
     keys: Keys | None = None
     """None: everybody may use the server."""
+    compiler: Compiler | None = None
+    """Tries forms of structured output; None: the engine alone does."""
 
     @property
     def max_model_len(self) -> int:
