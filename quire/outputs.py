@@ -83,5 +83,8 @@ class SequenceOutput:
     """``stop``, ``length``, ``abort`` or ``error`` in the sequence's last output; None before."""
     stop_reason: int | str | None = None
     """The stop token id that ended it; the message where finish_reason is ``error``."""
+    end_token: bool = True
+    """Where finish_reason is ``stop``: the last token is the end-of-text or stop token that ended the sequence, and no part of the
+    text. False where nothing could follow a complete text."""
     cached_tokens: int | None = None
     """In the first output: positions of the request's prompt that were found in the prefix cache."""

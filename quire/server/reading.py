@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quire.errors import InvalidRequestError
 from quire.outputs import Choice
@@ -10,7 +10,9 @@ from quire.sampling_params import SamplingParams
 from quire.server.context import Context
 from quire.server.prompts import Prompt
 from quire.server.tools import Tools
+from quire.structured import Structured
 from quire.text.tools import Message, ToolParser, parse_message, parser_for
+from quire.text.tools.constrained import CallGrammar
 from quire.text.tools.formats import FORMATS, THINK, THINK_MARKERS
 
 
@@ -54,7 +56,7 @@ def reason_of(finish_reason: str, parser: ToolParser) -> str:
 
 def reading_for(context: Context, tools: Tools | None, params: SamplingParams, prompt: Prompt) -> Reading | None:
     """None where the text is the message as it is."""
-    reasoning = context.reasoning and not (tools is not None and tools.must)
+    reasoning = context.reasoning and params.structured is None  # else the form begins with the first token
     if tools is None and not reasoning:
         return None
     format = None if tools is None else context.tool_format
@@ -65,6 +67,16 @@ def reading_for(context: Context, tools: Tools | None, params: SamplingParams, p
         hidden = {marker: i for marker, i in ids.items() if i is not None and i in context.tokenizer.special_ids}
     in_reasoning = reasoning and (prompt.text or "").rstrip().endswith(THINK)
     return Reading(tools, format, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()))
+
+
+def must_call(context: Context, reading: Reading, params: SamplingParams) -> SamplingParams:
+    """Parameters under which nothing but calls can be generated, after the reasoning. Raises InvalidRequestError."""
+    assert reading.tools is not None
+    assert reading.format is not None
+    tokens = {text: i for i, text in context.tokenizer.added_tokens.items()}
+    tools = reading.tools
+    grammar = CallGrammar(reading.format, tools.functions, tokens, tools.parallel, reading.reasoning, reading.in_reasoning)
+    return replace(params, structured=Structured.grammar(grammar.lark(), source="tools"))
 
 
 def check_format(context: Context) -> None:
