@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from quire.server.generation import Generation, Piece
-from quire.text.tools import MessageDelta, ToolParser
+from quire.text.tools import MessageDelta
 
 Kind = Literal["reasoning", "text", "call"]
 
@@ -36,11 +36,10 @@ Step = tuple[Literal["open", "add", "close"], Block, str]
 class Turn:
     """The blocks of one choice. At most one is open, the last."""
 
-    def __init__(self, parser: ToolParser) -> None:
+    def __init__(self) -> None:
         self.blocks: list[Block] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self._parser = parser
         self._open: Block | None = None
         self._call = -1
         """Which call is open."""
@@ -55,19 +54,16 @@ class Turn:
     def take(self, piece: Piece) -> Iterator[Step]:
         """What a piece changes."""
         delta = piece.delta
-        if delta.text:
-            yield from self._change(self._parser.push(delta.text))
         if delta.finish_reason is not None:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-            yield from self._change(self._parser.finish())
+        if piece.message is not None:
+            yield from self._change(piece.message)
+        elif delta.text:
+            yield from self._add("text", delta.text)
+        if delta.finish_reason is not None:
             if not self.blocks:  # clients look at the first one without asking
                 yield from self._begin("text")
             yield from self._close()
-
-    @property
-    def calls(self) -> bool:
-        """Whether a tool is called."""
-        return any(block.kind == "call" for block in self.blocks)
 
     def _change(self, delta: MessageDelta) -> Iterator[Step]:
         if delta.reasoning:

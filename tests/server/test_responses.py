@@ -213,9 +213,11 @@ def test_a_broken_engine_ends_a_stream_with_an_event(tokenizer: Tokenizer) -> No
 
 def test_hanging_up_frees_the_blocks(fake: Server) -> None:
     fake.backend.delay_s = 0.01
-    body = {"input": "a", "max_output_tokens": 400, "ignore_eos": True, "stream": True}
-    with http.stream("POST", fake.url + PATH, json=body) as stream:
-        next(stream.iter_bytes())
+    fake.backend.go.clear()
+    steps = fake.engine.stats().steps
+    with http.stream("POST", fake.url + PATH, json={"input": "a", "max_output_tokens": 400, "ignore_eos": True, "stream": True}):
         wait_until(lambda: fake.engine.stats().running == 1, "it runs")
-    fake.backend.delay_s = 0.0
+    fake.backend.go.set()
     wait_clean(fake.url)
+    fake.backend.delay_s = 0.0
+    assert fake.engine.stats().steps - steps < 300, "it did not go on to the end"

@@ -18,24 +18,24 @@ from quire.server.fields import parse
 from quire.server.generation import new_id
 from quire.server.limits import read_json
 from quire.server.sampling import names
-from quire.server.turn import Turn
-from quire.text.tools import parser_for
+
+_NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 
 
 async def messages(request: Request) -> Response:
     context = context_of(request)
     body = parse(MessagesRequest, await read_json(request, context.config.max_body_bytes), IGNORED, REFUSED)
     context.check_model(body.model)
-    chat = chat_request(body)
     message_id = new_id("msg", "_")
-    with names({"stop": "stop_sequences", "response_format": "output_config.format"}):
-        prompt, params = await chat_call(context, chat)
+    with names(_NAMES):
+        chat = chat_request(body)
+        call = await chat_call(context, chat)
         # As with Anthropic, who asks for more than the context has room for gets what there is, and is told at the end.
-        room = context.max_model_len - len(prompt.token_ids)
-        if capped := max(1, params.min_tokens) <= room < body.max_tokens:
-            params = replace(params, max_tokens=room)
-        generation = chat_generation(context, caller_of(request), message_id, chat, prompt, params)
-    reply = Reply(message_id, context.model, generation, Turn(parser_for(None)), capped=capped)
+        room = context.max_model_len - len(call.prompt.token_ids)
+        if capped := max(1, call.params.min_tokens) <= room < body.max_tokens:
+            call = replace(call, params=replace(call.params, max_tokens=room))
+        generation = chat_generation(context, caller_of(request), message_id, chat, call)
+    reply = Reply(message_id, context.model, generation, capped=capped)
     return await deliver(request, generation, reply, bool(body.stream))
 
 
@@ -43,5 +43,6 @@ async def count_tokens(request: Request) -> Response:
     context = context_of(request)
     body = parse(CountTokensRequest, await read_json(request, context.config.max_body_bytes), IGNORED, REFUSED)
     context.check_model(body.model)
-    prompt, _ = await chat_call(context, chat_request(body))
-    return Response(json_bytes({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
+    with names(_NAMES):
+        call = await chat_call(context, chat_request(body))
+    return Response(json_bytes({"input_tokens": len(call.prompt.token_ids)}), media_type="application/json")

@@ -28,10 +28,10 @@ class Reply:
 
     ping = event("ping")
 
-    def __init__(self, message_id: str, model: str, generation: Generation, turn: Turn, *, capped: bool) -> None:
+    def __init__(self, message_id: str, model: str, generation: Generation, *, capped: bool) -> None:
         """capped: the context has room for fewer tokens than were asked for."""
         self._id, self._model, self._capped = message_id, model, capped
-        self._generation, self._turn = generation, turn
+        self._generation, self._turn = generation, Turn()
 
     def start(self) -> bytes:
         return b""
@@ -93,7 +93,7 @@ class Reply:
             return ("model_context_window_exceeded" if self._capped else "max_tokens"), None
         if isinstance(turn.stop_reason, str):
             return "stop_sequence", turn.stop_reason
-        return ("tool_use" if turn.calls else "end_turn"), None
+        return ("tool_use" if turn.finish_reason == "tool_calls" else "end_turn"), None
 
 
 def _content(block: Block, whole: bool = False) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from typing import Any
 from quire.errors import InvalidRequestError
 from quire.server.fields import parse, shown
 from quire.server.responses.schemas import SAME_NAME, ResponsesRequest
-from quire.server.responses.tools import Tools
+from quire.server.responses.tools import GivenTools
 from quire.server.schemas import ChatCompletionRequest
 
 LOGPROBS = "message.output_text.logprobs"
 TRUNCATIONS = (None, "auto", "disabled")
 
 
-def chat_request(body: ResponsesRequest, tools: Tools) -> ChatCompletionRequest:
+def chat_request(body: ResponsesRequest, tools: GivenTools) -> ChatCompletionRequest:
     """Raises InvalidRequestError, naming the item."""
     if body.truncation not in TRUNCATIONS:
         raise InvalidRequestError(f"truncation must be auto or disabled, got {shown(body.truncation)}", param="truncation")

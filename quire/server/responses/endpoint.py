@@ -15,10 +15,8 @@ from quire.server.limits import read_json
 from quire.server.responses.conversation import chat_request
 from quire.server.responses.reply import Reply
 from quire.server.responses.schemas import IGNORED, REFUSED, ResponsesRequest
-from quire.server.responses.tools import Tools
+from quire.server.responses.tools import GivenTools
 from quire.server.sampling import names
-from quire.server.turn import Turn
-from quire.text.tools import parser_for
 
 _NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
 
@@ -27,13 +25,13 @@ async def create_response(request: Request) -> Response:
     context = context_of(request)
     body = parse(ResponsesRequest, await read_json(request, context.config.max_body_bytes), IGNORED, REFUSED)
     context.check_model(body.model)
-    tools = Tools(body.tools or [], body.tool_choice)
-    chat = chat_request(body, tools)
+    tools = GivenTools(body.tools or [], body.tool_choice)
     response_id = new_id("resp", "_")
     with names(_NAMES):
-        prompt, params = await chat_call(context, chat)
-        generation = chat_generation(context, caller_of(request), response_id, chat, prompt, params)
-    reply = Reply(context, body, tools, params, response_id, generation, Turn(parser_for(None)))
+        chat = chat_request(body, tools)
+        call = await chat_call(context, chat)
+        generation = chat_generation(context, caller_of(request), response_id, chat, call)
+    reply = Reply(context, body, tools, call.params, response_id, generation)
     return await deliver(request, generation, reply, bool(body.stream))
 
 

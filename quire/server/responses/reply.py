@@ -13,7 +13,7 @@ from quire.server.context import Context
 from quire.server.generation import Generation, Piece, new_id
 from quire.server.logprobs import chat_logprobs
 from quire.server.responses.schemas import ResponsesRequest
-from quire.server.responses.tools import Tools
+from quire.server.responses.tools import GivenTools
 from quire.server.sse import PING
 from quire.server.turn import Block, Step, Turn
 
@@ -27,11 +27,10 @@ class Reply:
     ping = PING
 
     def __init__(
-        self, context: Context, body: ResponsesRequest, tools: Tools, params: SamplingParams, response_id: str, generation: Generation,
-        turn: Turn,
+        self, context: Context, body: ResponsesRequest, tools: GivenTools, params: SamplingParams, response_id: str, generation: Generation
     ) -> None:  # fmt: skip
         self._tokenizer, self._top = context.tokenizer, params.logprobs
-        self._generation, self._turn, self._tools = generation, turn, tools
+        self._generation, self._turn, self._tools = generation, Turn(), tools
         self._fields = _fields(context, body, tools, params, response_id)
         self._sequence_number = -1
         self._ids: list[str] = []
@@ -170,7 +169,7 @@ class Reply:
         }
 
 
-def _fields(context: Context, body: ResponsesRequest, tools: Tools, params: SamplingParams, response_id: str) -> dict[str, Any]:
+def _fields(context: Context, body: ResponsesRequest, tools: GivenTools, params: SamplingParams, response_id: str) -> dict[str, Any]:
     """What is known of a response before anything was generated."""
     reasoning, text = body.reasoning or {}, body.text or {}
     return {

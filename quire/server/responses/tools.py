@@ -12,7 +12,7 @@ _HOSTED = re.compile(r"(web_search|file_search|code_interpreter|image_generation
 """Run by OpenAI's own servers. A model that is not told of them answers without them; clients such as Codex send them unasked."""
 
 
-class Tools:
+class GivenTools:
     """The functions that the model is told of."""
 
     def __init__(self, tools: list[dict[str, Any]], choice: object) -> None:
