@@ -11,42 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quire.errors import EngineError
+from quire.grammar.masks import Masks
 from quire.grammar.program import reason
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
-
-ALL = 0xFF
-
-
-class Masks:
-    """Sets of tokens as bits, for a vocabulary of ``size``."""
-
-    def __init__(self, size: int, eos_ids: Sequence[int]) -> None:
-        self.num_bytes = -(-size // 32) * 4
-        self.can_end = bool(eos_ids)
-        # Without one, the end has the id behind the last token (see Vocabulary), and maybe a bit in the last bytes.
-        self.eos_ids = tuple(eos_ids) or (() if size % 32 == 0 else (size,))
-        self.nothing = bytes(self.num_bytes)
-
-    def of(self, tokens: Sequence[int]) -> bytes:
-        mask = bytearray(self.num_bytes)
-        for token in tokens:
-            mask[token >> 3] |= 1 << (token & 7)
-        return bytes(mask)
-
-    def without(self, mask: bytes | None, tokens: Sequence[int]) -> bytes:
-        left = bytearray([ALL]) * self.num_bytes if mask is None else bytearray(mask)
-        for token in tokens:
-            left[token >> 3] &= ALL ^ (1 << (token & 7))
-        return bytes(left)
-
-    def has_end(self, mask: bytes) -> bool:
-        return any(mask[token >> 3] >> (token & 7) & 1 for token in self.eos_ids)
-
-    @staticmethod
-    def both(a: bytes, b: bytes) -> bytes:
-        return (int.from_bytes(a, "little") & int.from_bytes(b, "little")).to_bytes(len(a), "little")
 
 
 class Constraint:
@@ -115,16 +84,12 @@ class Constraint:
             found = matcher.compute_bitmask()[: masks.num_bytes]
             if matcher.is_error():
                 raise self._lost(matcher)
-            if masks.has_end(found):
-                going_on = masks.without(found, masks.eos_ids)
-                if going_on == masks.nothing:
-                    self.complete = True
-                    return
-                if self._ignore_eos or not masks.can_end:
-                    found = going_on
-            elif found == masks.nothing:  # only an end that has no bit
+            going_on = masks.going_on(found)
+            if going_on is None:
                 self.complete = True
                 return
+            if self._ignore_eos or not masks.can_end:
+                found = going_on
             mask = found if mask is None else masks.both(found, mask)
         banned = [word[-1] for word in self._bad_words if self._stands_before(word)]
         self.mask = masks.without(mask, banned) if banned else mask

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from quire.grammar.constraint import Constraint, Masks
+from quire.grammar.constraint import Constraint
 from quire.grammar.program import compile_structured
 from quire.grammar.vocabulary import Tokenizer, Vocabulary
 from quire.sampling_params import SamplingParams
@@ -28,7 +28,6 @@ class Constraints:
     def __init__(self, load: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._load = load
         self._vocab_size, self._eos_token_ids = vocab_size, tuple(eos_token_ids)
-        self._masks = Masks(vocab_size, [token for token in eos_token_ids if token < vocab_size])
         self._vocabulary: Vocabulary | None = None
         self._programs: OrderedDict[Structured, LLMatcher] = OrderedDict()
         """At the start of the form; used as a pattern, and never advanced."""
@@ -47,6 +46,7 @@ class Constraints:
 
     def open(self, params: SamplingParams, made: Sequence[int]) -> Constraint:
         """For a sequence that has generated ``made``. Raises InvalidRequestError, or EngineError where they are not allowed."""
+        vocabulary = self._loaded()
         matcher = None
         if params.structured is not None:
             self.prepare(params.structured)
@@ -54,21 +54,9 @@ class Constraints:
                 program = self._programs[params.structured]
                 self._programs.move_to_end(params.structured)
             matcher = program.deep_copy()
-        allowed = None if params.allowed_token_ids is None else self._masks.of(params.allowed_token_ids)
-        words = self._spelt(params.bad_words or ())
-        return Constraint(self._masks, matcher, allowed, words, made, ignore_eos=params.ignore_eos)
-
-    def _spelt(self, words: Sequence[str]) -> list[list[int]]:
-        """Each word in tokens, as at the start of a text, in the middle of one, and after a space."""
-        spelt: dict[tuple[int, ...], None] = {}
-        for word in words:
-            vocabulary = self._loaded()
-            text = word.lstrip() or word
-            encode = vocabulary.tokenizer.encode
-            for ids in (encode(text, False), vocabulary.cut(text), encode(" " + text, False)):
-                if ids and all(token < self._vocab_size for token in ids):
-                    spelt[tuple(ids)] = None
-        return [list(ids) for ids in spelt]
+        allowed = None if params.allowed_token_ids is None else vocabulary.masks.of(params.allowed_token_ids)
+        words = [ids for word in params.bad_words or () for ids in vocabulary.spellings(word)]
+        return Constraint(vocabulary.masks, matcher, allowed, words, made, ignore_eos=params.ignore_eos)
 
     def _loaded(self) -> Vocabulary:
         with self._lock:

@@ -30,13 +30,13 @@ def compile_structured(structured: Structured, vocabulary: Vocabulary) -> LLMatc
         matcher = LLMatcher(vocabulary.ll, _source(structured), log_level=0, limits=limits())
     except (ValueError, RecursionError) as e:
         raise structured.error(_reason(str(e))) from None
-    if not matcher.is_error():
-        matcher.compute_ff_tokens()
-        matcher.compute_bitmask()  # some errors show only here
-    if matcher.is_error():
+    masks = vocabulary.masks
+    matcher.compute_ff_tokens()
+    mask = matcher.compute_bitmask()[: masks.num_bytes]
+    if matcher.is_error():  # some errors show only with the first mask
         raise structured.error(_reason(matcher.get_error()))
-    if matcher.is_stopped():
-        raise structured.error("only the empty text is allowed, so there is nothing to generate")
+    if matcher.is_stopped() or masks.going_on(mask) is None:
+        raise structured.error("it allows only the empty text, so there is nothing to generate")
     return matcher
 
 
@@ -76,6 +76,9 @@ def _reason(error: str) -> str:
     text = " ".join(error.replace("<non-verbose/>", "").split())
     _, found, rest = text.rpartition("error: ")  # of a regular expression that does not parse
     text = rest if found else text
+    if text.startswith("NoExtension"):
+        return "it allows no text at all"
+    text = text.replace("Unimplemented keys: ", "these keywords of JSON schemas are not supported: ")
     return text if len(text) <= 300 else text[:300] + "…"
 
 

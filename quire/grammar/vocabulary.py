@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from quire.grammar.masks import Masks
+
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
@@ -36,6 +38,7 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.size = size
         self.eos_ids = tuple(token for token in eos_token_ids if token < size)
+        self.masks = Masks(size, self.eos_ids)
         self.tokens = [tokenizer.token_bytes(token) for token in range(size)]
         special = {token for token in tokenizer.special_ids if token < size} | set(self.eos_ids)
         special |= {token for token, text in tokenizer.added_tokens.items() if token < size and _is_markup(text)}
@@ -61,6 +64,12 @@ class Vocabulary:
                 if self._joined(ids[i:]) == wanted:
                     return ids[i:]
         return self._greedy(wanted)
+
+    def spellings(self, word: str) -> list[tuple[int, ...]]:
+        """``word`` in tokens at the start of a text, in the middle of one, and after a space, as far as they differ."""
+        word = word.lstrip() or word
+        ways = (self.tokenizer.encode(word, False), self.cut(word), self.tokenizer.encode(" " + word, False))
+        return list(dict.fromkeys(tuple(ids) for ids in ways if ids and all(token < self.size for token in ids)))
 
     def _joined(self, ids: Sequence[int]) -> bytes:
         return b"".join(self.tokens[token] if token < self.size else b"?" for token in ids)

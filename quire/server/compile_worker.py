@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,6 +24,8 @@ CPU_S = 3
 """CPU time for one form, in whole seconds; common ones take milliseconds."""
 MEMORY_BYTES = 512 << 20
 """Beside what the vocabulary takes."""
+STACK_BYTES = 2 << 20
+"""A quarter of what the engine's threads usually have: what recurses too deeply does it here."""
 
 
 class Setup(msgspec.Struct, array_like=True):
@@ -37,13 +40,20 @@ def main() -> None:
     """Entry of the process; its argument is the socket's file descriptor. Each form is answered with "" or with what is wrong."""
     for sig in (signal.SIGINT, signal.SIGTERM):  # the front decides
         signal.signal(sig, signal.SIG_IGN)
-    try:
-        _run(Connection(int(sys.argv[1])))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(0)  # the front has gone
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=_run, args=(Connection(int(sys.argv[1])),))
+    thread.start()
+    thread.join()
 
 
 def _run(connection: Connection) -> None:
+    try:
+        _answer(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the front has gone
+
+
+def _answer(connection: Connection) -> None:
     from quire.grammar.program import compile_structured
     from quire.grammar.vocabulary import Vocabulary
     from quire.text.tokenizer import Tokenizer
