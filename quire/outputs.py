@@ -41,6 +41,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of the completion's, where that is told apart."""
 
     @property
     def total_tokens(self) -> int:

@@ -87,6 +87,7 @@ class Generation:
         self._parsers: list[ToolParser] = []
         if reading is not None:
             self._parsers = [reading.parser(f"{call_id}/{index}") for index in range(len(self._assemblers))]
+            self._thoughts = [reading.thought() for _ in self._assemblers]
         self._started = [False] * len(self._assemblers)
         self._closed = False
         self._uncounted = set(self._first_sample)
@@ -174,6 +175,7 @@ class Generation:
         """What ``delta`` adds to the message. Ends the sequence where nothing more is wanted."""
         parser, assembler = self._parsers[index], self._assemblers[index]
         message = parser.push(delta.text)
+        self.usage.reasoning_tokens += self._thoughts[index].take(delta.token_ids)
         if parser.done and not assembler.finished:
             assembler.stop()
             delta.finish_reason = "stop"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from quire.errors import InvalidRequestError
 from quire.outputs import Choice
@@ -27,6 +29,8 @@ class Reading:
     """Markers that are special tokens: the parser sees them, and nobody else."""
     shown: frozenset[int]
     """Their ids."""
+    think_ids: tuple[int | None, int | None]
+    """Tokens that begin and end the reasoning; None where several make up the marker."""
 
     def parser(self, key: str) -> ToolParser:
         """key: of the choice, unique. Ids of calls are derived from it."""
@@ -40,6 +44,9 @@ class Reading:
             hidden=self.hidden,
         )
 
+    def thought(self) -> Thought:
+        return Thought(*self.think_ids, self.in_reasoning)
+
     def message(self, choice: Choice, key: str) -> Message:
         """What a whole choice says. Its finish_reason is set too."""
         parser = self.parser(key)
@@ -47,6 +54,30 @@ class Reading:
         if choice.finish_reason is not None:
             choice.finish_reason = reason_of(choice.finish_reason, parser)
         return message
+
+
+class Thought:
+    """Counts the tokens of a reasoning, between its markers; none where they are no tokens."""
+
+    __slots__ = ("_begins", "_ends", "_state")
+
+    def __init__(self, begins: int | None, ends: int | None, opened: bool) -> None:
+        self._begins, self._ends = begins, ends
+        self._state: Literal["before", "in", "after"] = "after" if ends is None else "in" if opened else "before"
+
+    def take(self, token_ids: Sequence[int]) -> int:
+        """How many of the next tokens belong to it."""
+        count = 0
+        for token in token_ids:
+            if self._state == "after":
+                break
+            if token == self._begins:
+                self._state = "in"
+            elif token == self._ends:
+                self._state = "after"
+            else:
+                count += self._state == "in"
+        return count
 
 
 def reason_of(finish_reason: str, parser: ToolParser) -> str:
@@ -66,7 +97,8 @@ def reading_for(context: Context, tools: Tools | None, params: SamplingParams, p
         ids = {marker: context.tokenizer.token_id(marker) for marker in markers}
         hidden = {marker: i for marker, i in ids.items() if i is not None and i in context.tokenizer.special_ids}
     in_reasoning = reasoning and (prompt.text or "").rstrip().endswith(THINK)
-    return Reading(tools, format, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()))
+    begins, ends = (context.tokenizer.token_id(marker) if reasoning else None for marker in THINK_MARKERS)
+    return Reading(tools, format, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()), (begins, ends))
 
 
 def must_call(context: Context, reading: Reading, params: SamplingParams) -> SamplingParams:

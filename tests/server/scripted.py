@@ -72,7 +72,11 @@ class ScriptedBackend(PacedBackend):
     @property
     def end(self) -> int:
         """The end-of-text token."""
-        token = self._tokenizer.token_id(END)
+        return self.token(END)
+
+    def token(self, text: str) -> int:
+        """The id of an added token."""
+        token = self._tokenizer.token_id(text)
         assert token is not None
         return token
 
