@@ -20,11 +20,13 @@ from quire.config import EngineConfig
 from quire.core.admission import AdmissionPolicy, NoEvict, RequestLimits, Watermark
 from quire.core.beam import BeamSearch
 from quire.core.block_manager import BlockManager
-from quire.core.events import Listener
+from quire.core.constraint import Constraints
+from quire.core.events import Listener, chain
 from quire.core.past_future import PastFuture
 from quire.core.plan import StepPlan, StepResult
 from quire.core.scheduler import Scheduler
 from quire.core.sequence import Group, Request, Sequence, derive_seed
+from quire.core.snapshot import Watch
 from quire.core.speculation import Speculation
 from quire.core.stats import EngineStats
 from quire.errors import CapacityError, InvalidRequestError, QueueFullError
@@ -60,8 +62,8 @@ class Engine:
     """Runs requests on a backend. ``add`` and ``abort`` between steps; ``step`` while ``has_work``.
 
     clock: seconds from any start; retention hints decay by it. manager, policy: take the place of paged memory and of the
-    configured admission. Raises CapacityError where the backend's pool can't hold one sequence of ``max_model_len`` tokens, or
-    one block for each of ``max_num_seqs`` sequences.
+    configured admission. constraints: for requests whose tokens are constrained; without it they are refused. Raises CapacityError
+    where the backend's pool can't hold one sequence of ``max_model_len`` tokens, or one block for each of ``max_num_seqs`` sequences.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Engine:
         *,
         manager: BlockManager | None = None,
         policy: AdmissionPolicy | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self.backend = backend
+        self.constraints = constraints
         manager = manager or BlockManager(
             backend.num_blocks,
             backend.block_size,
@@ -87,6 +91,7 @@ class Engine:
         self.limits = RequestLimits(
             backend.max_model_len, backend.spec.vocab_size, self._max_num_seqs, backend.num_blocks, backend.block_size
         )
+        self._clock = clock
         self._max_waiting = config.max_waiting
         policy = policy or admission_policy(config, backend.block_size, backend.max_model_len)
         speculation = None
@@ -99,6 +104,8 @@ class Engine:
         self._live: dict[str, Group] = {}
         self._arrivals = 0
         self._steps = 0
+        self._listeners: list[Listener] = []
+        self._preemption_listeners: list[Listener] = []
 
     @property
     def has_work(self) -> bool:
@@ -141,6 +148,10 @@ class Engine:
             order = (request.priority, self._arrivals, index)
             seed = derive_seed(request.seed, index)
             seq = Sequence(group, request, index, [*prompt, *made], len(prompt), seed, max_tokens, params, order)
+            if params.constrained:
+                if self.constraints is None:
+                    raise InvalidRequestError("this engine has no tokenizer, which constrained outputs need")
+                seq.constraint = self.constraints.open(params, made)
             group.sequences.append(seq)
         self._arrivals += 1
         self._live[request.request_id] = group
@@ -184,14 +195,26 @@ class Engine:
         """Forget what was computed: no later request finds it. Running sequences go on."""
         self.scheduler.manager.reset(seq for group in self._live.values() for seq in group.sequences)
 
-    def listen(self, listener: Listener | None) -> None:
-        """Tell ``listener`` what happens to blocks and sequences from now on; see events.py."""
-        self.scheduler.listener = listener
-        self.scheduler.manager.listen(listener)
+    def listen(self, listener: Listener) -> None:
+        """Tell ``listener`` too what happens to blocks and sequences from now on; see events.py. Not from within a listener."""
+        self._listeners.append(listener)
+        self._connect()
 
-    def on_preemption(self, listener: Listener | None) -> None:
-        """Tell ``listener`` of preemptions alone: unlike ``listen`` it costs nothing while none happen."""
-        self.scheduler.listener = listener
+    def on_preemption(self, listener: Listener) -> None:
+        """Tell ``listener`` too of preemptions alone: unlike ``listen`` it costs nothing while none happen."""
+        self._preemption_listeners.append(listener)
+        self._connect()
+
+    def unlisten(self, listener: Listener) -> None:
+        """Tell ``listener``, which listens, nothing more."""
+        (self._listeners if listener in self._listeners else self._preemption_listeners).remove(listener)
+        self._connect()
+
+    def watch(self) -> Watch:
+        """For somebody who wants to see every block and sequence now and then; to be closed."""
+        watch = Watch(self.scheduler, self._clock, self.stats, self.unlisten)
+        self.listen(watch.note)
+        return watch
 
     def stats(self) -> EngineStats:
         scheduler, counters = self.scheduler, self.scheduler.counters
@@ -210,6 +233,10 @@ class Engine:
         """Prove that no block is lost or doubly owned. Raises AssertionError."""
         live = [seq for group in self._live.values() for seq in group.sequences]
         self.scheduler.check(live)
+
+    def _connect(self) -> None:
+        self.scheduler.listener = chain([*self._preemption_listeners, *self._listeners])
+        self.scheduler.manager.listen(chain(self._listeners))
 
     def _forget(self, group: Group) -> None:
         if not group.sequences:

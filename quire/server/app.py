@@ -20,6 +20,8 @@ from quire.server.completions import completions
 from quire.server.context import Context, context_of
 from quire.server.errors import UnavailableError
 from quire.server.keys import App, KeyCheck, Receive, Scope, Send
+from quire.server.page import routes as page
+from quire.server.page.feed import Feed
 from quire.server.responses.endpoint import create_response, stored_response
 from quire.server.tokenization import detokenize, tokenize
 
@@ -30,6 +32,7 @@ def create_app(context: Context) -> RequestIds:
     """The ASGI application for one served model."""
     app = FastAPI(title="Quire", version=__version__, redoc_url=None, redirect_slashes=False)
     app.state.context = context
+    app.state.feed = Feed(context.client, context.model)
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("GET", "/v1/models", list_models),
         ("GET", "/v1/models/{model_id:path}", get_model),
@@ -47,6 +50,9 @@ def create_app(context: Context) -> RequestIds:
         ("GET", "/health", health),
         ("GET", "/ready", ready),
         ("GET", "/version", version),
+        ("GET", "/", page.index),
+        ("GET", "/page/events", page.events),
+        ("GET", "/page/{name}", page.asset),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))

@@ -10,6 +10,7 @@ from fastapi import Request
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.server.client import EngineClient
+from quire.server.compiler import Compiler
 from quire.server.keys import Caller, Keys
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
@@ -32,6 +33,8 @@ class Context:
     """Other names of the served model."""
     keys: Keys | None = None
     """None: everybody may use the server."""
+    compiler: Compiler | None = None
+    """Tries forms of structured output; None: the engine alone does."""
     tool_format: str | None = field(init=False)
     """In which the model writes calls of tools; None: in none that is known."""
     reasoning: bool = field(init=False)

@@ -34,11 +34,13 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             keys = read_keys(server_config.api_keys)
 
         engine = EngineProcess(engine_config)
+        compiler = None
         try:
             started = time.perf_counter()
             from quire.server.app import create_app
             from quire.server.banner import banner, base_url
             from quire.server.client import EngineClient
+            from quire.server.compiler import Compiler
             from quire.server.context import Context
             from quire.server.uvicorn_server import EngineServer
 
@@ -56,9 +58,10 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             phases += loaded.phases
             model, *aliases = server_config.model_names or (folder.resolve().name,)
             client = EngineClient(loaded.limits, engine_config.max_waiting)
+            compiler = Compiler(folder, loaded.limits.vocab_size, loaded.eos_token_ids)
             context = Context(
                 client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-                aliases=tuple(aliases), keys=keys,
+                aliases=tuple(aliases), keys=keys, compiler=compiler,
             )  # fmt: skip
             app = create_app(context)
 
@@ -72,6 +75,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             )
         finally:
             engine.kill()
+            if compiler is not None:
+                compiler.close()
     return 0
 
 

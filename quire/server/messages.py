@@ -11,9 +11,11 @@ import msgspec
 
 from quire.core.admission import RequestLimits
 from quire.core.sequence import Request, Retention
+from quire.core.snapshot import Snapshot
 from quire.core.stats import EngineStats
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
+from quire.structured import Structured
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -39,6 +41,8 @@ class Add(Message, frozen=True):
             return self.request
         fields = dict(self.request)
         params = {name: value for name, value in fields.pop("params").items() if name != "stop_strings"}
+        if (structured := params["structured"]) is not None:
+            params["structured"] = Structured(**structured)
         retention = fields.pop("retention")
         fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
         return Request(params=SamplingParams(**params), retention=None if retention is None else Retention(**retention), **fields)
@@ -55,6 +59,16 @@ class GetStats(Message, frozen=True):
     """Answered with ``Stats`` of the same ticket, after every message sent before it was applied."""
 
     ticket: int
+
+
+class GetSnapshot(Message, frozen=True):
+    """Answered with ``Seen`` of the same ticket. From the first one on the engine notes copies, evictions and preemptions."""
+
+    ticket: int
+
+
+class Unwatch(Message, frozen=True):
+    """Nobody watches any more: the engine notes nothing."""
 
 
 class Stop(Message, frozen=True):
@@ -102,6 +116,13 @@ class Stats(Message, frozen=True):
     stats: EngineStats
 
 
+class Seen(Message, frozen=True):
+    ticket: int
+    snapshot: Snapshot
+    cost_s: float
+    """Seconds of the engine's thread that the snapshot before this one took, with its encoding."""
+
+
 class Alive(Message, frozen=True):
     """A step has ended that had nothing to say; at most one in ``ALIVE_S`` seconds."""
 
@@ -124,14 +145,14 @@ class Died(Message, frozen=True):
     reason: str
 
 
-ToEngine = Add | Abort | GetStats | Stop
-FromEngine = Outputs | Stats | Alive | Down | Up | Died
+ToEngine = Add | Abort | GetStats | GetSnapshot | Unwatch | Stop
+FromEngine = Outputs | Stats | Seen | Alive | Down | Up | Died
 
 ALIVE_S = 0.5
 
 encode = msgspec.msgpack.Encoder().encode
-_to_engine = msgspec.msgpack.Decoder(Load | Add | Abort | GetStats | Stop)
-_from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | Alive | Died)
+_to_engine = msgspec.msgpack.Decoder(Load | ToEngine)
+_from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died)
 
 
 def decode_to_engine(data: bytes) -> Load | ToEngine:
@@ -139,6 +160,6 @@ def decode_to_engine(data: bytes) -> Load | ToEngine:
     return message
 
 
-def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | Alive | Died:
-    message: Loaded | NotLoaded | Outputs | Stats | Alive | Died = _from_engine.decode(data)
+def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died:
+    message: Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died = _from_engine.decode(data)
     return message

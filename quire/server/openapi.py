@@ -28,6 +28,9 @@ _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
     "/health": ("Whether this process lives, and what is in use", None),
     "/ready": ("Whether a request that comes now is started", None),
     "/version": ("Version of Quire", None),
+    "/": ("The page: a live map of the memory, the requests in it, and a prompt box", None),
+    "/page/events": ("What the page shows, as server-sent events", None),
+    "/page/{name}": ("A file of the page", None),
 }
 
 _ERROR = {

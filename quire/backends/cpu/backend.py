@@ -103,7 +103,12 @@ class CpuBackend:
         sampled = batch.sampled
         if len(sampled) == 0:
             return StepResult()
-        result = self._sampler.sample(logits, sampled, batch.lengths)
+        masks: list[bytes | None] = []
+        if any(work.masks for work in plan.work):
+            for work in plan.work:
+                if work.sample:
+                    masks += work.masks or [None] * (1 + len(work.draft))
+        result = self._sampler.sample(logits, sampled, batch.lengths, masks)
         if batch.drafts:
             self._rows.append_accepted(plan.work, result.tokens, self._sampler.beams)
         else:
