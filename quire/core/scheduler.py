@@ -25,6 +25,7 @@ from operator import attrgetter
 from quire.core import beams
 from quire.core.admission import AdmissionPolicy, expected_footprint, footprint
 from quire.core.block_manager import BlockManager
+from quire.core.constraint import follow
 from quire.core.events import Listener, Preempted, PreemptionCause
 from quire.core.holding import Computing, is_held, sibling
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
@@ -32,6 +33,7 @@ from quire.core.prefix_cache import NOTHING, Match
 from quire.core.sequence import Group, Sequence, Status
 from quire.core.speculation import Speculation
 from quire.core.stats import Queue, StepCounters
+from quire.errors import QuireError
 from quire.outputs import SequenceOutput
 
 MAX_PARTIAL_PROMPTS = 4
@@ -121,6 +123,9 @@ class Scheduler:
             reason = "beams that wait for another beam of their search held the memory that it needs"
             self.preempt(self.running.index(idle[-1]), "beams", reason)
             self._admit(plan, [], self.max_num_batched_tokens)
+        for work, seq in zip(plan.work, self._planned, strict=True):
+            if seq.constraint is not None and work.sample and (mask := seq.constraint.mask) is not None:
+                work.masks = (mask,)
         plan.copies = self.manager.take_copies()
         return plan
 
@@ -159,6 +164,12 @@ class Scheduler:
             end = seq.end_reason()
             if drafted and self._speculation is not None:
                 end = self._speculation.verify(work, seq, output, drafted, self.counters)
+            if seq.constraint is not None:
+                try:
+                    end = follow(seq, output)
+                except QuireError as e:
+                    outputs += beams.fail(self, seq, e.message)
+                    continue
             if end is not None:
                 output.finish_reason, output.stop_reason = end
                 output.preemptions = seq.group.preemptions

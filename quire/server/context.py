@@ -10,6 +10,7 @@ from fastapi import Request
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.server.client import EngineClient
+from quire.server.compiler import Compiler
 from quire.server.keys import Caller, Keys
 from quire.server.metrics.totals import Machine
 from quire.server.salts import Salts
@@ -35,6 +36,8 @@ class Context:
     """None: everybody may use the server."""
     machine: Machine | None = None
     """What steps cost, and what the engine's device can do at most; None where that is not known."""
+    compiler: Compiler | None = None
+    """Tries forms of structured output; None: the engine alone does."""
     tool_format: str | None = field(init=False)
     """In which the model writes calls of tools; None: in none that is known."""
     reasoning: bool = field(init=False)

@@ -37,11 +37,13 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
         publisher = open_publisher(server_config)
         kv_events = None if publisher is None else server_config.kv_events_format
         engine = EngineProcess(engine_config, kv_events=kv_events, measure_limits=server_config.measure_limits)
+        compiler = None
         try:
             started = time.perf_counter()
             from quire.server.app import create_app
             from quire.server.banner import banner, base_url
             from quire.server.client import EngineClient
+            from quire.server.compiler import Compiler
             from quire.server.context import Context
             from quire.server.metrics.totals import Machine
             from quire.server.uvicorn_server import EngineServer
@@ -62,10 +64,11 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             client = EngineClient(loaded.limits, engine_config.max_waiting)
             if publisher is not None:
                 client.on_kv_events = publisher.publish
+            compiler = Compiler(folder, loaded.limits.vocab_size, loaded.eos_token_ids)
             machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
             context = Context(
                 client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-                aliases=tuple(aliases), keys=keys, machine=machine,
+                aliases=tuple(aliases), keys=keys, machine=machine, compiler=compiler,
             )  # fmt: skip
             app = create_app(context)
 
@@ -79,6 +82,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             )
         finally:
             engine.kill()
+            if compiler is not None:
+                compiler.close()
     return 0
 
 
