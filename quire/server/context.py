@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -13,6 +14,9 @@ from quire.server.client import EngineClient
 from quire.server.keys import Caller, Keys
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from quire.server.batches.runner import Runner
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,6 +33,8 @@ class Context:
     salts: Salts = field(default_factory=Salts)
     keys: Keys | None = None
     """None: everybody may use the server."""
+    batches: Runner | None = None
+    """None: the server keeps none."""
 
     @property
     def max_model_len(self) -> int:

@@ -70,7 +70,7 @@ class Generation:
             context.client.limits.check(prompt.token_ids, params)
             request = Request(
                 f"{call_id}-{number}", prompt.token_ids, params, draw_seed(params), context.eos_token_ids,
-                priority=body.priority or 0, salt=salt, retention=retention,
+                priority=caller.priority(body.priority or 0), salt=salt, retention=retention,
             )  # fmt: skip
             self._requests.append(request)
             self._first_sample[request.request_id] = number * self._width
@@ -86,7 +86,7 @@ class Generation:
         """Queue the requests. Raises UnavailableError, QueueFullError, or RateLimitError."""
         self._caller.enter()
         try:
-            self._stream = self._client.submit(self._requests)
+            self._stream = self._client.submit(self._requests, background=self._caller.background)
         except QuireError:
             self._caller.leave(0)
             raise

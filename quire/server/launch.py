@@ -38,11 +38,17 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             started = time.perf_counter()
             from quire.server.app import create_app
             from quire.server.banner import banner, base_url
+            from quire.server.batches.runner import open_runner
             from quire.server.client import EngineClient
             from quire.server.context import Context
             from quire.server.uvicorn_server import EngineServer
 
             phases.append(("HTTP stack", time.perf_counter() - started))
+            store = None
+            if server_config.batch_dir is not None:
+                from quire.server.batches.store import Store
+
+                store = Store(Path(server_config.batch_dir))
             started = time.perf_counter()
             from quire.text.tokenizer import Tokenizer
 
@@ -56,9 +62,11 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             phases += loaded.phases
             model = server_config.served_model_name or folder.resolve().name
             client = EngineClient(loaded.limits, engine_config.max_waiting)
+            batches = None if store is None else open_runner(store, client, server_config)
             context = Context(
-                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), keys=keys
-            )
+                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), keys=keys,
+                batches=batches,
+            )  # fmt: skip
             app = create_app(context)
 
             def ready() -> None:
@@ -66,9 +74,9 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
                 print(banner(url, model, loaded, engine_config, phases, since_process_start()), flush=True)
 
             link = Supervisor(engine, engine_config, server_config.engine_timeout)
-            EngineServer(app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout).run(
-                sockets=[listener]
-            )
+            EngineServer(
+                app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout, batches=batches
+            ).run(sockets=[listener])
         finally:
             engine.kill()
     return 0

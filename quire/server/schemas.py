@@ -121,3 +121,15 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     model: str | None = None
     tokens: list[int]
+
+
+class FileUpload(_Body):
+    file: bytes = Field(description="JSONL: an object a line, with custom_id, method (POST), url (the batch's endpoint) and body")
+    purpose: str = Field(description='"batch"')
+
+
+class BatchRequest(_Body):
+    input_file_id: str = Field(description="id of an uploaded file")
+    endpoint: str = Field(description="of all lines: /v1/chat/completions, /v1/completions, ...")
+    completion_window: str = Field(description='"24h": hours after which what is not answered expires; 1h to 720h')
+    metadata: dict[str, str] | None = Field(None, description="at most 16 texts, kept and shown")
