@@ -100,6 +100,8 @@ class Runner:
     max_line_bytes: int = 8 << 20
     on_progress: Callable[[Sequence[Answer]], None] = lambda answers: None
     """Called with what was just kept."""
+    finish: Callable[[Store, Batch], None] = results.finish
+    """Writes the results, and ends the batch; called again where it was interrupted."""
     endpoints: Sequence[str] = ()
     """That the application has, of ENDPOINTS."""
     _app: App | None = None
@@ -191,7 +193,7 @@ class Runner:
                 await self._patiently(self.store.finalize, batch)
                 batch = await self.on_disk(self.store.batch, batch.id, batch.tenant)
             if batch.status in ("finalizing", "cancelling"):
-                await self._patiently(results.finish, self.store, batch)
+                await self._patiently(self.finish, self.store, batch)
         except Exception as e:
             log.exception("the batch %s stopped; the next start goes on with it", batch.id)
             self._failures.append(e)
