@@ -50,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
     folder = resolve_model(engine_config.model)
     from quire.server.batches import offline
 
-    model = server_config.served_model_name or folder.resolve().name
-    job = offline.open_job(Path(args.input), Path(args.output), model, server_config, args.overwrite)
+    names = server_config.model_names or (folder.resolve().name,)
+    job = offline.open_job(Path(args.input), Path(args.output), names, server_config, args.overwrite)
     if job.batch.status == "completed":  # the last run was killed just before its end
         return _done(job, job.batch, 0.0, 0)
     bar = _Bar(job.batch)
     start = time.monotonic()
     try:
-        batch = offline.run(job, engine_config, server_config, folder, model, bar.update)
+        batch = offline.run(job, engine_config, server_config, folder, names, bar.update)
     except offline.InterruptedRunError as e:
         bar.close()
         answered = e.batch.total - e.batch.left

@@ -60,12 +60,12 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             phases.append(("tokenizer", time.perf_counter() - started))
             loaded = engine.loaded()
             phases += loaded.phases
-            model = server_config.served_model_name or folder.resolve().name
+            model, *aliases = server_config.model_names or (folder.resolve().name,)
             client = EngineClient(loaded.limits, engine_config.max_waiting)
             batches = None if store is None else open_runner(store, client, server_config)
             context = Context(
-                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), keys=keys,
-                batches=batches,
+                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
+                aliases=tuple(aliases), keys=keys, batches=batches,
             )  # fmt: skip
             app = create_app(context)
 

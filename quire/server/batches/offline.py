@@ -62,7 +62,7 @@ class Job:
         shutil.rmtree(self.state, ignore_errors=True)
 
 
-def open_job(source: Path, target: Path, model: str, config: ServerConfig, overwrite: bool) -> Job:
+def open_job(source: Path, target: Path, names: tuple[str, ...], config: ServerConfig, overwrite: bool) -> Job:
     """Begin, or go on where the last run stopped. Raises ConfigError, and InvalidRequestError where lines are wrong."""
     state = target.with_name(target.name + ".quire-batch")
     if target.exists() and not state.exists() and not overwrite:
@@ -80,12 +80,12 @@ def open_job(source: Path, target: Path, model: str, config: ServerConfig, overw
                 f"{source} is not the file that {state} holds the answers for ({batch.total - batch.left:,} of {batch.total:,} lines): "
                 f"name that one, or delete {state} to begin again"
             )
-        job = Job(source, target, state, store, batch or _begin(store, source, digest, model))
+        job = Job(source, target, state, store, batch or _begin(store, source, digest, names[0]))
     except BaseException:
         store.close()
         raise
     if job.batch.status == "validating":
-        _validate(job, model, config)
+        _validate(job, names, config)
     return job
 
 
@@ -100,10 +100,10 @@ def _begin(store: Store, source: Path, digest: str, model: str) -> Batch:
     return store.add_batch("", file.id, "", "", None, json.dumps({"sha256": digest}), model)
 
 
-def _validate(job: Job, model: str, config: ServerConfig) -> None:
+def _validate(job: Job, names: tuple[str, ...], config: ServerConfig) -> None:
     def check_model(name: str | None) -> None:
-        if name is not None and name != model:
-            raise InvalidRequestError(f"the model is {model!r}, and not {name[:200]!r}: see --served-model-name")
+        if name is not None and name not in names:
+            raise InvalidRequestError(f"the model is {' or '.join(map(repr, names))}, and not {name[:200]!r}: see --served-model-name")
 
     path = job.store.path(job.batch.input_file_id)
     lines, errors = read_lines(path, ENDPOINTS, check_model, max_lines=MAX_LINES, max_line_bytes=config.max_body_bytes)
@@ -115,7 +115,9 @@ def _validate(job: Job, model: str, config: ServerConfig) -> None:
     job.batch = job.store.batch(job.batch.id, "")
 
 
-def run(job: Job, engine_config: EngineConfig, server_config: ServerConfig, folder: Path, model: str, progress: Progress) -> Batch:
+def run(
+    job: Job, engine_config: EngineConfig, server_config: ServerConfig, folder: Path, names: tuple[str, ...], progress: Progress
+) -> Batch:
     """Answer the lines that have no answer, and write the results. The batch as it ended.
 
     Raises InterruptedRunError at SIGINT or SIGTERM, and QuireError where it can't go on; the next run goes on in any case.
@@ -131,8 +133,9 @@ def run(job: Job, engine_config: EngineConfig, server_config: ServerConfig, fold
             on_progress=progress, finish=lambda store, batch: _finish(job.target, store, batch),
         )  # fmt: skip
         context = Context(
-            client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), batches=runner
-        )
+            client, tokenizer, server_config, names[0], tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), aliases=names[1:],
+            batches=runner,
+        )  # fmt: skip
         create_app(context)
         return asyncio.run(_run(job, runner, client, Supervisor(engine, engine_config, server_config.engine_timeout)))
     finally:
