@@ -13,7 +13,8 @@ before anybody is preempted, and is like any other as soon as all of it fits.
 
 A running sequence that can't get a block preempts one that comes after it (or goes itself): the victim's blocks are freed,
 though still findable, or swapped out, and it waits at its place in the queue. Nobody is preempted by those behind, and the
-first alone always fits (the engine refuses what does not), so every sequence ends.
+first alone always fits (the engine refuses what does not), so every sequence ends. One that waits preempts only those of a lower
+priority, where it can't have a row or memory otherwise.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Scheduler:
         """The next step. Empty (no work) only where nothing is waiting or running."""
         plan = StepPlan()
         self._planned = []
+        self._make_way()
         self.short = False
         before = self.manager.counters.preemptions
         prompts = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1 and seq is not self.early]
@@ -449,6 +451,20 @@ class Scheduler:
             self.running.append(seq)
 
     # Who goes.
+
+    def _make_way(self) -> None:
+        """Whoever waits and has a higher priority than the last running sequence takes its row, where none is free, and its memory,
+        where the last step had none for the first of them."""
+        waiting, running = self.waiting, self.running
+        head = self.early or (waiting[0] if waiting else None)
+        if head is None or not running or head.order[0] >= running[-1].order[0]:
+            return
+        if self._refused is head or (self.short and (head is self.early or self.manager.cache.window)):
+            self.preempt(len(running) - 1, "order", f"request {head.request.request_id} has a higher priority, and needs its memory")
+        for seq in [seq for seq in waiting[:MAX_LOOKED_AT] if seq.candidates is None and not is_held(seq)][len(self._rows) :]:
+            if not running or seq.order[0] >= running[-1].order[0]:
+                return
+            self.preempt(len(running) - 1, "order", f"request {seq.request.request_id} has a higher priority, and needs its row")
 
     def _victim(self, i: int) -> int:
         """Whom to preempt for running[i]: of those behind it with the lowest priority, the one that has least to compute again;

@@ -59,7 +59,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     """The model's end-of-text tokens."""
     priority: int = 0
-    """Lower runs earlier, and is preempted later (vLLM's meaning)."""
+    """Lower runs earlier, preempts higher where it waits, and is preempted later."""
     salt: bytes = b""
     """Only requests with the same salt share cached prefixes."""
     retention: Retention | None = None

@@ -42,6 +42,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             started = time.perf_counter()
             from quire.server.app import create_app
             from quire.server.banner import banner, base_url
+            from quire.server.batches.runner import open_runner
             from quire.server.client import EngineClient
             from quire.server.compiler import Compiler
             from quire.server.context import Context
@@ -49,6 +50,11 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             from quire.server.uvicorn_server import EngineServer
 
             phases.append(("HTTP stack", time.perf_counter() - started))
+            store = None
+            if server_config.batch_dir is not None:
+                from quire.server.batches.store import Store
+
+                store = Store(Path(server_config.batch_dir))
             started = time.perf_counter()
             from quire.text.tokenizer import Tokenizer
 
@@ -66,9 +72,10 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
                 client.on_kv_events = publisher.publish
             compiler = Compiler(folder, loaded.limits.vocab_size, loaded.eos_token_ids)
             machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
+            batches = None if store is None else open_runner(store, client, server_config)
             context = Context(
                 client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-                aliases=tuple(aliases), keys=keys, machine=machine, compiler=compiler,
+                aliases=tuple(aliases), keys=keys, machine=machine, compiler=compiler, batches=batches,
             )  # fmt: skip
             app = create_app(context)
 
@@ -77,9 +84,9 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
                 print(banner(url, model, loaded, engine_config, phases, since_process_start()), flush=True)
 
             link = Supervisor(engine, engine_config, server_config.engine_timeout, kv_events)
-            EngineServer(app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout).run(
-                sockets=[listener]
-            )
+            EngineServer(
+                app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout, batches=batches
+            ).run(sockets=[listener])
         finally:
             engine.kill()
             if compiler is not None:
