@@ -191,6 +191,18 @@ class ServerConfig(_Checked):
     )
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
+    batch_dir: str | None = option(
+        None,
+        "folder that keeps files and batches (/v1/files, /v1/batches) over restarts; one server at a time may have it (default: none are "
+        "kept; for one file without a server see quire batch run)",
+        metavar="DIR",
+    )
+    batch_concurrency: int | None = option(
+        None,
+        "most lines of batches in flight; live requests come before all of them (default: one for each sequence that may run)",
+        low=1, high=4096,
+    )  # fmt: skip
+    max_file_bytes: int = option(200 << 20, "largest upload to /v1/files", low=1024, metavar="BYTES")
     drain_timeout: int = option(
         30, "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended", low=0, high=86400, metavar="SECONDS"
     )

@@ -20,6 +20,7 @@ from quire.config import EngineConfig
 from quire.core.admission import AdmissionPolicy, NoEvict, RequestLimits, Watermark
 from quire.core.beam import BeamSearch
 from quire.core.block_manager import BlockManager
+from quire.core.constraint import Constraints
 from quire.core.events import Listener, chain
 from quire.core.past_future import PastFuture
 from quire.core.plan import StepExtent, StepPlan, StepResult
@@ -61,8 +62,9 @@ class Engine:
     """Runs requests on a backend. ``add`` and ``abort`` between steps; ``step`` while ``has_work``.
 
     clock: seconds from any start; retention hints decay by it, and steps and queues are timed by it. manager, policy: take the place
-    of paged memory and of the configured admission. Raises CapacityError where the backend's pool can't hold one sequence of
-    ``max_model_len`` tokens, or one block for each of ``max_num_seqs`` sequences.
+    of paged memory and of the configured admission. constraints: for requests whose tokens are constrained; without it they are
+    refused. Raises CapacityError where the backend's pool can't hold one sequence of ``max_model_len`` tokens, or one block for each
+    of ``max_num_seqs`` sequences.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class Engine:
         *,
         manager: BlockManager | None = None,
         policy: AdmissionPolicy | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self.backend = backend
+        self.constraints = constraints
         manager = manager or BlockManager(
             backend.num_blocks,
             backend.block_size,
@@ -153,6 +157,10 @@ class Engine:
             order = (request.priority, self._arrivals, index)
             seed = derive_seed(request.seed, index)
             seq = Sequence(group, request, index, [*prompt, *made], len(prompt), seed, max_tokens, params, order)
+            if params.constrained:
+                if self.constraints is None:
+                    raise InvalidRequestError("this engine has no tokenizer, which constrained outputs need")
+                seq.constraint = self.constraints.open(params, made)
             group.sequences.append(seq)
         self._arrivals += 1
         self._live[request.request_id] = group

@@ -13,7 +13,8 @@ before anybody is preempted, and is like any other as soon as all of it fits.
 
 A running sequence that can't get a block preempts one that comes after it (or goes itself): the victim's blocks are freed,
 though still findable, or swapped out, and it waits at its place in the queue. Nobody is preempted by those behind, and the
-first alone always fits (the engine refuses what does not), so every sequence ends.
+first alone always fits (the engine refuses what does not), so every sequence ends. One that waits preempts only those of a lower
+priority, where it can't have a row or memory otherwise.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from operator import attrgetter
 from quire.core import beams
 from quire.core.admission import AdmissionPolicy, expected_footprint, footprint
 from quire.core.block_manager import BlockManager
+from quire.core.constraint import follow
 from quire.core.events import Listener, Preempted, PreemptionCause
 from quire.core.holding import Computing, is_held, sibling
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
@@ -32,6 +34,7 @@ from quire.core.prefix_cache import NOTHING, Match
 from quire.core.sequence import Group, Sequence, Status
 from quire.core.speculation import Speculation
 from quire.core.stats import Queue, StepCounters
+from quire.errors import QuireError
 from quire.outputs import SequenceOutput
 
 MAX_PARTIAL_PROMPTS = 4
@@ -105,6 +108,7 @@ class Scheduler:
         """The next step. Empty (no work) only where nothing is waiting or running."""
         plan = StepPlan()
         self._planned = []
+        self._make_way()
         self.short = False
         before = self.manager.counters.preemptions
         prompts = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1 and seq is not self.early]
@@ -121,6 +125,9 @@ class Scheduler:
             reason = "beams that wait for another beam of their search held the memory that it needs"
             self.preempt(self.running.index(idle[-1]), "beams", reason)
             self._admit(plan, [], self.max_num_batched_tokens)
+        for work, seq in zip(plan.work, self._planned, strict=True):
+            if seq.constraint is not None and work.sample and (mask := seq.constraint.mask) is not None:
+                work.masks = (mask,)
         plan.copies = self.manager.take_copies()
         return plan
 
@@ -159,6 +166,12 @@ class Scheduler:
             end = seq.end_reason()
             if drafted and self._speculation is not None:
                 end = self._speculation.verify(work, seq, output, drafted, self.counters)
+            if seq.constraint is not None:
+                try:
+                    end = follow(seq, output)
+                except QuireError as e:
+                    outputs += beams.fail(self, seq, e.message)
+                    continue
             if end is not None:
                 output.finish_reason, output.stop_reason = end
                 output.preemptions = seq.group.preemptions
@@ -438,6 +451,20 @@ class Scheduler:
             self.running.append(seq)
 
     # Who goes.
+
+    def _make_way(self) -> None:
+        """Whoever waits and has a higher priority than the last running sequence takes its row, where none is free, and its memory,
+        where the last step had none for the first of them."""
+        waiting, running = self.waiting, self.running
+        head = self.early or (waiting[0] if waiting else None)
+        if head is None or not running or head.order[0] >= running[-1].order[0]:
+            return
+        if self._refused is head or (self.short and (head is self.early or self.manager.cache.window)):
+            self.preempt(len(running) - 1, "order", f"request {head.request.request_id} has a higher priority, and needs its memory")
+        for seq in [seq for seq in waiting[:MAX_LOOKED_AT] if seq.candidates is None and not is_held(seq)][len(self._rows) :]:
+            if not running or seq.order[0] >= running[-1].order[0]:
+                return
+            self.preempt(len(running) - 1, "order", f"request {seq.request.request_id} has a higher priority, and needs its row")
 
     def _victim(self, i: int) -> int:
         """Whom to preempt for running[i]: of those behind it with the lowest priority, the one that has least to compute again;

@@ -61,8 +61,9 @@ class Stream:
     ``listener``, which is called first: where that one takes what has arrived, the reader sleeps on.
     """
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
+    def __init__(self, client: EngineClient, requests: Sequence[Request], background: bool) -> None:
         self._client = client
+        self._background = background
         self._requests = requests
         self._open = {(r.request_id, i) for r in requests for i in range(r.params.num_outputs)}
         self._arrived: list[SequenceOutput] = []
@@ -79,7 +80,7 @@ class Stream:
         self._client._leave(self._requests, {request_id for request_id, _ in self._open})
         for request_id, index in self._open:
             self._client.meter.end(request_id, index, "abort")
-        self._client.in_flight -= len(self._open)
+        self._count(-len(self._open))
         self._open.clear()
 
     @property
@@ -133,7 +134,12 @@ class Stream:
 
     def _ended(self, key: tuple[str, int]) -> None:
         self._open.discard(key)
-        self._client.in_flight -= 1
+        self._count(-1)
+
+    def _count(self, sequences: int) -> None:
+        self._client.in_flight += sequences
+        if self._background:
+            self._client.in_background += sequences
 
     def _fail(self, reason: str) -> None:
         self._failure = reason
@@ -145,7 +151,8 @@ class EngineClient:
 
     max_waiting: the bound on the queue. It is kept here and not in the engine, so that a request is refused before its answer
     begins, and one that was taken is never refused later: at most ``limits.max_num_seqs + max_waiting`` sequences are in flight
-    when a request is taken. A sequence counts from its submission to its end; a beam search as the outputs that it returns.
+    when a request is taken. A sequence counts from its submission to its end; a beam search as the outputs that it returns. What is
+    done in the background does not count there, and is bounded by those who submit it.
     """
 
     def __init__(self, limits: RequestLimits, max_waiting: int) -> None:
@@ -153,6 +160,8 @@ class EngineClient:
         self.max_waiting = max_waiting
         self.in_flight = 0
         """Sequences that were submitted and have not ended."""
+        self.in_background = 0
+        """Those of them that nobody waits for: lines of batches."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._link: Link | None = None
         self._journal = Journal()
@@ -195,19 +204,20 @@ class EngineClient:
         if self._link is not None:
             self._link.stop(timeout)
 
-    def submit(self, requests: Sequence[Request]) -> Stream:
+    def submit(self, requests: Sequence[Request], background: bool = False) -> Stream:
         """Queue requests; close the stream in the end, whatever happens. Request ids must be unique among those in flight.
 
         Raises UnavailableError where nothing can be generated any more, QueueFullError where too much is in flight.
         """
         self.check()
-        if self.in_flight >= (most := self.limits.max_num_seqs + self.max_waiting):
+        live = self.in_flight - self.in_background
+        if live >= (most := self.limits.max_num_seqs + self.max_waiting) and not background:
             raise QueueFullError(
-                f"{self.in_flight:,} sequences run or wait, and this server takes {most:,} (--max-num-seqs {self.limits.max_num_seqs:,} + "
+                f"{live:,} sequences run or wait, and this server takes {most:,} (--max-num-seqs {self.limits.max_num_seqs:,} + "
                 f"--max-waiting {self.max_waiting:,}): try again in a moment, or serve with a larger --max-waiting"
             )
-        stream = Stream(self, requests)
-        self.in_flight += len(stream._open)
+        stream = Stream(self, requests, background)
+        stream._count(len(stream._open))
         self.meter.begin(requests)
         for request in requests:
             self._streams[request.request_id] = stream

@@ -16,6 +16,7 @@ from quire.core.stats import EngineStats
 from quire.models.spec import TransformerSpec
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
+from quire.structured import Structured
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -45,6 +46,8 @@ class Add(Message, frozen=True):
             return self.request
         fields = dict(self.request)
         params = {name: value for name, value in fields.pop("params").items() if name != "stop_strings"}
+        if (structured := params["structured"]) is not None:
+            params["structured"] = Structured(**structured)
         retention = fields.pop("retention")
         fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
         return Request(params=SamplingParams(**params), retention=None if retention is None else Retention(**retention), **fields)
