@@ -42,7 +42,8 @@ def test_durations() -> None:
     assert (now, record.prefill_s, record.decode_s, record.preemptions, record.generated) == (106.0, 2.0, 3.0, 3, 7)
     for histogram, count, total in (
         (meter.time_to_first_token, 1, 3), (meter.queue, 1, 1), (meter.prefill, 1, 2), (meter.decode, 1, 3), (meter.inference, 1, 5),
-        (meter.e2e, 1, 6), (meter.inter_token_latency, 5, 2 + 3), (meter.request_preemptions, 1, 3), (meter.request_generation_tokens, 1, 7),
+        (meter.e2e, 1, 6), (meter.inter_token_latency, 5, 2 + 3), (meter.request_preemptions, 1, 3),
+        (meter.request_generation_tokens, 1, 7),
     ):  # fmt: skip
         assert (histogram.count, histogram.sum) == (count, total)
     assert meter.time_per_output_token.sum == pytest.approx(2 * 3 / 5)
