@@ -236,7 +236,7 @@ def test_responses_tool_choice_and_namespaces(backend: ScriptedBackend, gpt: ope
     fields: dict[str, Any] = {"model": "fake", "input": [USER], "tools": RESPONSES_TOOLS}
     allowed: Any = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "now"}]}
     answer = gpt.responses.create(tool_choice=allowed, **fields)
-    assert "get_weather" not in backend.prompt.split("<|user|>")[0]
+    assert "get_weather" in backend.prompt, "the same prompt, which may be cached; only the calls are others"
     assert [item.name for item in answer.output if item.type == "function_call"] == ["now"]
     one = gpt.responses.create(parallel_tool_calls=False, **fields)
     assert [item.type for item in one.output] == ["function_call"]
