@@ -65,6 +65,7 @@ def test_stream_says_what_the_whole_answer_says(client: openai.OpenAI, real: Pro
     assert "".join(event["delta"] for event in found[4:-4]) == whole.output_text == found[-4]["text"]
     final = found[-1]["response"]
     assert final["output"] == [found[-2]["item"]]
+    assert final["status"] == final["output"][0]["status"] == "incomplete"
     assert final["output"][0]["content"] == [found[-3]["part"]]
     assert {event["item_id"] for event in found[3:-2]} == {final["output"][0]["id"]}
     assert whole.usage is not None

@@ -11,8 +11,10 @@ import openai
 import pytest
 
 from quire.server.anthropic.conversation import chat_request as from_messages
+from quire.server.anthropic.reply import Reply as MessagesReply
 from quire.server.anthropic.schemas import CountTokensRequest
 from quire.server.responses.conversation import chat_request as from_responses
+from quire.server.responses.reply import Reply as ResponsesReply
 from quire.server.responses.schemas import ResponsesRequest
 from quire.server.responses.tools import GivenTools
 from server.harness import DEADLINE_S, Server, http, named_events
@@ -248,6 +250,26 @@ def test_responses_tool_choice_and_namespaces(backend: ScriptedBackend, gpt: ope
     grouped = gpt.responses.create(model="fake", input=[USER], tools=group)
     calls = {item.name: item.namespace for item in grouped.output if item.type == "function_call"}
     assert calls == {"get_weather": None, "now": "clock"}
+
+
+def test_what_is_wrong_with_a_tool_is_named_as_the_api_does(claude: anthropic.Anthropic, gpt: openai.OpenAI) -> None:
+    for tool, message in (
+        ({"name": "my tool", "input_schema": {}}, r"tools\[0\]\.name must be"),
+        ({"name": "f", "input_schema": 5}, r"tools\[0\]\.input_schema must be an object, got 5"),
+        ({"name": "f", "description": 5, "input_schema": {}}, r"tools\[0\]\.description must be a string"),
+    ):
+        with pytest.raises(anthropic.BadRequestError, match=message):
+            claude.messages.create(model="fake", max_tokens=5, messages=[USER], tools=[tool])  # type: ignore[list-item]
+    for tool, param in (({"name": "my tool"}, "tools[0].name"), ({"name": "f", "parameters": 5}, "tools[0].parameters")):
+        with pytest.raises(openai.BadRequestError) as refused:
+            gpt.responses.create(model="fake", input="a", tools=[{"type": "function", **tool}])  # type: ignore[list-item]
+        assert refused.value.param == param
+        assert f"{param} must be" in refused.value.message
+
+
+def test_pings_are_events_that_clients_skip() -> None:
+    assert named_events(MessagesReply.ping.decode()) == [{"type": "ping"}]
+    assert named_events(ResponsesReply.ping.decode()) == [], "a comment"
 
 
 def test_conversations_of_anthropic_become_those_of_openai() -> None:

@@ -19,7 +19,12 @@ from quire.server.generation import new_id
 from quire.server.limits import read_json
 from quire.server.sampling import names
 
-_NAMES = {"stop": "stop_sequences", "response_format.json_schema.schema": "output_config.format.schema"}
+_NAMES = {
+    "stop": "stop_sequences",
+    "response_format.json_schema.schema": "output_config.format.schema",
+    ".function.parameters": ".input_schema",
+    ".function": "",
+}
 
 
 async def messages(request: Request) -> Response:
