@@ -166,7 +166,7 @@ def _tool_calls(at: str, calls: Any) -> list[Any]:
             raise InvalidRequestError(f"{at}[{i}].function must be an object", param=at)
         if isinstance(arguments := function.get("arguments"), str):
             try:
-                function["arguments"] = json.loads(arguments or "{}")
+                function["arguments"] = _plain(json.loads(arguments or "{}"), f"{at}[{i}].function.arguments")
             except (ValueError, RecursionError) as e:
                 raise InvalidRequestError(f"{at}[{i}].function.arguments is not JSON: {e}", param=at) from None
     return calls

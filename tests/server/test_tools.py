@@ -349,6 +349,12 @@ WRONG: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"messages": [USER, {"role": "assistant", "tool_calls": 5}]}, "messages[1].tool_calls", ("a list",)),
     ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
      "messages[1].tool_calls", ("not JSON",)),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
+     "messages", ("surrogate",)),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' + "[" * 90_000}}]}]},
+     "messages[1].tool_calls", ("not JSON",)),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 900 + "]" * 900}}]}]},
+     "messages[1].tool_calls[0].function.arguments", ("100 levels",)),
     ({"messages": [USER, {"role": "tool", "tool_call_id": "x"}]}, "messages[1].content", ("missing",)),
 ]  # fmt: skip
 
