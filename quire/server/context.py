@@ -14,7 +14,7 @@ from quire.server.compiler import Compiler
 from quire.server.keys import Caller, Keys
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
-from quire.text.tools.formats import END_THINK, detect
+from quire.text.tools.formats import END_THINK, detect, takes_one_call
 
 
 @dataclass(slots=True, frozen=True)
@@ -37,6 +37,8 @@ class Context:
     """Tries forms of structured output; None: the engine alone does."""
     tool_format: str | None = field(init=False)
     """In which the model writes calls of tools; None: in none that is known."""
+    parallel_calls: bool = field(init=False)
+    """The model's chat template takes messages with several calls."""
     reasoning: bool = field(init=False)
     """The model's answers may begin with its reasoning."""
 
@@ -44,6 +46,7 @@ class Context:
         template, tools, reasoning = self.tokenizer.chat_template, self.config.tool_parser, self.config.reasoning_parser
         found = detect(template) if tools == "auto" else None if tools == "none" else tools
         object.__setattr__(self, "tool_format", found)
+        object.__setattr__(self, "parallel_calls", not takes_one_call(template))
         object.__setattr__(self, "reasoning", END_THINK in template if reasoning == "auto" else reasoning == "think")
 
     @property

@@ -133,6 +133,7 @@ def _message(index: int, message: object, template: str) -> dict[str, Any]:
         made.setdefault("thinking", reasoning)
     if calls := made.get("tool_calls"):
         made["tool_calls"] = _tool_calls(f"{at}.tool_calls", calls)
+        made.setdefault("content", "")  # there are templates that add it to other text
     return made
 
 
