@@ -6,6 +6,7 @@ time or of memory ends this process, and its front starts another one for the ne
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import resource
@@ -47,10 +48,8 @@ def main() -> None:
 
 
 def _run(connection: Connection) -> None:
-    try:
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the front has gone
         _answer(connection)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the front has gone
 
 
 def _answer(connection: Connection) -> None:

@@ -10,15 +10,14 @@ from typing import Any
 
 import anthropic
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
-from pydantic import TypeAdapter
+from anthropic.types import Message
 
 from quire.server.keys import Caller, Keys
 from server.harness import DEADLINE_S, PacedBackend, Process, Server, http, named_events, wait_clean, wait_until
+from server.sdk_types import check_messages
 
 HELLO: Any = [{"role": "user", "content": "import os\n"}]
 PATH = "/v1/messages"
-EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +39,7 @@ def streamed(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     answer = http.post(url + PATH, json=body | {"stream": True})
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].startswith("text/event-stream")
-    found = [event for event in named_events(answer.text) if event["type"] != "ping"]
-    for event in found:
-        assert EVENT.validate_python(event).type == event["type"]
-    return found
+    return check_messages(named_events(answer.text))
 
 
 def text_of(message: Message) -> str:

@@ -294,8 +294,8 @@ def test_requests_cross_the_socket_as_they_are() -> None:
         n=2, best_of=3, temperature=0.3, top_p=0.5, top_k=7, min_p=0.1, presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.2,
         logit_bias={5: 1.5, 7: -100.0}, seed=(1 << 64) - 1, max_tokens=None, min_tokens=2,
         stop=["é", "x"], stop_token_ids=[4], ignore_eos=True,
-        logprobs=3, include_stop_str_in_output=True, skip_special_tokens=False, structured=Structured.json({"type": "object"}, whitespace=""),
-        allowed_token_ids=[7, 5], bad_words=["a", "b c"],
+        logprobs=3, include_stop_str_in_output=True, skip_special_tokens=False,
+        structured=Structured.json({"type": "object"}, whitespace=""), allowed_token_ids=[7, 5], bad_words=["a", "b c"],
     )  # fmt: skip
     for params in (SamplingParams(), everything, SamplingParams(beam_width=4, early_stopping="never", length_penalty=0.5, n=2)):
         request = Request("ä", [1, 2, 3], params, (1 << 64) - 1, (1, 2), -3, b"\xff\x00", Retention(5, 2.5))
