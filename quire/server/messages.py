@@ -25,6 +25,8 @@ class Load(Message, frozen=True):
     """The first message: the fields of the EngineConfig."""
 
     config: dict[str, Any]
+    constrained: bool = False
+    """Requests with constraints are in flight: be ready for them from the start."""
 
 
 class Add(Message, frozen=True):

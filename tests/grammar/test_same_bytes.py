@@ -47,9 +47,7 @@ def requests(logprobs: int | None) -> list[Request]:
     tokenizer = Tokenizer.load(EMBEDDED)
     prompts = ["import os\n", "x = ", "def f(a, b):\n    return "]
     return [
-        Request(
-            f"{i}-{j}", tokenizer.encode(prompt), SamplingParams(**{"max_tokens": 48, "logprobs": logprobs, **kind}), 10 * i + j, (0,)
-        )
+        Request(f"{i}-{j}", tokenizer.encode(prompt), SamplingParams(**{"max_tokens": 48, "logprobs": logprobs, **kind}), 10 * i + j, (0,))
         for i, kind in enumerate(KINDS)
         for j, prompt in enumerate(prompts)
     ]
