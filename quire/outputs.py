@@ -41,6 +41,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of the completion's, where that is told apart."""
 
     @property
     def total_tokens(self) -> int:
@@ -88,3 +90,7 @@ class SequenceOutput:
     text. False where nothing could follow a complete text."""
     cached_tokens: int | None = None
     """In the first output: positions of the request's prompt that were found in the prefix cache."""
+    queued_s: float | None = None
+    """In the first output: how long the request waited before anything of it was computed."""
+    preemptions: int | None = None
+    """In the last output: how often sequences of the request were preempted."""

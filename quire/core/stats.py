@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import get_args
+
+from quire.core.events import PreemptionCause
+from quire.core.plan import StepExtent
 
 
 @dataclass(slots=True)
@@ -13,6 +17,31 @@ class StepCounters:
     tokens_sampled: int = 0
     tokens_drafted: int = 0
     tokens_accepted: int = 0
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds of the engine's clock that steps took, by what they did. Running totals since the start."""
+
+    schedule: float = 0.0
+    execute: float = 0.0
+    """On the device, without sampling."""
+    sample: float = 0.0
+    """From logits to tokens, where the backend tells it apart."""
+    commit: float = 0.0
+
+
+@dataclass(slots=True)
+class Queue:
+    """Sequences that wait to be started, by what for."""
+
+    memory: int = 0
+    rows: int = 0
+    """As many run as may."""
+    prompt: int = 0
+    """Somebody else computes what they would compute next."""
+    budget: int = 0
+    """The positions of a step, or the prompts that are computed at the same time, are taken."""
 
 
 @dataclass(slots=True)
@@ -27,12 +56,17 @@ class KVCounters:
     """Copies on write, and copies of cached blocks that match in part."""
     blocks_swapped_out: int = 0
     blocks_swapped_in: int = 0
-    preemptions: int = 0
+    preempted: dict[PreemptionCause, int] = field(default_factory=lambda: dict.fromkeys(get_args(PreemptionCause), 0))
+    """Preemptions by their cause."""
     tokens_recomputed: int = 0
     """Positions computed again because a preemption took them, and the cache had not kept them."""
 
+    @property
+    def preemptions(self) -> int:
+        return sum(self.preempted.values())
+
     def copy(self) -> KVCounters:
-        return replace(self)
+        return replace(self, preempted=dict(self.preempted))
 
 
 @dataclass(slots=True, frozen=True)
@@ -98,6 +132,9 @@ class EngineStats:
     """Tokens that were guessed, and verified (speculation.py)."""
     tokens_accepted: int = 0
     """Those that were right."""
+    queue: Queue = field(default_factory=Queue)
+    extent: StepExtent = field(default_factory=StepExtent)
+    times: StepTimes = field(default_factory=StepTimes)
 
     @property
     def preemptions(self) -> int:

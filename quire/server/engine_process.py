@@ -70,7 +70,7 @@ def run(connection: Connection) -> None:
 
     threading.Thread(target=read, name="quire-inbox", daemon=True).start()
     try:
-        engine, loaded = load_engine(EngineConfig(**load.config))
+        engine, loaded = load_engine(EngineConfig(**load.config), load.measure_limits)
         if load.constrained and engine.constraints is not None:
             engine.constraints.prepare(None)
     except QuireError as e:
@@ -80,7 +80,13 @@ def run(connection: Connection) -> None:
     connection.send_bytes(encode(loaded))
     from quire.server.engine_loop import EngineLoop
 
-    EngineLoop(engine, inbox, lambda message: connection.send_bytes(encode(message))).run()
+    events = None
+    if load.kv_events is not None:
+        from quire.server.kv_events import EventLog
+
+        events = EventLog(engine.backend.block_size, load.kv_events)
+        engine.listen(events)
+    EngineLoop(engine, inbox, lambda message: connection.send_bytes(encode(message)), events).run()
 
 
 class Preparation:
@@ -121,7 +127,7 @@ class Preparation:
                 self._waiting.discard(message.request.request_id)
 
 
-def load_engine(config: EngineConfig) -> tuple[Engine, Loaded]:
+def load_engine(config: EngineConfig, measure_limits: bool = False) -> tuple[Engine, Loaded]:
     """Raises QuireError."""
     phases: list[tuple[str, float]] = []
     from quire.backends.base import open_backend
@@ -130,7 +136,12 @@ def load_engine(config: EngineConfig) -> tuple[Engine, Loaded]:
     start = time.perf_counter()
     engine = make_engine(backend, config, constraints_of(backend))
     phases.append(("engine", time.perf_counter() - start))
-    return engine, describe(engine, backend, config, phases)
+    limits = None
+    if measure_limits:
+        start = time.perf_counter()
+        limits = backend.limits()
+        phases.append(("measure limits", time.perf_counter() - start))
+    return engine, describe(engine, backend, config, phases, limits)
 
 
 def constraints_of(backend: Backend) -> Constraints:
@@ -154,7 +165,9 @@ def make_engine(backend: Executor, config: EngineConfig, constraints: Constraint
     return engine
 
 
-def describe(engine: Engine, backend: Backend, config: EngineConfig, phases: list[tuple[str, float]]) -> Loaded:
+def describe(
+    engine: Engine, backend: Backend, config: EngineConfig, phases: list[tuple[str, float]], limits: tuple[float, float] | None
+) -> Loaded:
     spec = backend.spec
     return Loaded(
         limits=engine.limits,
@@ -170,4 +183,8 @@ def describe(engine: Engine, backend: Backend, config: EngineConfig, phases: lis
         weight_note=backend.weight_note,
         memory_note=backend.memory_note,
         phases=phases,
+        spec=spec,
+        weight_bytes=backend.weight_bytes(),
+        head_bytes=backend.head_bytes(),
+        machine_limits=limits,
     )

@@ -41,8 +41,10 @@ log = logging.getLogger("quire.supervisor")
 class EngineProcess:
     """One engine process, and the socket to it. It ends when the socket is closed, thus also when this process dies."""
 
-    def __init__(self, config: EngineConfig, constrained: bool = False) -> None:
-        """constrained: see Load."""
+    def __init__(
+        self, config: EngineConfig, *, kv_events: str | None = None, measure_limits: bool = False, constrained: bool = False
+    ) -> None:
+        """kv_events, measure_limits, constrained: see Load."""
         ours, theirs = socket.socketpair()
         package = str(Path(quire.__file__).parent.parent)
         with theirs:
@@ -57,7 +59,7 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         threading.Thread(target=self._write, name="quire-outbox", daemon=True).start()
-        self._outbox.put(encode(Load(asdict(config), constrained)))
+        self._outbox.put(encode(Load(asdict(config), measure_limits, kv_events, constrained)))
 
     @property
     def pid(self) -> int:
@@ -124,7 +126,8 @@ class Supervisor:
     timeout: seconds without a finished step, while there is work, after which an engine counts as hung.
     """
 
-    def __init__(self, first: EngineProcess, config: EngineConfig, timeout: float) -> None:
+    def __init__(self, first: EngineProcess, config: EngineConfig, timeout: float, kv_events: str | None = None) -> None:
+        self._kv_events = kv_events
         self._engine, self._config, self._timeout = first, config, timeout
         self._receive: Callable[[FromEngine], None] = lambda message: None
         self._has_work: Callable[[], bool] = lambda: False
@@ -186,7 +189,7 @@ class Supervisor:
     def _restart(self) -> bool:
         for attempt in range(1, STARTS + 1):
             started = time.monotonic()
-            engine = EngineProcess(self._config, self._constrained)
+            engine = EngineProcess(self._config, kv_events=self._kv_events, constrained=self._constrained)
             try:
                 engine.loaded()
             except QuireError as e:

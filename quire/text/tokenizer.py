@@ -164,6 +164,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat is not None
 
+    @property
+    def chat_template(self) -> str:
+        """The source of the model's chat templates, to look for words in it; empty where it has none."""
+        return "" if self._chat is None else self._chat.source
+
     def render_chat(
         self,
         messages: Sequence[Message],
