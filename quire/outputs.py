@@ -90,3 +90,7 @@ class SequenceOutput:
     text. False where nothing could follow a complete text."""
     cached_tokens: int | None = None
     """In the first output: positions of the request's prompt that were found in the prefix cache."""
+    queued_s: float | None = None
+    """In the first output: how long the request waited before anything of it was computed."""
+    preemptions: int | None = None
+    """In the last output: how often sequences of the request were preempted."""

@@ -60,6 +60,34 @@ class RowWork:
 
 
 @dataclass(slots=True)
+class StepExtent:
+    """What steps ask of a device, counted; TransformerSpec.flops and .bytes_read say what that costs. It adds up over steps."""
+
+    steps: int = 0
+    sampling_steps: int = 0
+    """Those with a row of logits."""
+    positions: int = 0
+    """Positions computed."""
+    keys: int = 0
+    """Positions whose KV is read, once for each row."""
+    context: int = 0
+    """Keys that each position attends to, summed over positions."""
+    rows: int = 0
+    """Rows of logits."""
+    rows_context: int = 0
+    """Keys that these attend to."""
+
+    def add(self, other: StepExtent) -> None:
+        self.steps += other.steps
+        self.sampling_steps += other.sampling_steps
+        self.positions += other.positions
+        self.keys += other.keys
+        self.context += other.context
+        self.rows += other.rows
+        self.rows_context += other.rows_context
+
+
+@dataclass(slots=True)
 class StepPlan:
     """One step. The backend applies ``starts``, then ``copies``, then computes ``work`` in order."""
 
@@ -74,6 +102,25 @@ class StepPlan:
         """Positions computed in this step."""
         return sum(w.count for w in self.work)
 
+    @property
+    def extent(self) -> StepExtent:
+        positions = keys = context = rows = rows_context = 0
+        for work in self.work:  # for each row in each step: no function is called for one that decodes
+            end, count = work.start + work.count, work.count
+            positions += count
+            keys += end
+            context += end if count == 1 else attended(end, count)
+            if work.sample:
+                sampled = 1 + len(work.draft)
+                rows += sampled
+                rows_context += end if sampled == 1 else attended(end, sampled)
+        return StepExtent(1, rows > 0, positions, keys, context, rows, rows_context)
+
+
+def attended(end: int, count: int) -> int:
+    """Keys that the ``count`` positions before position ``end`` attend to: position p to p + 1."""
+    return count * (2 * end - count + 1) // 2
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -86,6 +133,8 @@ class StepResult:
     """None where the row's parameters ask for none."""
     errors: dict[int, str] = field(default_factory=dict)
     """Row → what went wrong (non-finite logits). Only that row's request ends, where the first of its tokens is -1."""
+    sample_s: float = 0.0
+    """Seconds of the step that went from logits to tokens; 0 where the backend does not know."""
 
 
 def accepted(draft: Sequence[int], sampled: Sequence[int]) -> int:

@@ -59,7 +59,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     """The model's end-of-text tokens."""
     priority: int = 0
-    """Lower runs earlier, and is preempted later (vLLM's meaning)."""
+    """Lower runs earlier, preempts higher where it waits, and is preempted later."""
     salt: bytes = b""
     """Only requests with the same salt share cached prefixes."""
     retention: Retention | None = None
@@ -89,11 +89,17 @@ class Group:
     """The live sequences of one request: they share its prompt's blocks."""
 
     request: Request
+    added: float = 0.0
+    """When it was queued, by the engine's clock."""
     sequences: list[Sequence] = field(default_factory=list)
     search: BeamSearch | None = None
     """Set where the sequences are beams; ``sequences`` are in the search's order then."""
     cached_tokens: int | None = None
     """Positions of the prompt that its first sequence found in the cache; None before it was admitted."""
+    queued_s: float = 0.0
+    """Seconds until then."""
+    preemptions: int = 0
+    """Of its sequences, so far."""
 
 
 @dataclass(slots=True, eq=False)

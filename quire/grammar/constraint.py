@@ -86,6 +86,8 @@ class Constraint:
                 raise self._lost(matcher)
             going_on = masks.going_on(found)
             if going_on is None:
+                if not matcher.is_accepting():
+                    raise EngineError("the structured output can't be followed any further: the model has no tokens for what comes next")
                 self.complete = True
                 return
             if self._ignore_eos or not masks.can_end:

@@ -6,6 +6,7 @@ time or of memory ends this process, and its front starts another one for the ne
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import resource
@@ -20,8 +21,8 @@ import msgspec
 from quire.errors import QuireError
 from quire.structured import Structured
 
-CPU_S = 3
-"""CPU time for one form, in whole seconds; common ones take milliseconds."""
+CPU_S = 2
+"""CPU time for one form, a second more or less; common ones take milliseconds."""
 MEMORY_BYTES = 512 << 20
 """Beside what the vocabulary takes."""
 STACK_BYTES = 2 << 20
@@ -47,14 +48,12 @@ def main() -> None:
 
 
 def _run(connection: Connection) -> None:
-    try:
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the front has gone
         _answer(connection)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the front has gone
 
 
 def _answer(connection: Connection) -> None:
-    from quire.grammar.program import compile_structured
+    from quire.grammar.program import compile_structured, rehearse
     from quire.grammar.vocabulary import Vocabulary
     from quire.text.tokenizer import Tokenizer
 
@@ -70,7 +69,7 @@ def _answer(connection: Connection) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime) + CPU_S, hard))
         try:
-            compile_structured(structured, vocabulary)
+            rehearse(structured, compile_structured(structured, vocabulary), vocabulary)
             answer = ""
         except QuireError as e:
             answer = e.message

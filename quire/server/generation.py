@@ -76,7 +76,7 @@ class Generation:
             context.client.limits.check(prompt.token_ids, params)
             request = Request(
                 f"{call_id}-{number}", prompt.token_ids, params, draw_seed(params), context.eos_token_ids,
-                priority=body.priority or 0, salt=salt, retention=retention,
+                priority=caller.priority(body.priority or 0), salt=salt, retention=retention,
             )  # fmt: skip
             self._requests.append(request)
             self._first_sample[request.request_id] = number * self._width
@@ -102,7 +102,7 @@ class Generation:
             for structured in {request.params.structured for request in self._requests}:
                 if structured is not None and self._compiler is not None:
                     await self._compiler.check(structured)
-            self._stream = self._client.submit(self._requests)
+            self._stream = self._client.submit(self._requests, background=self._caller.background)
         except BaseException:  # the client may hang up meanwhile
             self._caller.leave(0)
             raise

@@ -13,6 +13,7 @@ from quire.core.admission import RequestLimits
 from quire.core.sequence import Request, Retention
 from quire.core.snapshot import Snapshot
 from quire.core.stats import EngineStats
+from quire.models.spec import TransformerSpec
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
 from quire.structured import Structured
@@ -26,6 +27,12 @@ class Load(Message, frozen=True):
     """The first message: the fields of the EngineConfig."""
 
     config: dict[str, Any]
+    measure_limits: bool = False
+    """Measure what the machine can do."""
+    kv_events: str | None = None
+    """Say what the cache holds, in this format (kv_events.py)."""
+    constrained: bool = False
+    """Requests with constraints are in flight: be ready for them from the start."""
 
 
 class Add(Message, frozen=True):
@@ -94,6 +101,12 @@ class Loaded(Message, frozen=True):
     memory_note: str
     phases: list[tuple[str, float]]
     """What took how many seconds."""
+    spec: TransformerSpec
+    weight_bytes: int
+    head_bytes: int
+    """Both as Backend tells them."""
+    machine_limits: tuple[float, float] | None = None
+    """Bytes read and operations per second, where they were to be measured."""
 
 
 class NotLoaded(Message, frozen=True):
@@ -112,8 +125,18 @@ class Outputs(Message, frozen=True):
 
 
 class Stats(Message, frozen=True):
+    """Answers GetStats; also said unasked, with ticket ``UNASKED``, every ``STATS_S`` seconds while there is work, and after it."""
+
     ticket: int
     stats: EngineStats
+    send_s: float = 0.0
+    """Seconds since the start that messages to the front took."""
+
+
+class KVEvents(Message, frozen=True):
+    """What was stored in the cache and removed from it in a step, as kv_events.py writes it for subscribers."""
+
+    payload: bytes
 
 
 class Seen(Message, frozen=True):
@@ -146,13 +169,15 @@ class Died(Message, frozen=True):
 
 
 ToEngine = Add | Abort | GetStats | GetSnapshot | Unwatch | Stop
-FromEngine = Outputs | Stats | Seen | Alive | Down | Up | Died
+FromEngine = Outputs | Stats | KVEvents | Seen | Alive | Down | Up | Died
 
 ALIVE_S = 0.5
+STATS_S = 1.0
+UNASKED = -1
 
 encode = msgspec.msgpack.Encoder().encode
 _to_engine = msgspec.msgpack.Decoder(Load | ToEngine)
-_from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died)
+_from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | KVEvents | Seen | Alive | Died)
 
 
 def decode_to_engine(data: bytes) -> Load | ToEngine:
@@ -160,6 +185,6 @@ def decode_to_engine(data: bytes) -> Load | ToEngine:
     return message
 
 
-def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died:
-    message: Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died = _from_engine.decode(data)
+def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | KVEvents | Seen | Alive | Died:
+    message: Loaded | NotLoaded | Outputs | Stats | KVEvents | Seen | Alive | Died = _from_engine.decode(data)
     return message

@@ -161,7 +161,7 @@ class GenerationRequest(_Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = Field(None, description="let the tokenizer add its special tokens to text prompts")
-    priority: int | None = Field(None, description="lower runs earlier; default 0")
+    priority: int | None = Field(None, description="lower runs earlier, and takes the place of a higher one that runs; default 0")
     cache_salt: str | None = Field(None, description="cached prefixes are shared only among requests with the same salt")
     cache_retention: CacheRetention | None = Field(None, description="a wish that the prompt stays in the prefix cache")
     return_token_ids: bool | None = Field(None, description="return token ids beside the text")
@@ -206,3 +206,15 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     model: str | None = None
     tokens: list[int]
+
+
+class FileUpload(_Body):
+    file: bytes = Field(description="JSONL: an object a line, with custom_id, method (POST), url (the batch's endpoint) and body")
+    purpose: str = Field(description='"batch"')
+
+
+class BatchRequest(_Body):
+    input_file_id: str = Field(description="id of an uploaded file")
+    endpoint: str = Field(description="of all lines: /v1/chat/completions, /v1/completions, ...")
+    completion_window: str = Field(description='"24h": hours after which what is not answered expires; 1h to 720h')
+    metadata: dict[str, str] | None = Field(None, description="at most 16 texts, kept and shown")

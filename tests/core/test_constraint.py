@@ -80,7 +80,7 @@ def collect(engine: Engine, preempt_every: int = 0, steps: int = 1 << 30) -> dic
         engine.check()
         step += 1
         if preempt_every and step % preempt_every == 0 and engine.scheduler.running:
-            engine.scheduler.preempt(0, "the test says so")
+            engine.scheduler.preempt(0, "memory", "the test says so")
     return found
 
 

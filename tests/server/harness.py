@@ -27,6 +27,8 @@ from quire.core.plan import StepPlan, StepResult
 from quire.grammar.constraints import Constraints
 from quire.outputs import TokenLogprobs
 from quire.server.app import create_app
+from quire.server.batches.runner import open_runner
+from quire.server.batches.store import Store
 from quire.server.client import EngineClient
 from quire.server.context import Context
 from quire.server.engine_loop import EngineLoop, SteppedEngine
@@ -115,9 +117,11 @@ class Server:
         self._socket = open_socket("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = create_app(Context(self.client, tokenizer, config, "fake", eos, keys=keys))
+        self.config = config
+        self.batches = batches = None if config.batch_dir is None else open_runner(Store(Path(config.batch_dir)), self.client, config)
+        app = create_app(Context(self.client, tokenizer, config, "fake", eos, keys=keys, batches=batches))
         started = threading.Event()
-        self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2)
+        self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2, batches=batches)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
         self._thread.start()
         assert started.wait(DEADLINE_S)
