@@ -130,7 +130,7 @@ def _live(url: str, key: str | None) -> int:
                 lines = screen(view, url, size.columns, size.lines, style) if view.facts else []
                 if trouble:
                     lines = message(trouble, lines, size.columns, style)
-                sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\r\n" for line in lines[: size.lines - 1]) + "\x1b[J")
+                sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines[: size.lines - 1]) + "\x1b[J")
                 sys.stdout.flush()
     return 0
 

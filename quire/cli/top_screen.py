@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TextIO
 
 from quire.server.page.view import CACHED, FREE, OWN, SHARED, View
@@ -42,6 +43,8 @@ def screen(view: View, url: str, width: int, height: int | None, style: Style) -
     """``height``: lines that there are; None: as many as needed."""
     width = max(width, NARROWEST)
     lines = [_head(view, url, width, style)]
+    if view.facts["engine"]["state"] in ("restarting", "dead"):
+        lines += [style.paint(line, "bad") for line in textwrap.wrap(view.facts["engine"]["last_death"], width)]
     if "kv" not in view.facts:
         return lines
     lines += list(_numbers(view.facts, width, style))
@@ -62,8 +65,6 @@ def _head(view: View, url: str, width: int, style: Style) -> str:
     engine, server = view.facts["engine"], view.facts["server"]
     state, restarts = engine["state"], engine["restarts"]
     said = state if not restarts else f"{state}, {restarts} restart{'s' if restarts > 1 else ''}"
-    if state in ("restarting", "dead"):
-        said = f"{said}: {engine['last_death']}"
     text = f"quire {server['version']}  {server['model']}  {url}  "
     room = max(0, width - len(text))
     kind = {"running": "good", "restarting": "bad", "dead": "bad", "stopping": "bad"}.get(state, "warn")
@@ -107,7 +108,7 @@ def _map(view: View, width: int, style: Style) -> Iterator[str]:
         kinds = Counter(view.kind(block) for block in range(first, min(first + each, shown)))
         squares.append(max((SHARED, OWN, CACHED, FREE), key=lambda kind: kinds[kind]))
     for start in range(0, len(squares), width):
-        yield "".join(style.paint(style.square(kind), kind) for kind in squares[start : start + width])
+        yield "".join(style.paint(style.square(kind) * len(list(run)), kind) for kind, run in groupby(squares[start : start + width]))
     legend = "  ".join(f"{style.square(kind)} {kind}" for kind in (OWN, SHARED, CACHED, FREE))
     scale = "a block each" if each == 1 else f"{each} blocks each"
     rest = f"; {total - shown:,} were never used" if shown < total else ""

@@ -113,7 +113,7 @@ class Feed:
                 self._publish(seen)
             except Exception:
                 log.exception("a look at the engine failed")
-            await asyncio.sleep(_interval(seen) - (time.monotonic() - started))
+            await asyncio.sleep(interval(seen) - (time.monotonic() - started))
 
     async def _look(self) -> Seen | None:
         try:
@@ -157,7 +157,7 @@ class Feed:
             state = "running"
         return {
             "state": state, "restarts": client.restarts, "last_death": client.dead or client.last_death,
-            "look_s": 0.0 if seen is None else seen.cost_s, "interval_s": _interval(seen),
+            "look_s": 0.0 if seen is None else seen.cost_s, "interval_s": interval(seen),
         }  # fmt: skip
 
     def _facts(self, snapshot: Snapshot) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class Feed:
         return total - totals[0][1]
 
 
-def _interval(seen: Seen | None) -> float:
+def interval(seen: Seen | None) -> float:
     """Seconds from one look to the next."""
     return LOOK_S if seen is None else max(LOOK_S, seen.cost_s / SHARE)
 

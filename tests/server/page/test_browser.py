@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def load(server: Process, clients: int = 6) -> Iterator[None]:
 
     def ask(i: int) -> None:
         while not done.is_set():
-            body = {"prompt": f"{HEAD}    # {i}\n", "n": 4 if i % 2 else 1, "max_tokens": 200, "ignore_eos": True}
+            body = {"prompt": f"{HEAD}    # {i}\n", "n": 4 if i % 2 else 1, "max_tokens": 160 + 40 * (i % 5), "ignore_eos": True}
             assert http.post(server.url + "/v1/completions", json=body).status_code == 200
 
     with ThreadPoolExecutor(clients) as pool:
@@ -93,9 +94,10 @@ def pixels(browser: Browser) -> dict[str, int]:
     return counts
 
 
-def keep(browser: Browser, root: Path, name: str) -> None:
+def keep(browser: Browser, root: Path, name: str, after: float = 0) -> None:
     """A picture for the documentation, where it is asked for."""
     if os.environ.get("QUIRE_KEEP_SCREENSHOTS"):
+        time.sleep(after)
         browser.screenshot(root / "docs" / "images" / f"{name}.png")
 
 
@@ -110,7 +112,7 @@ def test_the_map_shows_what_happens(browser: Browser, server: Process, root: Pat
         browser.wait("document.querySelectorAll('.sequence').length >= 6", "sequences are listed")
         browser.wait("document.querySelector('#numbers .value').innerText.match(/[1-9]/)", "tokens/s are shown")
         assert "running" in browser.text("#queue")
-        keep(browser, root, "page-dark")
+        keep(browser, root, "page-dark", after=12)
         # Whoever looks at a sequence sees its blocks.
         shared = pixels(browser)
         browser.click(".sequence")
@@ -140,7 +142,7 @@ def test_the_prompt_streams_and_its_blocks_are_marked(browser: Browser, root: Pa
     assert "tokens/s" in timing
     for i in range(1, 5):
         assert "ended by" in browser.text(f".answer:nth-child({i}) h3")
-        assert len(browser.text(f".answer:nth-child({i}) pre")) > len(HEAD)
+        assert len(browser.text(f".answer:nth-child({i}) pre")) > 300
     keep(browser, root, "page-prompt")
 
     browser.run("document.querySelector('[value=chat]').click()")
@@ -166,9 +168,7 @@ def test_a_killed_engine_is_shown_and_then_gone(browser: Browser, server: Proces
     browser.type("#prompt-text", HEAD)
     browser.type("#max-tokens", "1500")
     browser.click("#send")
-    browser.wait(
-        "document.querySelector('.answer pre').innerText.length > arguments[0] + 20".replace("arguments[0]", str(len(HEAD))), "it streams"
-    )
+    browser.wait("document.querySelector('.answer pre')?.innerText.length > 150", "it streams")
     os.kill(server.engine_pid, signal.SIGKILL)
     browser.wait(f"{STATE} === 'restarting'", "the death is shown")
     assert "SIGKILL" in browser.text("#overlay")
@@ -221,7 +221,7 @@ def test_on_a_phone_nothing_is_cut_off(browser: Browser, server: Process, root: 
     with load(server, 3):
         wait_until(lambda: pixels(browser)["owned"] > 0, "the map is shown")
         assert browser.run("return document.documentElement.scrollWidth") <= 390
-        keep(browser, root, "page-phone")
+        keep(browser, root, "page-phone", after=4)
     low = browser.run("""
         const controls = [...document.querySelectorAll('button, input')].filter((e) => e.offsetParent);
         return controls.filter((e) => e.getBoundingClientRect().right > innerWidth).map((e) => e.id);

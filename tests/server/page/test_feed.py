@@ -11,9 +11,16 @@ from typing import Any
 
 import httpx
 
+from core.fake_backend import FakeBackend
+from quire.config import EngineConfig
+from quire.core.engine import Engine
+from quire.core.sequence import Request
+from quire.sampling_params import SamplingParams
 from quire.server.keys import read_keys
+from quire.server.messages import Seen
 from quire.server.page import assets
-from quire.server.page.feed import MAX_WATCHERS
+from quire.server.page.advice import advice
+from quire.server.page.feed import LOOK_S, MAX_WATCHERS, interval
 from quire.server.page.latency import BOUNDS_S, Histogram, quantile
 from quire.server.page.view import View
 from quire.text.tokenizer import Tokenizer
@@ -167,3 +174,30 @@ def test_quantiles() -> None:
     assert quantile(counts, 1.0) == BOUNDS_S[-1]
     histogram.add(0.5, 3, 69.0)
     assert sum(histogram.counts(71.0)) == 3, "what is older than a minute is gone"
+
+
+def test_advice_names_the_bottleneck() -> None:
+    def told(num_blocks: int, **options: Any) -> str:
+        config = EngineConfig(**{"max_num_seqs": 4, "admission": "watermark", "speculation": "off", **options})
+        engine = Engine(FakeBackend(num_blocks, 4, 32, 50), config)
+        watch = engine.watch()
+        for i in range(6):
+            engine.add(Request(str(i), [i] * 20, SamplingParams(max_tokens=4), i))
+        for _ in range(3):
+            engine.step()
+        return " ".join(advice(watch.snapshot(), engine.limits, 0))
+
+    assert "for memory" in (tight := told(8))
+    assert "--kv-memory" in tight
+    assert "--max-model-len (now 32)" in tight
+    assert "--max-num-seqs 4 run already" in told(64)
+    assert told(64, max_num_seqs=8) == ""
+    engine = Engine(FakeBackend(8, 4, 32, 50), EngineConfig(max_num_seqs=2))
+    assert "had to give memory back" in " ".join(advice(engine.watch().snapshot(), engine.limits, 3))
+
+
+def test_a_dear_look_is_taken_less_often() -> None:
+    engine = Engine(FakeBackend(8, 4, 32, 50), EngineConfig(max_num_seqs=2))
+    snapshot = engine.watch().snapshot()
+    for cost in (0.0, 0.0001, 0.001, 0.02):
+        assert interval(Seen(0, snapshot, cost)) >= max(LOOK_S, cost / 0.01), "at most 1 % of the engine's time"
