@@ -188,7 +188,7 @@ def test_with_the_keyboard_alone(browser: Browser) -> None:
         seen.append(browser.run("const e = document.activeElement; return e.id || e.className || e.tagName"))
         if "send" in seen:
             break
-    for wanted in ("theme", "extent", "map", "prompt-text", "n", "temperature", "max-tokens", "send"):
+    for wanted in ("theme", "map", "prompt-text", "n", "temperature", "max-tokens", "send"):
         assert wanted in seen, f"{wanted} can't be reached: {seen}"
     assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") != "none"
     browser.run("document.querySelector('#map').focus()")

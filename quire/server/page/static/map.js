@@ -77,6 +77,7 @@ export class BlockMap {
       while (blocks < view.touched) blocks *= 2;
       if (blocks > 0.75 * total) blocks = total;
     }
+    $("extent").hidden = blocks === total && !this.whole;
     const width = this.#canvas.parentElement.clientWidth;
     const room = Math.max(200, Math.min(380, innerHeight - 430));
     let pitch = LARGEST, each = 1;
