@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import binascii
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from quire.core.sequence import Request, Retention
-from quire.errors import EngineError, InvalidRequestError, QuireError
+from quire.errors import EngineError, InvalidRequestError
 from quire.outputs import Choice, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
 from quire.server.client import Stream
 from quire.server.context import Context
 from quire.server.keys import Caller
 from quire.server.prompts import Prompt
+from quire.server.reading import Reading, reason_of
 from quire.server.sampling import draw_seed
 from quire.server.schemas import GenerationRequest
 from quire.text.output import Delta, OutputAssembler, best_choices
+from quire.text.tools import Message, MessageDelta, ToolParser
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{binascii.hexlify(os.urandom(12)).decode()}"
+def new_id(prefix: str, separator: str = "-") -> str:
+    return f"{prefix}{separator}{binascii.hexlify(os.urandom(12)).decode()}"
 
 
 @dataclass(slots=True)
@@ -37,6 +39,8 @@ class Piece:
     first: bool
     """Nothing was sent of this choice before."""
     delta: Delta
+    message: MessageDelta | None = None
+    """What ``delta.text`` adds to the message, where it is read as more than text."""
 
 
 class Generation:
@@ -51,16 +55,18 @@ class Generation:
         prompts: Sequence[tuple[Prompt, SamplingParams]],
         *,
         continues_prompt: bool,
+        reading: Reading | None = None,
     ) -> None:
         """Checks every prompt against the engine's limits. Raises InvalidRequestError or ContextLengthError.
 
         continues_prompt: the output goes on with the prompt's text (completions), and is not a text of its own (chat).
+        reading: how the text is read; None: it is just text.
         """
         self.prompts = [prompt for prompt, _ in prompts]
         self.n = prompts[0][1].n
         self._width = prompts[0][1].num_outputs
         """Samples of a prompt; the best ``n`` of them become choices."""
-        self._client, self._caller = context.client, caller
+        self._client, self._caller, self._compiler = context.client, caller, context.compiler
         self._stream: Stream | None = None
         salt, retention = context.salts.derive(body.cache_salt, caller.tenant), _retention(body)
         self._requests: list[Request] = []
@@ -70,24 +76,34 @@ class Generation:
             context.client.limits.check(prompt.token_ids, params)
             request = Request(
                 f"{call_id}-{number}", prompt.token_ids, params, draw_seed(params), context.eos_token_ids,
-                priority=body.priority or 0, salt=salt, retention=retention,
+                priority=caller.priority(body.priority or 0), salt=salt, retention=retention,
             )  # fmt: skip
             self._requests.append(request)
             self._first_sample[request.request_id] = number * self._width
             seen = prompt.token_ids if continues_prompt else ()
-            self._assemblers += [OutputAssembler(context.tokenizer, params, seen) for _ in range(self._width)]
+            shown = reading.shown if reading is not None else frozenset[int]()
+            self._assemblers += [OutputAssembler(context.tokenizer, params, seen, shown) for _ in range(self._width)]
+        self._reading, self._key = reading, call_id
+        self._parsers: list[ToolParser] = []
+        if reading is not None:
+            self._parsers = [reading.parser(f"{call_id}/{index}") for index in range(len(self._assemblers))]
+            self._thoughts = [reading.thought() for _ in self._assemblers]
         self._started = [False] * len(self._assemblers)
         self._closed = False
         self._uncounted = set(self._first_sample)
         """Requests of which it is not known how much was cached."""
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts))
 
-    def submit(self) -> None:
-        """Queue the requests. Raises UnavailableError, QueueFullError, or RateLimitError."""
+    async def submit(self) -> None:
+        """Queue the requests, once it is known that their forms compile. Raises UnavailableError, QueueFullError, RateLimitError, or
+        InvalidRequestError where they don't."""
         self._caller.enter()
         try:
-            self._stream = self._client.submit(self._requests)
-        except QuireError:
+            for structured in {request.params.structured for request in self._requests}:
+                if structured is not None and self._compiler is not None:
+                    await self._compiler.check(structured)
+            self._stream = self._client.submit(self._requests, background=self._caller.background)
+        except BaseException:  # the client may hang up meanwhile
             self._caller.leave(0)
             raise
 
@@ -123,8 +139,22 @@ class Generation:
         Raises EngineError where the work of one sequence failed, UnavailableError where the engine or server stopped.
         """
         assert self._stream is not None
+        return self._read(await self._stream.fetch(timeout))
+
+    def take(self) -> list[Piece]:
+        """As ``next``, of what is there by now."""
+        assert self._stream is not None
+        return self._read(self._stream.take())
+
+    def listen(self, listener: Callable[[], bool]) -> None:
+        """See Stream. After ``submit``."""
+        assert self._stream is not None
+        self._stream.listener = listener
+
+    def _read(self, outputs: list[SequenceOutput]) -> list[Piece]:
+        assert self._stream is not None
         pieces = []
-        for output in _merged(await self._stream.fetch(timeout)):
+        for output in _merged(outputs):
             if output.finish_reason == "error":
                 raise EngineError(f"the request could not be finished: {output.stop_reason}")
             if output.cached_tokens is not None and output.request_id in self._uncounted:
@@ -134,11 +164,29 @@ class Generation:
             assembler = self._assemblers[index]
             delta = assembler.feed(output)
             self.usage.completion_tokens += len(delta.token_ids)
+            message = self._read_message(index, delta) if self._parsers else None
             if assembler.finished and output.finish_reason is None:  # a stop string, which the engine knows nothing of
                 self._stream.end(output.request_id, output.index)
-            pieces.append(Piece(index, not self._started[index], delta))
+            pieces.append(Piece(index, not self._started[index], delta, message))
             self._started[index] = True
         return pieces
+
+    def _read_message(self, index: int, delta: Delta) -> MessageDelta:
+        """What ``delta`` adds to the message. Ends the sequence where nothing more is wanted."""
+        parser, assembler = self._parsers[index], self._assemblers[index]
+        message = parser.push(delta.text)
+        self.usage.reasoning_tokens += self._thoughts[index].take(delta.token_ids)
+        if parser.done and not assembler.finished:
+            assembler.stop()
+            delta.finish_reason = "stop"
+        if delta.finish_reason is not None:
+            message.add(parser.finish())
+            delta.finish_reason = reason_of(delta.finish_reason, parser)
+        return message
+
+    def message(self, choice: Choice) -> Message | None:
+        """What a finished choice says; None where its text is just text."""
+        return None if self._reading is None else self._reading.message(choice, f"{self._key}/{choice.index}")
 
     async def run(self) -> list[Choice]:
         """Everything at once."""
@@ -168,5 +216,5 @@ def _merged(outputs: list[SequenceOutput]) -> list[SequenceOutput]:
             before.token_ids += output.token_ids
             if output.logprobs is not None:
                 before.logprobs = (before.logprobs or []) + output.logprobs
-            before.finish_reason, before.stop_reason = output.finish_reason, output.stop_reason
+            before.finish_reason, before.stop_reason, before.end_token = output.finish_reason, output.stop_reason, output.end_token
     return list(merged.values())

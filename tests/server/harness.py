@@ -24,8 +24,11 @@ import quire
 from core.fake_backend import FakeBackend
 from quire.config import EngineConfig, ServerConfig
 from quire.core.plan import StepPlan, StepResult
+from quire.grammar.constraints import Constraints
 from quire.outputs import TokenLogprobs
 from quire.server.app import create_app
+from quire.server.batches.runner import open_runner
+from quire.server.batches.store import Store
 from quire.server.client import EngineClient
 from quire.server.context import Context
 from quire.server.engine_loop import EngineLoop, SteppedEngine
@@ -102,20 +105,25 @@ class ThreadLink:
 class Server:
     """A server in this process, on a thread of its own."""
 
-    def __init__(self, tokenizer: Tokenizer, backend: PacedBackend, keys: Keys | None = None, **options: Any) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, backend: PacedBackend, keys: Keys | None = None, *, eos: tuple[int, ...] = (), **options: Any
+    ) -> None:
         self.backend, self.tokenizer = backend, tokenizer
         engine_options = {name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options}
         engine_config = EngineConfig(**engine_options)
-        self.engine = make_engine(backend, engine_config)
+        constraints = Constraints(lambda: tokenizer, backend.spec.vocab_size, eos)
+        self.engine = make_engine(backend, engine_config, constraints)
         self.client = EngineClient(self.engine.limits, engine_config.max_waiting)
         config = ServerConfig(port=0, **options)
         self._socket = open_socket("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = create_app(Context(self.client, tokenizer, config, "fake", (), keys=keys))
+        self.config = config
+        self.batches = batches = None if config.batch_dir is None else open_runner(Store(Path(config.batch_dir)), self.client, config)
+        app = create_app(Context(self.client, tokenizer, config, "fake", eos, keys=keys, batches=batches))
         self.feed: Feed = app.app._app.state.feed  # type: ignore[attr-defined]
         started = threading.Event()
-        self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2)
+        self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2, batches=batches)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
         self._thread.start()
         assert started.wait(DEADLINE_S)
@@ -226,6 +234,17 @@ def events(body: str) -> list[Any]:
             found.append(data if data == "[DONE]" else json.loads(data))
         else:
             assert not line or line.startswith(":"), f"not an event: {line!r}"
+    return found
+
+
+def named_events(body: str) -> list[dict[str, Any]]:
+    """The data of a stream whose events have names, which are their types."""
+    found = []
+    for block in body.split("\n\n"):
+        if block and not block.startswith(":"):
+            name, data = block.split("\n")
+            found.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
     return found
 
 

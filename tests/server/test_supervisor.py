@@ -21,9 +21,40 @@ import pytest
 from quire.core.sequence import Request, Retention
 from quire.sampling_params import SamplingParams
 from quire.server.messages import Add, decode_to_engine, encode
-from server.harness import DEADLINE_S, EMBEDDED, Process, engine_pid, events, health, http, is_gone, start_process, wait_clean, wait_until
+from quire.structured import Structured
+from server.harness import (
+    DEADLINE_S,
+    EMBEDDED,
+    Process,
+    engine_pid,
+    events,
+    health,
+    http,
+    is_gone,
+    named_events,
+    start_process,
+    wait_clean,
+    wait_until,
+)
 
+SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "people",
+        "schema": {
+            "type": "array",
+            "minItems": 12,
+            "items": {
+                "type": "object",
+                "properties": {"first_name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+                "required": ["first_name", "age"],
+                "additionalProperties": False,
+            },
+        },
+    },
+}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 
 
 @contextmanager
@@ -47,6 +78,11 @@ def calls() -> list[tuple[str, dict[str, Any]]]:
         (COMPLETIONS, {"prompt": "x = [", "stop": ["return", "if "], "max_tokens": 300, "stream": True}),
         (COMPLETIONS, {"prompt": "y = {", "frequency_penalty": 0.5, "repetition_penalty": 1.1, "top_p": 0.9, "max_tokens": 300}),
         (CHAT, {"messages": [{"role": "user", "content": "Write a loop"}], "max_tokens": 200, "stream": True, "n": 2}),
+        (RESPONSES, {"input": "Write a loop", "max_output_tokens": 150, "stream": True, "top_logprobs": 1}),
+        (MESSAGES, {"messages": [{"role": "user", "content": "Write a loop"}], "max_tokens": 150, "stream": True}),
+        (CHAT, {"messages": [{"role": "user", "content": "List"}], "max_tokens": 300, "stream": True, "response_format": SCHEMA}),
+        (COMPLETIONS, {"prompt": "z = ", "max_tokens": 200, "n": 2, "logprobs": 1, "structured_outputs": {"regex": "(ab|[0-9]+ )*"}}),
+        (COMPLETIONS, {"prompt": "import os\n", "max_tokens": 200, "bad_words": ["import", "return x"], "stream": True}),
     ]
     return [(path, {"ignore_eos": True, "seed": 100 * i + j} | fields) for i in range(2) for j, (path, fields) in enumerate(kinds)]
 
@@ -58,6 +94,8 @@ def told(url: str, call: tuple[str, dict[str, Any]]) -> Any:
     assert answer.status_code == 200, answer.text
     if not fields.get("stream"):
         return answer.json()["choices"]
+    if path in (RESPONSES, MESSAGES):
+        return told_by_name(named_events(answer.text))
     said: dict[int, list[Any]] = {}
     found = events(answer.text)
     assert found[-1] == "[DONE]"
@@ -74,6 +112,15 @@ def told(url: str, call: tuple[str, dict[str, Any]]) -> Any:
     return said
 
 
+def told_by_name(found: list[dict[str, Any]]) -> Any:
+    """Of a stream of named events; what comes in one event depends on the steps, and the ids are made up."""
+    end = "message_delta" if found[0]["type"] == "message_start" else "response.incomplete"
+    assert [event["type"] for event in found].count(end) == 1, "one end for each"
+    added = [event for event in found if event["type"] in ("content_block_delta", "response.output_text.delta")]
+    text = "".join(event["delta"]["text"] if "index" in event else event["delta"] for event in added)
+    return text, [entry for event in added for entry in event.get("logprobs", ())]
+
+
 def all_told(url: str) -> list[Any]:
     with ThreadPoolExecutor(64) as clients:
         return list(clients.map(lambda call: told(url, call), calls()))
@@ -87,6 +134,8 @@ def test_killed_at_any_moment_every_stream_ends_with_the_same_bytes() -> None:
 
         def killer() -> None:
             while not done.wait(rng.uniform(0.05, 1.5)):
+                if len(killed) % 2 == 0:  # two deaths without a token between them are survived, a third is not
+                    http.post(server.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 1})  # comes after what is in flight
                 killed.append(server.engine_pid)
                 os.kill(killed[-1], signal.SIGKILL)
                 wait_until(lambda: server.engine_pid not in killed, "the death was noticed")
@@ -246,6 +295,7 @@ def test_requests_cross_the_socket_as_they_are() -> None:
         logit_bias={5: 1.5, 7: -100.0}, seed=(1 << 64) - 1, max_tokens=None, min_tokens=2,
         stop=["é", "x"], stop_token_ids=[4], ignore_eos=True,
         logprobs=3, include_stop_str_in_output=True, skip_special_tokens=False,
+        structured=Structured.json({"type": "object"}, whitespace=""), allowed_token_ids=[7, 5], bad_words=["a", "b c"],
     )  # fmt: skip
     for params in (SamplingParams(), everything, SamplingParams(beam_width=4, early_stopping="never", length_penalty=0.5, n=2)):
         request = Request("ä", [1, 2, 3], params, (1 << 64) - 1, (1, 2), -3, b"\xff\x00", Retention(5, 2.5))
