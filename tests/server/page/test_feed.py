@@ -18,10 +18,11 @@ from quire.core.sequence import Request
 from quire.sampling_params import SamplingParams
 from quire.server.keys import read_keys
 from quire.server.messages import Seen
+from quire.server.metrics.histogram import Histogram
 from quire.server.page import assets
 from quire.server.page.advice import advice
 from quire.server.page.feed import LOOK_S, MAX_WATCHERS, interval
-from quire.server.page.latency import BOUNDS_S, Histogram, quantile
+from quire.server.page.latency import Recent, quantile
 from quire.server.page.view import View
 from quire.text.tokenizer import Tokenizer
 from server.harness import PacedBackend, Process, Server, health, http, raw_request, wait_until
@@ -106,7 +107,6 @@ def test_many_watch_one_look_and_none_is_taken_while_nobody_does(tokenizer: Toke
                 seen = next(first)
             assert seen == other, "one look, for both of them"
         wait_until(lambda: scheduler.manager.cache.listener is None, "the engine knows that nobody watches")
-        assert server.client.observer is None
         with watching(server.url) as again:
             assert next(again)["whole"]
     finally:
@@ -160,20 +160,31 @@ def test_what_is_sent_is_what_happens_and_no_text_is_in_it(real: Process) -> Non
     assert health(real.url)["status"] == "ok"
 
 
+def test_the_last_minute_of_a_histogram() -> None:
+    histogram = Histogram([0.01, 0.1, 1.0])
+    histogram.observe(0.5, 1000)  # before anybody watched
+    recent = Recent({"first": histogram})
+
+    def counts(now: float) -> list[int]:
+        return recent.look(now)["first"][1]
+
+    assert counts(10.0) == [0, 0, 0, 0]
+    histogram.observe(0.05, 99)
+    histogram.observe(5.0)
+    assert counts(11.5) == [0, 99, 0, 1]
+    histogram.observe(0.5, 3)
+    assert counts(60.0) == [0, 99, 3, 1]
+    assert counts(71.6) == [0, 0, 3, 0], "what is older than a minute is gone"
+    assert counts(200.0) == [0, 0, 0, 0]
+
+
 def test_quantiles() -> None:
-    histogram = Histogram()
-    assert quantile(histogram.counts(0), 0.5) is None
-    for _ in range(99):
-        histogram.add(0.020, 1, 10.0)
-    histogram.add(500.0, 1, 10.5)
-    counts = histogram.counts(11.0)
-    assert sum(counts) == 100
-    middle = quantile(counts, 0.5)
+    assert quantile([0.01, 0.1], [0, 0, 0], 0.5) is None
+    assert quantile([0.01, 0.1], [10, 0, 0], 0.5) == 0.005
+    assert quantile([0.01, 0.1], [0, 99, 1], 1.0) == 0.1
+    middle = quantile([0.01, 0.1], [50, 50, 0], 0.75)
     assert middle is not None
-    assert 0.016 < middle < 0.0227
-    assert quantile(counts, 1.0) == BOUNDS_S[-1]
-    histogram.add(0.5, 3, 69.0)
-    assert sum(histogram.counts(71.0)) == 3, "what is older than a minute is gone"
+    assert 0.0549 < middle < 0.0551
 
 
 def test_advice_names_the_bottleneck() -> None:
