@@ -19,6 +19,7 @@ from quire.core.admission import empty_prompt
 from quire.core.engine import Engine
 from quire.core.sequence import Request, Retention, salt_bytes
 from quire.errors import EngineError, InvalidRequestError, QueueFullError
+from quire.grammar.constraints import Constraints
 from quire.logs import ThrottledLog
 from quire.outputs import RequestOutput, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
@@ -63,7 +64,9 @@ class LLM:
         self.config = config
         self.backend: Backend = open_backend(config)
         self.tokenizer = Tokenizer.load(self.backend.folder)
-        self.engine = Engine(self.backend, config, monotonic)
+        spec = self.backend.spec
+        constraints = Constraints(lambda: self.tokenizer, spec.vocab_size, spec.eos_token_ids)
+        self.engine = Engine(self.backend, config, monotonic, constraints=constraints)
         self.engine.on_preemption(ThrottledLog(logging.getLogger("quire.engine")).warning)
         self._requests = 0
         self._unread: dict[str, deque[SequenceOutput]] = {}

@@ -21,6 +21,7 @@ from quire.server.completions import completions
 from quire.server.context import Context, context_of
 from quire.server.errors import UnavailableError
 from quire.server.keys import App, KeyCheck, Receive, Scope, Send
+from quire.server.metrics.route import metrics
 from quire.server.page import routes as page
 from quire.server.page.feed import Feed
 from quire.server.responses.endpoint import create_response, stored_response
@@ -50,6 +51,7 @@ def create_app(context: Context) -> RequestIds:
         ("POST", "/detokenize", detokenize),
         ("GET", "/health", health),
         ("GET", "/ready", ready),
+        ("GET", "/metrics", metrics),
         ("GET", "/version", version),
         ("GET", "/", page.index),
         ("GET", "/page/events", page.events),
@@ -63,7 +65,7 @@ def create_app(context: Context) -> RequestIds:
     errors.install(app, [*paths, "/docs"])
     if context.batches is not None:
         context.batches.attach(RequestIds(app), paths, context.check_model)
-    return RequestIds(KeyCheck(app, context.keys))
+    return RequestIds(KeyCheck(app, context.keys, context.client.meter.refuse))
 
 
 class RequestIds:

@@ -162,8 +162,9 @@ def read_keys(path: str, clock: Callable[[], float] = monotonic) -> Keys:
 class KeyCheck:
     """Around the whole application: lets nothing pass without a key, whatever its path looks like, but for OPEN_PATHS."""
 
-    def __init__(self, app: App, keys: Keys | None) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: App, keys: Keys | None, refused: Callable[[str], None]) -> None:
+        """refused: told the error's code of each call that is refused."""
+        self._app, self._keys, self._refused = app, keys, refused
         self._everybody = Caller()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,6 +172,7 @@ class KeyCheck:
             try:
                 scope["caller"] = self._caller(scope)
             except QuireError as e:
+                self._refused(e.code)
                 await error_response(e, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)

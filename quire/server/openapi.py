@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from quire.server import schemas
 from quire.server.anthropic.schemas import CountTokensRequest, MessagesRequest
+from quire.server.errors import is_anthropic
 from quire.server.responses.schemas import ResponsesRequest
 
 _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
@@ -35,6 +36,7 @@ _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
     "/v1/batches/{batch_id}/cancel": ("End a batch now; what was answered is kept", None),
     "/health": ("Whether this process lives, and what is in use", None),
     "/ready": ("Whether a request that comes now is started", None),
+    "/metrics": ("Everything that is counted, in Prometheus' text format or OpenMetrics", None),
     "/version": ("Version of Quire", None),
     "/": ("The page: a live map of the memory, the requests in it, and a prompt box", None),
     "/page/events": ("What the page shows, as server-sent events", None),
@@ -64,6 +66,13 @@ _ERROR = {
         }
     },
 }
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {"type": "object", "properties": {"type": {"type": "string"}, "message": {"type": "string"}}},
+    },
+}
 _ERRORS = {
     400: "a field, a prompt or the body's syntax is wrong; the message has the numbers and the remedy",
     404: "no such model",
@@ -86,9 +95,12 @@ def describe(path: str, method: str) -> dict[str, Any]:
     if schema is not None:
         kind = "multipart/form-data" if schema is schemas.FileUpload else "application/json"
         content = {kind: {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
-        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        name = "AnthropicError" if is_anthropic(path) else "Error"
+        error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
         described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
         described["responses"] = {status: {"description": text, "content": error} for status, text in _ERRORS.items()}
+    elif path.startswith("/v1/responses/"):
+        described["responses"] = {404: {"description": "no response is kept"}}
     return described
 
 
@@ -103,7 +115,9 @@ def install(app: FastAPI) -> None:
             made = plain()
             models = [(schema, "validation") for _, schema in _SUMMARIES.values() if schema is not None]
             _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-            made.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"] | {"Error": _ERROR})
+            made.setdefault("components", {}).setdefault("schemas", {}).update(
+                definitions["$defs"] | {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
+            )
             app.openapi_schema = made
         return app.openapi_schema
 

@@ -24,6 +24,7 @@ import quire
 from core.fake_backend import FakeBackend
 from quire.config import EngineConfig, ServerConfig
 from quire.core.plan import StepPlan, StepResult
+from quire.grammar.constraints import Constraints
 from quire.outputs import TokenLogprobs
 from quire.server.app import create_app
 from quire.server.batches.runner import open_runner
@@ -109,7 +110,8 @@ class Server:
         self.backend, self.tokenizer = backend, tokenizer
         engine_options = {name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options}
         engine_config = EngineConfig(**engine_options)
-        self.engine = make_engine(backend, engine_config)
+        constraints = Constraints(lambda: tokenizer, backend.spec.vocab_size, eos)
+        self.engine = make_engine(backend, engine_config, constraints)
         self.client = EngineClient(self.engine.limits, engine_config.max_waiting)
         config = ServerConfig(port=0, **options)
         self._socket = open_socket("127.0.0.1", 0)
