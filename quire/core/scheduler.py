@@ -127,8 +127,8 @@ class Scheduler:
             self.preempt(self.running.index(idle[-1]), "beams", reason)
             self._admit(plan, [], self.max_num_batched_tokens)
         for work, seq in zip(plan.work, self._planned, strict=True):
-            if seq.constraint is not None and work.sample and (mask := seq.constraint.mask) is not None:
-                work.masks = (mask,)
+            if seq.constraint is not None and work.sample and not work.draft:
+                work.masks = (seq.constraint.mask,)
         plan.copies = self.manager.take_copies()
         return plan
 

@@ -118,10 +118,10 @@ class Sampler:
         native.sample(logits, tokens, status, **options)
         result = StepResult(tokens.tolist(), [None] * count)
         if status.any():
-            for i in np.flatnonzero(status):
-                result.tokens[i] = -1
-                masked = masks and masks[i] is not None
-                result.errors[int(rows[i])] = _FAILURES[3 if status[i] == 2 and masked else int(status[i])]
+            for failed in np.flatnonzero(status).tolist():
+                result.tokens[failed] = -1
+                masked = bool(masks) and masks[failed] is not None
+                result.errors[int(rows[failed])] = _FAILURES[3 if status[failed] == 2 and masked else int(status[failed])]
         if uses & _USES["logprobs"]:
             for i in np.flatnonzero((num_logprobs >= 0) & (status == 0)):
                 n = num_logprobs[i]
