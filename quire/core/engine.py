@@ -94,8 +94,15 @@ class Engine:
             most = min(config.speculation_positions, config.max_num_batched_tokens)
             speculation = Speculation(manager, most, strict=config.admission == "no-evict")
         self.scheduler = Scheduler(
-            manager, policy, self._max_num_seqs, config.max_num_batched_tokens, swap=backend.num_host_blocks > 0, speculation=speculation
+            manager,
+            policy,
+            self._max_num_seqs,
+            config.max_num_batched_tokens,
+            swap=backend.num_host_blocks > 0,
+            speculation=speculation,
+            clock=clock,
         )
+        self._clock = clock
         self._live: dict[str, Group] = {}
         self._arrivals = 0
         self._steps = 0
@@ -119,7 +126,7 @@ class Engine:
             raise QueueFullError(
                 f"{len(self.scheduler.waiting):,} sequences are waiting, and --max-waiting is {self._max_waiting:,}: try again later"
             )
-        group = Group(request)
+        group = Group(request, added=self._clock())
         count = params.num_sequences
         if params.use_beam_search:
             count = 1
@@ -141,6 +148,9 @@ class Engine:
             order = (request.priority, self._arrivals, index)
             seed = derive_seed(request.seed, index)
             seq = Sequence(group, request, index, [*prompt, *made], len(prompt), seed, max_tokens, params, order)
+            if index == 0 and not made:  # else they were put out with its first token
+                seq.unscored = request.scored()
+                seq.scores = None if params.prompt_logprobs is None else []
             group.sequences.append(seq)
         self._arrivals += 1
         self._live[request.request_id] = group
