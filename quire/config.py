@@ -176,6 +176,11 @@ class ServerConfig(_Checked):
     )
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
+    pooling: str = option(
+        "last",
+        "what /v1/embeddings makes of a text, unless a request says: the state of its last token, or the mean of all",
+        choices=("mean", "last"),
+    )
     drain_timeout: int = option(
         30, "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended", low=0, high=86400, metavar="SECONDS"
     )

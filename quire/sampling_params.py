@@ -192,7 +192,10 @@ class SamplingParams:
                 param="logprobs",
             )
         if self.prompt_logprobs is not None:
-            raise InvalidRequestError("prompt_logprobs are not there for beam search: leave one of them out", param="prompt_logprobs")
+            raise InvalidRequestError(
+                "log-probabilities of the prompt (prompt_logprobs, or echo with logprobs) are not there for beam search",
+                param="prompt_logprobs",
+            )
         if self.max_tokens == 0:
             raise InvalidRequestError("max_tokens 0 leaves a beam search nothing to search: raise it", param="max_tokens")
         # Temperatures 0 and 1 both leave the model's own distribution, which is what is searched.

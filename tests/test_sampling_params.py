@@ -30,7 +30,6 @@ from quire.sampling_params import SamplingParams
         ("top_k", -2),
         ("top_k", 1.5),
         ("min_p", 1.1),
-        ("max_tokens", -1),
         ("prompt_logprobs", 21),
         ("prompt_logprobs", -1),
         ("max_tokens", -1),

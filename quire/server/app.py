@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
-import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -12,16 +10,15 @@ from fastapi.responses import Response
 
 from quire import __version__
 from quire.errors import EngineError
-from quire.server import errors, openapi
+from quire.server import errors, ids, info, openapi, render
 from quire.server.chat import chat_completions
 from quire.server.chunks import json_bytes
 from quire.server.completions import completions
 from quire.server.context import Context, context_of
+from quire.server.embeddings import embeddings
 from quire.server.errors import UnavailableError
 from quire.server.keys import App, KeyCheck, Receive, Scope, Send
 from quire.server.tokenization import detokenize, tokenize
-
-MAX_REQUEST_ID = 128
 
 
 def create_app(context: Context) -> RequestIds:
@@ -33,9 +30,19 @@ def create_app(context: Context) -> RequestIds:
         ("GET", "/v1/models/{model_id:path}", get_model),
         ("POST", "/v1/completions", completions),
         ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/v1/embeddings", embeddings),
+        ("POST", "/v1/completions/render", render.completions),
+        ("POST", "/v1/chat/completions/render", render.chat_completions),
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
+        ("GET", "/tokenizer_info", info.tokenizer_info),
         ("GET", "/health", health),
+        ("GET", "/ping", health),
+        ("GET", "/load", info.load),
+        ("GET", "/model_info", info.model_info),
+        ("GET", "/get_model_info", info.model_info),
+        ("GET", "/server_info", info.server_info),
+        ("GET", "/get_server_info", info.server_info),
         ("GET", "/ready", ready),
         ("GET", "/version", version),
     ]
@@ -47,7 +54,7 @@ def create_app(context: Context) -> RequestIds:
 
 
 class RequestIds:
-    """Gives every answer an X-Request-Id: the one that the client sent, if it is a sane one, or a new one."""
+    """Gives every answer an X-Request-Id: the one that the client sent, in the header or in a body, or a new one."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -56,13 +63,11 @@ class RequestIds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        if not (0 < len(request_id) <= MAX_REQUEST_ID and all(0x20 < byte < 0x7F for byte in request_id)):
-            request_id = b"req-" + binascii.hexlify(os.urandom(12))
+        scope["request_id"] = ids.chosen(scope) or b"req-" + ids.random_hex().encode()
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], (b"x-request-id", scope["request_id"])]
             await send(message)
 
         await self.app(scope, receive, send_with_id)

@@ -13,20 +13,33 @@ from quire.sampling_params import SamplingParams
 from quire.server.chunks import head, json_bytes, reason_json, respond, text_json, usage_object
 from quire.server.context import Context, caller_of, context_of
 from quire.server.fields import parse
-from quire.server.generation import Generation, Piece, new_id
+from quire.server.generation import Generation, Piece
+from quire.server.ids import call_id
 from quire.server.limits import max_text_bytes, read_json
-from quire.server.logprobs import chat_logprobs
+from quire.server.logprobs import Labels, chat_logprobs, prompt_logprobs
 from quire.server.prompts import Prompt, chat_prompt
 from quire.server.sampling import chat_names, chat_params
 from quire.server.schemas import ChatCompletionRequest
+from quire.server.truncation import truncated
 
 
 async def chat_completions(request: Request) -> Response:
     context = context_of(request)
     body = parse(ChatCompletionRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
+    call = call_id(request, "chatcmpl", body.request_id)
+    prompt, params = await prepared(context, body)
+    with chat_names(body):
+        # A message that is continued goes on in the middle of its text.
+        generation = Generation(
+            context, caller_of(request), call.own, body, [(prompt, params)], continues_prompt=bool(body.continue_final_message)
+        )
+    return await respond(request, generation, _Form(context, body, params, call.shown, prompt), body)
+
+
+async def prepared(context: Context, body: ChatCompletionRequest) -> tuple[Prompt, SamplingParams]:
+    """The conversation as a prompt, and its parameters. Raises InvalidRequestError or ContextLengthError."""
     params = chat_params(body, context.sampling_defaults)
-    call_id = new_id("chatcmpl")
     with chat_names(body):
         prompt = await chat_prompt(
             context,
@@ -37,12 +50,9 @@ async def chat_completions(request: Request) -> Response:
             add_special_tokens=body.add_special_tokens,
             max_bytes=max_text_bytes(context.max_model_len),
         )
-        # A message that is continued goes on in the middle of its text.
-        generation = Generation(
-            context, caller_of(request), call_id, body, [(prompt, params)], continues_prompt=bool(body.continue_final_message)
-        )
-    form = _Form(context, body, params, call_id, prompt)
-    return await respond(request, generation, form, body)
+        output = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
+        (prompt,) = truncated([prompt], body, context.max_model_len, output)
+    return prompt, params
 
 
 class _Form:
@@ -50,10 +60,10 @@ class _Form:
 
     def __init__(self, context: Context, body: ChatCompletionRequest, params: SamplingParams, call_id: str, prompt: Prompt) -> None:
         self._id, self._model, self._created = call_id, context.model, int(time.time())
-        self._tokenizer = context.tokenizer
+        self._labels = Labels(context.tokenizer, bool(body.return_tokens_as_token_ids))
         self._prompt = prompt
         self._token_ids = bool(body.return_token_ids)
-        self._top = params.logprobs
+        self._top, self._prompt_top = params.logprobs, params.prompt_logprobs
         self.head = head(call_id, "chat.completion.chunk", self._created, context.model)
 
     def choices(self, piece: Piece) -> list[bytes]:
@@ -74,18 +84,20 @@ class _Form:
         return chunks
 
     def _logprobs(self, token_ids: list[int], positions: list[Any]) -> dict[str, Any]:
-        return chat_logprobs(self._tokenizer, token_ids, positions, self._top or 0)
+        return chat_logprobs(self._labels, token_ids, positions, self._top or 0)
 
     async def whole(self, generation: Generation) -> bytes:
         choices = await generation.run()
-        made = {
+        made: dict[str, Any] = {
             "id": self._id, "object": "chat.completion", "created": self._created, "model": self._model,
             "system_fingerprint": None,
             "choices": [self._choice(choice) for choice in choices],
-            "usage": usage_object(generation.usage),
+            "usage": usage_object(generation.usage), **generation.timings.describe(generation.usage),
         }  # fmt: skip
         if self._token_ids:
             made["prompt_token_ids"] = self._prompt.token_ids
+        if self._prompt_top is not None:
+            made["prompt_logprobs"] = prompt_logprobs(self._prompt.token_ids, generation.prompt_logprobs[0], self._prompt_top)
         return json_bytes(made)
 
     def _choice(self, choice: Choice) -> dict[str, Any]:

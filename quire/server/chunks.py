@@ -53,18 +53,20 @@ async def events(generation: Generation, writer: Writer, options: StreamOptions 
     """The whole stream, errors and ``[DONE]`` included. Closing it early ends the generation."""
     include_usage = bool(options and options.include_usage)
     continuous = bool(options and options.continuous_usage_stats)
-    tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+    tail = b'],"usage":null' if include_usage else b"]"
     try:
         with generation:
             while not generation.finished:
                 pieces = await generation.next(PING_S)
                 if continuous:
-                    tail = b'],"usage":' + usage_json(generation.usage) + b"}\n\n"
+                    tail = b'],"usage":' + usage_json(generation.usage)
                 chunks = [writer.head + choice + tail for piece in pieces for choice in writer.choices(piece)]
+                if chunks and generation.finished and not include_usage:
+                    chunks[-1] += _timings_json(generation)
                 if chunks or not pieces:
-                    yield b"".join(chunks) or PING
+                    yield b"".join([chunk + b"}\n\n" for chunk in chunks]) or PING
         if include_usage:
-            yield writer.head + b'],"usage":' + usage_json(generation.usage) + b"}\n\n"
+            yield writer.head + b'],"usage":' + usage_json(generation.usage) + _timings_json(generation) + b"}\n\n"
     except QuireError as e:
         yield b"data: " + error_bytes(e) + b"\n\n"
     except Exception:
@@ -106,6 +108,11 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 def usage_json(usage: Usage) -> bytes:
     return json_bytes(usage_object(usage))
+
+
+def _timings_json(generation: Generation) -> bytes:
+    """Members of the last chunk."""
+    return b"," + json_bytes(generation.timings.describe(generation.usage))[1:-1]
 
 
 def json_bytes(value: Any) -> bytes:

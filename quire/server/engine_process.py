@@ -110,4 +110,5 @@ def describe(engine: Engine, backend: Backend, config: EngineConfig, phases: lis
         weight_note=backend.weight_note,
         memory_note=backend.memory_note,
         phases=phases,
+        embedding_size=spec.embedding_size,
     )

@@ -57,8 +57,9 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             model = server_config.served_model_name or folder.resolve().name
             client = EngineClient(loaded.limits, engine_config.max_waiting)
             context = Context(
-                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), keys=keys
-            )
+                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
+                embedding_size=loaded.embedding_size, keys=keys,
+            )  # fmt: skip
             app = create_app(context)
 
             def ready() -> None:

@@ -80,6 +80,7 @@ class Loaded(Message, frozen=True):
     memory_note: str
     phases: list[tuple[str, float]]
     """What took how many seconds."""
+    embedding_size: int
 
 
 class NotLoaded(Message, frozen=True):

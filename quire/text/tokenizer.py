@@ -156,6 +156,11 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", self.rules.errors)
 
     @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template, the default one where it has several; None where it has none."""
+        return None if self._chat is None else self._chat.source
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat is not None
 

@@ -111,7 +111,7 @@ class Server:
         self._socket = open_socket("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = create_app(Context(self.client, tokenizer, config, "fake", (), keys=keys))
+        app = create_app(Context(self.client, tokenizer, config, "fake", (), embedding_size=2, keys=keys))
         started = threading.Event()
         self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
