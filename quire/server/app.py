@@ -11,13 +11,18 @@ from fastapi.responses import Response
 from quire import __version__
 from quire.errors import EngineError
 from quire.server import errors, ids, info, openapi, render
+from quire.server.anthropic.endpoint import count_tokens, messages
 from quire.server.chat import chat_completions
 from quire.server.chunks import json_bytes
 from quire.server.completions import completions
 from quire.server.context import Context, context_of
 from quire.server.embeddings import embeddings
 from quire.server.errors import UnavailableError
+from quire.server.generation import new_id
 from quire.server.keys import App, KeyCheck, Receive, Scope, Send
+from quire.server.page import routes as page
+from quire.server.page.feed import Feed
+from quire.server.responses.endpoint import create_response, stored_response
 from quire.server.tokenization import detokenize, tokenize
 
 
@@ -25,6 +30,7 @@ def create_app(context: Context) -> RequestIds:
     """The ASGI application for one served model."""
     app = FastAPI(title="Quire", version=__version__, redoc_url=None, redirect_slashes=False)
     app.state.context = context
+    app.state.feed = Feed(context.client, context.model)
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("GET", "/v1/models", list_models),
         ("GET", "/v1/models/{model_id:path}", get_model),
@@ -33,6 +39,13 @@ def create_app(context: Context) -> RequestIds:
         ("POST", "/v1/embeddings", embeddings),
         ("POST", "/v1/completions/render", render.completions),
         ("POST", "/v1/chat/completions/render", render.chat_completions),
+        ("POST", "/v1/responses", create_response),
+        ("GET", "/v1/responses/{response_id}", stored_response),
+        ("DELETE", "/v1/responses/{response_id}", stored_response),
+        ("POST", "/v1/responses/{response_id}/cancel", stored_response),
+        ("GET", "/v1/responses/{response_id}/input_items", stored_response),
+        ("POST", "/v1/messages", messages),
+        ("POST", "/v1/messages/count_tokens", count_tokens),
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
         ("GET", "/tokenizer_info", info.tokenizer_info),
@@ -45,6 +58,9 @@ def create_app(context: Context) -> RequestIds:
         ("GET", "/get_server_info", info.server_info),
         ("GET", "/ready", ready),
         ("GET", "/version", version),
+        ("GET", "/", page.index),
+        ("GET", "/page/events", page.events),
+        ("GET", "/page/{name}", page.asset),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
@@ -63,11 +79,15 @@ class RequestIds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope["request_id"] = ids.chosen(scope) or b"req-" + ids.random_hex().encode()
+        scope["request_id"] = ids.chosen(scope) or new_id("req").encode()
+
+        names = [b"x-request-id"]
+        if errors.is_anthropic(scope["path"]):
+            names.append(b"request-id")  # where Anthropic's clients look for it
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", scope["request_id"])]
+                message["headers"] = [*message["headers"], *((name, scope["request_id"]) for name in names)]
             await send(message)
 
         await self.app(scope, receive, send_with_id)
@@ -77,21 +97,23 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(json_bytes(value), status_code=status, media_type="application/json")
 
 
-def _card(context: Context) -> dict[str, Any]:
+def _card(context: Context, name: str) -> dict[str, Any]:
     return {
-        "id": context.model, "object": "model", "created": context.created, "owned_by": "quire", "root": context.model, "parent": None,
+        "id": name, "object": "model", "created": context.created, "owned_by": "quire", "root": context.model, "parent": None,
         "max_model_len": context.max_model_len, "permission": [],
     }  # fmt: skip
 
 
 async def list_models(request: Request) -> Response:
-    return _json({"object": "list", "data": [_card(context_of(request))]})
+    context = context_of(request)
+    return _json({"object": "list", "data": [_card(context, name) for name in context.names]})
 
 
 async def get_model(request: Request) -> Response:
     context = context_of(request)
-    context.check_model(request.path_params["model_id"])
-    return _json(_card(context))
+    name = request.path_params["model_id"]
+    context.check_model(name)
+    return _json(_card(context, name))
 
 
 async def health(request: Request) -> Response:

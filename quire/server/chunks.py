@@ -7,8 +7,6 @@ each client.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import AsyncIterator
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
@@ -17,15 +15,14 @@ from fastapi.responses import Response
 
 from quire.errors import QuireError
 from quire.outputs import Usage
-from quire.server.errors import INTERNAL, error_bytes
+from quire.server.answers import deliver
+from quire.server.errors import error_bytes
 from quire.server.generation import Generation, Piece
 from quire.server.schemas import GenerationRequest, StreamOptions
-from quire.server.sse import DONE, PING, PING_S, EventStream, answer
-
-log = logging.getLogger("quire.server")
+from quire.server.sse import DONE, PING
 
 
-class Writer(Protocol):
+class Form(Protocol):
     """One API's form of a chunk."""
 
     head: bytes
@@ -40,39 +37,46 @@ class Writer(Protocol):
         ...
 
 
-async def respond(request: Request, generation: Generation, writer: Writer, body: GenerationRequest) -> Response:
+async def respond(request: Request, generation: Generation, form: Form, body: GenerationRequest) -> Response:
     """Run a generation, and answer in the form that ``body`` asks for. What can't be queued is refused before the answer begins."""
-    generation.submit()
-    if body.stream:
-        return EventStream(events(generation, writer, body.stream_options), generation.close)
-    with generation:
-        return await answer(request, writer.whole(generation))
+    return await deliver(request, generation, _Chunks(generation, form, body.stream_options), bool(body.stream))
 
 
-async def events(generation: Generation, writer: Writer, options: StreamOptions | None) -> AsyncIterator[bytes]:
-    """The whole stream, errors and ``[DONE]`` included. Closing it early ends the generation."""
-    include_usage = bool(options and options.include_usage)
-    continuous = bool(options and options.continuous_usage_stats)
-    tail = b'],"usage":null' if include_usage else b"]"
-    try:
-        with generation:
-            while not generation.finished:
-                pieces = await generation.next(PING_S)
-                if continuous:
-                    tail = b'],"usage":' + usage_json(generation.usage)
-                chunks = [writer.head + choice + tail for piece in pieces for choice in writer.choices(piece)]
-                if chunks and generation.finished and not include_usage:
-                    chunks[-1] += _timings_json(generation)
-                if chunks or not pieces:
-                    yield b"".join([chunk + b"}\n\n" for chunk in chunks]) or PING
-        if include_usage:
-            yield writer.head + b'],"usage":' + usage_json(generation.usage) + _timings_json(generation) + b"}\n\n"
-    except QuireError as e:
-        yield b"data: " + error_bytes(e) + b"\n\n"
-    except Exception:
-        log.exception("a stream failed")
-        yield b"data: " + error_bytes(QuireError(INTERNAL)) + b"\n\n"
-    yield DONE
+class _Chunks:
+    """The stream of OpenAI's older APIs: chunks of choices, the usage where it is asked for, ``[DONE]`` in any case."""
+
+    ping = PING
+
+    def __init__(self, generation: Generation, form: Form, options: StreamOptions | None) -> None:
+        self._generation, self._form = generation, form
+        self._include_usage = bool(options and options.include_usage)
+        self._continuous = bool(options and options.continuous_usage_stats)
+        self._tail = b'],"usage":null' if self._include_usage else b"]"
+        self.whole = form.whole
+
+    def start(self) -> bytes:
+        return b""
+
+    def write(self, pieces: list[Piece]) -> bytes:
+        head, tail, choices = self._form.head, self._tail, self._form.choices
+        if self._continuous:
+            tail = b'],"usage":' + usage_json(self._generation.usage)
+        chunks = [head + choice + tail for piece in pieces for choice in choices(piece)]
+        if chunks and self._generation.finished and not self._include_usage:
+            chunks[-1] += self._timings()
+        return b"".join([chunk + b"}\n\n" for chunk in chunks])
+
+    def end(self) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return self._form.head + b'],"usage":' + usage_json(self._generation.usage) + self._timings() + b"}\n\n" + DONE
+
+    def _timings(self) -> bytes:
+        """Members of the last chunk."""
+        return b"," + json_bytes(self._generation.timings.describe(self._generation.usage))[1:-1]
+
+    def failed(self, error: QuireError) -> bytes:
+        return b"data: " + error_bytes(error) + b"\n\n" + DONE
 
 
 def head(call_id: str, kind: str, created: int, model: str) -> bytes:
@@ -108,11 +112,6 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 def usage_json(usage: Usage) -> bytes:
     return json_bytes(usage_object(usage))
-
-
-def _timings_json(generation: Generation) -> bytes:
-    """Members of the last chunk."""
-    return b"," + json_bytes(generation.timings.describe(generation.usage))[1:-1]
 
 
 def json_bytes(value: Any) -> bytes:

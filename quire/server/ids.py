@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import binascii
-import os
 from typing import NamedTuple
 
 from fastapi import Request
 
 from quire.errors import InvalidRequestError
 from quire.server.fields import shown
+from quire.server.generation import new_id
 from quire.server.keys import Scope
 
 MAX_REQUEST_ID = 128
@@ -20,10 +19,6 @@ class CallId(NamedTuple):
     """In the answer."""
     own: str
     """What the engine's requests are called by: two clients may choose the same."""
-
-
-def random_hex() -> str:
-    return binascii.hexlify(os.urandom(12)).decode()
 
 
 def is_sane(request_id: bytes) -> bool:
@@ -49,6 +44,6 @@ def call_id(request: Request, prefix: str, request_id: str | None) -> CallId:
         header = chosen(request.scope)
         suffix = header.decode() if header is not None else None
     if suffix is None:
-        made = f"{prefix}-{random_hex()}"
+        made = new_id(prefix)
         return CallId(made, made)
-    return CallId(f"{prefix}-{suffix}", f"{prefix}-{suffix}-{random_hex()}")
+    return CallId(f"{prefix}-{suffix}", new_id(f"{prefix}-{suffix}"))

@@ -24,7 +24,7 @@ async def tokenizer_info(request: Request) -> Response:
     return _json({
         "tokenizer_class": "PreTrainedTokenizerFast", **special,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        "vocab_size": tokenizer.vocab_size, "model_max_length": context.max_model_len, "chat_template": tokenizer.chat_template,
+        "vocab_size": tokenizer.vocab_size, "model_max_length": context.max_model_len, "chat_template": tokenizer.default_chat_template,
     })  # fmt: skip
 
 

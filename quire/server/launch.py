@@ -54,11 +54,11 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             phases.append(("tokenizer", time.perf_counter() - started))
             loaded = engine.loaded()
             phases += loaded.phases
-            model = server_config.served_model_name or folder.resolve().name
+            model, *aliases = server_config.model_names or (folder.resolve().name,)
             client = EngineClient(loaded.limits, engine_config.max_waiting)
             context = Context(
                 client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-                embedding_size=loaded.embedding_size, keys=keys,
+                embedding_size=loaded.embedding_size, aliases=tuple(aliases), keys=keys,
             )  # fmt: skip
             app = create_app(context)
 

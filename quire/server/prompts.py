@@ -94,10 +94,14 @@ async def chat_prompt(
     template_kwargs: dict[str, Any] | None,
     add_special_tokens: bool | None,
     max_bytes: int,
+    tools: list[dict[str, Any]] | None = None,
 ) -> Prompt:
     """The conversation in the model's own format. Raises InvalidRequestError or ContextLengthError."""
     generation = not continue_final_message if add_generation_prompt is None else add_generation_prompt
     size = sum(_text_size(message) for message in messages)
+    if tools is not None:
+        template_kwargs = {**(template_kwargs or {}), "tools": tools}
+        size += LONG_TEXT  # schemas are long
 
     def work() -> Prompt:
         text = context.tokenizer.render_chat(

@@ -39,9 +39,9 @@ async def chat_completions(request: Request) -> Response:
     body = parse(ChatCompletionRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
     call = call_id(request, "chatcmpl", body.request_id).shown
-    prompt, params = await chat.prepared(context, body)
+    made = await chat.chat_call(context, body)
     with chat_names(body):
-        rendered = _rendered(context, body, call, prompt, params)
+        rendered = _rendered(context, body, call, made.prompt, made.params)
     return Response(json_bytes(rendered), media_type="application/json")
 
 

@@ -42,6 +42,11 @@ class ChatTemplates:
         self._variables = dict(variables)
         self._compiled: dict[str, jinja2.Template] = {}
 
+    @property
+    def source(self) -> str:
+        """All templates, to look for words in them."""
+        return "\n".join(self._sources.values())
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool,
                variables: Mapping[str, Any]) -> str:  # fmt: skip
         """The prompt. Raises InvalidRequestError (messages, or the template for them), ModelLoadError (syntax of the template)."""
@@ -63,8 +68,8 @@ class ChatTemplates:
         return _cut(text) if continue_final_message else text
 
     @property
-    def source(self) -> str:
-        """The template that is used where there is nothing special."""
+    def default(self) -> str:
+        """The source of the template that is used where there is nothing special."""
         return self._sources[self._choose({})]
 
     def _choose(self, variables: Mapping[str, Any]) -> str:

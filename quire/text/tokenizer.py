@@ -156,13 +156,18 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", self.rules.errors)
 
     @property
-    def chat_template(self) -> str | None:
-        """The source of the model's chat template, the default one where it has several; None where it has none."""
-        return None if self._chat is None else self._chat.source
-
-    @property
     def has_chat_template(self) -> bool:
         return self._chat is not None
+
+    @property
+    def chat_template(self) -> str:
+        """The source of the model's chat templates, to look for words in it; empty where it has none."""
+        return "" if self._chat is None else self._chat.source
+
+    @property
+    def default_chat_template(self) -> str | None:
+        """The source of the chat template that is used where there is nothing special; None where the model has none."""
+        return None if self._chat is None else self._chat.default
 
     def render_chat(
         self,

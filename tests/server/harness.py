@@ -101,7 +101,9 @@ class ThreadLink:
 class Server:
     """A server in this process, on a thread of its own."""
 
-    def __init__(self, tokenizer: Tokenizer, backend: PacedBackend, keys: Keys | None = None, **options: Any) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, backend: PacedBackend, keys: Keys | None = None, *, eos: tuple[int, ...] = (), **options: Any
+    ) -> None:
         self.backend, self.tokenizer = backend, tokenizer
         engine_options = {name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options}
         engine_config = EngineConfig(**engine_options)
@@ -111,7 +113,7 @@ class Server:
         self._socket = open_socket("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = create_app(Context(self.client, tokenizer, config, "fake", (), embedding_size=2, keys=keys))
+        app = create_app(Context(self.client, tokenizer, config, "fake", eos, embedding_size=2, keys=keys))
         started = threading.Event()
         self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
@@ -224,6 +226,17 @@ def events(body: str) -> list[Any]:
             found.append(data if data == "[DONE]" else json.loads(data))
         else:
             assert not line or line.startswith(":"), f"not an event: {line!r}"
+    return found
+
+
+def named_events(body: str) -> list[dict[str, Any]]:
+    """The data of a stream whose events have names, which are their types."""
+    found = []
+    for block in body.split("\n\n"):
+        if block and not block.startswith(":"):
+            name, data = block.split("\n")
+            found.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
     return found
 
 
