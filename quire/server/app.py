@@ -12,6 +12,7 @@ from quire import __version__
 from quire.errors import EngineError
 from quire.server import errors, ids, info, openapi, render
 from quire.server.anthropic.endpoint import count_tokens, messages
+from quire.server.batches.routes import ROUTES
 from quire.server.chat import chat_completions
 from quire.server.chunks import json_bytes
 from quire.server.completions import completions
@@ -20,6 +21,7 @@ from quire.server.embeddings import embeddings
 from quire.server.errors import UnavailableError
 from quire.server.generation import new_id
 from quire.server.keys import App, KeyCheck, Receive, Scope, Send
+from quire.server.metrics.route import metrics
 from quire.server.page import routes as page
 from quire.server.page.feed import Feed
 from quire.server.responses.endpoint import create_response, stored_response
@@ -57,16 +59,21 @@ def create_app(context: Context) -> RequestIds:
         ("GET", "/server_info", info.server_info),
         ("GET", "/get_server_info", info.server_info),
         ("GET", "/ready", ready),
+        ("GET", "/metrics", metrics),
         ("GET", "/version", version),
         ("GET", "/", page.index),
         ("GET", "/page/events", page.events),
         ("GET", "/page/{name}", page.asset),
+        *ROUTES,
     ]
     for method, path, handler in routes:
-        app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
+        app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path, method))
     openapi.install(app)
-    errors.install(app, [*(path.replace(":path", "") for _, path, _ in routes), "/docs"])
-    return RequestIds(KeyCheck(app, context.keys))
+    paths = list(dict.fromkeys(path.replace(":path", "") for _, path, _ in routes))
+    errors.install(app, [*paths, "/docs"])
+    if context.batches is not None:
+        context.batches.attach(RequestIds(app), paths, context.check_model)
+    return RequestIds(KeyCheck(app, context.keys, context.client.meter.refuse))
 
 
 class RequestIds:

@@ -25,6 +25,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
     phases: list[tuple[str, float]] = []
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     with open_socket(server_config.host, server_config.port) as listener:
+        from quire.server.kv_publisher import open_publisher
         from quire.server.supervisor import EngineProcess, Supervisor
 
         keys = None
@@ -33,16 +34,27 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
 
             keys = read_keys(server_config.api_keys)
 
-        engine = EngineProcess(engine_config)
+        publisher = open_publisher(server_config)
+        kv_events = None if publisher is None else server_config.kv_events_format
+        engine = EngineProcess(engine_config, kv_events=kv_events, measure_limits=server_config.measure_limits)
+        compiler = None
         try:
             started = time.perf_counter()
             from quire.server.app import create_app
             from quire.server.banner import banner, base_url
+            from quire.server.batches.runner import open_runner
             from quire.server.client import EngineClient
+            from quire.server.compiler import Compiler
             from quire.server.context import Context
+            from quire.server.metrics.totals import Machine
             from quire.server.uvicorn_server import EngineServer
 
             phases.append(("HTTP stack", time.perf_counter() - started))
+            store = None
+            if server_config.batch_dir is not None:
+                from quire.server.batches.store import Store
+
+                store = Store(Path(server_config.batch_dir))
             started = time.perf_counter()
             from quire.text.tokenizer import Tokenizer
 
@@ -56,9 +68,15 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             phases += loaded.phases
             model, *aliases = server_config.model_names or (folder.resolve().name,)
             client = EngineClient(loaded.limits, engine_config.max_waiting)
+            if publisher is not None:
+                client.on_kv_events = publisher.publish
+            compiler = Compiler(folder, loaded.limits.vocab_size, loaded.eos_token_ids)
+            machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
+            batches = None if store is None else open_runner(store, client, server_config)
             context = Context(
                 client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-                embedding_size=loaded.embedding_size, aliases=tuple(aliases), keys=keys,
+                embedding_size=loaded.spec.embedding_size, aliases=tuple(aliases), keys=keys, machine=machine, compiler=compiler,
+                batches=batches,
             )  # fmt: skip
             app = create_app(context)
 
@@ -66,12 +84,14 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
                 url = base_url(server_config.host, listener.getsockname()[1])
                 print(banner(url, model, loaded, engine_config, phases, since_process_start()), flush=True)
 
-            link = Supervisor(engine, engine_config, server_config.engine_timeout)
-            EngineServer(app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout).run(
-                sockets=[listener]
-            )
+            link = Supervisor(engine, engine_config, server_config.engine_timeout, kv_events)
+            EngineServer(
+                app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout, batches=batches
+            ).run(sockets=[listener])
         finally:
             engine.kill()
+            if compiler is not None:
+                compiler.close()
     return 0
 
 

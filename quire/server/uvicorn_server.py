@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 
+from quire.server.batches.runner import Runner
 from quire.server.client import EngineClient, Link
 from quire.server.protocol import LimitedProtocol
 
@@ -21,19 +22,30 @@ class EngineServer(uvicorn.Server):
     ``drain_s`` seconds to end by itself. Then, or at once after another signal or SIGINT, all streams end with an error."""
 
     def __init__(
-        self, app: Any, client: EngineClient, link: Link, ready: Callable[[], None], *, keep_alive_s: int, grace_s: int, drain_s: float = 0
+        self,
+        app: Any,
+        client: EngineClient,
+        link: Link,
+        ready: Callable[[], None],
+        *,
+        keep_alive_s: int,
+        grace_s: int,
+        drain_s: float = 0,
+        batches: Runner | None = None,
     ) -> None:
         super().__init__(uvicorn.Config(
             app, loop="auto", http=LimitedProtocol, ws="none", lifespan="off", interface="asgi3", log_config=None, log_level="error",
             access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=grace_s,
         ))  # fmt: skip
         self._client, self._link, self._ready = client, link, ready
-        self._drain_s = drain_s
+        self._drain_s, self._batches = drain_s, batches
         self._drained_at: float | None = None
         """When what is in flight ends at the latest."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._client.start(self._link)
+        if self._batches is not None:
+            await self._batches.start()
         await super().startup(sockets=sockets)
         self._ready()
 
@@ -44,9 +56,13 @@ class EngineServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._client.close()
+        if self._batches is not None:
+            await self._batches.stop()
         # Requests that have to be cut off after the grace time are no errors of the server.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets=sockets)
+        if self._batches is not None:
+            await self._batches.close()
         self._client.stop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -79,7 +79,7 @@ class FakeBackend:
             self._look(row, [*row.tokens, *work.draft], work.start, work.start + work.count)
             if work.sample:
                 assert work.start + work.count == len(row.tokens) + len(work.draft)
-                self._sample(row, work.row, work.draft, result)
+                self._sample(row, work.row, work.draft, work.masks, result)
             if work.score:
                 self._score(row, work, result)
         return result
@@ -107,7 +107,7 @@ class FakeBackend:
             held = self.pool[block][position % self.block_size]
             assert held == fingerprint(tokens[: position + 1]), "the row's blocks hold something else than its tokens"
 
-    def _sample(self, row: Row, number: int, draft: Sequence[int], result: StepResult) -> None:
+    def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes], result: StepResult) -> None:
         if number in self.fail_rows:
             result.tokens += [-1] * (1 + len(draft))
             result.logprobs += [None] * (1 + len(draft))
@@ -119,6 +119,9 @@ class FakeBackend:
             return
         seen = [[*row.tokens, *draft[:i]] for i in range(1 + len(draft))]
         tokens = [expected_token(before, row.start.seed, self.spec.vocab_size) for before in seen]
+        if masks:
+            assert len(masks) == len(tokens)
+            tokens = [allowed_token(token, mask, self.spec.vocab_size) for token, mask in zip(tokens, masks, strict=True)]
         row.tokens += tokens[: accepted(draft, tokens)]
         result.tokens += tokens
         result.logprobs += [TokenLogprobs((-1.0, 1), []) if row.start.params.logprobs is not None else None for _ in tokens]
@@ -166,6 +169,11 @@ def expected_scores(prompt: list[int]) -> list[TokenLogprobs]:
 def expected_vector(prompt: list[int]) -> list[float]:
     """What FakeBackend makes of a prompt that is pooled."""
     return [float(fingerprint(prompt) % 1000), 1.0]
+
+
+def allowed_token(token: int, mask: bytes, vocab_size: int) -> int:
+    """What FakeBackend samples in place of ``token`` under ``mask``: the next one that is allowed."""
+    return next(t for i in range(vocab_size) if mask[(t := (token + i) % vocab_size) >> 3] >> (t & 7) & 1)
 
 
 def candidates(tokens: list[int], count: int, vocab_size: int) -> list[tuple[int, float]]:

@@ -161,8 +161,6 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (EMBEDDINGS, {"input": "a", "pooling": "max"}, 400, "pooling", ("max", "mean or last")),
     (EMBEDDINGS, {"input": "a", "temperature": 1}, 400, "temperature", ("unknown field",)),
     (EMBEDDINGS, {"input": "a", "model": "gpt-5"}, 404, "model", ("gpt-5",)),
-    (COMPLETIONS, text(guided_regex="a+"), 400, "guided_regex", ("not supported",)),
-    (COMPLETIONS, text(structured_outputs={"json": {}}), 400, "structured_outputs", ("not supported",)),
     (COMPLETIONS, text(temprature=1), 400, "temprature", ("temperature",)),
     (COMPLETIONS, text(zzz=1), 400, "zzz", ("unknown field", "max_tokens")),
     (COMPLETIONS, text(model="gpt-5"), 404, "model", ("gpt-5", "fake")),
@@ -184,7 +182,6 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", ("top_logprobs", "20")),
     (CHAT, chat(logprobs=1), 400, "logprobs", ("true or false",)),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools", ("chat template", "--tool-parser")),
-    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", ("not supported",)),
     (CHAT, chat(add_generation_prompt=True, continue_final_message=True), 400, "continue_final_message", ("at most one",)),
     (CHAT, chat(prompt="Hello"), 400, "prompt", ("unknown field",)),
     # bodies

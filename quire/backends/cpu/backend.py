@@ -111,7 +111,14 @@ class CpuBackend:
             logits = self.decoder.logits(hidden[batch.scored.sampled_at])
         if len(sampled) == 0:
             return result
-        self._sampler.sample(logits, sampled, batch.lengths, result)
+        masks: list[bytes | None] = []
+        if any(work.masks for work in plan.work):
+            for work in plan.work:
+                if work.sample:
+                    masks += work.masks or [None] * (1 + len(work.draft))
+        began = perf_counter()
+        self._sampler.sample(logits, sampled, batch.lengths, result, masks)
+        result.sample_s = perf_counter() - began
         if batch.drafts:
             self._rows.append_accepted(plan.work, result.tokens, self._sampler.beams)
         else:
