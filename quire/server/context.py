@@ -35,6 +35,8 @@ class Context:
     """The model's own, where a request says nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
     salts: Salts = field(default_factory=Salts)
+    embedding_size: int = 0
+    """Numbers of a vector of /v1/embeddings."""
     aliases: tuple[str, ...] = ()
     """Other names of the served model."""
     keys: Keys | None = None

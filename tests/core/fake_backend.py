@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from quire.core.plan import RowStart, StepPlan, StepResult, accepted
+from quire.core.plan import RowStart, RowWork, StepPlan, StepResult, accepted
 from quire.core.speculation import Drafter
 from quire.outputs import TokenLogprobs
 
@@ -21,6 +21,8 @@ class Row:
     tokens: list[int]
     start: RowStart
     blocks: list[int] = field(default_factory=list)
+    next_score: int | None = None
+    """Where the next scores begin, if there were any since the row was started."""
 
 
 class FakeBackend:
@@ -78,7 +80,24 @@ class FakeBackend:
             if work.sample:
                 assert work.start + work.count == len(row.tokens) + len(work.draft)
                 self._sample(row, work.row, work.draft, work.masks, result)
+            if work.score:
+                self._score(row, work, result)
         return result
+
+    def _score(self, row: Row, work: RowWork, result: StepResult) -> None:
+        """Positions come once each, in order; see ``expected_scores`` and ``expected_vector``."""
+        score = work.score
+        assert work.start <= score.start < score.stop <= work.start + work.count
+        first = row.start.num_prompt - 1 if row.start.pooling == "last" else 0
+        assert score.start == (first if row.next_score is None and row.start.pooling else row.next_score or score.start)
+        row.next_score = score.stop
+        prompt = row.tokens[: row.start.num_prompt]
+        if work.row in self.fail_rows:
+            result.errors[work.row] = "logits are not finite"
+        elif row.start.pooling is None:
+            result.scores[work.row] = expected_scores(prompt)[score.start : score.stop]
+        elif score.stop == len(prompt):
+            result.vectors[work.row] = expected_vector(prompt)
 
     def _look(self, row: Row, tokens: list[int], start: int, end: int) -> None:
         """What the queries at positions ``start`` to ``end`` see is what it should be."""
@@ -139,6 +158,17 @@ def fingerprint(tokens: list[int]) -> int:
 def expected_token(tokens: list[int], seed: int, vocab_size: int) -> int:
     """The token that FakeBackend samples after ``tokens``."""
     return (fingerprint(tokens) * 31 + seed * 1_000_003) % _PRIME % vocab_size
+
+
+def expected_scores(prompt: list[int]) -> list[TokenLogprobs]:
+    """What FakeBackend says of the prompt's tokens behind the first."""
+    values = [-(fingerprint(prompt[: i + 1]) % 1000) / 8 for i in range(1, len(prompt))]
+    return [TokenLogprobs((value, 1 + i % 3), []) for i, value in enumerate(values)]
+
+
+def expected_vector(prompt: list[int]) -> list[float]:
+    """What FakeBackend makes of a prompt that is pooled."""
+    return [float(fingerprint(prompt) % 1000), 1.0]
 
 
 def allowed_token(token: int, mask: bytes | None, vocab_size: int) -> int:

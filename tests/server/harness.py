@@ -120,7 +120,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.config = config
         self.batches = batches = None if config.batch_dir is None else open_runner(Store(Path(config.batch_dir)), self.client, config)
-        app = create_app(Context(self.client, tokenizer, config, "fake", eos, keys=keys, batches=batches))
+        app = create_app(Context(self.client, tokenizer, config, "fake", eos, embedding_size=2, keys=keys, batches=batches))
         self.feed: Feed = app.app._app.state.feed  # type: ignore[attr-defined]
         started = threading.Event()
         self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2, batches=batches)
