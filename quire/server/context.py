@@ -17,7 +17,7 @@ from quire.server.kv_publisher import KVPublisher
 from quire.server.metrics.totals import Machine
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
-from quire.text.tools.formats import END_THINK, detect
+from quire.text.tools.formats import END_THINK, detect, takes_one_call
 
 if TYPE_CHECKING:
     from quire.server.batches.runner import Runner
@@ -35,6 +35,8 @@ class Context:
     """The model's own, where a request says nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
     salts: Salts = field(default_factory=Salts)
+    embedding_size: int = 0
+    """Numbers of a vector of /v1/embeddings."""
     aliases: tuple[str, ...] = ()
     """Other names of the served model."""
     keys: Keys | None = None
@@ -49,6 +51,8 @@ class Context:
     """None: the server keeps none."""
     tool_format: str | None = field(init=False)
     """In which the model writes calls of tools; None: in none that is known."""
+    parallel_calls: bool = field(init=False)
+    """The model's chat template takes messages with several calls."""
     reasoning: bool = field(init=False)
     """The model's answers may begin with its reasoning."""
 
@@ -56,6 +60,7 @@ class Context:
         template, tools, reasoning = self.tokenizer.chat_template, self.config.tool_parser, self.config.reasoning_parser
         found = detect(template) if tools == "auto" else None if tools == "none" else tools
         object.__setattr__(self, "tool_format", found)
+        object.__setattr__(self, "parallel_calls", not takes_one_call(template))
         object.__setattr__(self, "reasoning", END_THINK in template if reasoning == "auto" else reasoning == "think")
 
     @property

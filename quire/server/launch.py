@@ -75,7 +75,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             batches = None if store is None else open_runner(store, client, server_config)
             context = Context(
                 client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-                aliases=tuple(aliases), keys=keys, machine=machine, publisher=observers.publisher, compiler=compiler, batches=batches,
+                embedding_size=loaded.spec.embedding_size, aliases=tuple(aliases), keys=keys, machine=machine,
+                publisher=observers.publisher, compiler=compiler, batches=batches,
             )  # fmt: skip
             app = observers.around(create_app(context))
 
