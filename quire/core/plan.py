@@ -125,6 +125,9 @@ class StepPlan:
                 sampled = 1 + len(work.draft)
                 rows += sampled
                 rows_context += end if sampled == 1 else attended(end, sampled)
+            if work.score:
+                rows += len(work.score)
+                rows_context += attended(work.score.stop, len(work.score))
         return StepExtent(1, rows > 0, positions, keys, context, rows, rows_context)
 
 

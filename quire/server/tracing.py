@@ -90,8 +90,8 @@ class Tracer:
             attributes=self._attributes(record, now),
             start_time=epoch + int(record.arrived * 1e9),
         )
-        if record.first_token:
-            span.add_event("first_token", timestamp=epoch + int(record.first_token * 1e9))
+        if record.generated:
+            span.add_event("first_token", timestamp=epoch + int(record.first_output * 1e9))
         if record.finished_reason == "error":
             span.set_status(StatusCode.ERROR)
         span.end(epoch + int(now * 1e9))
@@ -124,9 +124,10 @@ class Tracer:
         }
         if params.max_tokens is not None:
             found["gen_ai.request.max_tokens"] = params.max_tokens
-        if record.first_token:
+        if record.first_output:
             found["gen_ai.latency.time_in_queue"] = record.queued_s or 0.0
-            found["gen_ai.latency.time_to_first_token"] = record.first_token - record.arrived
+            if record.generated:
+                found["gen_ai.latency.time_to_first_token"] = record.first_output - record.arrived
             found["gen_ai.latency.time_in_model_prefill"] = record.prefill_s
             found["gen_ai.latency.time_in_model_decode"] = record.decode_s
             found["gen_ai.latency.time_in_model_inference"] = record.prefill_s + record.decode_s
