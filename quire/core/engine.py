@@ -157,6 +157,9 @@ class Engine:
             order = (request.priority, self._arrivals, index)
             seed = derive_seed(request.seed, index)
             seq = Sequence(group, request, index, [*prompt, *made], len(prompt), seed, max_tokens, params, order)
+            if index == 0 and not made:  # else they were put out with its first token
+                seq.unscored = request.scored()
+                seq.scores = None if params.prompt_logprobs is None else []
             if params.constrained:
                 if self.constraints is None:
                     raise InvalidRequestError("this engine has no tokenizer, which constrained outputs need")

@@ -13,6 +13,7 @@ from quire.errors import ModelNotFoundError
 from quire.server.client import EngineClient
 from quire.server.compiler import Compiler
 from quire.server.keys import Caller, Keys
+from quire.server.kv_publisher import KVPublisher
 from quire.server.metrics.totals import Machine
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
@@ -34,12 +35,16 @@ class Context:
     """The model's own, where a request says nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
     salts: Salts = field(default_factory=Salts)
+    embedding_size: int = 0
+    """Numbers of a vector of /v1/embeddings."""
     aliases: tuple[str, ...] = ()
     """Other names of the served model."""
     keys: Keys | None = None
     """None: everybody may use the server."""
     machine: Machine | None = None
     """What steps cost, and what the engine's device can do at most; None where that is not known."""
+    publisher: KVPublisher | None = None
+    """Of KV events."""
     compiler: Compiler | None = None
     """Tries forms of structured output; None: the engine alone does."""
     batches: Runner | None = None

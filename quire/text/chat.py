@@ -67,6 +67,11 @@ class ChatTemplates:
         text = self._render(name, {**known, "messages": chat, "add_generation_prompt": add_generation_prompt})
         return _cut(text) if continue_final_message else text
 
+    @property
+    def default(self) -> str:
+        """The source of the template that is used where there is nothing special."""
+        return self._sources[self._choose({})]
+
     def _choose(self, variables: Mapping[str, Any]) -> str:
         if variables.get("tools") and "tool_use" in self._sources:
             return "tool_use"

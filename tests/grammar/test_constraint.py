@@ -137,6 +137,24 @@ def test_made_anew_it_goes_on_the_same(kind: str, form: Structured, seed: int, i
         constraint.advance(new)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(FORMS), st.integers(0, 1 << 30), st.booleans())
+def test_what_is_foreseen_is_what_comes(form: Structured, seed: int, banned: bool) -> None:
+    rng = random.Random(seed)
+    params = SamplingParams(structured=form, bad_words=["xyzzy", "two on"] if banned else [])
+    _, made = walk("embedded", params, rng, 12)
+    constraint = constraints("embedded").open(params, ())
+    before = (constraint.mask, list(constraint.forced))
+    tokens = [*made, 77, 78]
+    masks = constraint.foresee(tokens)
+    assert (constraint.mask, constraint.forced) == before
+    for i, mask in enumerate(masks):
+        assert constraint.mask == mask
+        if i + 1 < len(masks):
+            constraint.advance([tokens[i]])
+    assert len(masks) >= len(made)
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_forced_texts_are_spelt_exactly(kind: str) -> None:
     vocabulary = constraints(kind)._loaded()

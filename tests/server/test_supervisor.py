@@ -72,7 +72,7 @@ def calls() -> list[tuple[str, dict[str, Any]]]:
     kinds: list[tuple[str, dict[str, Any]]] = [
         (COMPLETIONS, {"prompt": "import os\n", "max_tokens": 300, "temperature": 0, "stream": True}),
         (COMPLETIONS, {"prompt": "import os\nimport re\n", "max_tokens": 200, "stream": True, "logprobs": 3}),
-        (COMPLETIONS, {"prompt": ["class A:\n", "def f(x):\n"], "n": 3, "max_tokens": 150, "logprobs": 1}),
+        (COMPLETIONS, {"prompt": ["class A:\n", "def f(x):\n"], "n": 3, "max_tokens": 150, "logprobs": 1, "echo": True}),
         (COMPLETIONS, {"prompt": "for i in", "n": 1, "best_of": 4, "max_tokens": 120}),
         (COMPLETIONS, {"prompt": "def g(", "beam_width": 3, "n": 2, "max_tokens": 60}),
         (COMPLETIONS, {"prompt": "x = [", "stop": ["return", "if "], "max_tokens": 300, "stream": True}),

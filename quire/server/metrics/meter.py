@@ -46,8 +46,8 @@ class RequestRecord:
     queued_s: float | None = None
     preemptions: int = 0
     finished_reason: str = "stop"
-    parent: object = None
-    """What a listener to ``begun`` made of it."""
+    trace: dict[str, str] | None = None
+    """The trace that its call belongs to (W3C's traceparent and tracestate); noted by ``begun``."""
     ended: set[int] = field(default_factory=set)
 
     @property

@@ -5,7 +5,7 @@ import pytest
 
 from quire.backends.cpu.rows import Rows
 from quire.backends.cpu.sampler import Sampler
-from quire.core.plan import RowStart
+from quire.core.plan import RowStart, StepResult
 from quire.sampling_params import SamplingParams
 
 VOCAB, LENGTH = 500, 12
@@ -55,7 +55,9 @@ def begin(sampler, starts):
 
 def draw(sampler, rows, seeds):
     rows = np.array(rows, np.int32)
-    return sampler.sample(logits_of(seeds), rows, np.full(len(rows), LENGTH, np.int64))
+    result = StepResult()
+    sampler.sample(logits_of(seeds), rows, np.full(len(rows), LENGTH, np.int64), result)
+    return result
 
 
 def test_a_row_is_sampled_as_if_it_were_alone(sampler):
