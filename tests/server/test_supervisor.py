@@ -135,8 +135,9 @@ def test_killed_at_any_moment_every_stream_ends_with_the_same_bytes() -> None:
 
         def killer() -> None:
             while not done.wait(rng.uniform(0.05, 1.5)):
-                if len(killed) % 2 == 0:  # two deaths without a token between them are survived, a third is not
-                    http.post(server.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 1})  # comes after what is in flight
+                if killed and len(killed) % 2 == 0:  # two deaths without a token between them are survived, a third is not
+                    probe = {"prompt": "a", "max_tokens": 1, "priority": -1}  # comes after what was suspected, and before the rest
+                    http.post(server.url + COMPLETIONS, json=probe)
                 killed.append(server.engine_pid)
                 os.kill(killed[-1], signal.SIGKILL)
                 wait_until(lambda: server.engine_pid not in killed, "the death was noticed")
