@@ -191,6 +191,11 @@ class ServerConfig(_Checked):
     )
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
+    pooling: str = option(
+        "last",
+        "what /v1/embeddings makes of a text, unless a request says: the state of its last token, or the mean of all",
+        choices=("mean", "last"),
+    )
     batch_dir: str | None = option(
         None,
         "folder that keeps files and batches (/v1/files, /v1/batches) over restarts; one server at a time may have it (default: none are "
