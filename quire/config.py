@@ -19,6 +19,7 @@ EMBEDDED_MODEL = "embedded"
 """Name of the small model that ships with the package."""
 
 DEFAULT_NUM_SEQS = 64
+MAX_TIMEOUT_S = 86400
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
           "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
@@ -176,13 +177,17 @@ class ServerConfig(_Checked):
     )
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
+    request_timeout: int = option(
+        0, "seconds after which a request ends with an error, whatever it asks for; 0 is no limit", low=0, high=MAX_TIMEOUT_S,
+        metavar="SECONDS",
+    )  # fmt: skip
     drain_timeout: int = option(
-        30, "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended", low=0, high=86400, metavar="SECONDS"
+        30, "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended", low=0, high=MAX_TIMEOUT_S, metavar="SECONDS"
     )
     engine_timeout: int = option(
         120,
         "seconds without a finished step, while there is work, after which the engine counts as hung and is started again",
-        low=1, high=86400, metavar="SECONDS",
+        low=1, high=MAX_TIMEOUT_S, metavar="SECONDS",
     )  # fmt: skip
 
 

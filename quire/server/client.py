@@ -46,7 +46,7 @@ class Stream:
         self._open = {(r.request_id, i) for r in requests for i in range(r.params.num_outputs)}
         self._arrived: list[SequenceOutput] = []
         self._news = asyncio.Event()
-        self._failure: str | None = None
+        self._failure: QuireError | None = None
 
     def close(self) -> None:
         """Nothing more is wanted of any of the requests. May be called twice."""
@@ -57,7 +57,13 @@ class Stream:
     @property
     def finished(self) -> bool:
         """Every sequence has ended, and everything was fetched."""
-        return not self._open and not self._arrived
+        return not self._open and not self._arrived and self._failure is None
+
+    def fail(self, error: QuireError) -> None:
+        """End what has not ended, and free its blocks now; ``fetch`` raises ``error`` after what has arrived."""
+        if self._open:
+            self._fail(error)
+            self.close()
 
     def end(self, request_id: str, index: int) -> None:
         """Nothing more is wanted of one sequence (a stop string was found in its text): free its blocks now."""
@@ -68,7 +74,7 @@ class Stream:
     async def fetch(self, timeout: float | None = None) -> list[SequenceOutput]:
         """All that has arrived since the last call, at least one output; empty after ``timeout`` seconds without any.
 
-        Raises UnavailableError where the engine died or the server is stopping.
+        Raises UnavailableError where the engine died or the server is stopping, and what ``fail`` was told.
         """
         if not self._arrived and self._failure is None:
             self._news.clear()
@@ -78,7 +84,7 @@ class Stream:
             except TimeoutError:
                 return []
         if not self._arrived and self._failure is not None:
-            raise UnavailableError(self._failure)
+            raise self._failure
         arrived, self._arrived = self._arrived, []
         return arrived
 
@@ -95,9 +101,10 @@ class Stream:
         self._open.discard(key)
         self._client.in_flight -= 1
 
-    def _fail(self, reason: str) -> None:
-        self._failure = reason
-        self._news.set()
+    def _fail(self, error: QuireError) -> None:
+        if self._open:
+            self._failure = error
+            self._news.set()
 
 
 class EngineClient:
@@ -257,7 +264,7 @@ class EngineClient:
 
     def _fail_all(self, reason: str) -> None:
         for stream in self._streams.values():
-            stream._fail(reason)
+            stream._fail(UnavailableError(reason))
         self._fail_asked(UnavailableError(reason))
 
     def _fail_asked(self, error: QuireError) -> None:

@@ -87,6 +87,7 @@ class GenerationRequest(_Body):
     cache_salt: str | None = Field(None, description="cached prefixes are shared only among requests with the same salt")
     cache_retention: CacheRetention | None = Field(None, description="a wish that the prompt stays in the prefix cache")
     return_token_ids: bool | None = Field(None, description="return token ids beside the text")
+    timeout: float | None = Field(None, description="seconds after which the request ends with an error if it has not ended by itself")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
