@@ -175,6 +175,11 @@ class ServerConfig(_Checked):
     api_keys: str | None = option(
         None, "file of the API keys that are asked for, with their limits (default: none is asked for)", metavar="FILE"
     )
+    allowed_origins: str | None = option(
+        None, "origins whose pages may use the server from a browser, e.g. https://a.example,http://localhost:3000, or * for all "
+        "(default: none but its own)", metavar="ORIGINS",
+    )  # fmt: skip
+    max_connections: int = option(4096, "most connections at a time; further ones are refused (HTTP 503)", low=1, high=1 << 20)
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
     request_timeout: int = option(
@@ -182,7 +187,11 @@ class ServerConfig(_Checked):
         metavar="SECONDS",
     )  # fmt: skip
     drain_timeout: int = option(
-        30, "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended", low=0, high=MAX_TIMEOUT_S, metavar="SECONDS"
+        30,
+        "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended",
+        low=0,
+        high=MAX_TIMEOUT_S,
+        metavar="SECONDS",
     )
     engine_timeout: int = option(
         120,

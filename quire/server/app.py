@@ -11,21 +11,31 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from quire import __version__
+from quire.config import ServerConfig
 from quire.errors import EngineError
 from quire.server import errors, openapi
 from quire.server.chat import chat_completions
 from quire.server.chunks import json_bytes
 from quire.server.completions import completions
 from quire.server.context import Context, context_of
+from quire.server.cors import cross_origin, read_origins
 from quire.server.errors import UnavailableError
-from quire.server.keys import App, KeyCheck, Receive, Scope, Send
+from quire.server.keys import App, KeyCheck, Keys, Receive, Scope, Send
 from quire.server.tokenization import detokenize, tokenize
 
 MAX_REQUEST_ID = 128
 
 
-def create_app(context: Context) -> RequestIds:
-    """The ASGI application for one served model."""
+def around(app: App, config: ServerConfig, keys: Keys | None) -> App:
+    """What every request passes before it reaches ``app``. Raises ConfigError."""
+    checked: App = KeyCheck(app, keys)
+    if config.allowed_origins is not None:
+        checked = cross_origin(checked, read_origins(config.allowed_origins))
+    return RequestIds(checked)
+
+
+def create_app(context: Context) -> FastAPI:
+    """The ASGI application for one served model; ``around`` it goes what checks keys."""
     app = FastAPI(title="Quire", version=__version__, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
@@ -43,7 +53,7 @@ def create_app(context: Context) -> RequestIds:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
     openapi.install(app)
     errors.install(app, [*(path.replace(":path", "") for _, path, _ in routes), "/docs"])
-    return RequestIds(KeyCheck(app, context.keys))
+    return app
 
 
 class RequestIds:
@@ -107,7 +117,8 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 while a request that comes now is started; 503 while the engine is being started again, and while the server drains."""
+    """200 while a request that comes now is started; 503 while the engine is loaded or started again or does not finish a step, and
+    while the server drains."""
     context_of(request).client.check_ready()
     return _json({"status": "ready"})
 

@@ -18,7 +18,7 @@ from quire.errors import EngineError, QueueFullError, QuireError
 from quire.outputs import SequenceOutput
 from quire.server.errors import UnavailableError
 from quire.server.journal import FAIL_AFTER, Journal
-from quire.server.messages import Abort, Add, Died, Down, FromEngine, GetStats, Outputs, Stats, ToEngine, Up
+from quire.server.messages import Abort, Add, Died, Down, FromEngine, GetStats, Outputs, Stalled, Stats, ToEngine, Up
 
 CLOSING = "the server is shutting down"
 DRAINING = "the server is shutting down: it finishes what it has, and takes nothing new"
@@ -131,6 +131,8 @@ class EngineClient:
         self.draining = self.closing = False
         self.up = False
         """There is an engine."""
+        self.stalled: float | None = None
+        """Seconds for which the engine had finished no step, though it has work, when it was last looked at."""
         self.restarts = 0
         """Engines that took the place of one that died."""
 
@@ -206,6 +208,10 @@ class EngineClient:
         self.check()
         if not self.up:
             raise UnavailableError(RESTARTING)
+        if self.stalled is not None and len(self._journal) > 0:
+            raise UnavailableError(
+                f"the engine has not finished a step for {self.stalled:.0f} seconds, though it has work: it will be started again"
+            )
 
     def _check_alive(self) -> None:
         if self.dead is not None or self.closing or self._link is None:
@@ -233,7 +239,10 @@ class EngineClient:
             self._loop.call_soon_threadsafe(self._receive, message)
 
     def _receive(self, message: FromEngine) -> None:
+        self.stalled = None
         match message:
+            case Stalled(seconds):
+                self.stalled = seconds
             case Outputs(outputs):
                 for output in outputs:
                     self._journal.note(output)

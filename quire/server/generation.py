@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+from quire import sampling_params
 from quire.config import MAX_TIMEOUT_S
 from quire.core.sequence import Request, Retention
 from quire.errors import EngineError, InvalidRequestError, QuireError
 from quire.outputs import Choice, SequenceOutput, Usage
-from quire.sampling_params import SamplingParams, number
+from quire.sampling_params import SamplingParams
 from quire.server.client import Stream
 from quire.server.context import Context
 from quire.server.errors import DeadlineError
@@ -169,7 +170,7 @@ def _timeout(body: GenerationRequest, most: int) -> float | None:
     """Seconds that the request may take, at most ``most`` where that is not 0; None: any time. Raises InvalidRequestError."""
     if body.timeout is None:
         return most or None
-    wish = number("timeout", body.timeout, 0.001, MAX_TIMEOUT_S, " seconds")
+    wish = sampling_params.number("timeout", body.timeout, 0.001, MAX_TIMEOUT_S, " seconds")
     return min(wish, most or wish)
 
 

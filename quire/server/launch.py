@@ -1,6 +1,7 @@
 """From a model folder to a server that answers: open the socket, start the engine's process, serve, stop.
 
-The engine loads the model while the HTTP stack is imported here: the time to the first answer is what the user waits for.
+The engine loads the model while the HTTP stack is imported here: the time to the first answer is what the user waits for. As soon
+as it is imported, whoever asks is told that the model is being loaded.
 """
 
 from __future__ import annotations
@@ -10,12 +11,20 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ServerConfig
 from quire.errors import ConfigError, QuireError
 
+if TYPE_CHECKING:
+    from quire.server.keys import Keys
+    from quire.server.loading import Door, Serving
+    from quire.server.supervisor import EngineProcess
+
 KEEP_ALIVE_S = 75
 """Longer than common clients keep idle connections, so that it is they who close them."""
+OTHER_FILES = 128
+"""Open files that are no connections, with some to spare."""
 GRACE_S = 5
 """Streams that end with an error end at once; a client that does not read it is cut off after this time."""
 
@@ -25,7 +34,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
     phases: list[tuple[str, float]] = []
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     with open_socket(server_config.host, server_config.port) as listener:
-        from quire.server.supervisor import EngineProcess, Supervisor
+        from quire.server.supervisor import EngineProcess
 
         keys = None
         if server_config.api_keys is not None:
@@ -36,42 +45,77 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
         engine = EngineProcess(engine_config)
         try:
             started = time.perf_counter()
-            from quire.server.app import create_app
-            from quire.server.banner import banner, base_url
-            from quire.server.client import EngineClient
-            from quire.server.context import Context
+            from quire.server.app import around
+            from quire.server.banner import base_url
+            from quire.server.loading import Door
             from quire.server.uvicorn_server import EngineServer
 
             phases.append(("HTTP stack", time.perf_counter() - started))
-            started = time.perf_counter()
-            from quire.text.tokenizer import Tokenizer
+            most = files_for(server_config.max_connections)
+            door, url = Door(), base_url(server_config.host, listener.getsockname()[1])
 
-            try:
-                tokenizer = Tokenizer.load(folder)
-            except QuireError:
-                engine.loaded()  # a folder that is no model at all is reported as that
-                raise
-            phases.append(("tokenizer", time.perf_counter() - started))
-            loaded = engine.loaded()
-            phases += loaded.phases
-            model = server_config.served_model_name or folder.resolve().name
-            client = EngineClient(loaded.limits, engine_config.max_waiting)
-            context = Context(
-                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), keys=keys
+            def load() -> Serving:
+                return load_model(engine, engine_config, server_config, folder, keys, door, url, phases)
+
+            server = EngineServer(
+                around(door, server_config, keys),
+                load,
+                engine.kill,
+                keep_alive_s=KEEP_ALIVE_S,
+                grace_s=GRACE_S,
+                drain_s=server_config.drain_timeout,
+                max_connections=most,
             )
-            app = create_app(context)
-
-            def ready() -> None:
-                url = base_url(server_config.host, listener.getsockname()[1])
-                print(banner(url, model, loaded, engine_config, phases, since_process_start()), flush=True)
-
-            link = Supervisor(engine, engine_config, server_config.engine_timeout)
-            EngineServer(app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout).run(
-                sockets=[listener]
-            )
+            server.run(sockets=[listener])
+            if server.failure is not None:
+                raise server.failure
         finally:
             engine.kill()
     return 0
+
+
+def load_model(
+    engine: EngineProcess,
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    folder: Path,
+    keys: Keys | None,
+    door: Door,
+    url: str,
+    phases: list[tuple[str, float]],
+) -> Serving:
+    """Wait until the engine has loaded, and make what stands behind ``door``. Raises QuireError."""
+    from quire.server.app import create_app
+    from quire.server.banner import banner
+    from quire.server.client import EngineClient
+    from quire.server.context import Context
+    from quire.server.loading import Serving
+    from quire.server.supervisor import Supervisor
+    from quire.text.tokenizer import Tokenizer
+
+    started = time.perf_counter()
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except QuireError:
+        engine.loaded()  # a folder that is no model at all is reported as that
+        raise
+    phases.append(("tokenizer", time.perf_counter() - started))
+    loaded = engine.loaded()
+    phases += loaded.phases
+    model = server_config.served_model_name or folder.resolve().name
+    client = EngineClient(loaded.limits, engine_config.max_waiting)
+    app = create_app(
+        Context(client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), keys=keys)
+    )
+
+    def ready() -> None:
+        door.open(app)
+        try:
+            print(banner(url, model, loaded, engine_config, phases, since_process_start()), flush=True)
+        except OSError as e:  # a full disk, a reader that has left: no reason not to serve
+            logging.getLogger("quire.server").warning("%s is ready, but standard output can't be written: %s", url, e.strerror)
+
+    return Serving(client, Supervisor(engine, engine_config, server_config.engine_timeout), ready)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -86,7 +130,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)  # the port is ours from here on; connections wait until the model is there
+        listener.listen(2048)  # the port is ours from here on; connections wait until there is somebody to answer
     except OSError as e:
         listener.close()
         if isinstance(e, PermissionError):
@@ -99,6 +143,24 @@ def open_socket(host: str, port: int) -> socket.socket:
             ) from None
         raise ConfigError(f"can't listen on {host} port {port}: {e.strerror}", param="host") from None
     return listener
+
+
+def files_for(connections: int) -> int:
+    """Raise this process's limit of open files for so many connections. The number that there is room for."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = connections + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= need:
+        return connections
+    allowed = need if hard == resource.RLIM_INFINITY else min(need, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < need:
+        logging.getLogger("quire.server").warning(
+            "this process may open %d files, so that it takes %d connections and not %d: raise the limit (ulimit -n), or lower "
+            "--max-connections", hard, allowed - OTHER_FILES, connections,
+        )  # fmt: skip
+    return max(1, allowed - OTHER_FILES)
 
 
 def since_process_start() -> float:

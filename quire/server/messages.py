@@ -118,6 +118,13 @@ class Up(Message, frozen=True):
     """The other one is ready. Said on the front's side."""
 
 
+class Stalled(Message, frozen=True):
+    """No step has ended for ``seconds``, though there is work. The next message of the engine says that it goes on. Said on the
+    front's side."""
+
+    seconds: float
+
+
 class Died(Message, frozen=True):
     """There will be no engine any more; every request in flight is lost."""
 
@@ -125,7 +132,7 @@ class Died(Message, frozen=True):
 
 
 ToEngine = Add | Abort | GetStats | Stop
-FromEngine = Outputs | Stats | Alive | Down | Up | Died
+FromEngine = Outputs | Stats | Alive | Stalled | Down | Up | Died
 
 ALIVE_S = 0.5
 

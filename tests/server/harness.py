@@ -25,13 +25,14 @@ from core.fake_backend import FakeBackend
 from quire.config import EngineConfig, ServerConfig
 from quire.core.plan import StepPlan, StepResult
 from quire.outputs import TokenLogprobs
-from quire.server.app import create_app
+from quire.server.app import around, create_app
 from quire.server.client import EngineClient
 from quire.server.context import Context
 from quire.server.engine_loop import EngineLoop, SteppedEngine
 from quire.server.engine_process import make_engine
 from quire.server.keys import Keys
 from quire.server.launch import open_socket
+from quire.server.loading import Serving
 from quire.server.messages import Died, FromEngine, Stop, ToEngine
 from quire.server.uvicorn_server import EngineServer
 from quire.text.tokenizer import Tokenizer
@@ -113,7 +114,10 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         app = create_app(Context(self.client, tokenizer, config, "fake", (), keys=keys))
         started = threading.Event()
-        self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2)
+        serving = Serving(self.client, ThreadLink(self.engine), started.set)
+        self._server = EngineServer(
+            around(app, config, keys), lambda: serving, lambda: None, keep_alive_s=5, grace_s=2, max_connections=config.max_connections
+        )
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
         self._thread.start()
         assert started.wait(DEADLINE_S)
@@ -159,12 +163,12 @@ class Process:
         self.process.communicate()
 
 
-def start_process(*arguments: str) -> subprocess.Popen[str]:
+def start_process(*arguments: str, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
 

@@ -1,0 +1,49 @@
+"""The server before there is an engine: it listens, checks keys, and says that it is loading."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi.responses import Response
+
+from quire.server.chunks import json_bytes
+from quire.server.client import EngineClient, Link
+from quire.server.errors import UnavailableError, error_response
+from quire.server.keys import App, Receive, Scope, Send
+
+
+@dataclass(slots=True, frozen=True)
+class Serving:
+    """What a server is made of once its engine has loaded."""
+
+    client: EngineClient
+    link: Link
+    ready: Callable[[], None]
+    """Called when the client talks to the engine, before the first request does."""
+
+
+class Door:
+    """Stands where the application will be. Until it is opened: /health answers, /metrics is empty, all else is 503."""
+
+    def __init__(self) -> None:
+        self._app: App | None = None
+        self._since = time.monotonic()
+
+    def open(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._app is not None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._loading(scope["path"])(scope, receive, send)
+
+    def _loading(self, path: str) -> Response:
+        seconds = time.monotonic() - self._since
+        if path == "/health":
+            return Response(json_bytes({"status": "loading", "loading_s": round(seconds, 1)}), media_type="application/json")
+        if path == "/metrics":
+            return Response("# the model is being loaded\n", media_type="text/plain; version=0.0.4")
+        return error_response(UnavailableError(f"the model is being loaded, for {seconds:.0f} seconds now: try again in a moment"))
