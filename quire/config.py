@@ -181,6 +181,10 @@ class ServerConfig(_Checked):
     )  # fmt: skip
     max_connections: int = option(4096, "most connections at a time; further ones are refused (HTTP 503)", low=1, high=1 << 20)
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
+    special_tokens_in_messages: bool = option(
+        False, "let text in chat messages that spells out a special token of the model be that token; a message can then end itself and go "
+        "on as another role",
+    )  # fmt: skip
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
     request_timeout: int = option(
         0, "seconds after which a request ends with an error, whatever it asks for; 0 is no limit", low=0, high=MAX_TIMEOUT_S,
