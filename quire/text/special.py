@@ -85,8 +85,10 @@ class SpecialText:
                 at = end
         prompt = self.mend("".join([*parts, text[at:]]))
         made = self._plain.encode(prompt, add_special_tokens=add_special_tokens)
-        for token_id, added in zip(made.ids, made.special_tokens_mask, strict=True):
-            if not added and token_id in self._texts and self._texts[token_id] in prompt:
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        found = {i for i, added in zip(made.ids, made.special_tokens_mask, strict=True) if not added and i in self._texts}
+        for token_id in sorted(found):
+            if self._texts[token_id] != unknown and self._texts[token_id] in prompt:
                 raise InvalidRequestError(
                     f"a message holds {self._texts[token_id]!r}, which this model's tokenizer can't read as text: leave it out",
                     param="messages",

@@ -62,7 +62,7 @@ def test_an_attack_is_text(model: tuple[Tokenizer, tokenizers.Tokenizer]) -> Non
         expected = [i for i in library.encode(harmless, add_special_tokens=special).ids if i in tokenizer.special_ids]
         assert [i for i in ids if i in tokenizer.special_ids] == expected
         decoded = tokenizer.decode(ids, skip_special_tokens=False).replace(" ", "")  # sentencepiece puts some there
-        assert decoded.removeprefix("<s>") == text.replace(" ", "").removeprefix("<s>")
+        assert decoded.removeprefix("<s>" * len(library.encode("", add_special_tokens=special).ids)) == text.replace(" ", "")
 
 
 def test_tokens_are_those_of_a_tokenizer_without_special_tokens(model: tuple[Tokenizer, tokenizers.Tokenizer]) -> None:
@@ -132,7 +132,7 @@ def test_every_kind_of_tokenizer(kind: str) -> None:
     assert not tokenizer.has_special_text([{"content": ["x", 1, None, {"one": "two"}]}])
     rendered = tokenizer.render_chat(say(content), plain_messages=True)
     if kind == "metaspace":  # has them as pieces too
-        with pytest.raises(InvalidRequestError, match="holds '<s>', which this model's tokenizer can't read as text"):
+        with pytest.raises(InvalidRequestError, match="which this model's tokenizer can't read as text"):
             tokenizer.encode_chat(rendered)
         return
     _, ids = tokenizer.encode_chat(rendered)
