@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find quire -type f -not -name '*.pyc' -not -name '*.so')
 MODEL ?= embedded
 
-.PHONY: help serve test test-oracle test-emulated lint clean preflight
+.PHONY: help serve test test-oracle test-clients test-emulated lint clean preflight
 
 help:
 	@echo "make serve        install into $(VENV) and serve the embedded model on 127.0.0.1:8000 (MODEL=folder for another)"
 	@echo "make test         install what the tests need and run them"
 	@echo "make test-oracle  the checks against transformers and torch"
+	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness (700 MB)"
 	@echo "make test-emulated the AVX-512 kernels' tests on any machine with AVX2; installs cmake, ninja and nanobind into $(VENV)"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove $(VENV) and build folders"
@@ -45,6 +46,10 @@ $(VENV)/.oracle: $(VENV)/.tested
 	@$(PIP) 'quire[oracle]'
 	@touch $@
 
+$(VENV)/.clients: $(VENV)/.tested
+	@$(PIP) 'quire[clients]'
+	@touch $@
+
 $(VENV)/.emulated: $(VENV)/.tested
 	@$(PIP) cmake ninja 'nanobind>=2.4'
 	@touch $@
@@ -57,10 +62,13 @@ serve: $(VENV)/.installed
 	@exec $(BIN)/quire serve $(MODEL)
 
 test: $(VENV)/.tested
-	$(BIN)/pytest --ignore=tests/oracle
+	$(BIN)/pytest --ignore=tests/oracle --ignore=tests/clients
 
 test-oracle: $(VENV)/.oracle
 	$(BIN)/pytest tests/oracle
+
+test-clients: $(VENV)/.clients
+	$(BIN)/pytest tests/clients
 
 # The module that emulates is in a copy of its own, and tests find that one first.
 EMULATED := $(CURDIR)/build/emulated

@@ -171,7 +171,11 @@ class ServerConfig(_Checked):
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
-    served_model_name: str | None = option(None, "model name in the API (default: the folder's name)", metavar="NAME")
+    served_model_name: str | None = option(
+        None,
+        "model name in the API, or several with commas between them: answers have the first (default: the folder's name)",
+        metavar="NAME[,NAME...]",
+    )
     api_keys: str | None = option(
         None, "file of the API keys that are asked for, with their limits (default: none is asked for)", metavar="FILE"
     )
@@ -180,6 +184,17 @@ class ServerConfig(_Checked):
         "(default: none but its own)", metavar="ORIGINS",
     )  # fmt: skip
     max_connections: int = option(4096, "most connections at a time; further ones are refused (HTTP 503)", low=1, high=1 << 20)
+    tool_parser: str = option(
+        "auto",
+        "format of the model's calls of tools; auto finds it in the model's chat template, none refuses tools",
+        choices=("auto", "hermes", "llama3", "mistral", "none"),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "how an answer's reasoning is told from the answer: think (<think>...</think> before it); auto looks for that in the model's chat "
+        "template, none leaves it in the text",
+        choices=("auto", "think", "none"),
+    )
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
     special_tokens_in_messages: bool = option(
         False, "let text in chat messages that spells out a special token of the model be that token; a message can then end itself and go "
@@ -202,6 +217,12 @@ class ServerConfig(_Checked):
         "seconds without a finished step, while there is work, after which the engine counts as hung and is started again",
         low=1, high=MAX_TIMEOUT_S, metavar="SECONDS",
     )  # fmt: skip
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Of --served-model-name."""
+        names = (name.strip() for name in (self.served_model_name or "").split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
 
 
 def add_arguments(parser: argparse.ArgumentParser, *classes: type) -> None:

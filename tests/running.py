@@ -90,7 +90,7 @@ def run(
         engine.check()
         steps += 1
         if preempt_every and steps % preempt_every == 0 and engine.scheduler.running:
-            engine.scheduler.preempt(0, "the test says so")
+            engine.scheduler.preempt(0, "memory", "the test says so")
             engine.check()
     assert engine.stats().kv.used_blocks == 0
     return Run(outputs, engine.stats())

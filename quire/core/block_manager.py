@@ -49,7 +49,7 @@ class BlockManager:
         self.caching = caching
         self.num_host_blocks = num_host_blocks
         self.cache = PrefixCache(num_blocks, block_size, window, clock)
-        self.pool = BlockPool(num_blocks, self.cache)
+        self.pool = BlockPool(num_blocks, self.cache, clock)
         self.counters = KVCounters()
         self._host_free = list(range(num_blocks + num_host_blocks - 1, num_blocks - 1, -1))
         self._copies: list[tuple[int, int]] = []

@@ -9,17 +9,25 @@ touches the rest of its memory. What the idle blocks hold, and which goes first,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterable
 
 from quire.core.prefix_cache import PrefixCache
 
+EMPTY, OWNED, IDLE = 0, 1, 2
+"""The states of a block, as bytes."""
+_OWNED_OR_FREE = bytes((EMPTY, OWNED, EMPTY)) + bytes(253)
+"""IDLE → EMPTY, for ``bytes.translate``."""
+
 
 class BlockPool:
-    """``num_blocks`` blocks, ids 0 to ``num_blocks - 1``. A block with ``ref_counts[id] == 0`` is free."""
+    """``num_blocks`` blocks, ids 0 to ``num_blocks - 1``. A block with ``ref_counts[id] == 0`` is free. ``clock``: seconds."""
 
-    __slots__ = ("_empty", "_fresh", "_owned", "cache", "num_blocks", "num_owned", "num_references", "num_shared", "ref_counts")
+    __slots__ = (
+        "_clock", "_empty", "_fresh", "cache", "num_blocks", "num_owned", "num_references", "num_shared", "ref_counts", "since", "states",
+    )  # fmt: skip
 
-    def __init__(self, num_blocks: int, cache: PrefixCache) -> None:
+    def __init__(self, num_blocks: int, cache: PrefixCache, clock: Callable[[], float] = lambda: 0.0) -> None:
         self.num_blocks = num_blocks
         self.cache = cache
         self.ref_counts = [0] * num_blocks
@@ -31,17 +39,26 @@ class BlockPool:
         """Blocks with more than one owner."""
         self._empty: list[int] = []
         self._fresh = 0
-        self._owned = bytearray(num_blocks)
+        self._clock = clock
+        self.states = bytearray(num_blocks)
+        """EMPTY, OWNED or IDLE."""
+        self.since = array("d", bytes(8 * num_blocks))
+        """When a block got its first owner, or lost its last one."""
 
     @property
     def num_free(self) -> int:
         return self.num_blocks - self.num_owned
 
+    @property
+    def num_touched(self) -> int:
+        """Blocks that were ever handed out: those with an id below it."""
+        return self._fresh
+
     def take(self, count: int) -> list[int] | None:
         """``count`` blocks with one owner each, or None (and nothing changed) where fewer are free."""
         if count > self.num_blocks - self.num_owned:
             return None
-        blocks = []
+        blocks, now = [], self._clock()
         for _ in range(count):
             if self._empty:
                 block = self._empty.pop()
@@ -51,7 +68,8 @@ class BlockPool:
             else:
                 block = self.cache.evict()
             self.ref_counts[block] = 1
-            self._owned[block] = 1
+            self.states[block] = OWNED
+            self.since[block] = now
             blocks.append(block)
         self.num_owned += count
         self.num_references += count
@@ -66,11 +84,13 @@ class BlockPool:
                 self.num_shared += 1
             elif count == 1:
                 self.num_owned += 1
-                self._owned[block] = 1
+                self.states[block] = OWNED
+                self.since[block] = self._clock()
                 self.cache.revive(block)
 
     def release(self, blocks: Iterable[int]) -> None:
         """Give up one ownership of each block. Those left without owner become idle (the first goes first) or empty."""
+        now = self._clock()
         for block in blocks:
             count = self.ref_counts[block] = self.ref_counts[block] - 1
             self.num_references -= 1
@@ -78,18 +98,22 @@ class BlockPool:
                 self.num_shared -= 1
             elif count == 0:
                 self.num_owned -= 1
-                self._owned[block] = 0
-                if not self.cache.retire(block):
+                self.since[block] = now
+                if self.cache.retire(block):
+                    self.states[block] = IDLE
+                else:
+                    self.states[block] = EMPTY
                     self._empty.append(block)
 
     def discard(self, block: int) -> None:
         """``block`` has just lost its content. If it was idle, it is empty now."""
         if self.ref_counts[block] == 0:
+            self.states[block] = EMPTY
             self._empty.append(block)
 
     def largest_free_run(self) -> int:
         """Length of the longest run of free blocks with consecutive ids: all that a contiguous allocator could hand out at once."""
-        return max(map(len, bytes(self._owned).split(b"\x01")))
+        return max(map(len, self.states.translate(_OWNED_OR_FREE).split(b"\x01")))
 
     def check(self) -> None:
         """Raises AssertionError unless the free blocks are exactly the empty, the never used and the idle ones."""
@@ -101,7 +125,7 @@ class BlockPool:
             assert count >= 0, f"block {block} has {count} owners"
             free = (block in empty) + (block in idle) + (block >= self._fresh)
             assert free == (count == 0), f"block {block}: {count} owners, but it is in {free} places of the free list"
-            assert self._owned[block] == (count > 0)
+            assert self.states[block] == (OWNED if count else IDLE if block in idle else EMPTY)
         assert self.num_owned == sum(map(bool, self.ref_counts))
         assert self.num_references == sum(self.ref_counts)
         assert self.num_shared == sum(count > 1 for count in self.ref_counts)

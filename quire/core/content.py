@@ -19,6 +19,8 @@ class Node:
     """The block's tokens, encoded; of a root, its salt."""
     number: int
     """Identifies the content in events; never given to another."""
+    salt: bytes
+    """Of the trie."""
     block: int = -1
     """Where the content is; -1 where it is not (a root, a ghost)."""
     children: dict[bytes, Node] = field(default_factory=dict)

@@ -244,13 +244,13 @@ class _Runs(BlockPool):
 
     def _set(self, run: range, owners: int) -> None:
         self.ref_counts[run.start : run.stop] = [owners] * len(run)
-        self._owned[run.start : run.stop] = bytes([owners]) * len(run)
+        self.states[run.start : run.stop] = bytes([owners]) * len(run)
         self.num_owned = self.num_references = self.num_blocks - self.allocator.free_units
 
     def check(self) -> None:
         """Raises AssertionError unless the counts are those of the allocator's runs."""
         self.allocator.check()
-        assert list(self._owned) == self.ref_counts
+        assert list(self.states) == self.ref_counts
         assert self.num_owned == self.num_references == sum(self.ref_counts) == self.num_blocks - self.allocator.free_units
 
 

@@ -20,11 +20,12 @@ from quire.config import EngineConfig
 from quire.core.admission import AdmissionPolicy, NoEvict, RequestLimits, Watermark
 from quire.core.beam import BeamSearch
 from quire.core.block_manager import BlockManager
-from quire.core.events import Listener
+from quire.core.events import Listener, chain
 from quire.core.past_future import PastFuture
 from quire.core.plan import StepPlan, StepResult
 from quire.core.scheduler import Scheduler
 from quire.core.sequence import Group, Request, Sequence, derive_seed
+from quire.core.snapshot import Watch
 from quire.core.speculation import Speculation
 from quire.core.stats import EngineStats
 from quire.errors import CapacityError, InvalidRequestError, QueueFullError
@@ -87,6 +88,7 @@ class Engine:
         self.limits = RequestLimits(
             backend.max_model_len, backend.spec.vocab_size, self._max_num_seqs, backend.num_blocks, backend.block_size
         )
+        self._clock = clock
         self._max_waiting = config.max_waiting
         policy = policy or admission_policy(config, backend.block_size, backend.max_model_len)
         speculation = None
@@ -99,6 +101,8 @@ class Engine:
         self._live: dict[str, Group] = {}
         self._arrivals = 0
         self._steps = 0
+        self._listeners: list[Listener] = []
+        self._preemption_listeners: list[Listener] = []
 
     @property
     def has_work(self) -> bool:
@@ -184,14 +188,26 @@ class Engine:
         """Forget what was computed: no later request finds it. Running sequences go on."""
         self.scheduler.manager.reset(seq for group in self._live.values() for seq in group.sequences)
 
-    def listen(self, listener: Listener | None) -> None:
-        """Tell ``listener`` what happens to blocks and sequences from now on; see events.py."""
-        self.scheduler.listener = listener
-        self.scheduler.manager.listen(listener)
+    def listen(self, listener: Listener) -> None:
+        """Tell ``listener`` too what happens to blocks and sequences from now on; see events.py. Not from within a listener."""
+        self._listeners.append(listener)
+        self._connect()
 
-    def on_preemption(self, listener: Listener | None) -> None:
-        """Tell ``listener`` of preemptions alone: unlike ``listen`` it costs nothing while none happen."""
-        self.scheduler.listener = listener
+    def on_preemption(self, listener: Listener) -> None:
+        """Tell ``listener`` too of preemptions alone: unlike ``listen`` it costs nothing while none happen."""
+        self._preemption_listeners.append(listener)
+        self._connect()
+
+    def unlisten(self, listener: Listener) -> None:
+        """Tell ``listener``, which listens, nothing more."""
+        (self._listeners if listener in self._listeners else self._preemption_listeners).remove(listener)
+        self._connect()
+
+    def watch(self) -> Watch:
+        """For somebody who wants to see every block and sequence now and then; to be closed."""
+        watch = Watch(self.scheduler, self._clock, self.stats, self.unlisten)
+        self.listen(watch.note)
+        return watch
 
     def stats(self) -> EngineStats:
         scheduler, counters = self.scheduler, self.scheduler.counters
@@ -210,6 +226,10 @@ class Engine:
         """Prove that no block is lost or doubly owned. Raises AssertionError."""
         live = [seq for group in self._live.values() for seq in group.sequences]
         self.scheduler.check(live)
+
+    def _connect(self) -> None:
+        self.scheduler.listener = chain([*self._preemption_listeners, *self._listeners])
+        self.scheduler.manager.listen(chain(self._listeners))
 
     def _forget(self, group: Group) -> None:
         if not group.sequences:

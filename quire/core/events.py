@@ -6,8 +6,9 @@ other content, and a content's parent is the content of the block before it (0: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(slots=True, frozen=True)
@@ -18,6 +19,8 @@ class BlockStored:
     content: int
     parent: int
     tokens: tuple[int, ...]
+    salt: bytes
+    """Who may find it: requests with this salt. Empty: everybody."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,6 +56,10 @@ class BlockCopied:
     destination: int
 
 
+PreemptionCause = Literal["memory", "order", "beams"]
+"""No free block was left; somebody who comes before it arrived; beams that waited for another beam held what that one needs."""
+
+
 @dataclass(slots=True, frozen=True)
 class Preempted:
     """A sequence gave its blocks back before its end."""
@@ -63,7 +70,9 @@ class Preempted:
     """Computed positions that it held."""
     swapped: bool
     """They went to the swap pool; otherwise what is not found in the prefix cache is computed again."""
+    cause: PreemptionCause
     reason: str
+    """The cause in words, with the names of those involved."""
 
     def __str__(self) -> str:
         fate = "swapped out" if self.swapped else "to be computed again where the prefix cache loses them"
@@ -74,3 +83,16 @@ class Preempted:
 
 Event = BlockStored | BlockRemoved | BlockEvicted | BlockShared | BlockCopied | Preempted
 Listener = Callable[[Event], None]
+
+
+def chain(listeners: Sequence[Listener]) -> Listener | None:
+    """One listener that tells all of ``listeners``, in order; None where there are none, so that no event is made."""
+    if len(listeners) <= 1:
+        return listeners[0] if listeners else None
+    told = tuple(listeners)
+
+    def tell(event: Event) -> None:
+        for listener in told:
+            listener(event)
+
+    return tell

@@ -69,7 +69,7 @@ class PrefixCache:
     def root(self, salt: bytes) -> Node:
         """Where the prefixes under ``salt`` begin."""
         if (root := self._roots.get(salt)) is None:
-            root = self._roots[salt] = Node(None, salt, self._next_number())
+            root = self._roots[salt] = Node(None, salt, self._next_number(), salt)
         return root
 
     def key(self, tokens: Sequence[int], start: int) -> bytes:
@@ -142,7 +142,7 @@ class PrefixCache:
         if node is None:
             if not whole and self._covered(parent, key):
                 return parent
-            node = Node(parent, key, self._next_number())
+            node = Node(parent, key, self._next_number(), parent.salt)
             parent.children[key] = node
             insort(parent.keys, key)
         if node.block < 0 <= block:
@@ -150,7 +150,8 @@ class PrefixCache:
             node.block = block
             self._nodes[block] = node
             if self.listener is not None:
-                self.listener(BlockStored(block, node.number, 0 if parent.parent is None else parent.number, decode(key)))
+                before = 0 if parent.parent is None else parent.number
+                self.listener(BlockStored(block, node.number, before, decode(key), node.salt))
         return node
 
     def forget_beyond(self, block: int, count: int) -> None:

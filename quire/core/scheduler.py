@@ -24,7 +24,7 @@ from operator import attrgetter
 from quire.core import beams
 from quire.core.admission import AdmissionPolicy, expected_footprint, footprint
 from quire.core.block_manager import BlockManager
-from quire.core.events import Listener, Preempted
+from quire.core.events import Listener, Preempted, PreemptionCause
 from quire.core.holding import Computing, is_held, sibling
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
 from quire.core.prefix_cache import NOTHING, Match
@@ -115,7 +115,7 @@ class Scheduler:
         # Beams that wait for another beam hold memory without using it: they give way rather than block it.
         while not plan.work and (self.waiting or self.early) and (idle := [s for s in self.running if s.candidates is not None]):
             reason = "beams that wait for another beam of their search held the memory that it needs"
-            self.preempt(self.running.index(idle[-1]), reason)
+            self.preempt(self.running.index(idle[-1]), "beams", reason)
             self._admit(plan, [], self.max_num_batched_tokens)
         plan.copies = self.manager.take_copies()
         return plan
@@ -221,7 +221,7 @@ class Scheduler:
                         manager.counters.tokens_recomputed += manager.shrink(self.early)
                         continue
                     victim = self._victim(i)
-                    self.preempt(victim, f"no free block was left for request {seq.request.request_id}")
+                    self.preempt(victim, "memory", f"no free block was left for request {seq.request.request_id}")
                     if victim == i:
                         break
                 if seq.status is not Status.RUNNING:
@@ -284,7 +284,7 @@ class Scheduler:
         if self.early is not None:
             if not self.waiting or self.waiting[0].order > self.early.order:
                 return self._go_on(plan, self.early, prompts, budget)
-            self.preempt(self.running.index(self.early), f"request {self.waiting[0].request.request_id} comes before it")
+            self.preempt(self.running.index(self.early), "order", f"request {self.waiting[0].request.request_id} comes before it")
             gave_way = True
         if not self.waiting or not self._rows or budget <= 0:
             return budget
@@ -429,11 +429,11 @@ class Scheduler:
         behind = [j for j in behind if running[j].order[0] == lowest]
         return min(behind, key=lambda j: (running[j].num_computed, -j))
 
-    def preempt(self, i: int, reason: str) -> None:
+    def preempt(self, i: int, cause: PreemptionCause, reason: str) -> None:
         """running[i] gives its row and its blocks back, and waits."""
         seq = self.running.pop(i)
         positions = seq.num_computed
-        self.manager.counters.preemptions += 1
+        self.manager.counters.preempted[cause] += 1
         swapped = self._swap and self.manager.swap_out(seq)
         if not swapped:
             self.manager.cache.found(seq.block_table)  # it comes back for its blocks: they go last
@@ -443,7 +443,7 @@ class Scheduler:
         seq.status = Status.WAITING
         self.add(seq)
         if self.listener is not None:
-            self.listener(Preempted(seq.request.request_id, seq.index, positions, swapped, reason))
+            self.listener(Preempted(seq.request.request_id, seq.index, positions, swapped, cause, reason))
 
     def _vacate(self, seq: Sequence) -> None:
         self._refused = None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import get_args
+
+from quire.core.events import PreemptionCause
 
 
 @dataclass(slots=True)
@@ -27,12 +30,17 @@ class KVCounters:
     """Copies on write, and copies of cached blocks that match in part."""
     blocks_swapped_out: int = 0
     blocks_swapped_in: int = 0
-    preemptions: int = 0
+    preempted: dict[PreemptionCause, int] = field(default_factory=lambda: dict.fromkeys(get_args(PreemptionCause), 0))
+    """Preemptions by their cause."""
     tokens_recomputed: int = 0
     """Positions computed again because a preemption took them, and the cache had not kept them."""
 
+    @property
+    def preemptions(self) -> int:
+        return sum(self.preempted.values())
+
     def copy(self) -> KVCounters:
-        return replace(self)
+        return replace(self, preempted=dict(self.preempted))
 
 
 @dataclass(slots=True, frozen=True)

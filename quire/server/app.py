@@ -14,6 +14,7 @@ from quire import __version__
 from quire.config import ServerConfig
 from quire.errors import EngineError
 from quire.server import errors, openapi
+from quire.server.anthropic.endpoint import count_tokens, messages
 from quire.server.chat import chat_completions
 from quire.server.chunks import json_bytes
 from quire.server.completions import completions
@@ -21,6 +22,9 @@ from quire.server.context import Context, context_of
 from quire.server.cors import cross_origin, read_origins
 from quire.server.errors import UnavailableError
 from quire.server.keys import App, KeyCheck, Keys, Receive, Scope, Send
+from quire.server.page import routes as page
+from quire.server.page.feed import Feed
+from quire.server.responses.endpoint import create_response, stored_response
 from quire.server.tokenization import detokenize, tokenize
 
 MAX_REQUEST_ID = 128
@@ -38,16 +42,27 @@ def create_app(context: Context) -> FastAPI:
     """The ASGI application for one served model; ``around`` it goes what checks keys."""
     app = FastAPI(title="Quire", version=__version__, redoc_url=None, redirect_slashes=False)
     app.state.context = context
+    app.state.feed = Feed(context.client, context.model)
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("GET", "/v1/models", list_models),
         ("GET", "/v1/models/{model_id:path}", get_model),
         ("POST", "/v1/completions", completions),
         ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/v1/responses", create_response),
+        ("GET", "/v1/responses/{response_id}", stored_response),
+        ("DELETE", "/v1/responses/{response_id}", stored_response),
+        ("POST", "/v1/responses/{response_id}/cancel", stored_response),
+        ("GET", "/v1/responses/{response_id}/input_items", stored_response),
+        ("POST", "/v1/messages", messages),
+        ("POST", "/v1/messages/count_tokens", count_tokens),
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
         ("GET", "/health", health),
         ("GET", "/ready", ready),
         ("GET", "/version", version),
+        ("GET", "/", page.index),
+        ("GET", "/page/events", page.events),
+        ("GET", "/page/{name}", page.asset),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
@@ -70,9 +85,13 @@ class RequestIds:
         if not (0 < len(request_id) <= MAX_REQUEST_ID and all(0x20 < byte < 0x7F for byte in request_id)):
             request_id = b"req-" + binascii.hexlify(os.urandom(12))
 
+        ids = [(b"x-request-id", request_id)]
+        if errors.is_anthropic(scope["path"]):
+            ids.append((b"request-id", request_id))  # where Anthropic's clients look for it
+
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], *ids]
             await send(message)
 
         await self.app(scope, receive, send_with_id)
@@ -82,21 +101,23 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(json_bytes(value), status_code=status, media_type="application/json")
 
 
-def _card(context: Context) -> dict[str, Any]:
+def _card(context: Context, name: str) -> dict[str, Any]:
     return {
-        "id": context.model, "object": "model", "created": context.created, "owned_by": "quire", "root": context.model, "parent": None,
+        "id": name, "object": "model", "created": context.created, "owned_by": "quire", "root": context.model, "parent": None,
         "max_model_len": context.max_model_len, "permission": [],
     }  # fmt: skip
 
 
 async def list_models(request: Request) -> Response:
-    return _json({"object": "list", "data": [_card(context_of(request))]})
+    context = context_of(request)
+    return _json({"object": "list", "data": [_card(context, name) for name in context.names]})
 
 
 async def get_model(request: Request) -> Response:
     context = context_of(request)
-    context.check_model(request.path_params["model_id"])
-    return _json(_card(context))
+    name = request.path_params["model_id"]
+    context.check_model(name)
+    return _json(_card(context, name))
 
 
 async def health(request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -14,46 +15,77 @@ from quire.server.chunks import head, json_bytes, reason_json, respond, text_jso
 from quire.server.context import Context, caller_of, context_of
 from quire.server.fields import parse
 from quire.server.generation import Generation, Piece, new_id
+from quire.server.keys import Caller
 from quire.server.limits import max_text_bytes, read_json
 from quire.server.logprobs import chat_logprobs
+from quire.server.message_form import MessageForm
 from quire.server.prompts import Prompt, chat_prompt
+from quire.server.reading import Reading, check_format, reading_for
 from quire.server.sampling import chat_names, chat_params
 from quire.server.schemas import ChatCompletionRequest
+from quire.server.tools import modern_messages, read_tools
+from quire.text.output import Delta
+from quire.text.tools import Message, MessageDelta
 
 
 async def chat_completions(request: Request) -> Response:
     context = context_of(request)
     body = parse(ChatCompletionRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
-    params = chat_params(body, context.sampling_defaults)
     call_id = new_id("chatcmpl")
+    call = await chat_call(context, body)
+    generation = chat_generation(context, caller_of(request), call_id, body, call)
+    form = _Form(context, body, call_id, call)
+    return await respond(request, generation, form, body)
+
+
+@dataclass(slots=True, frozen=True)
+class ChatCall:
+    """What a conversation asks of the engine, and how its answer is read."""
+
+    prompt: Prompt
+    params: SamplingParams
+    reading: Reading | None
+
+
+async def chat_call(context: Context, body: ChatCompletionRequest) -> ChatCall:
+    """Raises InvalidRequestError or ContextLengthError."""
+    params = chat_params(body, context.sampling_defaults)
+    tools = read_tools(body)
+    if tools is not None:
+        check_format(context)
     with chat_names(body):
         prompt = await chat_prompt(
             context,
-            body.messages,
+            modern_messages(body.messages),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             template_kwargs=body.chat_template_kwargs,
             add_special_tokens=body.add_special_tokens,
             max_bytes=max_text_bytes(context.max_model_len),
+            tools=None if tools is None else tools.given,
         )
+    return ChatCall(prompt, params, reading_for(context, tools, params, prompt))
+
+
+def chat_generation(context: Context, caller: Caller, call_id: str, body: ChatCompletionRequest, call: ChatCall) -> Generation:
+    """Raises InvalidRequestError or ContextLengthError."""
+    with chat_names(body):
         # A message that is continued goes on in the middle of its text.
-        generation = Generation(
-            context, caller_of(request), call_id, body, [(prompt, params)], continues_prompt=bool(body.continue_final_message)
-        )
-    form = _Form(context, body, params, call_id, prompt)
-    return await respond(request, generation, form, body)
+        continues = bool(body.continue_final_message)
+        return Generation(context, caller, call_id, body, [(call.prompt, call.params)], continues_prompt=continues, reading=call.reading)
 
 
 class _Form:
     """The shape of the answer, whole or in chunks."""
 
-    def __init__(self, context: Context, body: ChatCompletionRequest, params: SamplingParams, call_id: str, prompt: Prompt) -> None:
+    def __init__(self, context: Context, body: ChatCompletionRequest, call_id: str, call: ChatCall) -> None:
         self._id, self._model, self._created = call_id, context.model, int(time.time())
         self._tokenizer = context.tokenizer
-        self._prompt = prompt
+        self._prompt = call.prompt
         self._token_ids = bool(body.return_token_ids)
-        self._top = params.logprobs
+        self._top = call.params.logprobs
+        self._message = MessageForm(legacy=body.functions is not None, reasoning=body.include_reasoning is not False)
         self.head = head(call_id, "chat.completion.chunk", self._created, context.model)
 
     def choices(self, piece: Piece) -> list[bytes]:
@@ -63,15 +95,30 @@ class _Form:
             if self._token_ids:
                 start += b',"prompt_token_ids":' + json_bytes(self._prompt.token_ids)
             chunks.append(start + b"}")
+        if piece.message is not None:
+            return chunks + self._message_chunks(piece, piece.message)
         if delta.text or delta.finish_reason or self._token_ids or (self._top is not None and delta.token_ids):
             content = b'{"content":' + text_json(delta.text) + b"}" if delta.text or not delta.finish_reason else b"{}"
-            logprobs = b"null"
-            if delta.logprobs:
-                logprobs = json_bytes(self._logprobs(delta.token_ids, delta.logprobs))
             chunks.append(
-                b'{"index":%d,"delta":%b,"logprobs":%b,%b}' % (piece.index, content, logprobs, reason_json(piece, self._token_ids))
+                b'{"index":%d,"delta":%b,"logprobs":%b,%b}'
+                % (piece.index, content, self._logprobs_json(delta), reason_json(piece, self._token_ids))
             )
         return chunks
+
+    def _message_chunks(self, piece: Piece, message: MessageDelta) -> list[bytes]:
+        """What is read as more than text: each part of it in a chunk of its own, and the end too."""
+        delta, deltas = piece.delta, self._message.deltas(message)
+        if delta.finish_reason is not None:
+            delta.finish_reason = self._message.reason(delta.finish_reason)
+            deltas.append(b"{}")
+        if not deltas and (self._token_ids or (self._top is not None and delta.token_ids)):
+            deltas.append(b'{"content":""}')
+        ends = [b'"finish_reason":null'] * (len(deltas) - 1) + [reason_json(piece, self._token_ids)]
+        logprobs = [self._logprobs_json(delta) if deltas else b"null"] + [b"null"] * (len(deltas) - 1)
+        return [b'{"index":%d,"delta":%b,"logprobs":%b,%b}' % (piece.index, *parts) for parts in zip(deltas, logprobs, ends, strict=False)]
+
+    def _logprobs_json(self, delta: Delta) -> bytes:
+        return json_bytes(self._logprobs(delta.token_ids, delta.logprobs)) if delta.logprobs else b"null"
 
     def _logprobs(self, token_ids: list[int], positions: list[Any]) -> dict[str, Any]:
         return chat_logprobs(self._tokenizer, token_ids, positions, self._top or 0)
@@ -81,17 +128,20 @@ class _Form:
         made = {
             "id": self._id, "object": "chat.completion", "created": self._created, "model": self._model,
             "system_fingerprint": None,
-            "choices": [self._choice(choice) for choice in choices],
+            "choices": [self._choice(choice, generation.message(choice)) for choice in choices],
             "usage": usage_object(generation.usage),
         }  # fmt: skip
         if self._token_ids:
             made["prompt_token_ids"] = self._prompt.token_ids
         return json_bytes(made)
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
+    def _choice(self, choice: Choice, message: Message | None) -> dict[str, Any]:
+        content: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if message is not None:
+            content, choice.finish_reason = self._message.whole(message), self._message.reason(choice.finish_reason)
         made: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": content,
             "logprobs": None if choice.logprobs is None else self._logprobs(choice.token_ids, choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,

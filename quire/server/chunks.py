@@ -7,8 +7,6 @@ each client.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import AsyncIterator
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
@@ -17,15 +15,14 @@ from fastapi.responses import Response
 
 from quire.errors import QuireError
 from quire.outputs import Usage
-from quire.server.errors import INTERNAL, error_bytes
+from quire.server.answers import deliver
+from quire.server.errors import error_bytes
 from quire.server.generation import Generation, Piece
 from quire.server.schemas import GenerationRequest, StreamOptions
-from quire.server.sse import DONE, PING, PING_S, EventStream, answer
-
-log = logging.getLogger("quire.server")
+from quire.server.sse import DONE, PING
 
 
-class Writer(Protocol):
+class Form(Protocol):
     """One API's form of a chunk."""
 
     head: bytes
@@ -40,37 +37,39 @@ class Writer(Protocol):
         ...
 
 
-async def respond(request: Request, generation: Generation, writer: Writer, body: GenerationRequest) -> Response:
+async def respond(request: Request, generation: Generation, form: Form, body: GenerationRequest) -> Response:
     """Run a generation, and answer in the form that ``body`` asks for. What can't be queued is refused before the answer begins."""
-    generation.submit()
-    if body.stream:
-        return EventStream(events(generation, writer, body.stream_options), generation.close)
-    with generation:
-        return await answer(request, writer.whole(generation))
+    return await deliver(request, generation, _Chunks(generation, form, body.stream_options), bool(body.stream))
 
 
-async def events(generation: Generation, writer: Writer, options: StreamOptions | None) -> AsyncIterator[bytes]:
-    """The whole stream, errors and ``[DONE]`` included. Closing it early ends the generation."""
-    include_usage = bool(options and options.include_usage)
-    continuous = bool(options and options.continuous_usage_stats)
-    tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-    try:
-        with generation:
-            while not generation.finished:
-                pieces = await generation.next(PING_S)
-                if continuous:
-                    tail = b'],"usage":' + usage_json(generation.usage) + b"}\n\n"
-                chunks = [writer.head + choice + tail for piece in pieces for choice in writer.choices(piece)]
-                if chunks or not pieces:
-                    yield b"".join(chunks) or PING
-        if include_usage:
-            yield writer.head + b'],"usage":' + usage_json(generation.usage) + b"}\n\n"
-    except QuireError as e:
-        yield b"data: " + error_bytes(e) + b"\n\n"
-    except Exception:
-        log.exception("a stream failed")
-        yield b"data: " + error_bytes(QuireError(INTERNAL)) + b"\n\n"
-    yield DONE
+class _Chunks:
+    """The stream of OpenAI's older APIs: chunks of choices, the usage where it is asked for, ``[DONE]`` in any case."""
+
+    ping = PING
+
+    def __init__(self, generation: Generation, form: Form, options: StreamOptions | None) -> None:
+        self._generation, self._form = generation, form
+        self._include_usage = bool(options and options.include_usage)
+        self._continuous = bool(options and options.continuous_usage_stats)
+        self._tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
+        self.whole = form.whole
+
+    def start(self) -> bytes:
+        return b""
+
+    def write(self, pieces: list[Piece]) -> bytes:
+        head, tail, choices = self._form.head, self._tail, self._form.choices
+        if self._continuous:
+            tail = b'],"usage":' + usage_json(self._generation.usage) + b"}\n\n"
+        return b"".join([head + choice + tail for piece in pieces for choice in choices(piece)])
+
+    def end(self) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return self._form.head + b'],"usage":' + usage_json(self._generation.usage) + b"}\n\n" + DONE
+
+    def failed(self, error: QuireError) -> bytes:
+        return b"data: " + error_bytes(error) + b"\n\n" + DONE
 
 
 def head(call_id: str, kind: str, created: int, model: str) -> bytes:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from quire.core.admission import RequestLimits
 from quire.core.sequence import Request
@@ -18,7 +19,22 @@ from quire.errors import EngineError, QueueFullError, QuireError
 from quire.outputs import SequenceOutput
 from quire.server.errors import UnavailableError
 from quire.server.journal import FAIL_AFTER, Journal
-from quire.server.messages import Abort, Add, Died, Down, FromEngine, GetStats, Outputs, Stalled, Stats, ToEngine, Up
+from quire.server.messages import (
+    Abort,
+    Add,
+    Died,
+    Down,
+    FromEngine,
+    GetSnapshot,
+    GetStats,
+    Outputs,
+    Seen,
+    Stalled,
+    Stats,
+    ToEngine,
+    Unwatch,
+    Up,
+)
 
 CLOSING = "the server is shutting down"
 DRAINING = "the server is shutting down: it finishes what it has, and takes nothing new"
@@ -38,6 +54,9 @@ class Stream:
 
     Outputs that nobody has fetched wait here, and are fetched together: a slow reader gets fewer, larger pieces, and what
     waits for it is bounded by the tokens that its requests may generate.
+
+    A reader that waits in ``fetch`` is woken by what arrives, which costs more than all the rest of a token's way. So it may leave a
+    ``listener``, which is called first: where that one takes what has arrived, the reader sleeps on.
     """
 
     def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
@@ -47,6 +66,11 @@ class Stream:
         self._arrived: list[SequenceOutput] = []
         self._news = asyncio.Event()
         self._failure: QuireError | None = None
+        self.listener: Callable[[], bool] | None = None
+        """Called after a step that brought something, while ``fetch`` waits. True: it has taken all of it, and there is more to come.
+        Must not raise."""
+        self._waiting = False
+        self.submitted = time.monotonic()
 
     def close(self) -> None:
         """Nothing more is wanted of any of the requests. May be called twice."""
@@ -78,13 +102,20 @@ class Stream:
         """
         if not self._arrived and self._failure is None:
             self._news.clear()
+            self._waiting = True
             try:
                 async with asyncio.timeout(timeout):
                     await self._news.wait()
             except TimeoutError:
                 return []
+            finally:
+                self._waiting = False
         if not self._arrived and self._failure is not None:
             raise self._failure
+        return self.take()
+
+    def take(self) -> list[SequenceOutput]:
+        """What has arrived since the last call, or nothing."""
         arrived, self._arrived = self._arrived, []
         return arrived
 
@@ -95,7 +126,11 @@ class Stream:
         if output.finish_reason is not None:
             self._ended(key)
         self._arrived.append(output)
-        self._news.set()
+
+    def _tell(self) -> None:
+        """A step has brought something."""
+        if not (self._waiting and self.listener is not None and self.listener()):
+            self._news.set()
 
     def _ended(self, key: tuple[str, int]) -> None:
         self._open.discard(key)
@@ -125,7 +160,7 @@ class EngineClient:
         self._journal = Journal()
         self._streams: dict[str, Stream] = {}
         self._tickets = itertools.count()
-        self._asked: dict[int, asyncio.Future[EngineStats]] = {}
+        self._asked: dict[int, asyncio.Future[Any]] = {}
         self.dead: str | None = None
         """Why nothing can be generated any more; None while all is well."""
         self.draining = self.closing = False
@@ -135,6 +170,10 @@ class EngineClient:
         """Seconds for which the engine had finished no step, though it has work, when it was last looked at."""
         self.restarts = 0
         """Engines that took the place of one that died."""
+        self.last_death: str | None = None
+        """How the last one died."""
+        self.observer: Callable[[Stream, SequenceOutput], None] | None = None
+        """Is told of every output, while somebody wants to know."""
 
     def start(self, link: Link) -> None:
         """Begin to talk to the engine, which is ready. Call on the event loop."""
@@ -181,6 +220,20 @@ class EngineClient:
         Raises UnavailableError where there will be none any more, EngineError where it is being started again, or where its current
         step takes longer than ``timeout`` seconds.
         """
+        stats: EngineStats = await self._ask(GetStats, timeout)
+        return stats
+
+    async def snapshot(self, timeout: float = 5.0) -> Seen:
+        """Every block and sequence; see core/snapshot.py. Raises as ``stats`` does. Call ``unwatch`` when no more are wanted."""
+        seen: Seen = await self._ask(GetSnapshot, timeout)
+        return seen
+
+    def unwatch(self) -> None:
+        """Nobody wants snapshots any more."""
+        if self.up and self._link is not None:
+            self._link.send(Unwatch())
+
+    async def _ask(self, question: Callable[[int], ToEngine], timeout: float) -> Any:
         ticket = next(self._tickets)
         answer = self._asked[ticket] = asyncio.get_running_loop().create_future()
         try:
@@ -188,10 +241,9 @@ class EngineClient:
             if not self.up:
                 raise EngineError(RESTARTING)
             assert self._link is not None
-            self._link.send(GetStats(ticket))
+            self._link.send(question(ticket))
             async with asyncio.timeout(timeout):
-                stats: EngineStats = await answer
-                return stats
+                return await answer
         except TimeoutError:
             raise EngineError(f"the engine did not answer within {timeout:g} seconds: its current step takes longer") from None
         finally:
@@ -244,21 +296,19 @@ class EngineClient:
             case Stalled(seconds):
                 self.stalled = seconds
             case Outputs(outputs):
-                for output in outputs:
-                    self._journal.note(output)
-                    self._deliver(output)
+                self._deliver(outputs)
                 self._send_due()
             case Stats(ticket, stats):
-                if (answer := self._asked.get(ticket)) is not None and not answer.done():
-                    answer.set_result(stats)
+                self._answer(ticket, stats)
+            case Seen(ticket):
+                self._answer(ticket, message)
             case Down(reason):
-                self.up = False
+                self.up, self.last_death = False, reason
                 self._fail_asked(EngineError(RESTARTING))
                 for entry in self._journal.engine_died():
                     why = f"{FAIL_AFTER} engines died while they worked on it, the last one alone with it; {reason}"
-                    for index, tokens in enumerate(entry.emitted):
-                        if tokens is not None:
-                            self._deliver(SequenceOutput(entry.request.request_id, index, [], None, "error", why))
+                    left = [index for index, tokens in enumerate(entry.emitted) if tokens is not None]
+                    self._deliver([SequenceOutput(entry.request.request_id, index, [], None, "error", why) for index in left])
             case Up():
                 self.up = True
                 self.restarts += 1
@@ -267,9 +317,21 @@ class EngineClient:
                 self.up, self.dead = False, reason
                 self._fail_all(reason)
 
-    def _deliver(self, output: SequenceOutput) -> None:
-        if (stream := self._streams.get(output.request_id)) is not None:
-            stream._deliver(output)
+    def _answer(self, ticket: int, value: EngineStats | Seen) -> None:
+        if (answer := self._asked.get(ticket)) is not None and not answer.done():
+            answer.set_result(value)
+
+    def _deliver(self, outputs: list[SequenceOutput]) -> None:
+        told: dict[Stream, None] = {}
+        for output in outputs:
+            self._journal.note(output)
+            if (stream := self._streams.get(output.request_id)) is not None:
+                if self.observer is not None:
+                    self.observer(stream, output)
+                stream._deliver(output)
+                told[stream] = None
+        for stream in told:
+            stream._tell()
 
     def _fail_all(self, reason: str) -> None:
         for stream in self._streams.values():

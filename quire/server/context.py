@@ -13,6 +13,7 @@ from quire.server.client import EngineClient
 from quire.server.keys import Caller, Keys
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
+from quire.text.tools.formats import END_THINK, detect
 
 
 @dataclass(slots=True, frozen=True)
@@ -21,23 +22,44 @@ class Context:
     tokenizer: Tokenizer
     config: ServerConfig
     model: str
-    """Id of the served model."""
+    """Id of the served model: the first of its names."""
     eos_token_ids: tuple[int, ...]
     sampling_defaults: dict[str, float] = field(default_factory=dict)
     """The model's own, where a request says nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
     salts: Salts = field(default_factory=Salts)
+    aliases: tuple[str, ...] = ()
+    """Other names of the served model."""
     keys: Keys | None = None
     """None: everybody may use the server."""
+    tool_format: str | None = field(init=False)
+    """In which the model writes calls of tools; None: in none that is known."""
+    reasoning: bool = field(init=False)
+    """The model's answers may begin with its reasoning."""
+
+    def __post_init__(self) -> None:
+        template, tools, reasoning = self.tokenizer.chat_template, self.config.tool_parser, self.config.reasoning_parser
+        found = detect(template) if tools == "auto" else None if tools == "none" else tools
+        object.__setattr__(self, "tool_format", found)
+        object.__setattr__(self, "reasoning", END_THINK in template if reasoning == "auto" else reasoning == "think")
 
     @property
     def max_model_len(self) -> int:
         return self.client.limits.max_model_len
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which requests may ask for the served model."""
+        return (self.model, *self.aliases)
+
     def check_model(self, name: str | None) -> None:
-        """Raises ModelNotFoundError unless ``name`` is the served model, or is left out."""
-        if name is not None and name != self.model:
-            raise ModelNotFoundError(f"the model {name[:200]!r} does not exist here; this server has {self.model!r}", param="model")
+        """Raises ModelNotFoundError unless ``name`` is one of the served model, or is left out."""
+        if name is not None and name not in self.names:
+            known = " or ".join(map(repr, self.names))
+            raise ModelNotFoundError(
+                f"the model {name[:200]!r} does not exist here; this server has {known} (more names: --served-model-name NAME,NAME)",
+                param="model",
+            )
 
 
 def context_of(request: Request) -> Context:

@@ -12,13 +12,17 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from quire.core.sequence import Request
+from quire.core.snapshot import Watch
 from quire.core.stats import EngineStats
 from quire.errors import QuireError
 from quire.outputs import SequenceOutput
-from quire.server.messages import ALIVE_S, Abort, Add, Alive, GetStats, Outputs, Stats, Stop, ToEngine
+from quire.server.messages import ALIVE_S, Abort, Add, Alive, GetSnapshot, GetStats, Outputs, Seen, Stats, Stop, ToEngine, Unwatch
 
 QUIET_S = 1.0
 """After this long without work the engine checks its books."""
+
+
+FromLoop = Outputs | Stats | Seen | Alive
 
 
 class SteppedEngine(Protocol):
@@ -30,18 +34,21 @@ class SteppedEngine(Protocol):
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceOutput]: ...
     def step(self) -> list[SequenceOutput]: ...
     def stats(self) -> EngineStats: ...
+    def watch(self) -> Watch: ...
     def check(self) -> None: ...
 
 
 class EngineLoop:
     """Owns an engine. Messages are put into ``inbox`` by any thread; ``outbox`` is called on the thread of ``run``."""
 
-    def __init__(self, engine: SteppedEngine, inbox: SimpleQueue[ToEngine], outbox: Callable[[Outputs | Stats | Alive], None]) -> None:
+    def __init__(self, engine: SteppedEngine, inbox: SimpleQueue[ToEngine], outbox: Callable[[FromLoop], None]) -> None:
         self._engine = engine
         self._inbox = inbox
         self._outbox = outbox
         self._said = 0.0
         """When the front was last told something."""
+        self._watch: Watch | None = None
+        self._snapshot_s = 0.0
 
     def run(self) -> None:
         """Until Stop. Raises what the engine raises: it can't go on then."""
@@ -66,7 +73,7 @@ class EngineLoop:
             self._say(Alive(engine.stats().steps))
         return True
 
-    def _say(self, message: Outputs | Stats | Alive) -> None:
+    def _say(self, message: FromLoop) -> None:
         self._said = time.monotonic()
         self._outbox(message)
 
@@ -84,7 +91,7 @@ class EngineLoop:
             self._engine.check()
             return self._inbox.get()
 
-    def _apply(self, message: Add | Abort | GetStats) -> list[SequenceOutput]:
+    def _apply(self, message: Add | Abort | GetStats | GetSnapshot | Unwatch) -> list[SequenceOutput]:
         match message:
             case Add():
                 request = message.read()
@@ -96,4 +103,13 @@ class EngineLoop:
                 return self._engine.abort(request_id, index)
             case GetStats(ticket):
                 self._say(Stats(ticket, self._engine.stats()))
+            case GetSnapshot(ticket):
+                start = time.thread_time()
+                if self._watch is None:
+                    self._watch = self._engine.watch()
+                self._say(Seen(ticket, self._watch.snapshot(), self._snapshot_s))
+                self._snapshot_s = time.thread_time() - start
+            case Unwatch() if self._watch is not None:
+                self._watch.close()
+                self._watch = None
         return []

@@ -1,4 +1,5 @@
-"""Errors as the API's clients expect them: ``{"error": {"message", "type", "param", "code"}}``, with the right status.
+"""Errors as the API's clients expect them: ``{"error": {"message", "type", "param", "code"}}``, with the right status; on Anthropic's
+routes ``{"type": "error", "error": {"type", "message"}}``.
 
 Only a QuireError's own message ever reaches a client. Anything else is logged, and answered with a fixed sentence: no
 traceback, no path, no representation of an object.
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastapi.responses import Response
 
-from quire.errors import QuireError
+from quire.errors import ContextLengthError, QuireError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -95,7 +96,28 @@ def error_bytes(error: QuireError) -> bytes:
     return json.dumps(error_object(error), ensure_ascii=False).encode("utf-8", "replace")
 
 
-def error_response(error: QuireError) -> Response:
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+
+
+def anthropic_error_bytes(error: QuireError) -> bytes:
+    """The form of Anthropic's API, which has no place for the parameter's name."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    message = error.message
+    if isinstance(error, ContextLengthError):  # clients know by these words that it is time to shorten the conversation
+        message = f"prompt is too long: {message}"
+    return json.dumps({"type": "error", "error": {"type": kind, "message": message}}, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a route is one of Anthropic's API."""
+    return path.startswith("/v1/messages")
+
+
+def error_response(error: QuireError, path: str = "") -> Response:
+    """The answer to a request of ``path``, in the form of that route's API."""
     headers = {}
     if error.status not in (408, 429, 503):
         headers["x-should-retry"] = "false"  # the same request would get the same answer
@@ -105,31 +127,33 @@ def error_response(error: QuireError) -> Response:
         headers["retry-after"] = str(math.ceil(error.retry_after_s)) if isinstance(error, RateLimitError) else "1"
     if error.status in (408, 413):
         headers["connection"] = "close"  # part of the body may still be on its way
-    return Response(error_bytes(error), status_code=error.status, media_type="application/json", headers=headers)
+    body = anthropic_error_bytes(error) if is_anthropic(path) else error_bytes(error)
+    return Response(body, status_code=error.status, media_type="application/json", headers=headers)
 
 
 def install(app: FastAPI, endpoints: list[str]) -> None:
     """Answer every error of the application in the API's form. ``endpoints`` are named where a path is unknown."""
     from starlette.exceptions import HTTPException
 
-    async def quire_error(_: Request, error: Exception) -> Response:
+    async def quire_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, QuireError)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        where = f"{request.method} {request.url.path[:200]}"
+        path = request.url.path
+        where = f"{request.method} {path[:200]}"
         if error.status_code == 404:
-            return error_response(NotFoundError(f"{where} does not exist here; this server has {', '.join(endpoints)}"))
+            return error_response(NotFoundError(f"{where} does not exist here; this server has {', '.join(endpoints)}"), path)
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
-            response = error_response(MethodNotAllowedError(f"{where} is not allowed; use {allowed}"))
+            response = error_response(MethodNotAllowedError(f"{where} is not allowed; use {allowed}"), path)
             response.headers["allow"] = allowed
             return response
-        return error_response(QuireError(INTERNAL))
+        return error_response(QuireError(INTERNAL), path)
 
-    async def internal_error(_: Request, error: Exception) -> Response:
-        return error_response(QuireError(INTERNAL))
+    async def internal_error(request: Request, error: Exception) -> Response:
+        return error_response(QuireError(INTERNAL), request.url.path)
 
     async def client_gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # goes nowhere

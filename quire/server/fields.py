@@ -7,6 +7,7 @@ one that nobody knows is most likely a typing error, and is refused too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -44,14 +45,19 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def parse(schema: type[Schema], body: dict[str, Any]) -> Schema:
+def parse(
+    schema: type[Schema],
+    body: dict[str, Any],
+    ignored: frozenset[str] = IGNORED,
+    refused: Mapping[str, tuple[Any, ...]] = REFUSED,
+) -> Schema:
     """Check the names and the types of a request's fields. Raises InvalidRequestError with the field's name."""
     known = schema.model_fields
     for name, value in body.items():
-        if name in known or name in IGNORED or value is None:
+        if name in known or name in ignored or value is None:
             continue
-        if name in REFUSED:
-            if value not in REFUSED[name]:
+        if name in refused:
+            if value not in refused[name]:
                 raise InvalidRequestError(f"{name} is not supported by this server: leave it out", param=name)
             continue
         raise InvalidRequestError(f"unknown field {name[:80]!r}: {_hint(name, list(known))}", param=name[:80])

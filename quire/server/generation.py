@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -23,13 +23,15 @@ from quire.server.context import Context
 from quire.server.errors import DeadlineError
 from quire.server.keys import Caller
 from quire.server.prompts import Prompt
+from quire.server.reading import Reading, reason_of
 from quire.server.sampling import draw_seed
 from quire.server.schemas import GenerationRequest
 from quire.text.output import Delta, OutputAssembler, best_choices
+from quire.text.tools import Message, MessageDelta, ToolParser
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{binascii.hexlify(os.urandom(12)).decode()}"
+def new_id(prefix: str, separator: str = "-") -> str:
+    return f"{prefix}{separator}{binascii.hexlify(os.urandom(12)).decode()}"
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class Piece:
     first: bool
     """Nothing was sent of this choice before."""
     delta: Delta
+    message: MessageDelta | None = None
+    """What ``delta.text`` adds to the message, where it is read as more than text."""
 
 
 class Generation:
@@ -55,10 +59,12 @@ class Generation:
         prompts: Sequence[tuple[Prompt, SamplingParams]],
         *,
         continues_prompt: bool,
+        reading: Reading | None = None,
     ) -> None:
         """Checks every prompt against the engine's limits. Raises InvalidRequestError or ContextLengthError.
 
         continues_prompt: the output goes on with the prompt's text (completions), and is not a text of its own (chat).
+        reading: how the text is read; None: it is just text.
         """
         self.prompts = [prompt for prompt, _ in prompts]
         self.n = prompts[0][1].n
@@ -81,7 +87,12 @@ class Generation:
             self._requests.append(request)
             self._first_sample[request.request_id] = number * self._width
             seen = prompt.token_ids if continues_prompt else ()
-            self._assemblers += [OutputAssembler(context.tokenizer, params, seen) for _ in range(self._width)]
+            shown = reading.shown if reading is not None else frozenset[int]()
+            self._assemblers += [OutputAssembler(context.tokenizer, params, seen, shown) for _ in range(self._width)]
+        self._reading, self._key = reading, call_id
+        self._parsers: list[ToolParser] = []
+        if reading is not None:
+            self._parsers = [reading.parser(f"{call_id}/{index}") for index in range(len(self._assemblers))]
         self._started = [False] * len(self._assemblers)
         self._closed = False
         self._uncounted = set(self._first_sample)
@@ -142,8 +153,22 @@ class Generation:
         Raises EngineError where the work of one sequence failed, UnavailableError where the engine or server stopped, DeadlineError.
         """
         assert self._stream is not None
+        return self._read(await self._stream.fetch(timeout))
+
+    def take(self) -> list[Piece]:
+        """As ``next``, of what is there by now."""
+        assert self._stream is not None
+        return self._read(self._stream.take())
+
+    def listen(self, listener: Callable[[], bool]) -> None:
+        """See Stream. After ``submit``."""
+        assert self._stream is not None
+        self._stream.listener = listener
+
+    def _read(self, outputs: list[SequenceOutput]) -> list[Piece]:
+        assert self._stream is not None
         pieces = []
-        for output in _merged(await self._stream.fetch(timeout)):
+        for output in _merged(outputs):
             if output.finish_reason == "error":
                 raise EngineError(f"the request could not be finished: {output.stop_reason}")
             if output.cached_tokens is not None and output.request_id in self._uncounted:
@@ -153,11 +178,28 @@ class Generation:
             assembler = self._assemblers[index]
             delta = assembler.feed(output)
             self.usage.completion_tokens += len(delta.token_ids)
+            message = self._read_message(index, delta) if self._parsers else None
             if assembler.finished and output.finish_reason is None:  # a stop string, which the engine knows nothing of
                 self._stream.end(output.request_id, output.index)
-            pieces.append(Piece(index, not self._started[index], delta))
+            pieces.append(Piece(index, not self._started[index], delta, message))
             self._started[index] = True
         return pieces
+
+    def _read_message(self, index: int, delta: Delta) -> MessageDelta:
+        """What ``delta`` adds to the message. Ends the sequence where nothing more is wanted."""
+        parser, assembler = self._parsers[index], self._assemblers[index]
+        message = parser.push(delta.text)
+        if parser.done and not assembler.finished:
+            assembler.stop()
+            delta.finish_reason = "stop"
+        if delta.finish_reason is not None:
+            message.add(parser.finish())
+            delta.finish_reason = reason_of(delta.finish_reason, parser)
+        return message
+
+    def message(self, choice: Choice) -> Message | None:
+        """What a finished choice says; None where its text is just text."""
+        return None if self._reading is None else self._reading.message(choice, f"{self._key}/{choice.index}")
 
     async def run(self) -> list[Choice]:
         """Everything at once."""

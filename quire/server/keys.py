@@ -24,14 +24,16 @@ from typing import Any
 
 from quire.errors import ConfigError, QuireError
 from quire.server.errors import RateLimitError, UnauthorizedError, error_response
+from quire.server.page import assets
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
-"""They say nothing of anybody's requests, and those that ask have no keys."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", *assets.PATHS})
+"""They say nothing of anybody's requests, and those that ask have no keys: probes, and a browser that opens the page, which then asks
+for the key. What the page shows is not among them."""
 MIN_KEY_CHARS = 16
 MAX_LIMIT = 1 << 40
 LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
@@ -160,7 +162,7 @@ class KeyCheck:
             try:
                 scope["caller"] = self._caller(scope)
             except QuireError as e:
-                await error_response(e)(scope, receive, send)
+                await error_response(e, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -102,10 +102,19 @@ def load_model(
     phases.append(("tokenizer", time.perf_counter() - started))
     loaded = engine.loaded()
     phases += loaded.phases
-    model = server_config.served_model_name or folder.resolve().name
+    model, *aliases = server_config.model_names or (folder.resolve().name,)
     client = EngineClient(loaded.limits, engine_config.max_waiting)
     app = create_app(
-        Context(client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), keys=keys)
+        Context(
+            client,
+            tokenizer,
+            server_config,
+            model,
+            tuple(loaded.eos_token_ids),
+            dict(loaded.sampling_defaults),
+            aliases=tuple(aliases),
+            keys=keys,
+        )
     )
 
     def ready() -> None:

@@ -46,4 +46,5 @@ class Door:
             return Response(json_bytes({"status": "loading", "loading_s": round(seconds, 1)}), media_type="application/json")
         if path == "/metrics":
             return Response("# the model is being loaded\n", media_type="text/plain; version=0.0.4")
-        return error_response(UnavailableError(f"the model is being loaded, for {seconds:.0f} seconds now: try again in a moment"))
+        error = UnavailableError(f"the model is being loaded, for {seconds:.0f} seconds now: try again in a moment")
+        return error_response(error, path)

@@ -11,6 +11,7 @@ import msgspec
 
 from quire.core.admission import RequestLimits
 from quire.core.sequence import Request, Retention
+from quire.core.snapshot import Snapshot
 from quire.core.stats import EngineStats
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
@@ -55,6 +56,16 @@ class GetStats(Message, frozen=True):
     """Answered with ``Stats`` of the same ticket, after every message sent before it was applied."""
 
     ticket: int
+
+
+class GetSnapshot(Message, frozen=True):
+    """Answered with ``Seen`` of the same ticket. From the first one on the engine notes copies, evictions and preemptions."""
+
+    ticket: int
+
+
+class Unwatch(Message, frozen=True):
+    """Nobody watches any more: the engine notes nothing."""
 
 
 class Stop(Message, frozen=True):
@@ -102,6 +113,13 @@ class Stats(Message, frozen=True):
     stats: EngineStats
 
 
+class Seen(Message, frozen=True):
+    ticket: int
+    snapshot: Snapshot
+    cost_s: float
+    """Seconds of the engine's thread that the snapshot before this one took, with its encoding."""
+
+
 class Alive(Message, frozen=True):
     """A step has ended that had nothing to say; at most one in ``ALIVE_S`` seconds."""
 
@@ -131,14 +149,14 @@ class Died(Message, frozen=True):
     reason: str
 
 
-ToEngine = Add | Abort | GetStats | Stop
-FromEngine = Outputs | Stats | Alive | Stalled | Down | Up | Died
+ToEngine = Add | Abort | GetStats | GetSnapshot | Unwatch | Stop
+FromEngine = Outputs | Stats | Seen | Alive | Stalled | Down | Up | Died
 
 ALIVE_S = 0.5
 
 encode = msgspec.msgpack.Encoder().encode
-_to_engine = msgspec.msgpack.Decoder(Load | Add | Abort | GetStats | Stop)
-_from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | Alive | Died)
+_to_engine = msgspec.msgpack.Decoder(Load | ToEngine)
+_from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died)
 
 
 def decode_to_engine(data: bytes) -> Load | ToEngine:
@@ -146,6 +164,6 @@ def decode_to_engine(data: bytes) -> Load | ToEngine:
     return message
 
 
-def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | Alive | Died:
-    message: Loaded | NotLoaded | Outputs | Stats | Alive | Died = _from_engine.decode(data)
+def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died:
+    message: Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died = _from_engine.decode(data)
     return message

@@ -8,17 +8,28 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from quire.server import schemas
+from quire.server.anthropic.schemas import CountTokensRequest, MessagesRequest
+from quire.server.responses.schemas import ResponsesRequest
 
 _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
     "/v1/models": ("The served model", None),
     "/v1/models/{model_id:path}": ("One model, by its id", None),
     "/v1/completions": ("Continue one or several prompts", schemas.CompletionRequest),
     "/v1/chat/completions": ("Answer a conversation", schemas.ChatCompletionRequest),
+    "/v1/responses": ("Answer a conversation, in the form of OpenAI's Responses API; nothing is kept", ResponsesRequest),
+    "/v1/responses/{response_id}": ("Not found: no response is kept", None),
+    "/v1/responses/{response_id}/cancel": ("Not found: no response is kept", None),
+    "/v1/responses/{response_id}/input_items": ("Not found: no response is kept", None),
+    "/v1/messages": ("Answer a conversation, in the form of Anthropic's Messages API", MessagesRequest),
+    "/v1/messages/count_tokens": ("How many tokens a conversation has", CountTokensRequest),
     "/tokenize": ("A text or a conversation as token ids", schemas.TokenizeRequest),
     "/detokenize": ("Token ids as text", schemas.DetokenizeRequest),
     "/health": ("Whether this process lives, and what is in use", None),
     "/ready": ("Whether a request that comes now is started", None),
     "/version": ("Version of Quire", None),
+    "/": ("The page: a live map of the memory, the requests in it, and a prompt box", None),
+    "/page/events": ("What the page shows, as server-sent events", None),
+    "/page/{name}": ("A file of the page", None),
 }
 
 _ERROR = {

@@ -103,6 +103,7 @@ async def chat_prompt(
     template_kwargs: dict[str, Any] | None,
     add_special_tokens: bool | None,
     max_bytes: int,
+    tools: list[dict[str, Any]] | None = None,
 ) -> Prompt:
     """The conversation in the model's own format. Raises InvalidRequestError or ContextLengthError."""
     generation = not continue_final_message if add_generation_prompt is None else add_generation_prompt
@@ -114,6 +115,9 @@ async def chat_prompt(
         )
     tokenizer, plain = context.tokenizer, not context.config.special_tokens_in_messages
     size = sum(_text_size(message) for message in messages)
+    if tools is not None:
+        template_kwargs = {**(template_kwargs or {}), "tools": tools}
+        size += LONG_TEXT  # schemas are long
     if plain and size < LONG_TEXT and tokenizer.has_special_text([messages, template_kwargs]):
         size = LONG_TEXT  # takes long where it is the first
 

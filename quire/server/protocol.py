@@ -7,10 +7,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from quire.errors import InvalidRequestError, QuireError
 from quire.server.errors import HeadersTooLargeError, TimedOutError, UnavailableError, error_bytes
+from quire.server.sse import PUSH
 
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADERS = 256
@@ -22,6 +23,23 @@ REFUSAL_S = 2.0
 """So long a connection that is one too many may wait before it sends the request that it is refused with."""
 FRAMING_FACTOR = 8
 """A chunked body may have this many bytes of framing for each byte of content (chunks of one byte need 5)."""
+
+
+class _Push:
+    """See sse.Push. What RequestResponseCycle.send does for a part of a body, where it need not wait."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        return bool(cycle.chunked_encoding) and not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+
+    def write(self, body: bytes) -> None:
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -75,6 +93,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_timer()
         super().on_headers_complete()
+        self.scope["extensions"] = {PUSH: {"push": _Push(self.cycle)}}  # a later request on this connection has a cycle of its own
 
     def on_body(self, body: bytes) -> None:
         self._content += len(body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -43,14 +43,19 @@ def chat_params(body: ChatCompletionRequest, defaults: Mapping[str, float]) -> S
         return _params(body, defaults, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
 
-@contextmanager
-def chat_names(body: ChatCompletionRequest) -> Iterator[None]:
+def chat_names(body: ChatCompletionRequest) -> AbstractContextManager[None]:
     """Errors about a chat's parameters name them as the chat API does."""
     max_tokens = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    return names({"max_tokens": max_tokens, "logprobs": "top_logprobs", "prompt": "messages"})
+
+
+@contextmanager
+def names(theirs: Mapping[str, str]) -> Iterator[None]:
+    """Errors about parameters name them as the API at hand does. theirs: our name → its name."""
     try:
         yield
     except InvalidRequestError as e:
-        name = {"max_tokens": max_tokens, "logprobs": "top_logprobs", "prompt": "messages"}.get(e.param or "", e.param)
+        name = theirs.get(e.param or "", e.param)
         message = e.message if e.param in (None, "prompt") else e.message.replace(e.param or "", name or "")
         raise type(e)(message, param=name) from None
 

@@ -26,16 +26,56 @@ _CONTENT = {
         {"type": "array", "items": {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}},
     ]
 }
+_CALL = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}}},
+    },
+}
 _MESSAGE = {
     "type": "object",
-    "required": ["role", "content"],
-    "properties": {"role": {"enum": ["developer", "system", "user", "assistant"]}, "content": _CONTENT, "name": {"type": "string"}},
+    "required": ["role"],
+    "properties": {
+        "role": {"enum": ["developer", "system", "user", "assistant", "tool"]},
+        "content": _CONTENT,
+        "name": {"type": "string"},
+        "tool_calls": {"type": "array", "items": _CALL},
+        "tool_call_id": {"type": "string"},
+        "reasoning_content": {"type": "string"},
+    },
 }
+
+_FUNCTION = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+        "description": {"type": "string"},
+        "parameters": {"type": "object"},
+        "strict": {"type": "boolean"},
+    },
+}
+_TOOL = {"type": "object", "required": ["function"], "properties": {"type": {"const": "function"}, "function": _FUNCTION}}
+_NAMED = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
+_TOOL_CHOICE = {
+    "anyOf": [
+        {"enum": ["auto", "none", "required"]},
+        {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": _NAMED}},
+        {"type": "null"},
+    ]
+}
+_FUNCTION_CALL = {"anyOf": [{"enum": ["auto", "none"]}, _NAMED, {"type": "null"}]}
 
 Prompt = Annotated[Any, WithJsonSchema(_PROMPT)]
 Stop = Annotated[Any, WithJsonSchema(_STOP)]
 EarlyStopping = Annotated[Any, WithJsonSchema(_EARLY_STOPPING)]
 Message = Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]
+Tool = Annotated[dict[str, Any], WithJsonSchema(_TOOL)]
+ToolChoice = Annotated[Any, WithJsonSchema(_TOOL_CHOICE)]
+Function = Annotated[dict[str, Any], WithJsonSchema(_FUNCTION)]
+FunctionCall = Annotated[Any, WithJsonSchema(_FUNCTION_CALL)]
 
 
 class _Body(BaseModel):
@@ -103,6 +143,12 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, description="newer name of max_tokens; default: what the context leaves")
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = Field(None, description="functions that the model may call")
+    tool_choice: ToolChoice = Field(None, description="which it may or must call; default: auto")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call (default: true)")
+    functions: list[Function] | None = Field(None, description="older name of tools; answered in the older form")
+    function_call: FunctionCall = Field(None, description="older name of tool_choice")
+    include_reasoning: bool | None = Field(None, description="false: leave the reasoning out of the answer (default: true)")
     add_generation_prompt: bool | None = Field(None, description="end the prompt with the start of an assistant message (default: true)")
     continue_final_message: bool | None = Field(None, description="go on with the last message instead of answering it")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="more variables for the model's chat template")
@@ -112,6 +158,7 @@ class TokenizeRequest(_Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = Field(None, description="default: true for prompt, false for messages")
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -21,6 +21,28 @@ PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
+
+
+class Push(Protocol):
+    """A way to send a part of a response without waiting: an ASGI extension of our own (protocol.py)."""
+
+    @property
+    def ready(self) -> bool:
+        """The response has begun, is not over, and the client reads it as fast as it is sent."""
+        ...
+
+    def write(self, body: bytes) -> None:
+        """Only where it is ``ready``."""
+        ...
+
+
+PUSH = "quire.push"
+"""The extension's name; its "push" is a Push."""
+
+
+def push_of(scope: MutableMapping[str, Any]) -> Push | None:
+    push: Push | None = scope.get("extensions", {}).get(PUSH, {}).get("push")
+    return push
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -12,6 +12,7 @@ from quire.server.fields import parse
 from quire.server.limits import MIN_TEXT_BYTES, check_text_size, max_text_bytes, read_json
 from quire.server.prompts import chat_prompt, in_thread
 from quire.server.schemas import DetokenizeRequest, TokenizeRequest
+from quire.server.tools import check_tools
 
 
 async def tokenize(request: Request) -> Response:
@@ -28,6 +29,7 @@ async def tokenize(request: Request) -> Response:
         ids = await in_thread(len(text), lambda: tokenizer.encode(text, special))
     else:
         assert body.messages is not None
+        tools = None if body.tools is None else check_tools(body.tools, "tools")
         prompt = await chat_prompt(
             context,
             body.messages,
@@ -36,6 +38,7 @@ async def tokenize(request: Request) -> Response:
             template_kwargs=body.chat_template_kwargs,
             add_special_tokens=body.add_special_tokens,
             max_bytes=most,
+            tools=tools,
         )
         ids = prompt.token_ids
     strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None

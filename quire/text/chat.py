@@ -42,6 +42,11 @@ class ChatTemplates:
         self._variables = dict(variables)
         self._compiled: dict[str, jinja2.Template] = {}
 
+    @property
+    def source(self) -> str:
+        """All templates, to look for words in them."""
+        return "\n".join(self._sources.values())
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool,
                variables: Mapping[str, Any], plain: Callable[[Any], Any] | None = None) -> str:  # fmt: skip
         """The prompt. plain: what is done to all that is not the template's own.

@@ -18,14 +18,18 @@ class Detokenizer:
     prompt: the tokens before the first one pushed. They give no text, but tell whether the pushed ones begin a text: with
     a sentencepiece vocabulary, the first word of a text loses its leading space, and a continuation must keep it.
 
+    shown: special tokens whose text is wanted, although special tokens are skipped.
+
     Ids that the tokenizer does not know (a model may have more embedding rows than tokens) have no text.
     """
 
     __slots__ = ("_skipped", "_started", "_strip_left", "_tokenizer", "_utf8")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt: Iterable[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt: Iterable[int] = (), shown: frozenset[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = tokenizer.special_ids - shown if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.rules.errors)
         self._started = False
         self._strip_left = tokenizer.rules.strip_count

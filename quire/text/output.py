@@ -34,6 +34,8 @@ class OutputAssembler:
 
     prompt_token_ids: give them where the output continues the prompt's text (completions), so that a leading space is
     kept (see Detokenizer); leave them out where the output is a text of its own (a chat message).
+
+    shown: special tokens whose text is wanted in any case.
     """
 
     __slots__ = (
@@ -50,10 +52,16 @@ class OutputAssembler:
         "token_ids",
     )
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_token_ids: Iterable[int] = (),
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._params = params
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.skip_special_tokens, prompt_token_ids)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.skip_special_tokens, prompt_token_ids, shown)
         self._stop = StopChecker(params.stop_strings, params.include_stop_str_in_output) if params.stop_strings else None
         self._texts: list[str] = []
         self.token_ids: list[int] = []
@@ -87,6 +95,10 @@ class OutputAssembler:
         if delta.text:
             self._texts.append(delta.text)
         return delta
+
+    def stop(self) -> None:
+        """End here: the caller has what it wanted."""
+        self._finish("stop", None)
 
     @property
     def mean_logprob(self) -> float:

@@ -176,6 +176,11 @@ class Tokenizer:
             raise InvalidRequestError(f"the prompt can't be tokenized: {e}", param="prompt") from None
         return self._special_text.mend(text), self.encode(text, add_special_tokens) if ids is None else ids
 
+    @property
+    def chat_template(self) -> str:
+        """The source of the model's chat templates, to look for words in it; empty where it has none."""
+        return "" if self._chat is None else self._chat.source
+
     def render_chat(
         self,
         messages: Sequence[Message],

@@ -141,7 +141,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(at=st.integers(0, 5))
     def preempt(self, at: int) -> None:
         running = self.engine.scheduler.running
-        self.engine.scheduler.preempt(min(at, len(running) - 1), "the test says so")
+        self.engine.scheduler.preempt(min(at, len(running) - 1), "memory", "the test says so")
         self.engine.check()
 
     @rule()

@@ -215,7 +215,7 @@ def test_a_preempted_sequence_finds_its_own_blocks() -> None:
     engine.add(ask("a", list(range(12)), max_tokens=8))
     for _ in range(4):
         engine.step()
-    engine.scheduler.preempt(0, "the test says so")
+    engine.scheduler.preempt(0, "memory", "the test says so")
     engine.check()
     outputs = drain(engine)
     assert tokens(outputs[("a", 0)]) == expected_output(list(range(12)), 0, 8)[4:]
@@ -229,9 +229,9 @@ def test_swap_moves_blocks_to_the_host_and_back() -> None:
     engine.add(ask("a", list(range(12)), max_tokens=8))
     for _ in range(4):
         engine.step()
-    engine.scheduler.preempt(0, "the test says so")
+    engine.scheduler.preempt(0, "memory", "the test says so")
     assert engine.stats().kv.host_blocks_used == 4
-    assert [e for e in events if isinstance(e, Preempted)] == [Preempted("a", 0, 15, True, "the test says so")]
+    assert [e for e in events if isinstance(e, Preempted)] == [Preempted("a", 0, 15, True, "memory", "the test says so")]
     outputs = drain(engine)
     assert tokens(outputs[("a", 0)]) == expected_output(list(range(12)), 0, 8)[4:]
     kv = engine.stats().kv
@@ -243,7 +243,7 @@ def test_a_full_swap_pool_falls_back_to_computing_again() -> None:
     engine = make(num_host_blocks=2, prefix_caching=False)
     engine.add(ask("a", list(range(12)), max_tokens=8))
     engine.step()
-    engine.scheduler.preempt(0, "the test says so")
+    engine.scheduler.preempt(0, "memory", "the test says so")
     drain(engine)
     assert engine.stats().tokens_recomputed == 12
 
@@ -325,7 +325,7 @@ def test_events_tell_what_can_be_found() -> None:
     def mirror(event: Event) -> None:
         seen.add(type(event))
         match event:
-            case BlockStored(block, content, _, stored):
+            case BlockStored(block, content, _, stored, _):
                 assert block not in held
                 held[block] = (content, stored)
             case BlockRemoved(block, content) | BlockEvicted(block, content):
@@ -338,6 +338,39 @@ def test_events_tell_what_can_be_found() -> None:
     engine.reset_prefix_cache()
     assert not held
     assert seen >= {BlockStored, BlockRemoved, BlockEvicted, BlockShared, BlockCopied}
+
+
+def test_several_may_listen() -> None:
+    engine = make(prefix_caching=True)
+    everything: list[Event] = []
+    more: list[Event] = []
+    preemptions: list[Event] = []
+    engine.on_preemption(preemptions.append)
+    assert engine.scheduler.manager.cache.listener is None, "blocks make no events for those who hear of preemptions alone"
+    engine.listen(everything.append)
+    engine.listen(more.append)
+    engine.add(ask("a", list(range(12)), max_tokens=8))
+    engine.step()
+    engine.scheduler.preempt(0, "memory", "the test says so")
+    assert preemptions == [event for event in everything if isinstance(event, Preempted)] != []
+    assert len(everything) > 1
+    assert more == everything
+    engine.unlisten(more.append)
+    engine.unlisten(preemptions.append)
+    engine.step()
+    engine.scheduler.preempt(0, "memory", "the test says so again")
+    assert len(preemptions) == 1
+    assert len(more) < len(everything)
+    engine.unlisten(everything.append)
+    assert engine.scheduler.listener is engine.scheduler.manager.cache.listener is None
+
+
+def test_stored_content_says_under_which_salt() -> None:
+    engine = make()
+    stored: list[tuple[bytes, tuple[int, ...]]] = []
+    engine.listen(lambda e: stored.append((e.salt, e.tokens)) if isinstance(e, BlockStored) else None)
+    run(engine, ask("a", list(range(6)), max_tokens=1), ask("b", list(range(6)), max_tokens=1, salt=b"b"))
+    assert sorted(stored) == [(b"", (0, 1, 2, 3)), (b"", (4, 5)), (b"b", (0, 1, 2, 3)), (b"b", (4, 5))]
 
 
 def test_statistics_see_free_space_as_a_contiguous_allocator_would() -> None:
@@ -393,6 +426,9 @@ def test_a_prompt_that_does_not_fit_starts_early_and_gives_way() -> None:
             outputs.setdefault(output.request_id, steps)
         engine.check()
     assert outputs["urgent"] <= 2, "what comes before it does not wait for it"
+    counters = engine.stats().kv.counters
+    assert counters.preempted == {"memory": 0, "order": 1, "beams": 0}
+    assert counters.preemptions == 1
     assert engine.stats().tokens_recomputed <= 2 * held
     (output, *_) = run(engine, ask("again", long, max_tokens=1))[("again", 0)]
     assert output.token_ids == expected_output(long, 0, 1)

@@ -102,7 +102,9 @@ class ThreadLink:
 class Server:
     """A server in this process, on a thread of its own."""
 
-    def __init__(self, tokenizer: Tokenizer, backend: PacedBackend, keys: Keys | None = None, **options: Any) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, backend: PacedBackend, keys: Keys | None = None, *, eos: tuple[int, ...] = (), **options: Any
+    ) -> None:
         self.backend, self.tokenizer = backend, tokenizer
         engine_options = {name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options}
         engine_config = EngineConfig(**engine_options)
@@ -112,7 +114,7 @@ class Server:
         self._socket = open_socket("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = create_app(Context(self.client, tokenizer, config, "fake", (), keys=keys))
+        app = self.app = create_app(Context(self.client, tokenizer, config, "fake", eos, keys=keys))
         started = threading.Event()
         serving = Serving(self.client, ThreadLink(self.engine), started.set)
         self._server = EngineServer(
@@ -228,6 +230,17 @@ def events(body: str) -> list[Any]:
             found.append(data if data == "[DONE]" else json.loads(data))
         else:
             assert not line or line.startswith(":"), f"not an event: {line!r}"
+    return found
+
+
+def named_events(body: str) -> list[dict[str, Any]]:
+    """The data of a stream whose events have names, which are their types."""
+    found = []
+    for block in body.split("\n\n"):
+        if block and not block.startswith(":"):
+            name, data = block.split("\n")
+            found.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
     return found
 
 

@@ -155,7 +155,7 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (CHAT, chat(top_logprobs=2), 400, "top_logprobs", ("logprobs",)),
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", ("top_logprobs", "20")),
     (CHAT, chat(logprobs=1), 400, "logprobs", ("true or false",)),
-    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools", ("not supported",)),
+    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools", ("chat template", "--tool-parser")),
     (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", ("not supported",)),
     (CHAT, chat(add_generation_prompt=True, continue_final_message=True), 400, "continue_final_message", ("at most one",)),
     (CHAT, chat(prompt="Hello"), 400, "prompt", ("unknown field",)),

@@ -17,6 +17,7 @@ from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
 from quire.server.client import EngineClient
 from quire.server.engine_loop import EngineLoop
+from quire.text.output import Delta, OutputAssembler
 from quire.text.tokenizer import Tokenizer
 from sample_tokenizers import sample
 from server.harness import DEADLINE_S, PacedBackend, Server, events, health, http, raw_request, wait_clean, wait_until
@@ -180,6 +181,53 @@ def test_slow_reader_gets_everything(fake: Server) -> None:
     assert stream_text(found) == whole["text"]
 
 
+def test_requests_in_a_row_on_one_connection_get_each_its_own(fake: Server) -> None:
+    """Both are sent at once (HTTP pipelining): what is pushed past the application belongs to the first until that one has ended."""
+    requests = [body(20, max_tokens=60, stream=True), body(21, max_tokens=60, stream=True)]
+    alone = [stream_text(events(http.post(fake.url + COMPLETIONS, json=fields).text)) for fields in requests]
+    assert alone[0] != alone[1]
+    fake.backend.delay_s = 0.002
+    try:
+        with raw_request(fake.port, COMPLETIONS, requests[0]) as connection:
+            payload = json.dumps(requests[1]).encode()
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
+            connection.sendall(head.encode() + payload)
+            got = b""
+            while got.count(b"0\r\n\r\n") < 2:
+                part = connection.recv(65536)
+                assert part, "the connection was closed"
+                got += part
+    finally:
+        fake.backend.delay_s = 0.0
+    for answer, text in zip(got.split(b"0\r\n\r\n")[:2], alone, strict=True):
+        head_, _, rest = answer.partition(b"\r\n\r\n")
+        assert b" 200 " in head_
+        assert stream_text(events(dechunked(rest).decode())) == text
+
+
+def test_a_stream_that_fails_midway_says_so(fake: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what is pushed past the application, too: the client is told, and the blocks come back."""
+    feed, fed = OutputAssembler.feed, 0
+
+    def failing(self: OutputAssembler, output: SequenceOutput) -> Delta:
+        nonlocal fed
+        fed += 1
+        if fed == 20:
+            raise RuntimeError("in /secret/path")
+        return feed(self, output)
+
+    monkeypatch.setattr(OutputAssembler, "feed", failing)
+    fake.backend.delay_s = 0.002
+    try:
+        found = events(http.post(fake.url + COMPLETIONS, json=body(22, max_tokens=60, stream=True)).text)
+    finally:
+        fake.backend.delay_s = 0.0
+    assert found[-1] == "[DONE]"
+    assert "internal error" in found[-2]["error"]["message"]
+    assert 1 < len(found) < 60
+    wait_clean(fake.url)
+
+
 def dechunked(data: bytes) -> bytes:
     content = b""
     while data:
@@ -242,7 +290,7 @@ def test_200_clients_with_random_hang_ups(fake: Server) -> None:
 
 
 def test_pings_while_nothing_comes(held: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.server.chunks.PING_S", 0.05)
+    monkeypatch.setattr("quire.server.answers.PING_S", 0.05)
     with raw_request(held.port, COMPLETIONS, body(stream=True)) as connection:
         got = b""
         while got.count(b": ping\n\n") < 3:

@@ -1,0 +1,134 @@
+"""What HTTP costs: output tokens/s of 64 streams through ``quire serve`` beside the offline engine's, and the front's CPU time.
+
+    python benchmarks/http_cost.py [MODEL] [--streams 64] [--prompt 128] [--tokens 256] [--rounds 3] [--json FILE]
+
+Both get the same prompts (random token ids, seed 0) and generate --tokens tokens each, greedily; a fresh process for each run, taking
+turns. Speed is counted from the moment the requests are there to the last token. The client is one process that writes the requests
+and throws away what comes back; it shares the cores with the server, so that its own CPU time is told too. "front" is the CPU time
+of the server's HTTP process between the first request and the last byte, by token that was streamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from statistics import median
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def prompts(args: argparse.Namespace) -> list[list[int]]:
+    rng = Random(0)
+    return [[rng.randrange(10, args.vocab) for _ in range(args.prompt)] for _ in range(args.streams)]
+
+
+def offline(args: argparse.Namespace) -> float:
+    """Output tokens/s, in a process of its own."""
+    command = [sys.executable, __file__, args.model, "--offline", *(f"--{n}={getattr(args, n)}" for n in NUMBERS)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def run_offline(args: argparse.Namespace) -> None:
+    from quire import LLM, SamplingParams
+
+    llm = LLM(args.model, max_num_seqs=args.streams)
+    llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+    todo = [{"prompt_token_ids": prompt} for prompt in prompts(args)]
+    start = time.perf_counter()
+    done = llm.generate(todo, SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True), use_tqdm=False)
+    seconds = time.perf_counter() - start
+    print(sum(len(output.outputs[0].token_ids) for output in done) / seconds)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def served(args: argparse.Namespace) -> tuple[float, float, float]:
+    """Output tokens/s; microseconds of the front's CPU, and of the client's, for each token."""
+    command = [sys.executable, "-m", "quire.cli.main", "serve", args.model, "--port", "0", "--max-num-seqs", str(args.streams)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        port = 0
+        for line in server.stdout:
+            port = int(match[1]) if (match := re.search(r"http://[\w.]+:(\d+)", line)) else port
+            if "Ctrl-C" in line:
+                break
+        try:
+            stream_all(port, [[1, 2, 3]], 2)
+            front, own = cpu_seconds(server.pid), time.process_time()
+            start = time.perf_counter()
+            stream_all(port, prompts(args), args.tokens)
+            seconds, tokens = time.perf_counter() - start, args.streams * args.tokens
+            front, own = cpu_seconds(server.pid) - front, time.process_time() - own
+        finally:
+            server.terminate()
+    return tokens / seconds, front / tokens * 1e6, own / tokens * 1e6
+
+
+def stream_all(port: int, all_prompts: list[list[int]], tokens: int) -> None:
+    """Stream the completions of all prompts at once, until each has ended. Raises RuntimeError where one did not end well."""
+    poll = selectors.DefaultSelector()
+    for prompt in all_prompts:
+        body = json.dumps({"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}).encode()
+        connection = socket.create_connection(("127.0.0.1", port))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        poll.register(connection, selectors.EVENT_READ, bytearray())
+    while poll.get_map():
+        for key, _ in poll.select():
+            connection, tail = key.fileobj, key.data
+            assert isinstance(connection, socket.socket)
+            data = connection.recv(1 << 16)
+            tail[:] = (tail + data)[-200:]
+            if not data or data.endswith(b"0\r\n\r\n"):
+                if b"[DONE]" not in tail or b"error" in tail:
+                    raise RuntimeError(f"a stream ended with {bytes(tail)!r}")
+                poll.unregister(connection)
+                connection.close()
+
+
+NUMBERS = ("streams", "prompt", "tokens", "vocab")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="embedded")
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=1000, help="token ids are drawn below this")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--offline", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.offline:
+        run_offline(args)
+        return
+    rounds = []
+    for number in range(args.rounds):
+        alone, (through, front, client) = offline(args), served(args)
+        rounds.append({"offline": alone, "http": through, "ratio": through / alone, "front_us": front, "client_us": client})
+        print(
+            f"round {number + 1}: offline {alone:,.0f} tokens/s, HTTP {through:,.0f} ({through / alone:.1%}), "
+            f"front {front:.1f} µs a token, client {client:.1f} µs",
+            flush=True,
+        )
+    middle = {name: median(r[name] for r in rounds) for name in rounds[0]}
+    print(f"median: HTTP / offline {middle['ratio']:.1%}, front {middle['front_us']:.1f} µs of CPU a token")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"model": args.model, "rounds": rounds, "median": middle}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

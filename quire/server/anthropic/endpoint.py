@@ -1,0 +1,48 @@
+"""POST /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from quire.server.answers import deliver
+from quire.server.anthropic.conversation import chat_request
+from quire.server.anthropic.reply import Reply
+from quire.server.anthropic.schemas import IGNORED, REFUSED, CountTokensRequest, MessagesRequest
+from quire.server.chat import chat_call, chat_generation
+from quire.server.chunks import json_bytes
+from quire.server.context import caller_of, context_of
+from quire.server.fields import parse
+from quire.server.generation import new_id
+from quire.server.limits import read_json
+from quire.server.sampling import names
+
+_NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
+
+
+async def messages(request: Request) -> Response:
+    context = context_of(request)
+    body = parse(MessagesRequest, await read_json(request, context.config.max_body_bytes), IGNORED, REFUSED)
+    context.check_model(body.model)
+    message_id = new_id("msg", "_")
+    with names(_NAMES):
+        chat = chat_request(body)
+        call = await chat_call(context, chat)
+        # As with Anthropic, who asks for more than the context has room for gets what there is, and is told at the end.
+        room = context.max_model_len - len(call.prompt.token_ids)
+        if capped := max(1, call.params.min_tokens) <= room < body.max_tokens:
+            call = replace(call, params=replace(call.params, max_tokens=room))
+        generation = chat_generation(context, caller_of(request), message_id, chat, call)
+    reply = Reply(message_id, context.model, generation, capped=capped)
+    return await deliver(request, generation, reply, bool(body.stream))
+
+
+async def count_tokens(request: Request) -> Response:
+    context = context_of(request)
+    body = parse(CountTokensRequest, await read_json(request, context.config.max_body_bytes), IGNORED, REFUSED)
+    context.check_model(body.model)
+    with names(_NAMES):
+        call = await chat_call(context, chat_request(body))
+    return Response(json_bytes({"input_tokens": len(call.prompt.token_ids)}), media_type="application/json")

@@ -1,0 +1,120 @@
+// The prompt box: a request like any other client's, streamed, with the time that it takes.
+
+import { headers, read } from "./feed.js";
+import { $, count, duration, make, plural, rate } from "./format.js";
+
+export class Prompt {
+  #abort = null;
+
+  /** claim(callId): a request of this page has begun. needKey(): the server asks for one. */
+  constructor(claim, needKey) {
+    this.claim = claim;
+    this.needKey = needKey;
+    $("prompt").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#send();
+    });
+    $("prompt-text").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("prompt").requestSubmit();
+    });
+    $("stop").addEventListener("click", () => this.#abort?.abort());
+  }
+
+  async #send() {
+    if (this.#abort) return;
+    const chat = document.querySelector("[name=kind]:checked").value === "chat";
+    const text = $("prompt-text").value, n = $("n").valueAsNumber || 1;
+    const body = {
+      n, temperature: $("temperature").valueAsNumber, max_tokens: $("max-tokens").valueAsNumber || 128,
+      stream: true, stream_options: { include_usage: true, continuous_usage_stats: true },
+      ...(chat ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
+    };
+    if (!Number.isFinite(body.temperature)) delete body.temperature;
+    const answers = new Answers(n, chat ? "" : text);
+    const clock = { began: performance.now(), first: null, last: null, usage: null };
+    this.#busy(true);
+    this.#say("…");
+    try {
+      const response = await fetch(chat ? "/v1/chat/completions" : "/v1/completions", {
+        method: "POST", headers: headers({ "content-type": "application/json" }), body: JSON.stringify(body), signal: this.#abort.signal,
+      });
+      if (response.status === 401) this.needKey();
+      if (!response.ok) throw new Error((await response.json()).error.message);
+      await read(response.body, (event) => {
+        if (event.error) throw new Error(event.error.message);
+        this.#take(event, answers, clock);
+      });
+      this.#report(clock, "");
+    } catch (error) {
+      if (error.name === "AbortError") this.#report(clock, "stopped; ");
+      else this.#say(error.message, true);
+    } finally {
+      this.#busy(false);
+    }
+  }
+
+  #take(event, answers, clock) {
+    this.claim(event.id);
+    clock.last = performance.now();
+    for (const choice of event.choices) {
+      const text = choice.text ?? choice.delta?.content ?? "";
+      if (text && clock.first === null) clock.first = clock.last;
+      answers.add(choice.index, text, choice.finish_reason);
+    }
+    clock.usage = event.usage ?? clock.usage;
+    this.#report(clock, "", true);
+  }
+
+  #report({ began, first, last, usage }, before, live = false) {
+    if (first === null || !usage) return live ? undefined : this.#say(`${before}nothing came`);
+    const tokens = usage.completion_tokens, seconds = (last - began) / 1000, cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
+    const streaming = (last - first) / 1000;
+    const speed = streaming > 0 ? (tokens - 1) / streaming : tokens / seconds;
+    const parts = [
+      ["first token ", duration((first - began) / 1000)], [", ", `${rate(speed)} tokens/s`], [", ", plural(tokens, "token")],
+      [" in ", duration(seconds)], ["; ", `${count(cached)} of ${plural(usage.prompt_tokens, "prompt token")}`],
+    ];
+    const place = $("timing");
+    place.className = "timing dim";
+    place.setAttribute("aria-live", live ? "off" : "polite"); // read once, at the end
+    place.replaceChildren(before, ...parts.flatMap(([word, value]) => [word, make("b", {}, value)]), " from the cache");
+  }
+
+  #say(text, bad = false) {
+    const place = $("timing");
+    place.setAttribute("aria-live", "polite");
+    place.className = bad ? "timing bad" : "timing dim";
+    place.replaceChildren(text);
+  }
+
+  #busy(on) {
+    this.#abort = on ? new AbortController() : null;
+    $("send").hidden = on;
+    $("stop").hidden = !on;
+    if (on && document.activeElement === $("send")) $("stop").focus();
+    else if (!on && document.activeElement === $("stop")) $("send").focus();
+  }
+}
+
+/** One box for each sample. */
+class Answers {
+  constructor(n, prompt) {
+    this.boxes = Array.from({ length: n }, (_, i) => {
+      const title = n > 1 ? `sample ${i + 1}` : "";
+      const box = { title, head: make("h3", {}, title), text: document.createTextNode("") };
+      box.element = make("div", { className: "answer" }, box.head, make("pre", {}, make("span", { className: "prompt-part" }, prompt), box.text));
+      box.head.hidden = n === 1;
+      return box;
+    });
+    $("answers").replaceChildren(...this.boxes.map((box) => box.element));
+  }
+
+  add(index, text, reason) {
+    const box = this.boxes[index];
+    if (text) box.text.appendData(text);
+    if (reason) {
+      box.head.hidden = false;
+      box.head.textContent = [box.title, `ended by ${reason}`].filter(Boolean).join(", ");
+    }
+  }
+}

@@ -1,0 +1,91 @@
+"""A backend that says what it is told to, and tokenizers with the chat templates of models that call tools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tokenizers
+
+from core.fake_backend import Row
+from quire.core.plan import StepResult, accepted
+from quire.outputs import TokenLogprobs
+from quire.text.tokenizer import Tokenizer
+from server.harness import EMBEDDED, PacedBackend
+
+END = "<|end|>"
+
+HERMES = """{%- if tools %}<|sys|>Tools:{% for tool in tools %} {{ tool | tojson }}{% endfor %}
+Write <tool_call>{"name": ..., "arguments": ...}</tool_call>.{% endif %}
+{%- for message in messages %}<|{{ message.role }}|>
+{%- if message.content %}{{ message.content }}{% endif %}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+THINKING = HERMES + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% elif deep %}<think>\n{% endif %}"
+
+LLAMA3 = """{%- if tools %}<|start_header_id|>{{ tools | tojson }}{% endif %}
+{%- for message in messages %}<|start_header_id|>{{ message.role }}|
+{%- if message.tool_calls %}
+    {%- if message.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}
+{"name": "{{ message.tool_calls[0].function.name }}", "parameters": {{ message.tool_calls[0].function.arguments | tojson }}}
+{%- else %}{{ message.content }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|start_header_id|>assistant|{% endif %}"""
+
+MISTRAL = """{%- if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{%- for message in messages %}
+    {%- if message.tool_calls %}[TOOL_CALLS][
+        {%- for call in message.tool_calls %}
+            {%- if call.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}
+            {{- {"name": call.function.name, "arguments": call.function.arguments, "id": call.id} | tojson }}
+        {%- endfor %}]
+    {%- elif message.role == 'tool' %}[TOOL_RESULTS]{"id": "{{ message.tool_call_id }}", "content": {{ message.content }}}
+    {%- else %}[INST]{{ message.content }}[/INST]
+    {%- endif %}
+{%- endfor %}"""
+
+TEMPLATES = {"hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL, "thinking": THINKING}
+SPECIAL = ["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", END]
+ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+
+
+def chat_tokenizer(template: str) -> Tokenizer:
+    """The embedded model's tokenizer with a template of TEMPLATES, and with markers as tokens: special, as in real vocabularies, where
+    they are so there."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in ADDED])
+    return Tokenizer(tokenizer, chat_templates=TEMPLATES[template])
+
+
+class ScriptedBackend(PacedBackend):
+    """Every sequence says ``says``, then ends."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(num_blocks=512, max_model_len=4096, vocab_size=tokenizer.vocab_size)
+        self._tokenizer = tokenizer
+        self.says = ""
+        self.prompt = ""
+        """Of the last sequence that was started."""
+
+    @property
+    def end(self) -> int:
+        """The end-of-text token."""
+        token = self._tokenizer.token_id(END)
+        assert token is not None
+        return token
+
+    @property
+    def script(self) -> list[int]:
+        return [*self._tokenizer.encode(self.says, add_special_tokens=False), self.end]
+
+    def _sample(self, row: Row, number: int, draft: Sequence[int], result: StepResult) -> None:
+        prompt, script = row.start.num_prompt, self.script
+        if len(row.tokens) == prompt:
+            self.prompt = self._tokenizer.decode(row.tokens, skip_special_tokens=False)
+        said = len(row.tokens) - prompt
+        tokens = [script[min(i, len(script) - 1)] for i in range(said, said + 1 + len(draft))]
+        row.tokens += tokens[: accepted(draft, tokens)]
+        result.tokens += tokens
+        result.logprobs += [TokenLogprobs((-1.0, 1), []) if row.start.params.logprobs is not None else None for _ in tokens]
