@@ -80,7 +80,9 @@ def load_engine(config: EngineConfig) -> tuple[Engine, Loaded]:
 
     backend = open_backend(config, lambda name, seconds: phases.append((name, seconds)))
     start = time.perf_counter()
-    engine = make_engine(backend, config)
+    from quire.server.poison import poisoned
+
+    engine = make_engine(poisoned(backend, config), config)
     phases.append(("engine", time.perf_counter() - start))
     return engine, describe(engine, backend, config, phases)
 

@@ -134,8 +134,8 @@ class Server:
 class Process:
     """A real ``quire serve`` on the embedded model, or on another folder."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.process = start_process("--port", "0", *arguments)
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.process = start_process("--port", "0", *arguments, environment=environment)
         self.banner = ""
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -165,8 +165,8 @@ class Process:
         self.process.communicate()
 
 
-def start_process(*arguments: str, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")}
+def start_process(*arguments: str, stdout: Any = subprocess.PIPE, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")} | (environment or {})
     environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments],
