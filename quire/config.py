@@ -205,6 +205,18 @@ class ServerConfig(_Checked):
         0, "seconds after which a request ends with an error, whatever it asks for; 0 is no limit", low=0, high=MAX_TIMEOUT_S,
         metavar="SECONDS",
     )  # fmt: skip
+    batch_dir: str | None = option(
+        None,
+        "folder that keeps files and batches (/v1/files, /v1/batches) over restarts; one server at a time may have it (default: none are "
+        "kept; for one file without a server see quire batch run)",
+        metavar="DIR",
+    )
+    batch_concurrency: int | None = option(
+        None,
+        "most lines of batches in flight; live requests come before all of them (default: one for each sequence that may run)",
+        low=1, high=4096,
+    )  # fmt: skip
+    max_file_bytes: int = option(200 << 20, "largest upload to /v1/files", low=1024, metavar="BYTES")
     drain_timeout: int = option(
         30,
         "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended",
@@ -217,6 +229,28 @@ class ServerConfig(_Checked):
         "seconds without a finished step, while there is work, after which the engine counts as hung and is started again",
         low=1, high=MAX_TIMEOUT_S, metavar="SECONDS",
     )  # fmt: skip
+    vllm_metrics: bool = option(
+        True, "give the metrics of /metrics under vLLM's names (vllm:*) too, for routers and dashboards that know those"
+    )
+    measure_limits: bool = option(
+        False,
+        "measure at the start how fast this machine reads memory and computes, so that /metrics shows what is used (a second or more)",
+    )
+    otlp_endpoint: str | None = option(
+        None, "send a trace of each request to this OpenTelemetry collector, e.g. http://localhost:4318/v1/traces (needs quire[otel])",
+        metavar="URL",
+    )  # fmt: skip
+    kv_events: str | None = option(
+        None,
+        "publish over ZeroMQ what the prefix cache holds, in vLLM's format, for routers, e.g. tcp://10.0.0.1:5557 (needs "
+        "quire[kv-events]); the events hold the tokens of prompts, and whoever reaches the address reads them",
+        metavar="ENDPOINT",
+    )
+    kv_events_replay: str | None = option(None, "with --kv-events: where past events can be asked for", metavar="ENDPOINT")
+    kv_events_topic: str = option("", "with --kv-events: their topic, e.g. kv@10.0.0.1@model", metavar="TEXT")
+    kv_events_format: str = option(
+        "map", "with --kv-events: how an event is written; array is for subscribers of before 2026", choices=("map", "array")
+    )
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -290,7 +324,8 @@ def resolve(classes: tuple[type, ...], arguments: Mapping[str, Any], file: Mappi
             for source, label in ((file, f.name), (environ, env), (arguments, "--" + f.name.replace("_", "-"))):
                 key = env if source is environ else f.name
                 # Kubernetes sets QUIRE_PORT=tcp://... in every pod beside a service named quire; it is not meant for us.
-                if key in source and not str(source[key]).startswith("tcp://"):
+                kubernetes = source is environ and f.name == "port" and environ.get(env, "").startswith("tcp://")
+                if key in source and not kubernetes:
                     values[f.name] = _convert(f.name, str(f.type), source[key], label)
         built.append(cls(**values))
     return built

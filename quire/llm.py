@@ -19,9 +19,11 @@ from quire.core.admission import empty_prompt
 from quire.core.engine import Engine
 from quire.core.sequence import Request, Retention, salt_bytes
 from quire.errors import EngineError, InvalidRequestError, QueueFullError
+from quire.grammar.constraints import Constraints
 from quire.logs import ThrottledLog
 from quire.outputs import RequestOutput, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
+from quire.text.chat import Message
 from quire.text.output import OutputAssembler, best_choices
 from quire.text.tokenizer import Tokenizer
 
@@ -62,7 +64,9 @@ class LLM:
         self.config = config
         self.backend: Backend = open_backend(config)
         self.tokenizer = Tokenizer.load(self.backend.folder)
-        self.engine = Engine(self.backend, config, monotonic)
+        spec = self.backend.spec
+        constraints = Constraints(lambda: self.tokenizer, spec.vocab_size, spec.eos_token_ids)
+        self.engine = Engine(self.backend, config, monotonic, constraints=constraints)
         self.engine.on_preemption(ThrottledLog(logging.getLogger("quire.engine")).warning)
         self._requests = 0
         self._unread: dict[str, deque[SequenceOutput]] = {}
@@ -126,8 +130,15 @@ class LLM:
                 raise InvalidRequestError(f"stream() gives one sample, got {name}={count}: use generate()", param=name)
         return self._stream(request)
 
-    def _stream(self, request: Request) -> Iterator[str]:
-        assembler = OutputAssembler(self.tokenizer, request.params, request.prompt_token_ids)
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+        """``stream`` the next message of a conversation, in the model's own format. Raises InvalidRequestError where it has none."""
+        text = self.tokenizer.render_chat(messages)
+        # Templates spell out the special tokens themselves.
+        prompt: TokensPrompt = {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+        return self._stream(self._request(prompt, params or self.get_default_sampling_params()), continues_prompt=False)
+
+    def _stream(self, request: Request, continues_prompt: bool = True) -> Iterator[str]:
+        assembler = OutputAssembler(self.tokenizer, request.params, request.prompt_token_ids if continues_prompt else ())
         unread = self._unread[request.request_id] = deque()
         try:
             while not self._add(request):

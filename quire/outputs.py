@@ -41,6 +41,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of the completion's, where that is told apart."""
 
     @property
     def total_tokens(self) -> int:
@@ -83,5 +85,12 @@ class SequenceOutput:
     """``stop``, ``length``, ``abort`` or ``error`` in the sequence's last output; None before."""
     stop_reason: int | str | None = None
     """The stop token id that ended it; the message where finish_reason is ``error``."""
+    end_token: bool = True
+    """Where finish_reason is ``stop``: the last token is the end-of-text or stop token that ended the sequence, and no part of the
+    text. False where nothing could follow a complete text."""
     cached_tokens: int | None = None
     """In the first output: positions of the request's prompt that were found in the prefix cache."""
+    queued_s: float | None = None
+    """In the first output: how long the request waited before anything of it was computed."""
+    preemptions: int | None = None
+    """In the last output: how often sequences of the request were preempted."""

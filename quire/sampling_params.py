@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from quire.errors import InvalidRequestError
+from quire.structured import Structured
 
 MAX_N = 128
 MAX_BEAMS = 32
@@ -19,6 +20,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_TOKEN_IDS = 1 << 20
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 1024
 MAX_TOKENS = 1 << 30
 MAX_SEED = (1 << 64) - 1
 
@@ -65,8 +69,8 @@ def _list(name: str, values: object, limit: int) -> Sequence[object]:
 class SamplingParams:
     """Sampling parameters of one request.
 
-    The order in which they act on a row of logits: logit_bias and min_tokens, repetition/frequency/presence penalties,
-    temperature, min_p, top_k, top_p, then one draw keyed by (seed, position).
+    The order in which they act on a row of logits: structured, allowed_token_ids, bad_words and min_tokens (which ban tokens),
+    logit_bias, repetition/frequency/presence penalties, temperature, min_p, top_k, top_p, then one draw keyed by (seed, position).
 
     Raises InvalidRequestError, naming the parameter, the value and what is allowed.
     """
@@ -107,6 +111,14 @@ class SamplingParams:
     """Strings that end the output when they appear in it; they may span tokens."""
     stop_token_ids: tuple[int, ...] | list[int] | None = ()
     ignore_eos: bool = False
+    structured: Structured | None = None
+    """The form that the output must have: JSON, a regular expression, a choice, a grammar. It ends when it is complete, whatever
+    min_tokens and ignore_eos say; before that end-of-text is possible where the form may end."""
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    """Only these tokens may be generated. End-of-text has to be among them, or the output ends with max_tokens."""
+    bad_words: tuple[str, ...] | list[str] | None = ()
+    """Words that are not completed in the output: the last token of a word is banned where those before it stand. Each as the
+    tokenizer spells it at the start of a text and after a space; spelt with other tokens it is not noticed."""
     logprobs: int | None = None
     """Number of most likely tokens to report for each position besides the chosen one; None reports nothing."""
     include_stop_str_in_output: bool = False
@@ -143,9 +155,17 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "use_beam_search"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} must be true or false, got {getattr(self, name)!r:.60}", param=name)
-        put("stop_token_ids", self._token_ids())
+        put("stop_token_ids", self._token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
+        if self.allowed_token_ids is not None:
+            put("allowed_token_ids", self._token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS))
+            if not self.allowed_token_ids:
+                raise InvalidRequestError("allowed_token_ids is empty: name at least one token, or leave it out", param="allowed_token_ids")
+        put("bad_words", self._texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS))
+        if self.structured is not None and not isinstance(self.structured, Structured):
+            raise InvalidRequestError(f"structured must be a Structured, got {self.structured!r:.60}", param="structured")
         put("logit_bias", self._bias())
-        put("stop_strings", self._stops())
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        put("stop_strings", self._texts("stop", stops, MAX_STOP_STRINGS, MAX_STOP_CHARS))
         put("stop", self.stop_strings)
 
     @property
@@ -162,6 +182,11 @@ class SamplingParams:
     def num_outputs(self) -> int:
         """Sequences that the engine reports on, by index from 0: the beams to return, or the samples to choose from."""
         return self.n if self.use_beam_search else self.num_sequences
+
+    @property
+    def constrained(self) -> bool:
+        """Which tokens may come next depends on those before them, or is not all of the vocabulary."""
+        return self.structured is not None or self.allowed_token_ids is not None or bool(self.bad_words)
 
     def _beams(self, put: Callable[[str, object], None]) -> None:
         if self.best_of is not None:
@@ -191,6 +216,9 @@ class SamplingParams:
         # Temperatures 0 and 1 both leave the model's own distribution, which is what is searched.
         plain: dict[str, tuple[Any, ...]] = {"temperature": (0, 1), "top_p": (1,), "top_k": (0, -1), "repetition_penalty": (1,)}
         plain |= {"min_p": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": (None,), "stop": ((), [], None)}
+        plain |= {"allowed_token_ids": (None,), "bad_words": ((), [], None)}
+        if isinstance(self.structured, Structured):
+            raise self.structured.error("a beam search can't follow a form: leave one of them out")
         for name, allowed in plain.items():
             if getattr(self, name) not in allowed and not (name == "logit_bias" and not self.logit_bias):
                 raise InvalidRequestError(
@@ -199,9 +227,9 @@ class SamplingParams:
                     param=name,
                 )
 
-    def _token_ids(self) -> tuple[int, ...]:
-        ids = _list("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
-        return tuple(integer("stop_token_ids", i, 0, (1 << 31) - 1) for i in ids)
+    @staticmethod
+    def _token_ids(name: str, values: object, limit: int) -> tuple[int, ...]:
+        return tuple(integer(name, i, 0, (1 << 31) - 1) for i in _list(name, values, limit))
 
     def _bias(self) -> dict[int, float] | None:
         if self.logit_bias is None:
@@ -215,11 +243,12 @@ class SamplingParams:
         }
         return bias or None
 
-    def _stops(self) -> tuple[str, ...]:
-        stops = _list("stop", [self.stop] if isinstance(self.stop, str) else self.stop, MAX_STOP_STRINGS)
-        for s in stops:
-            if not isinstance(s, str) or not s:
-                raise InvalidRequestError(f"stop must hold non-empty strings, got {s!r:.60}", param="stop")
-            if len(s) > MAX_STOP_CHARS:
-                raise InvalidRequestError(f"a stop string has {len(s)} characters; at most {MAX_STOP_CHARS} are allowed", param="stop")
-        return tuple(s for s in stops if isinstance(s, str))
+    @staticmethod
+    def _texts(name: str, values: object, limit: int, max_chars: int) -> tuple[str, ...]:
+        texts = _list(name, values, limit)
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequestError(f"{name} must hold non-empty strings, got {text!r:.60}", param=name)
+            if len(text) > max_chars:
+                raise InvalidRequestError(f"{name} has a string of {len(text)} characters; at most {max_chars} are allowed", param=name)
+        return tuple(text for text in texts if isinstance(text, str))

@@ -14,6 +14,8 @@ from quire.core.engine import Engine
 from quire.core.sequence import Request
 from quire.core.speculation import Drafter
 from quire.core.stats import EngineStats
+from quire.grammar.constraints import Constraints
+from quire.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -33,9 +35,13 @@ class Run:
     stats: EngineStats
 
 
-def open_engine(folder: Path | str, **options: Any) -> Engine:
+def open_engine(folder: Path | str, *, constrained: bool = False, **options: Any) -> Engine:
+    """constrained: requests may have structured output and the like; the folder has a tokenizer then."""
     config = EngineConfig(model=str(folder), **{"kv_memory": "16MiB", **options})
-    return Engine(open_backend(config), config)
+    backend = open_backend(config)
+    spec = backend.spec
+    constraints = Constraints(lambda: Tokenizer.load(backend.folder), spec.vocab_size, spec.eos_token_ids) if constrained else None
+    return Engine(backend, config, constraints=constraints)
 
 
 def positions(request: Request) -> int:

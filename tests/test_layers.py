@@ -9,20 +9,21 @@ from pathlib import Path
 import quire
 
 ROOT = Path(quire.__file__).parent
-BASE = {"errors", "config", "sampling_params", "outputs", "logs"}
+BASE = {"errors", "config", "sampling_params", "structured", "outputs", "logs"}
 """Modules that everything may import. They import each other only."""
 
 # Room → rooms (or single modules) that it may import, besides itself and BASE.
 ALLOWED: dict[str, set[str]] = {
     "cli": {"server", "bench", "llm", "workload", "core", "text", "models", "backends.base", "backends.cpu"},
-    "server": {"core", "text", "models.spec", "backends.base"},
+    "server": {"core", "text", "grammar", "models.spec", "backends.base"},
     "bench": {"workload", "core", "models.spec", "models.weights", "text", "llm"},
-    "llm": {"core", "text", "backends.base"},
+    "llm": {"core", "text", "grammar", "backends.base"},
     "backends": set(),
     "backends.base": {"models", "core.plan", "backends.cpu"},
     "backends.cpu": {"models", "core.plan", "backends.base"},
     "models": set(),
     "text": set(),
+    "grammar": set(),
     "workload": set(),
     "core": set(),
     "__init__": {"llm", "sampling_params"},

@@ -14,6 +14,7 @@ HEAVY = [
     "pydantic",
     "uvicorn",
     "tqdm",
+    "llguidance",
     "jinja2",
     "asyncio",
     "torch",
@@ -37,7 +38,7 @@ def test_nothing_heavy_is_imported(code: str) -> None:
 
 
 def test_the_offline_api_imports_no_server_and_no_torch() -> None:
-    assert not imported_by("from quire import LLM") & {"fastapi", "uvicorn", "pydantic", "torch", "transformers"}
+    assert not imported_by("from quire import LLM") & {"fastapi", "uvicorn", "pydantic", "torch", "transformers", "llguidance"}
 
 
 def test_help_and_version() -> None:

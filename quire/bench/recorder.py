@@ -19,7 +19,6 @@ class StepCost:
     """Positions computed."""
     flops: int
     bytes_read: int
-    """Weights once, and the KV of every sequence once; activations stay in caches and are left out."""
     seconds: float
     """In the backend."""
 
@@ -37,9 +36,7 @@ class Recorder:
         self.block_size = backend.block_size
         self.max_model_len = backend.max_model_len
         self._backend = backend
-        self._layer_bytes = weight_bytes - head_bytes
-        self._head_bytes = head_bytes
-        self._kv_bytes = spec.kv_bytes_per_token(kv_dtype)
+        self._weight_bytes, self._head_bytes, self._kv_dtype = weight_bytes, head_bytes, kv_dtype
 
     def execute(self, plan: StepPlan) -> StepResult:
         start = perf_counter()
@@ -48,19 +45,18 @@ class Recorder:
         return result
 
     def _cost(self, plan: StepPlan, seconds: float) -> StepCost:
-        keys = sum(w.start + w.count for w in plan.work)
-        context = sum(_context(w.start, w.count) for w in plan.work)
-        sampled = sum(1 + len(w.draft) for w in plan.work if w.sample)
-        sampled_context = sum(_context(w.start + w.count - 1 - len(w.draft), 1 + len(w.draft)) for w in plan.work if w.sample)
+        extent = plan.extent
         return StepCost(
             sequences=len(plan.work),
-            tokens=plan.num_tokens,
-            flops=self.spec.flops(plan.num_tokens, context, sampled, sampled_context),
-            bytes_read=self._layer_bytes + (self._head_bytes if sampled else 0) + keys * self._kv_bytes,
+            tokens=extent.positions,
+            flops=self.spec.flops(extent.positions, extent.context, extent.rows, extent.rows_context),
+            bytes_read=self.spec.bytes_read(
+                1,
+                extent.sampling_steps,
+                extent.keys,
+                weight_bytes=self._weight_bytes,
+                head_bytes=self._head_bytes,
+                kv_dtype=self._kv_dtype,
+            ),
             seconds=seconds,
         )
-
-
-def _context(start: int, count: int) -> int:
-    """Keys that ``count`` positions from ``start`` on attend to: position p to p + 1."""
-    return count * (2 * start + count + 1) // 2

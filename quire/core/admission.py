@@ -71,8 +71,9 @@ class RequestLimits:
                 f"prompt {prompt:,} + min_tokens {params.min_tokens:,} > context {context:,}: lower min_tokens to at most {room:,}",
                 param="min_tokens",
             )
-        for name, ids in (("stop_token_ids", params.stop_token_ids or ()), ("logit_bias", params.logit_bias or ())):
-            for token in ids:
+        lists = {"stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias, "allowed_token_ids": params.allowed_token_ids}
+        for name, ids in lists.items():
+            for token in ids or ():
                 if token >= self.vocab_size:
                     raise InvalidRequestError(
                         f"{name}: token id {token} is out of range: the vocabulary has ids 0 to {self.vocab_size - 1}", param=name

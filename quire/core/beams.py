@@ -100,6 +100,6 @@ def _hypotheses(group: Group) -> list[SequenceOutput]:
         if request.params.logprobs is not None:
             logprobs = [TokenLogprobs((value, 0), []) for value in best.logprobs]
         output = SequenceOutput(request.request_id, index, best.token_ids, logprobs, best.finish_reason, best.stop_reason)
-        output.cached_tokens = group.cached_tokens
+        output.cached_tokens, output.queued_s, output.preemptions = group.cached_tokens, group.queued_s, group.preemptions
         outputs.append(output)
     return outputs

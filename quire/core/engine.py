@@ -20,14 +20,15 @@ from quire.config import EngineConfig
 from quire.core.admission import AdmissionPolicy, NoEvict, RequestLimits, Watermark
 from quire.core.beam import BeamSearch
 from quire.core.block_manager import BlockManager
+from quire.core.constraint import Constraints
 from quire.core.events import Listener, chain
 from quire.core.past_future import PastFuture
-from quire.core.plan import StepPlan, StepResult
+from quire.core.plan import StepExtent, StepPlan, StepResult
 from quire.core.scheduler import Scheduler
 from quire.core.sequence import Group, Request, Sequence, derive_seed
 from quire.core.snapshot import Watch
 from quire.core.speculation import Speculation
-from quire.core.stats import EngineStats
+from quire.core.stats import EngineStats, StepTimes
 from quire.errors import CapacityError, InvalidRequestError, QueueFullError
 from quire.outputs import SequenceOutput
 
@@ -60,9 +61,10 @@ class Executor(Protocol):
 class Engine:
     """Runs requests on a backend. ``add`` and ``abort`` between steps; ``step`` while ``has_work``.
 
-    clock: seconds from any start; retention hints decay by it. manager, policy: take the place of paged memory and of the
-    configured admission. Raises CapacityError where the backend's pool can't hold one sequence of ``max_model_len`` tokens, or
-    one block for each of ``max_num_seqs`` sequences.
+    clock: seconds from any start; retention hints decay by it, and steps and queues are timed by it. manager, policy: take the place
+    of paged memory and of the configured admission. constraints: for requests whose tokens are constrained; without it they are
+    refused. Raises CapacityError where the backend's pool can't hold one sequence of ``max_model_len`` tokens, or one block for each
+    of ``max_num_seqs`` sequences.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class Engine:
         *,
         manager: BlockManager | None = None,
         policy: AdmissionPolicy | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self.backend = backend
+        self.constraints = constraints
         manager = manager or BlockManager(
             backend.num_blocks,
             backend.block_size,
@@ -96,11 +100,19 @@ class Engine:
             most = min(config.speculation_positions, config.max_num_batched_tokens)
             speculation = Speculation(manager, most, strict=config.admission == "no-evict")
         self.scheduler = Scheduler(
-            manager, policy, self._max_num_seqs, config.max_num_batched_tokens, swap=backend.num_host_blocks > 0, speculation=speculation
+            manager,
+            policy,
+            self._max_num_seqs,
+            config.max_num_batched_tokens,
+            swap=backend.num_host_blocks > 0,
+            speculation=speculation,
+            clock=clock,
         )
+        self._clock = clock
         self._live: dict[str, Group] = {}
         self._arrivals = 0
-        self._steps = 0
+        self._extent = StepExtent()
+        self._times = StepTimes()
         self._listeners: list[Listener] = []
         self._preemption_listeners: list[Listener] = []
 
@@ -123,7 +135,7 @@ class Engine:
             raise QueueFullError(
                 f"{len(self.scheduler.waiting):,} sequences are waiting, and --max-waiting is {self._max_waiting:,}: try again later"
             )
-        group = Group(request)
+        group = Group(request, added=self._clock())
         count = params.num_sequences
         if params.use_beam_search:
             count = 1
@@ -145,6 +157,10 @@ class Engine:
             order = (request.priority, self._arrivals, index)
             seed = derive_seed(request.seed, index)
             seq = Sequence(group, request, index, [*prompt, *made], len(prompt), seed, max_tokens, params, order)
+            if params.constrained:
+                if self.constraints is None:
+                    raise InvalidRequestError("this engine has no tokenizer, which constrained outputs need")
+                seq.constraint = self.constraints.open(params, made)
             group.sequences.append(seq)
         self._arrivals += 1
         self._live[request.request_id] = group
@@ -173,15 +189,23 @@ class Engine:
 
     def step(self) -> list[SequenceOutput]:
         """Run one step; what it added to each sequence."""
+        clock, times = self._clock, self._times
+        began = clock()
         plan = self.scheduler.schedule()
         if not plan.work:
             return []
+        scheduled = clock()
         result = self.backend.execute(plan)
+        executed = clock()
         outputs = self.scheduler.commit(plan, result)
-        self._steps += 1
+        self._extent.add(plan.extent)
         for output in outputs:
             if output.finish_reason is not None and (group := self._live.get(output.request_id)) is not None:
                 self._forget(group)
+        times.schedule += scheduled - began
+        times.execute += executed - scheduled - result.sample_s
+        times.sample += result.sample_s
+        times.commit += clock() - executed
         return outputs
 
     def reset_prefix_cache(self) -> None:
@@ -214,12 +238,15 @@ class Engine:
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            steps=self._steps,
+            steps=self._extent.steps,
             tokens_computed=counters.tokens_computed,
             tokens_sampled=counters.tokens_sampled,
             kv=scheduler.manager.stats(scheduler.running),
             tokens_drafted=counters.tokens_drafted,
             tokens_accepted=counters.tokens_accepted,
+            queue=scheduler.queue(),
+            extent=replace(self._extent),
+            times=replace(self._times),
         )
 
     def check(self) -> None:

@@ -60,7 +60,4 @@ def is_held(seq: Sequence) -> bool:
     if seq.held is None:
         return False
     runner, common = seq.held
-    if runner.status is Status.RUNNING and runner.num_computed < common:
-        return True
-    seq.held = None
-    return False
+    return runner.status is Status.RUNNING and runner.num_computed < common

@@ -51,9 +51,40 @@ class RowWork:
     """Tokens to append to the row before the step: those that the backend did not sample itself."""
     write: bool = True
     """False: the KV of the (one) position is in the blocks already, and is only read."""
+    masks: Sequence[bytes] = ()
+    """The tokens that may be sampled, a bit each: bit t % 8 of byte t // 8, a multiple of 4 bytes that covers the vocabulary. One for
+    each token that is sampled, or none: all are allowed."""
     draft: Sequence[int] = ()
     """Guessed tokens, at the last ``len(draft)`` of the ``count`` positions, behind the known ones. Where there are any, a token is
     sampled after the last known position and after each of them, as if those before it were right; see ``accepted``."""
+
+
+@dataclass(slots=True)
+class StepExtent:
+    """What steps ask of a device, counted; TransformerSpec.flops and .bytes_read say what that costs. It adds up over steps."""
+
+    steps: int = 0
+    sampling_steps: int = 0
+    """Those with a row of logits."""
+    positions: int = 0
+    """Positions computed."""
+    keys: int = 0
+    """Positions whose KV is read, once for each row."""
+    context: int = 0
+    """Keys that each position attends to, summed over positions."""
+    rows: int = 0
+    """Rows of logits."""
+    rows_context: int = 0
+    """Keys that these attend to."""
+
+    def add(self, other: StepExtent) -> None:
+        self.steps += other.steps
+        self.sampling_steps += other.sampling_steps
+        self.positions += other.positions
+        self.keys += other.keys
+        self.context += other.context
+        self.rows += other.rows
+        self.rows_context += other.rows_context
 
 
 @dataclass(slots=True)
@@ -71,6 +102,25 @@ class StepPlan:
         """Positions computed in this step."""
         return sum(w.count for w in self.work)
 
+    @property
+    def extent(self) -> StepExtent:
+        positions = keys = context = rows = rows_context = 0
+        for work in self.work:  # for each row in each step: no function is called for one that decodes
+            end, count = work.start + work.count, work.count
+            positions += count
+            keys += end
+            context += end if count == 1 else attended(end, count)
+            if work.sample:
+                sampled = 1 + len(work.draft)
+                rows += sampled
+                rows_context += end if sampled == 1 else attended(end, sampled)
+        return StepExtent(1, rows > 0, positions, keys, context, rows, rows_context)
+
+
+def attended(end: int, count: int) -> int:
+    """Keys that the ``count`` positions before position ``end`` attend to: position p to p + 1."""
+    return count * (2 * end - count + 1) // 2
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -83,6 +133,8 @@ class StepResult:
     """None where the row's parameters ask for none."""
     errors: dict[int, str] = field(default_factory=dict)
     """Row → what went wrong (non-finite logits). Only that row's request ends, where the first of its tokens is -1."""
+    sample_s: float = 0.0
+    """Seconds of the step that went from logits to tokens; 0 where the backend does not know."""
 
 
 def accepted(draft: Sequence[int], sampled: Sequence[int]) -> int:

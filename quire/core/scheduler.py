@@ -13,24 +13,28 @@ before anybody is preempted, and is like any other as soon as all of it fits.
 
 A running sequence that can't get a block preempts one that comes after it (or goes itself): the victim's blocks are freed,
 though still findable, or swapped out, and it waits at its place in the queue. Nobody is preempted by those behind, and the
-first alone always fits (the engine refuses what does not), so every sequence ends.
+first alone always fits (the engine refuses what does not), so every sequence ends. One that waits preempts only those of a lower
+priority, where it can't have a row or memory otherwise.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from operator import attrgetter
 
 from quire.core import beams
 from quire.core.admission import AdmissionPolicy, expected_footprint, footprint
 from quire.core.block_manager import BlockManager
+from quire.core.constraint import follow
 from quire.core.events import Listener, Preempted, PreemptionCause
 from quire.core.holding import Computing, is_held, sibling
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
 from quire.core.prefix_cache import NOTHING, Match
 from quire.core.sequence import Group, Sequence, Status
 from quire.core.speculation import Speculation
-from quire.core.stats import StepCounters
+from quire.core.stats import Queue, StepCounters
+from quire.errors import QuireError
 from quire.outputs import SequenceOutput
 
 MAX_PARTIAL_PROMPTS = 4
@@ -45,6 +49,7 @@ class Scheduler:
     """Plans steps over ``max_num_seqs`` rows and ``max_num_batched_tokens`` positions a step.
 
     swap: a preempted sequence's blocks go to the swap pool, as far as it has room. speculation: None where no token is guessed.
+    clock: seconds.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Scheduler:
         *,
         swap: bool = False,
         speculation: Speculation | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.manager = manager
         self.policy = policy
@@ -67,6 +73,7 @@ class Scheduler:
         self.counters = StepCounters()
         self.listener: Listener | None = None
         self._swap = swap
+        self._clock = clock
         self._speculation = speculation
         self._rows = list(range(max_num_seqs - 1, -1, -1))
         self._planned: list[Sequence] = []
@@ -101,6 +108,7 @@ class Scheduler:
         """The next step. Empty (no work) only where nothing is waiting or running."""
         plan = StepPlan()
         self._planned = []
+        self._make_way()
         self.short = False
         before = self.manager.counters.preemptions
         prompts = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1 and seq is not self.early]
@@ -117,6 +125,9 @@ class Scheduler:
             reason = "beams that wait for another beam of their search held the memory that it needs"
             self.preempt(self.running.index(idle[-1]), "beams", reason)
             self._admit(plan, [], self.max_num_batched_tokens)
+        for work, seq in zip(plan.work, self._planned, strict=True):
+            if seq.constraint is not None and work.sample and (mask := seq.constraint.mask) is not None:
+                work.masks = (mask,)
         plan.copies = self.manager.take_copies()
         return plan
 
@@ -151,12 +162,19 @@ class Scheduler:
             output = SequenceOutput(seq.request.request_id, seq.index, [token], None if entry is None else [entry])
             if seq.first_output:
                 seq.first_output = False
-                output.cached_tokens = seq.group.cached_tokens
+                output.cached_tokens, output.queued_s = seq.group.cached_tokens, seq.group.queued_s
             end = seq.end_reason()
             if drafted and self._speculation is not None:
                 end = self._speculation.verify(work, seq, output, drafted, self.counters)
+            if seq.constraint is not None:
+                try:
+                    end = follow(seq, output)
+                except QuireError as e:
+                    outputs += beams.fail(self, seq, e.message)
+                    continue
             if end is not None:
                 output.finish_reason, output.stop_reason = end
+                output.preemptions = seq.group.preemptions
                 self.policy.ended(seq.num_generated, end[0] == "stop")
                 self.remove(seq)
             outputs.append(output)
@@ -183,6 +201,20 @@ class Scheduler:
             assert seq.status is Status.WAITING
             assert seq.row < 0
             assert not seq.block_table, "a waiting sequence holds blocks"
+
+    def queue(self) -> Queue:
+        """What the waiting sequences wait for."""
+        queue = Queue()
+        for seq in self.waiting:
+            if is_held(seq) or seq.candidates is not None or sibling(self.manager, seq)[1]:
+                queue.prompt += 1
+            elif not self._rows:
+                queue.rows += 1
+            elif self.short:
+                queue.memory += 1
+            else:
+                queue.budget += 1
+        return queue
 
     # Who runs.
 
@@ -304,6 +336,7 @@ class Scheduler:
             if is_held(seq):
                 i += 1
                 continue
+            seq.held = None
             looked_at += 1
             parent, wait = sibling(manager, seq)
             if seq.candidates is not None or wait:
@@ -404,6 +437,7 @@ class Scheduler:
             group.cached_tokens = min(seq.num_computed, seq.num_prompt - 1)
             counters.prompt_tokens += seq.num_prompt
             counters.hit_tokens += group.cached_tokens
+            group.queued_s = self._clock() - group.added
         self.run(seq)
 
     def run(self, seq: Sequence) -> None:
@@ -417,6 +451,20 @@ class Scheduler:
             self.running.append(seq)
 
     # Who goes.
+
+    def _make_way(self) -> None:
+        """Whoever waits and has a higher priority than the last running sequence takes its row, where none is free, and its memory,
+        where the last step had none for the first of them."""
+        waiting, running = self.waiting, self.running
+        head = self.early or (waiting[0] if waiting else None)
+        if head is None or not running or head.order[0] >= running[-1].order[0]:
+            return
+        if self._refused is head or (self.short and (head is self.early or self.manager.cache.window)):
+            self.preempt(len(running) - 1, "order", f"request {head.request.request_id} has a higher priority, and needs its memory")
+        for seq in [seq for seq in waiting[:MAX_LOOKED_AT] if seq.candidates is None and not is_held(seq)][len(self._rows) :]:
+            if not running or seq.order[0] >= running[-1].order[0]:
+                return
+            self.preempt(len(running) - 1, "order", f"request {seq.request.request_id} has a higher priority, and needs its row")
 
     def _victim(self, i: int) -> int:
         """Whom to preempt for running[i]: of those behind it with the lowest priority, the one that has least to compute again;
@@ -434,6 +482,7 @@ class Scheduler:
         seq = self.running.pop(i)
         positions = seq.num_computed
         self.manager.counters.preempted[cause] += 1
+        seq.group.preemptions += 1
         swapped = self._swap and self.manager.swap_out(seq)
         if not swapped:
             self.manager.cache.found(seq.block_table)  # it comes back for its blocks: they go last

@@ -24,6 +24,7 @@ from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams, integer, number
 
 if TYPE_CHECKING:
+    from quire.core.constraint import Constraint
     from quire.core.speculation import Drafter
 
 MAX_RETENTION_S = 86400
@@ -58,7 +59,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     """The model's end-of-text tokens."""
     priority: int = 0
-    """Lower runs earlier, and is preempted later (vLLM's meaning)."""
+    """Lower runs earlier, preempts higher where it waits, and is preempted later."""
     salt: bytes = b""
     """Only requests with the same salt share cached prefixes."""
     retention: Retention | None = None
@@ -88,11 +89,17 @@ class Group:
     """The live sequences of one request: they share its prompt's blocks."""
 
     request: Request
+    added: float = 0.0
+    """When it was queued, by the engine's clock."""
     sequences: list[Sequence] = field(default_factory=list)
     search: BeamSearch | None = None
     """Set where the sequences are beams; ``sequences`` are in the search's order then."""
     cached_tokens: int | None = None
     """Positions of the prompt that its first sequence found in the cache; None before it was admitted."""
+    queued_s: float = 0.0
+    """Seconds until then."""
+    preemptions: int = 0
+    """Of its sequences, so far."""
 
 
 @dataclass(slots=True, eq=False)
@@ -117,7 +124,7 @@ class Sequence:
     started: bool = False
     """The backend knows the row."""
     unsent: list[int] = field(default_factory=list)
-    """Newest tokens that the backend does not know: those that a beam search chose."""
+    """Newest tokens that the backend does not know: those that a beam search chose, or that a constraint forces."""
     candidates: list[tuple[int, float]] | None = None
     """Of a beam: its most likely next tokens, until all beams have theirs."""
     held: tuple[Sequence, int] | None = None
@@ -126,6 +133,8 @@ class Sequence:
     """Nothing was put out yet."""
     num_lost: int = 0
     """Computed positions that the last preemption took."""
+    constraint: Constraint | None = None
+    """Which tokens may come next; None: any."""
     drafter: Drafter | None = None
     """Guesses its next tokens; None before it was asked to."""
     # ---- the block manager's

@@ -187,8 +187,8 @@ class Speculation:
 
 def _may_draft(work: RowWork, seq: Sequence) -> bool:
     """One position, to be written and sampled, of a sequence that has begun to generate, and whose last block is its own (a copy
-    would come too late in this step). Beams choose their tokens elsewhere."""
+    would come too late in this step). Beams choose their tokens elsewhere; a constraint knows only which tokens may come next."""
     return (
         work.count == 1 and work.sample and work.write and not seq.shared_tail and seq.group.search is None
-        and seq.num_generated > 0
+        and seq.constraint is None and seq.num_generated > 0
     )  # fmt: skip

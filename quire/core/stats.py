@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from quire.core.events import PreemptionCause
+from quire.core.plan import StepExtent
 
 
 @dataclass(slots=True)
@@ -16,6 +17,31 @@ class StepCounters:
     tokens_sampled: int = 0
     tokens_drafted: int = 0
     tokens_accepted: int = 0
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds of the engine's clock that steps took, by what they did. Running totals since the start."""
+
+    schedule: float = 0.0
+    execute: float = 0.0
+    """On the device, without sampling."""
+    sample: float = 0.0
+    """From logits to tokens, where the backend tells it apart."""
+    commit: float = 0.0
+
+
+@dataclass(slots=True)
+class Queue:
+    """Sequences that wait to be started, by what for."""
+
+    memory: int = 0
+    rows: int = 0
+    """As many run as may."""
+    prompt: int = 0
+    """Somebody else computes what they would compute next."""
+    budget: int = 0
+    """The positions of a step, or the prompts that are computed at the same time, are taken."""
 
 
 @dataclass(slots=True)
@@ -106,6 +132,9 @@ class EngineStats:
     """Tokens that were guessed, and verified (speculation.py)."""
     tokens_accepted: int = 0
     """Those that were right."""
+    queue: Queue = field(default_factory=Queue)
+    extent: StepExtent = field(default_factory=StepExtent)
+    times: StepTimes = field(default_factory=StepTimes)
 
     @property
     def preemptions(self) -> int:

@@ -192,6 +192,15 @@ class TransformerSpec:
         mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
         return self.num_layers * (self.hidden_size * (2 * q + 2 * kv) + mlp)
 
+    def bytes_read(self, steps: int, sampling_steps: int, keys: int, *, weight_bytes: int, head_bytes: int, kv_dtype: str) -> int:
+        """Bytes of memory that steps read at least: weights once a step, and the KV of every row once; activations stay in caches
+        and are left out.
+
+        sampling_steps: those with a row of logits; only they read ``head_bytes`` of ``weight_bytes``, as the backend tells them.
+        keys: positions whose KV is read, summed over rows.
+        """
+        return steps * (weight_bytes - head_bytes) + sampling_steps * head_bytes + keys * self.kv_bytes_per_token(kv_dtype)
+
     def flops(self, num_tokens: int, context_sum: int, num_sampled: int, sampled_context_sum: int) -> int:
         """Floating-point operations of a step.
 

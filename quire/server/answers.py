@@ -48,7 +48,7 @@ class Writer(Protocol):
 
 async def deliver(request: Request, generation: Generation, writer: Writer, stream: bool) -> Response:
     """Run a generation, and answer. What can't be queued is refused before the answer begins."""
-    generation.submit()
+    await generation.submit()
     if stream:
         return EventStream(events(generation, writer, push_of(request.scope)), generation.close)
     with generation:

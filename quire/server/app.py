@@ -15,6 +15,7 @@ from quire.config import ServerConfig
 from quire.errors import EngineError
 from quire.server import errors, openapi
 from quire.server.anthropic.endpoint import count_tokens, messages
+from quire.server.batches.routes import ROUTES
 from quire.server.chat import chat_completions
 from quire.server.chunks import json_bytes
 from quire.server.completions import completions
@@ -22,6 +23,7 @@ from quire.server.context import Context, context_of
 from quire.server.cors import cross_origin, read_origins
 from quire.server.errors import UnavailableError
 from quire.server.keys import App, KeyCheck, Keys, Receive, Scope, Send
+from quire.server.metrics.route import metrics
 from quire.server.page import routes as page
 from quire.server.page.feed import Feed
 from quire.server.responses.endpoint import create_response, stored_response
@@ -30,9 +32,9 @@ from quire.server.tokenization import detokenize, tokenize
 MAX_REQUEST_ID = 128
 
 
-def around(app: App, config: ServerConfig, keys: Keys | None) -> App:
-    """What every request passes before it reaches ``app``. Raises ConfigError."""
-    checked: App = KeyCheck(app, keys)
+def around(app: App, config: ServerConfig, keys: Keys | None, refused: Callable[[str], None]) -> App:
+    """What every request passes before it reaches ``app``. refused: see KeyCheck. Raises ConfigError."""
+    checked: App = KeyCheck(app, keys, refused)
     if config.allowed_origins is not None:
         checked = cross_origin(checked, read_origins(config.allowed_origins))
     return RequestIds(checked)
@@ -59,15 +61,20 @@ def create_app(context: Context) -> FastAPI:
         ("POST", "/detokenize", detokenize),
         ("GET", "/health", health),
         ("GET", "/ready", ready),
+        ("GET", "/metrics", metrics),
         ("GET", "/version", version),
         ("GET", "/", page.index),
         ("GET", "/page/events", page.events),
         ("GET", "/page/{name}", page.asset),
+        *ROUTES,
     ]
     for method, path, handler in routes:
-        app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path))
+        app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path, method))
     openapi.install(app)
-    errors.install(app, [*(path.replace(":path", "") for _, path, _ in routes), "/docs"])
+    paths = list(dict.fromkeys(path.replace(":path", "") for _, path, _ in routes))
+    errors.install(app, [*paths, "/docs"])
+    if context.batches is not None:
+        context.batches.attach(RequestIds(app), paths, context.check_model)
     return app
 
 

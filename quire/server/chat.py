@@ -20,7 +20,7 @@ from quire.server.limits import max_text_bytes, read_json
 from quire.server.logprobs import chat_logprobs
 from quire.server.message_form import MessageForm
 from quire.server.prompts import Prompt, chat_prompt
-from quire.server.reading import Reading, check_format, reading_for
+from quire.server.reading import Reading, check_format, must_call, reading_for
 from quire.server.sampling import chat_names, chat_params
 from quire.server.schemas import ChatCompletionRequest
 from quire.server.tools import modern_messages, read_tools
@@ -65,7 +65,11 @@ async def chat_call(context: Context, body: ChatCompletionRequest) -> ChatCall:
             max_bytes=max_text_bytes(context.max_model_len),
             tools=None if tools is None else tools.given,
         )
-    return ChatCall(prompt, params, reading_for(context, tools, params, prompt))
+    reading = reading_for(context, tools, params, prompt)
+    if reading is not None and reading.tools is not None and reading.tools.must:
+        with chat_names(body):
+            params = must_call(context, reading, params)
+    return ChatCall(prompt, params, reading)
 
 
 def chat_generation(context: Context, caller: Caller, call_id: str, body: ChatCompletionRequest, call: ChatCall) -> Generation:

@@ -27,6 +27,7 @@ from quire.server.messages import (
     FromEngine,
     GetSnapshot,
     GetStats,
+    KVEvents,
     Outputs,
     Seen,
     Stalled,
@@ -35,6 +36,8 @@ from quire.server.messages import (
     Unwatch,
     Up,
 )
+from quire.server.metrics.meter import RequestMeter
+from quire.server.metrics.totals import EngineTotals
 
 CLOSING = "the server is shutting down"
 DRAINING = "the server is shutting down: it finishes what it has, and takes nothing new"
@@ -59,8 +62,9 @@ class Stream:
     ``listener``, which is called first: where that one takes what has arrived, the reader sleeps on.
     """
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
+    def __init__(self, client: EngineClient, requests: Sequence[Request], background: bool) -> None:
         self._client = client
+        self._background = background
         self._requests = requests
         self._open = {(r.request_id, i) for r in requests for i in range(r.params.num_outputs)}
         self._arrived: list[SequenceOutput] = []
@@ -75,7 +79,9 @@ class Stream:
     def close(self) -> None:
         """Nothing more is wanted of any of the requests. May be called twice."""
         self._client._leave(self._requests, {request_id for request_id, _ in self._open})
-        self._client.in_flight -= len(self._open)
+        for request_id, index in self._open:
+            self._client.meter.end(request_id, index, "abort")
+        self._count(-len(self._open))
         self._open.clear()
 
     @property
@@ -93,6 +99,7 @@ class Stream:
         """Nothing more is wanted of one sequence (a stop string was found in its text): free its blocks now."""
         if (request_id, index) in self._open:
             self._ended((request_id, index))
+            self._client.meter.end(request_id, index, "stop")
             self._client._abort(request_id, index)
 
     async def fetch(self, timeout: float | None = None) -> list[SequenceOutput]:
@@ -134,7 +141,12 @@ class Stream:
 
     def _ended(self, key: tuple[str, int]) -> None:
         self._open.discard(key)
-        self._client.in_flight -= 1
+        self._count(-1)
+
+    def _count(self, sequences: int) -> None:
+        self._client.in_flight += sequences
+        if self._background:
+            self._client.in_background += sequences
 
     def _fail(self, error: QuireError) -> None:
         if self._open:
@@ -147,7 +159,8 @@ class EngineClient:
 
     max_waiting: the bound on the queue. It is kept here and not in the engine, so that a request is refused before its answer
     begins, and one that was taken is never refused later: at most ``limits.max_num_seqs + max_waiting`` sequences are in flight
-    when a request is taken. A sequence counts from its submission to its end; a beam search as the outputs that it returns.
+    when a request is taken. A sequence counts from its submission to its end; a beam search as the outputs that it returns. What is
+    done in the background does not count there, and is bounded by those who submit it.
     """
 
     def __init__(self, limits: RequestLimits, max_waiting: int) -> None:
@@ -155,6 +168,8 @@ class EngineClient:
         self.max_waiting = max_waiting
         self.in_flight = 0
         """Sequences that were submitted and have not ended."""
+        self.in_background = 0
+        """Those of them that nobody waits for: lines of batches."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._link: Link | None = None
         self._journal = Journal()
@@ -170,6 +185,10 @@ class EngineClient:
         """Seconds for which the engine had finished no step, though it has work, when it was last looked at."""
         self.restarts = 0
         """Engines that took the place of one that died."""
+        self.meter = RequestMeter()
+        self.totals = EngineTotals()
+        self.on_kv_events: Callable[[bytes | None], None] | None = None
+        """Told what the engine says of its cache; None where it died, and its cache with it."""
         self.last_death: str | None = None
         """How the last one died."""
         self.observer: Callable[[Stream, SequenceOutput], None] | None = None
@@ -195,24 +214,36 @@ class EngineClient:
         if self._link is not None:
             self._link.stop(timeout)
 
-    def submit(self, requests: Sequence[Request]) -> Stream:
+    def submit(self, requests: Sequence[Request], background: bool = False) -> Stream:
         """Queue requests; close the stream in the end, whatever happens. Request ids must be unique among those in flight.
 
         Raises UnavailableError where nothing can be generated any more, QueueFullError where too much is in flight.
         """
         self.check()
-        if self.in_flight >= (most := self.limits.max_num_seqs + self.max_waiting):
+        live = self.in_flight - self.in_background
+        if live >= (most := self.limits.max_num_seqs + self.max_waiting) and not background:
             raise QueueFullError(
-                f"{self.in_flight:,} sequences run or wait, and this server takes {most:,} (--max-num-seqs {self.limits.max_num_seqs:,} + "
+                f"{live:,} sequences run or wait, and this server takes {most:,} (--max-num-seqs {self.limits.max_num_seqs:,} + "
                 f"--max-waiting {self.max_waiting:,}): try again in a moment, or serve with a larger --max-waiting"
             )
-        stream = Stream(self, requests)
-        self.in_flight += len(stream._open)
+        stream = Stream(self, requests, background)
+        stream._count(len(stream._open))
+        self.meter.begin(requests)
         for request in requests:
             self._streams[request.request_id] = stream
             self._journal.add(request)
         self._send_due()
         return stream
+
+    @property
+    def num_suspects(self) -> int:
+        """Requests that are tried alone, since engines died while they worked on them."""
+        return self._journal.num_suspects
+
+    @property
+    def num_unsent(self) -> int:
+        """Sequences that the engine does not know yet: it is away, or tries a suspect alone."""
+        return self._journal.num_unsent
 
     async def stats(self, timeout: float = 5.0) -> EngineStats:
         """The engine's counters, after all that was sent before.
@@ -296,19 +327,29 @@ class EngineClient:
             case Stalled(seconds):
                 self.stalled = seconds
             case Outputs(outputs):
+                self.meter.step(outputs)
                 self._deliver(outputs)
                 self._send_due()
-            case Stats(ticket, stats):
+            case Stats(ticket, stats, send_s):
+                self.totals.heard(stats, send_s)
                 self._answer(ticket, stats)
             case Seen(ticket):
                 self._answer(ticket, message)
+            case KVEvents(payload):
+                if self.on_kv_events is not None:
+                    self.on_kv_events(payload)
             case Down(reason):
                 self.up, self.last_death = False, reason
+                self.totals.died()
+                if self.on_kv_events is not None:
+                    self.on_kv_events(None)
                 self._fail_asked(EngineError(RESTARTING))
                 for entry in self._journal.engine_died():
                     why = f"{FAIL_AFTER} engines died while they worked on it, the last one alone with it; {reason}"
                     left = [index for index, tokens in enumerate(entry.emitted) if tokens is not None]
-                    self._deliver([SequenceOutput(entry.request.request_id, index, [], None, "error", why) for index in left])
+                    failed = [SequenceOutput(entry.request.request_id, index, [], None, "error", why) for index in left]
+                    self.meter.step(failed)
+                    self._deliver(failed)
             case Up():
                 self.up = True
                 self.restarts += 1

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.server.client import EngineClient
+from quire.server.compiler import Compiler
 from quire.server.keys import Caller, Keys
+from quire.server.metrics.totals import Machine
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
 from quire.text.tools.formats import END_THINK, detect
+
+if TYPE_CHECKING:
+    from quire.server.batches.runner import Runner
 
 
 @dataclass(slots=True, frozen=True)
@@ -32,6 +38,12 @@ class Context:
     """Other names of the served model."""
     keys: Keys | None = None
     """None: everybody may use the server."""
+    machine: Machine | None = None
+    """What steps cost, and what the engine's device can do at most; None where that is not known."""
+    compiler: Compiler | None = None
+    """Tries forms of structured output; None: the engine alone does."""
+    batches: Runner | None = None
+    """None: the server keeps none."""
     tool_format: str | None = field(init=False)
     """In which the model writes calls of tools; None: in none that is known."""
     reasoning: bool = field(init=False)

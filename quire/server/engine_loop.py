@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -16,13 +17,32 @@ from quire.core.snapshot import Watch
 from quire.core.stats import EngineStats
 from quire.errors import QuireError
 from quire.outputs import SequenceOutput
-from quire.server.messages import ALIVE_S, Abort, Add, Alive, GetSnapshot, GetStats, Outputs, Seen, Stats, Stop, ToEngine, Unwatch
+from quire.server.kv_events import EventLog
+from quire.server.messages import (
+    ALIVE_S,
+    STATS_S,
+    UNASKED,
+    Abort,
+    Add,
+    Alive,
+    GetSnapshot,
+    GetStats,
+    KVEvents,
+    Outputs,
+    Seen,
+    Stats,
+    Stop,
+    ToEngine,
+    Unwatch,
+)  # fmt: skip
 
 QUIET_S = 1.0
 """After this long without work the engine checks its books."""
+PAUSE_S = 0.05
+"""After this long without work it says what it has counted."""
 
 
-FromLoop = Outputs | Stats | Seen | Alive
+FromLoop = Outputs | Stats | KVEvents | Seen | Alive
 
 
 class SteppedEngine(Protocol):
@@ -39,14 +59,29 @@ class SteppedEngine(Protocol):
 
 
 class EngineLoop:
-    """Owns an engine. Messages are put into ``inbox`` by any thread; ``outbox`` is called on the thread of ``run``."""
+    """Owns an engine. Messages are put into ``inbox`` by any thread; ``outbox`` is called on the thread of ``run``.
 
-    def __init__(self, engine: SteppedEngine, inbox: SimpleQueue[ToEngine], outbox: Callable[[FromLoop], None]) -> None:
+    events: listens to the engine; what it has written down goes out after each step.
+    """
+
+    def __init__(
+        self,
+        engine: SteppedEngine,
+        inbox: SimpleQueue[ToEngine],
+        outbox: Callable[[FromLoop], None],
+        events: EventLog | None = None,
+    ) -> None:
         self._engine = engine
         self._inbox = inbox
         self._outbox = outbox
         self._said = 0.0
         """When the front was last told something."""
+        self._counted = 0.0
+        """When it was last told what the engine has counted."""
+        self._stale = False
+        """Something has happened since."""
+        self._send_s = 0.0
+        self._events = events
         self._watch: Watch | None = None
         self._snapshot_s = 0.0
 
@@ -67,15 +102,26 @@ class EngineLoop:
             message = self._poll()
         if engine.has_work:
             outputs += engine.step()
+            self._stale = True
         if outputs:
             self._say(Outputs(outputs))
         elif time.monotonic() - self._said > ALIVE_S:
             self._say(Alive(engine.stats().steps))
+        if self._events is not None and (payload := self._events.take()):
+            self._say(KVEvents(payload))
+        if self._said - self._counted > STATS_S:
+            self._count(UNASKED)
         return True
 
     def _say(self, message: FromLoop) -> None:
-        self._said = time.monotonic()
+        began = time.monotonic()
         self._outbox(message)
+        self._said = time.monotonic()
+        self._send_s += self._said - began
+
+    def _count(self, ticket: int) -> None:
+        self._say(Stats(ticket, self._engine.stats(), self._send_s))
+        self._counted, self._stale = self._said, False
 
     def _poll(self) -> ToEngine | None:
         try:
@@ -85,13 +131,17 @@ class EngineLoop:
 
     def _wait(self) -> ToEngine:
         """The next message, however long it takes; a quiet moment is used to prove that no block was lost."""
-        try:
+        with suppress(Empty):
+            return self._inbox.get(timeout=PAUSE_S)
+        if self._stale:
+            self._count(UNASKED)
+        with suppress(Empty):
             return self._inbox.get(timeout=QUIET_S)
-        except Empty:
-            self._engine.check()
-            return self._inbox.get()
+        self._engine.check()
+        return self._inbox.get()
 
     def _apply(self, message: Add | Abort | GetStats | GetSnapshot | Unwatch) -> list[SequenceOutput]:
+        self._stale = self._stale or isinstance(message, Add | Abort)
         match message:
             case Add():
                 request = message.read()
@@ -102,7 +152,7 @@ class EngineLoop:
             case Abort(request_id, index):
                 return self._engine.abort(request_id, index)
             case GetStats(ticket):
-                self._say(Stats(ticket, self._engine.stats()))
+                self._count(ticket)
             case GetSnapshot(ticket):
                 start = time.thread_time()
                 if self._watch is None:

@@ -4,6 +4,7 @@ socket. It owns nothing that can't be rebuilt, and ends when the front does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING
 from quire.config import EngineConfig
 from quire.errors import QuireError
 from quire.logs import ThrottledLog
-from quire.server.messages import Load, Loaded, NotLoaded, ToEngine, decode_to_engine, encode
+from quire.server.messages import Add, Load, Loaded, NotLoaded, ToEngine, decode_to_engine, encode
 
 if TYPE_CHECKING:
     from quire.backends.base import Backend
     from quire.core.engine import Engine, Executor
+    from quire.grammar.constraints import Constraints
+    from quire.text.tokenizer import Tokenizer
 
 UNBOUNDED = 1 << 20
 """As ``max_waiting``: the most that it may be."""
@@ -51,29 +54,46 @@ def run(connection: Connection) -> None:
     load = decode_to_engine(connection.recv_bytes())
     assert isinstance(load, Load)
     inbox: SimpleQueue[ToEngine] = SimpleQueue()
+    engine: Engine | None = None
 
     def read() -> None:
         try:
             while True:
                 message = decode_to_engine(connection.recv_bytes())
                 assert not isinstance(message, Load)
+                if isinstance(message, Add) and engine is not None:
+                    prepare(engine, message)
                 inbox.put(message)
         except (EOFError, OSError):
             os._exit(0)  # the front is gone, and nobody else wants what is being loaded or computed
 
     threading.Thread(target=read, name="quire-inbox", daemon=True).start()
     try:
-        engine, loaded = load_engine(EngineConfig(**load.config))
+        engine, loaded = load_engine(EngineConfig(**load.config), load.measure_limits)
     except QuireError as e:
         connection.send_bytes(encode(NotLoaded(e.message, e.param, type(e).__name__)))
         return
     connection.send_bytes(encode(loaded))
     from quire.server.engine_loop import EngineLoop
 
-    EngineLoop(engine, inbox, lambda message: connection.send_bytes(encode(message))).run()
+    events = None
+    if load.kv_events is not None:
+        from quire.server.kv_events import EventLog
+
+        events = EventLog(engine.backend.block_size, load.kv_events)
+        engine.listen(events)
+    EngineLoop(engine, inbox, lambda message: connection.send_bytes(encode(message)), events).run()
 
 
-def load_engine(config: EngineConfig) -> tuple[Engine, Loaded]:
+def prepare(engine: Engine, message: Add) -> None:
+    """Compile what the request needs here, on the thread that reads, while the engine's loop goes on."""
+    params = message.read().params if message.request["params"]["structured"] else None
+    if params is not None and engine.constraints is not None:
+        with contextlib.suppress(QuireError):  # the engine meets it again, and says so
+            engine.constraints.prepare(params.structured)
+
+
+def load_engine(config: EngineConfig, measure_limits: bool = False) -> tuple[Engine, Loaded]:
     """Raises QuireError."""
     phases: list[tuple[str, float]] = []
     from quire.backends.base import open_backend
@@ -82,21 +102,40 @@ def load_engine(config: EngineConfig) -> tuple[Engine, Loaded]:
     start = time.perf_counter()
     from quire.server.poison import poisoned
 
-    engine = make_engine(poisoned(backend, config), config)
+    engine = make_engine(poisoned(backend, config), config, constraints_of(backend))
     phases.append(("engine", time.perf_counter() - start))
-    return engine, describe(engine, backend, config, phases)
+    limits = None
+    if measure_limits:
+        start = time.perf_counter()
+        limits = backend.limits()
+        phases.append(("measure limits", time.perf_counter() - start))
+    return engine, describe(engine, backend, config, phases, limits)
 
 
-def make_engine(backend: Executor, config: EngineConfig) -> Engine:
+def constraints_of(backend: Backend) -> Constraints:
+    """Of the backend's model; its tokenizer is loaded when the first request needs it."""
+    from quire.grammar.constraints import Constraints
+
+    def load() -> Tokenizer:
+        from quire.text.tokenizer import Tokenizer
+
+        return Tokenizer.load(backend.folder)
+
+    return Constraints(load, backend.spec.vocab_size, backend.spec.eos_token_ids)
+
+
+def make_engine(backend: Executor, config: EngineConfig, constraints: Constraints | None = None) -> Engine:
     """An engine whose queue the front bounds: what it has taken, the engine takes too. Raises CapacityError."""
     from quire.core.engine import Engine
 
-    engine = Engine(backend, replace(config, max_waiting=UNBOUNDED), time.monotonic)
+    engine = Engine(backend, replace(config, max_waiting=UNBOUNDED), time.monotonic, constraints=constraints)
     engine.on_preemption(ThrottledLog(logging.getLogger("quire.engine")).warning)
     return engine
 
 
-def describe(engine: Engine, backend: Backend, config: EngineConfig, phases: list[tuple[str, float]]) -> Loaded:
+def describe(
+    engine: Engine, backend: Backend, config: EngineConfig, phases: list[tuple[str, float]], limits: tuple[float, float] | None
+) -> Loaded:
     spec = backend.spec
     return Loaded(
         limits=engine.limits,
@@ -112,4 +151,8 @@ def describe(engine: Engine, backend: Backend, config: EngineConfig, phases: lis
         weight_note=backend.weight_note,
         memory_note=backend.memory_note,
         phases=phases,
+        spec=spec,
+        weight_bytes=backend.weight_bytes(),
+        head_bytes=backend.head_bytes(),
+        machine_limits=limits,
     )

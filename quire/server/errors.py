@@ -137,6 +137,8 @@ def install(app: FastAPI, endpoints: list[str]) -> None:
 
     async def quire_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, QuireError)
+        if error.status != 500:  # 500: it was taken, and failed
+            request.app.state.context.client.meter.refuse(error.code)
         return error_response(error, request.url.path)
 
     async def http_error(request: Request, error: Exception) -> Response:

@@ -17,21 +17,20 @@ from quire.errors import InvalidRequestError
 IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "session_id",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",  # who shares what: cache_salt; what to keep: cache_retention
-    "prediction", "parallel_tool_calls", "include_reasoning", "return_prompt_text", "stream_interval",
+    "prediction", "guided_decoding_backend", "parallel_tool_calls", "include_reasoning", "return_prompt_text", "stream_interval",
 ))  # fmt: skip
 """Sent by clients; without influence on the tokens that come back."""
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     # OpenAI's own
     "tools": (), "tool_choice": ("none", "auto"), "functions": (), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "moderation": (), "web_search_options": (),
+    "modalities": (["text"],), "audio": (), "moderation": (), "web_search_options": (),
     "reasoning_effort": ("none",), "verbosity": ("medium",), "suffix": ("",),
     # vLLM's
     "prompt_logprobs": (), "logprob_token_ids": (),
-    "allowed_token_ids": (), "bad_words": ([],), "truncate_prompt_tokens": (), "truncation_side": ("right",), "thinking_token_budget": (),
+    "truncate_prompt_tokens": (), "truncation_side": ("right",), "thinking_token_budget": (),
     "spaces_between_special_tokens": (True,), "documents": ([],), "chat_template": (), "mm_processor_kwargs": (), "media_io_kwargs": (),
-    "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structural_tag": (),
-    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "echo": (False,),
+    "structural_tag": (), "echo": (False,),
     "return_tokens_as_token_ids": (False,),
     "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (), "prompt_embeds": (), "logits_processors": (),
 }  # fmt: skip

@@ -15,7 +15,7 @@ from types import TracebackType
 from quire import sampling_params
 from quire.config import MAX_TIMEOUT_S
 from quire.core.sequence import Request, Retention
-from quire.errors import EngineError, InvalidRequestError, QuireError
+from quire.errors import EngineError, InvalidRequestError
 from quire.outputs import Choice, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
 from quire.server.client import Stream
@@ -70,7 +70,7 @@ class Generation:
         self.n = prompts[0][1].n
         self._width = prompts[0][1].num_outputs
         """Samples of a prompt; the best ``n`` of them become choices."""
-        self._client, self._caller = context.client, caller
+        self._client, self._caller, self._compiler = context.client, caller, context.compiler
         self._stream: Stream | None = None
         self._timeout = _timeout(body, context.config.request_timeout)
         self._timer: asyncio.TimerHandle | None = None
@@ -82,7 +82,7 @@ class Generation:
             context.client.limits.check(prompt.token_ids, params)
             request = Request(
                 f"{call_id}-{number}", prompt.token_ids, params, draw_seed(params), context.eos_token_ids,
-                priority=body.priority or 0, salt=salt, retention=retention,
+                priority=caller.priority(body.priority or 0), salt=salt, retention=retention,
             )  # fmt: skip
             self._requests.append(request)
             self._first_sample[request.request_id] = number * self._width
@@ -93,18 +93,23 @@ class Generation:
         self._parsers: list[ToolParser] = []
         if reading is not None:
             self._parsers = [reading.parser(f"{call_id}/{index}") for index in range(len(self._assemblers))]
+            self._thoughts = [reading.thought() for _ in self._assemblers]
         self._started = [False] * len(self._assemblers)
         self._closed = False
         self._uncounted = set(self._first_sample)
         """Requests of which it is not known how much was cached."""
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts))
 
-    def submit(self) -> None:
-        """Queue the requests. Raises UnavailableError, QueueFullError, or RateLimitError."""
+    async def submit(self) -> None:
+        """Queue the requests, once it is known that their forms compile. Raises UnavailableError, QueueFullError, RateLimitError, or
+        InvalidRequestError where they don't."""
         self._caller.enter()
         try:
-            self._stream = self._client.submit(self._requests)
-        except QuireError:
+            for structured in {request.params.structured for request in self._requests}:
+                if structured is not None and self._compiler is not None:
+                    await self._compiler.check(structured)
+            self._stream = self._client.submit(self._requests, background=self._caller.background)
+        except BaseException:  # the client may hang up meanwhile
             self._caller.leave(0)
             raise
         if self._timeout is not None:
@@ -189,6 +194,7 @@ class Generation:
         """What ``delta`` adds to the message. Ends the sequence where nothing more is wanted."""
         parser, assembler = self._parsers[index], self._assemblers[index]
         message = parser.push(delta.text)
+        self.usage.reasoning_tokens += self._thoughts[index].take(delta.token_ids)
         if parser.done and not assembler.finished:
             assembler.stop()
             delta.finish_reason = "stop"
@@ -237,5 +243,5 @@ def _merged(outputs: list[SequenceOutput]) -> list[SequenceOutput]:
             before.token_ids += output.token_ids
             if output.logprobs is not None:
                 before.logprobs = (before.logprobs or []) + output.logprobs
-            before.finish_reason, before.stop_reason = output.finish_reason, output.stop_reason
+            before.finish_reason, before.stop_reason, before.end_token = output.finish_reason, output.stop_reason, output.end_token
     return list(merged.values())

@@ -56,6 +56,11 @@ class Journal:
         """Requests that wait to be run alone, or are."""
         return len(self._suspects) + (self._alone is not None)
 
+    @property
+    def num_unsent(self) -> int:
+        """Sequences in flight that no engine has."""
+        return sum(tokens is not None for entry in self._entries.values() if not entry.sent for tokens in entry.emitted)
+
     def add(self, request: Request) -> None:
         entry = self._entries[request.request_id] = Entry(request)
         self._unsent.append(entry)

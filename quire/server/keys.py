@@ -22,6 +22,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from quire.core.sequence import MAX_PRIORITY
 from quire.errors import ConfigError, QuireError
 from quire.server.errors import RateLimitError, UnauthorizedError, error_response
 from quire.server.page import assets
@@ -36,6 +37,8 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", *assets.PATHS})
 for the key. What the page shows is not among them."""
 MIN_KEY_CHARS = 16
 MAX_LIMIT = 1 << 40
+BACKGROUND = 1 << 30
+"""Priority of work in the background. (Lower runs earlier, and requests have 0 unless they say otherwise.)"""
 LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
 
 
@@ -67,11 +70,17 @@ class Caller:
     max_concurrent: int | None = None
     concurrent: int = 0
     """Calls in flight."""
+    background: bool = False
+    """Its work waits for everybody else's, and takes no place in the queue from them: lines of batches."""
 
     @property
     def tenant(self) -> bytes:
         """What its cached prefixes are known by: nobody else finds them."""
         return self.name.encode()
+
+    def priority(self, asked: int) -> int:
+        """Of its requests, where they ask for ``asked``."""
+        return max(BACKGROUND // 2, min(BACKGROUND + asked, MAX_PRIORITY)) if self.background else asked
 
     def enter(self) -> None:
         """A call begins. Raises RateLimitError, and changes nothing then."""
@@ -153,8 +162,9 @@ def read_keys(path: str, clock: Callable[[], float] = monotonic) -> Keys:
 class KeyCheck:
     """Around the whole application: lets nothing pass without a key, whatever its path looks like, but for OPEN_PATHS."""
 
-    def __init__(self, app: App, keys: Keys | None) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: App, keys: Keys | None, refused: Callable[[str], None]) -> None:
+        """refused: told the error's code of each call that is refused."""
+        self._app, self._keys, self._refused = app, keys, refused
         self._everybody = Caller()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,6 +172,7 @@ class KeyCheck:
             try:
                 scope["caller"] = self._caller(scope)
             except QuireError as e:
+                self._refused(e.code)
                 await error_response(e, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -10,16 +10,11 @@ import logging
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ServerConfig
-from quire.errors import ConfigError, QuireError
-
-if TYPE_CHECKING:
-    from quire.server.keys import Keys
-    from quire.server.loading import Door, Serving
-    from quire.server.supervisor import EngineProcess
+from quire.errors import ConfigError
 
 KEEP_ALIVE_S = 75
 """Longer than common clients keep idle connections, so that it is they who close them."""
@@ -31,9 +26,9 @@ GRACE_S = 5
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path) -> int:
     """Serve the model in ``folder`` until SIGINT or SIGTERM. Returns the exit code. Raises QuireError where it can't start."""
-    phases: list[tuple[str, float]] = []
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     with open_socket(server_config.host, server_config.port) as listener:
+        from quire.server.kv_publisher import open_publisher
         from quire.server.supervisor import EngineProcess
 
         keys = None
@@ -42,89 +37,42 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
 
             keys = read_keys(server_config.api_keys)
 
-        engine = EngineProcess(engine_config)
-        try:
+        publisher = open_publisher(server_config)
+        kv_events = None if publisher is None else server_config.kv_events_format
+        engine = EngineProcess(engine_config, kv_events=kv_events, measure_limits=server_config.measure_limits)
+        with ExitStack() as ends:
+            ends.callback(engine.kill)
             started = time.perf_counter()
             from quire.server.app import around
+            from quire.server.assembly import Start, load_model
             from quire.server.banner import base_url
             from quire.server.loading import Door
             from quire.server.uvicorn_server import EngineServer
 
-            phases.append(("HTTP stack", time.perf_counter() - started))
-            most = files_for(server_config.max_connections)
-            door, url = Door(), base_url(server_config.host, listener.getsockname()[1])
+            phases = [("HTTP stack", time.perf_counter() - started)]
+            store = None
+            if server_config.batch_dir is not None:
+                from quire.server.batches.store import Store
 
-            def load() -> Serving:
-                return load_model(engine, engine_config, server_config, folder, keys, door, url, phases)
-
+                store = Store(Path(server_config.batch_dir))
+            door = Door()
+            start = Start(
+                engine, engine_config, server_config, folder, base_url(server_config.host, listener.getsockname()[1]), phases, door, ends,
+                keys=keys, store=store, publisher=publisher,
+            )  # fmt: skip
             server = EngineServer(
-                around(door, server_config, keys),
-                load,
+                around(door, server_config, keys, door.refused),
+                lambda: load_model(start),
                 engine.kill,
                 keep_alive_s=KEEP_ALIVE_S,
                 grace_s=GRACE_S,
                 drain_s=server_config.drain_timeout,
-                max_connections=most,
+                max_connections=files_for(server_config.max_connections),
             )
             server.run(sockets=[listener])
             if server.failure is not None:
                 raise server.failure
-        finally:
-            engine.kill()
     return 0
-
-
-def load_model(
-    engine: EngineProcess,
-    engine_config: EngineConfig,
-    server_config: ServerConfig,
-    folder: Path,
-    keys: Keys | None,
-    door: Door,
-    url: str,
-    phases: list[tuple[str, float]],
-) -> Serving:
-    """Wait until the engine has loaded, and make what stands behind ``door``. Raises QuireError."""
-    from quire.server.app import create_app
-    from quire.server.banner import banner
-    from quire.server.client import EngineClient
-    from quire.server.context import Context
-    from quire.server.loading import Serving
-    from quire.server.supervisor import Supervisor
-    from quire.text.tokenizer import Tokenizer
-
-    started = time.perf_counter()
-    try:
-        tokenizer = Tokenizer.load(folder)
-    except QuireError:
-        engine.loaded()  # a folder that is no model at all is reported as that
-        raise
-    phases.append(("tokenizer", time.perf_counter() - started))
-    loaded = engine.loaded()
-    phases += loaded.phases
-    model, *aliases = server_config.model_names or (folder.resolve().name,)
-    client = EngineClient(loaded.limits, engine_config.max_waiting)
-    app = create_app(
-        Context(
-            client,
-            tokenizer,
-            server_config,
-            model,
-            tuple(loaded.eos_token_ids),
-            dict(loaded.sampling_defaults),
-            aliases=tuple(aliases),
-            keys=keys,
-        )
-    )
-
-    def ready() -> None:
-        door.open(app)
-        try:
-            print(banner(url, model, loaded, engine_config, phases, since_process_start()), flush=True)
-        except OSError as e:  # a full disk, a reader that has left: no reason not to serve
-            logging.getLogger("quire.server").warning("%s is ready, but standard output can't be written: %s", url, e.strerror)
-
-    return Serving(client, Supervisor(engine, engine_config, server_config.engine_timeout), ready)
 
 
 def open_socket(host: str, port: int) -> socket.socket:

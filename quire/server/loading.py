@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fastapi.responses import Response
 
+from quire.server.batches.runner import Runner
 from quire.server.chunks import json_bytes
 from quire.server.client import EngineClient, Link
 from quire.server.errors import UnavailableError, error_response
@@ -22,6 +23,7 @@ class Serving:
     link: Link
     ready: Callable[[], None]
     """Called when the client talks to the engine, before the first request does."""
+    batches: Runner | None = None
 
 
 class Door:
@@ -29,10 +31,16 @@ class Door:
 
     def __init__(self) -> None:
         self._app: App | None = None
+        self._refused: Callable[[str], None] | None = None
         self._since = time.monotonic()
 
-    def open(self, app: App) -> None:
-        self._app = app
+    def open(self, app: App, refused: Callable[[str], None]) -> None:
+        """refused: told the error's code of each call that is refused at the door from now on."""
+        self._app, self._refused = app, refused
+
+    def refused(self, code: str) -> None:
+        if self._refused is not None:
+            self._refused(code)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._app is not None:

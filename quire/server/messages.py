@@ -13,8 +13,10 @@ from quire.core.admission import RequestLimits
 from quire.core.sequence import Request, Retention
 from quire.core.snapshot import Snapshot
 from quire.core.stats import EngineStats
+from quire.models.spec import TransformerSpec
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
+from quire.structured import Structured
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -25,6 +27,10 @@ class Load(Message, frozen=True):
     """The first message: the fields of the EngineConfig."""
 
     config: dict[str, Any]
+    measure_limits: bool = False
+    """Measure what the machine can do."""
+    kv_events: str | None = None
+    """Say what the cache holds, in this format (kv_events.py)."""
 
 
 class Add(Message, frozen=True):
@@ -40,6 +46,8 @@ class Add(Message, frozen=True):
             return self.request
         fields = dict(self.request)
         params = {name: value for name, value in fields.pop("params").items() if name != "stop_strings"}
+        if (structured := params["structured"]) is not None:
+            params["structured"] = Structured(**structured)
         retention = fields.pop("retention")
         fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
         return Request(params=SamplingParams(**params), retention=None if retention is None else Retention(**retention), **fields)
@@ -91,6 +99,12 @@ class Loaded(Message, frozen=True):
     memory_note: str
     phases: list[tuple[str, float]]
     """What took how many seconds."""
+    spec: TransformerSpec
+    weight_bytes: int
+    head_bytes: int
+    """Both as Backend tells them."""
+    machine_limits: tuple[float, float] | None = None
+    """Bytes read and operations per second, where they were to be measured."""
 
 
 class NotLoaded(Message, frozen=True):
@@ -109,8 +123,18 @@ class Outputs(Message, frozen=True):
 
 
 class Stats(Message, frozen=True):
+    """Answers GetStats; also said unasked, with ticket ``UNASKED``, every ``STATS_S`` seconds while there is work, and after it."""
+
     ticket: int
     stats: EngineStats
+    send_s: float = 0.0
+    """Seconds since the start that messages to the front took."""
+
+
+class KVEvents(Message, frozen=True):
+    """What was stored in the cache and removed from it in a step, as kv_events.py writes it for subscribers."""
+
+    payload: bytes
 
 
 class Seen(Message, frozen=True):
@@ -150,13 +174,15 @@ class Died(Message, frozen=True):
 
 
 ToEngine = Add | Abort | GetStats | GetSnapshot | Unwatch | Stop
-FromEngine = Outputs | Stats | Seen | Alive | Stalled | Down | Up | Died
+FromEngine = Outputs | Stats | KVEvents | Seen | Alive | Stalled | Down | Up | Died
 
 ALIVE_S = 0.5
+STATS_S = 1.0
+UNASKED = -1
 
 encode = msgspec.msgpack.Encoder().encode
 _to_engine = msgspec.msgpack.Decoder(Load | ToEngine)
-_from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died)
+_from_engine = msgspec.msgpack.Decoder(Loaded | NotLoaded | Outputs | Stats | KVEvents | Seen | Alive | Died)
 
 
 def decode_to_engine(data: bytes) -> Load | ToEngine:
@@ -164,6 +190,6 @@ def decode_to_engine(data: bytes) -> Load | ToEngine:
     return message
 
 
-def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died:
-    message: Loaded | NotLoaded | Outputs | Stats | Seen | Alive | Died = _from_engine.decode(data)
+def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | KVEvents | Seen | Alive | Died:
+    message: Loaded | NotLoaded | Outputs | Stats | KVEvents | Seen | Alive | Died = _from_engine.decode(data)
     return message

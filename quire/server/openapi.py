@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from quire.server import schemas
 from quire.server.anthropic.schemas import CountTokensRequest, MessagesRequest
+from quire.server.errors import is_anthropic
 from quire.server.responses.schemas import ResponsesRequest
 
 _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
@@ -24,13 +25,32 @@ _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
     "/v1/messages/count_tokens": ("How many tokens a conversation has", CountTokensRequest),
     "/tokenize": ("A text or a conversation as token ids", schemas.TokenizeRequest),
     "/detokenize": ("Token ids as text", schemas.DetokenizeRequest),
+    "POST /v1/files": ("Upload the lines of a batch", schemas.FileUpload),
+    "GET /v1/files": ("The uploaded and the written files, page by page", None),
+    "/v1/files/{file_id}": ("One file", None),
+    "DELETE /v1/files/{file_id}": ("Delete a file that no unfinished batch reads", None),
+    "/v1/files/{file_id}/content": ("What is in a file", None),
+    "POST /v1/batches": ("Run a file's lines when nobody else needs the engine", schemas.BatchRequest),
+    "GET /v1/batches": ("The batches, the newest first, page by page", None),
+    "/v1/batches/{batch_id}": ("One batch", None),
+    "/v1/batches/{batch_id}/cancel": ("End a batch now; what was answered is kept", None),
     "/health": ("Whether this process lives, and what is in use", None),
     "/ready": ("Whether a request that comes now is started", None),
+    "/metrics": ("Everything that is counted, in Prometheus' text format or OpenMetrics", None),
     "/version": ("Version of Quire", None),
     "/": ("The page: a live map of the memory, the requests in it, and a prompt box", None),
     "/page/events": ("What the page shows, as server-sent events", None),
     "/page/{name}": ("A file of the page", None),
 }
+
+_LIMIT = {"type": "integer", "minimum": 1, "maximum": 100}
+_QUERY: dict[str, dict[str, Any]] = {
+    "GET /v1/files": {
+        "purpose": {"enum": ["batch", "batch_output"]}, "order": {"enum": ["asc", "desc"]}, "limit": _LIMIT | {"maximum": 10_000},
+        "after": {"type": "string"},
+    },
+    "GET /v1/batches": {"limit": _LIMIT, "after": {"type": "string"}},
+}  # fmt: skip
 
 _ERROR = {
     "type": "object",
@@ -46,25 +66,41 @@ _ERROR = {
         }
     },
 }
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {"type": "object", "properties": {"type": {"type": "string"}, "message": {"type": "string"}}},
+    },
+}
 _ERRORS = {
     400: "a field, a prompt or the body's syntax is wrong; the message has the numbers and the remedy",
     404: "no such model",
     413: "the body is too large",
-    415: "the content type is not application/json",
+    415: "the content type is not the one described here",
     429: "too many requests run or wait; try again after Retry-After",
     503: "the engine has died, or the server is shutting down",
 }
 
 
-def describe(path: str) -> dict[str, Any]:
+def describe(path: str, method: str) -> dict[str, Any]:
     """Keyword arguments of ``add_api_route``."""
-    summary, schema = _SUMMARIES[path]
+    key = f"{method} {path}"
+    summary, schema = _SUMMARIES[key] if key in _SUMMARIES else _SUMMARIES[path]
     described: dict[str, Any] = {"summary": summary}
+    if key in _QUERY:
+        described["openapi_extra"] = {
+            "parameters": [{"name": name, "in": "query", "schema": kind, "required": False} for name, kind in _QUERY[key].items()]
+        }
     if schema is not None:
-        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
-        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        kind = "multipart/form-data" if schema is schemas.FileUpload else "application/json"
+        content = {kind: {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
+        name = "AnthropicError" if is_anthropic(path) else "Error"
+        error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
         described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
         described["responses"] = {status: {"description": text, "content": error} for status, text in _ERRORS.items()}
+    elif path.startswith("/v1/responses/"):
+        described["responses"] = {404: {"description": "no response is kept"}}
     return described
 
 
@@ -79,7 +115,9 @@ def install(app: FastAPI) -> None:
             made = plain()
             models = [(schema, "validation") for _, schema in _SUMMARIES.values() if schema is not None]
             _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-            made.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"] | {"Error": _ERROR})
+            made.setdefault("components", {}).setdefault("schemas", {}).update(
+                definitions["$defs"] | {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
+            )
             app.openapi_schema = made
         return app.openapi_schema
 

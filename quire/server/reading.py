@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from quire.errors import InvalidRequestError
 from quire.outputs import Choice
@@ -10,7 +12,9 @@ from quire.sampling_params import SamplingParams
 from quire.server.context import Context
 from quire.server.prompts import Prompt
 from quire.server.tools import Tools
+from quire.structured import Structured
 from quire.text.tools import Message, ToolParser, parse_message, parser_for
+from quire.text.tools.constrained import CallGrammar
 from quire.text.tools.formats import FORMATS, THINK, THINK_MARKERS
 
 
@@ -25,6 +29,8 @@ class Reading:
     """Markers that are special tokens: the parser sees them, and nobody else."""
     shown: frozenset[int]
     """Their ids."""
+    think_ids: tuple[int | None, int | None]
+    """Tokens that begin and end the reasoning; None where several make up the marker."""
 
     def parser(self, key: str) -> ToolParser:
         """key: of the choice, unique. Ids of calls are derived from it."""
@@ -38,6 +44,9 @@ class Reading:
             hidden=self.hidden,
         )
 
+    def thought(self) -> Thought:
+        return Thought(*self.think_ids, self.in_reasoning)
+
     def message(self, choice: Choice, key: str) -> Message:
         """What a whole choice says. Its finish_reason is set too."""
         parser = self.parser(key)
@@ -47,6 +56,30 @@ class Reading:
         return message
 
 
+class Thought:
+    """Counts the tokens of a reasoning, between its markers; none where they are no tokens."""
+
+    __slots__ = ("_begins", "_ends", "_state")
+
+    def __init__(self, begins: int | None, ends: int | None, opened: bool) -> None:
+        self._begins, self._ends = begins, ends
+        self._state: Literal["before", "in", "after"] = "after" if ends is None else "in" if opened else "before"
+
+    def take(self, token_ids: Sequence[int]) -> int:
+        """How many of the next tokens belong to it."""
+        count = 0
+        for token in token_ids:
+            if self._state == "after":
+                break
+            if token == self._begins:
+                self._state = "in"
+            elif token == self._ends:
+                self._state = "after"
+            else:
+                count += self._state == "in"
+        return count
+
+
 def reason_of(finish_reason: str, parser: ToolParser) -> str:
     """``tool_calls``, where there is a call and it was not cut off."""
     return "tool_calls" if parser.done or (parser.called and finish_reason == "stop") else finish_reason
@@ -54,7 +87,7 @@ def reason_of(finish_reason: str, parser: ToolParser) -> str:
 
 def reading_for(context: Context, tools: Tools | None, params: SamplingParams, prompt: Prompt) -> Reading | None:
     """None where the text is the message as it is."""
-    reasoning = context.reasoning and not (tools is not None and tools.must)
+    reasoning = context.reasoning and params.structured is None  # else the form begins with the first token
     if tools is None and not reasoning:
         return None
     format = None if tools is None else context.tool_format
@@ -64,7 +97,18 @@ def reading_for(context: Context, tools: Tools | None, params: SamplingParams, p
         ids = {marker: context.tokenizer.token_id(marker) for marker in markers}
         hidden = {marker: i for marker, i in ids.items() if i is not None and i in context.tokenizer.special_ids}
     in_reasoning = reasoning and (prompt.text or "").rstrip().endswith(THINK)
-    return Reading(tools, format, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()))
+    begins, ends = (context.tokenizer.token_id(marker) if reasoning else None for marker in THINK_MARKERS)
+    return Reading(tools, format, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()), (begins, ends))
+
+
+def must_call(context: Context, reading: Reading, params: SamplingParams) -> SamplingParams:
+    """Parameters under which nothing but calls can be generated, after the reasoning. Raises InvalidRequestError."""
+    assert reading.tools is not None
+    assert reading.format is not None
+    tokens = {text: i for i, text in context.tokenizer.added_tokens.items()}
+    tools = reading.tools
+    grammar = CallGrammar(reading.format, tools.functions, tokens, tools.parallel, reading.reasoning, reading.in_reasoning)
+    return replace(params, structured=Structured.grammar(grammar.lark(), source="tools"))
 
 
 def check_format(context: Context) -> None:

@@ -13,6 +13,7 @@ from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
 from quire.server.fields import shown
 from quire.server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from quire.server.structured import structured_of
 
 DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions, as in OpenAI's API."""
@@ -20,7 +21,7 @@ DEFAULT_MAX_TOKENS = 16
 _SAME_NAME = (
     "n", "best_of", "use_beam_search", "beam_width", "length_penalty", "early_stopping", "temperature", "top_p", "top_k",
     "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "min_tokens",
-    "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+    "stop_token_ids", "ignore_eos", "allowed_token_ids", "bad_words", "include_stop_str_in_output", "skip_special_tokens",
 )  # fmt: skip
 
 
@@ -66,7 +67,8 @@ def _params(body: GenerationRequest, defaults: Mapping[str, float], max_tokens: 
     beams = _wants_beams(body)
     values: dict[str, Any] = {} if beams else dict(defaults)  # a beam search ranks the model's own probabilities
     values |= {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
-    params = SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, stop=_stop(body.stop), logit_bias=_bias(body.logit_bias))
+    values |= {"stop": _stop(body.stop), "logit_bias": _bias(body.logit_bias), "structured": structured_of(body)}
+    params = SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)
     if body.stream and params.num_outputs > params.n:
         raise InvalidRequestError(
             f"best_of {params.best_of} > n {params.n} can't be streamed, since the best samples are known only at the end: leave out "

@@ -67,10 +67,39 @@ _TOOL_CHOICE = {
     ]
 }
 _FUNCTION_CALL = {"anyOf": [{"enum": ["auto", "none"]}, _NAMED, {"type": "null"}]}
+_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}
+_RESPONSE_FORMAT = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {
+        "type": {"enum": ["text", "json_object", "json_schema"]},
+        "json_schema": {
+            "type": "object",
+            "required": ["schema"],
+            "properties": {"name": {"type": "string"}, "schema": {"type": "object"}, "strict": {"type": "boolean"}},
+        },
+    },
+}
+_STRUCTURED_OUTPUTS = {
+    "type": "object",
+    "description": "exactly one of json, regex, choice, grammar and json_object",
+    "properties": {
+        "json": _SCHEMA,
+        "regex": {"type": "string"},
+        "choice": {"type": "array", "items": {"type": "string"}},
+        "grammar": {"type": "string", "description": "Lark (llguidance's dialect) or GBNF"},
+        "json_object": {"const": True},
+        "disable_any_whitespace": {"type": "boolean"},
+        "whitespace_pattern": {"type": "string"},
+    },
+}
 
 Prompt = Annotated[Any, WithJsonSchema(_PROMPT)]
 Stop = Annotated[Any, WithJsonSchema(_STOP)]
 EarlyStopping = Annotated[Any, WithJsonSchema(_EARLY_STOPPING)]
+JsonSchema = Annotated[Any, WithJsonSchema(_SCHEMA)]
+ResponseFormat = Annotated[dict[str, Any], WithJsonSchema(_RESPONSE_FORMAT)]
+StructuredOutputs = Annotated[dict[str, Any], WithJsonSchema(_STRUCTURED_OUTPUTS)]
 Message = Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]
 Tool = Annotated[dict[str, Any], WithJsonSchema(_TOOL)]
 ToolChoice = Annotated[Any, WithJsonSchema(_TOOL_CHOICE)]
@@ -120,10 +149,19 @@ class GenerationRequest(_Body):
     stop: Stop = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    allowed_token_ids: list[int] | None = Field(None, description="only these tokens may be generated")
+    bad_words: list[str] | None = Field(None, description="words that are not completed in the output")
+    response_format: ResponseFormat | None = Field(None, description="JSON: any object, or what a schema says")
+    structured_outputs: StructuredOutputs | None = Field(None, description="the form that the output must have")
+    guided_json: JsonSchema = Field(None, description="older name of structured_outputs.json")
+    guided_regex: str | None = Field(None, description="older name of structured_outputs.regex")
+    guided_choice: list[str] | None = Field(None, description="older name of structured_outputs.choice")
+    guided_grammar: str | None = Field(None, description="older name of structured_outputs.grammar")
+    guided_whitespace_pattern: str | None = Field(None, description="with guided_json: what may stand between the parts of JSON")
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = Field(None, description="let the tokenizer add its special tokens to text prompts")
-    priority: int | None = Field(None, description="lower runs earlier; default 0")
+    priority: int | None = Field(None, description="lower runs earlier, and takes the place of a higher one that runs; default 0")
     cache_salt: str | None = Field(None, description="cached prefixes are shared only among requests with the same salt")
     cache_retention: CacheRetention | None = Field(None, description="a wish that the prompt stays in the prefix cache")
     return_token_ids: bool | None = Field(None, description="return token ids beside the text")
@@ -169,3 +207,15 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     model: str | None = None
     tokens: list[int]
+
+
+class FileUpload(_Body):
+    file: bytes = Field(description="JSONL: an object a line, with custom_id, method (POST), url (the batch's endpoint) and body")
+    purpose: str = Field(description='"batch"')
+
+
+class BatchRequest(_Body):
+    input_file_id: str = Field(description="id of an uploaded file")
+    endpoint: str = Field(description="of all lines: /v1/chat/completions, /v1/completions, ...")
+    completion_window: str = Field(description='"24h": hours after which what is not answered expires; 1h to 720h')
+    metadata: dict[str, str] | None = Field(None, description="at most 16 texts, kept and shown")

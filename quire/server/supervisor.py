@@ -41,7 +41,8 @@ log = logging.getLogger("quire.supervisor")
 class EngineProcess:
     """One engine process, and the socket to it. It ends when the socket is closed, thus also when this process dies."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, kv_events: str | None = None, measure_limits: bool = False) -> None:
+        """kv_events, measure_limits: see Load."""
         ours, theirs = socket.socketpair()
         package = str(Path(quire.__file__).parent.parent)
         with theirs:
@@ -56,7 +57,7 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         threading.Thread(target=self._write, name="quire-outbox", daemon=True).start()
-        self._outbox.put(encode(Load(asdict(config))))
+        self._outbox.put(encode(Load(asdict(config), measure_limits, kv_events)))
 
     @property
     def pid(self) -> int:
@@ -123,7 +124,8 @@ class Supervisor:
     timeout: seconds without a finished step, while there is work, after which an engine counts as hung.
     """
 
-    def __init__(self, first: EngineProcess, config: EngineConfig, timeout: float) -> None:
+    def __init__(self, first: EngineProcess, config: EngineConfig, timeout: float, kv_events: str | None = None) -> None:
+        self._kv_events = kv_events
         self._engine, self._config, self._timeout = first, config, timeout
         self._receive: Callable[[FromEngine], None] = lambda message: None
         self._has_work: Callable[[], bool] = lambda: False
@@ -184,7 +186,7 @@ class Supervisor:
     def _restart(self) -> bool:
         for attempt in range(1, STARTS + 1):
             started = time.monotonic()
-            engine = EngineProcess(self._config)
+            engine = EngineProcess(self._config, kv_events=self._kv_events)
             try:
                 engine.loaded()
             except QuireError as e:

@@ -64,6 +64,8 @@ def read_tools(body: ChatCompletionRequest) -> Tools | None:
     parallel = body.parallel_tool_calls is not False and field == "tools"  # the older form has room for one call
     if choice == "none":
         return None
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        names, choice = _allowed(choice, names)
     if choice in (None, "auto", "required"):
         return Tools(tools, names, choice == "required", parallel)
     return Tools(tools, (_chosen(choice, names, choice_field),), True, False)
@@ -82,6 +84,17 @@ def _chosen(choice: object, names: Sequence[str], field: str) -> str:
             f"{field} names the function {name[:64]!r}, which is not among the tools: {', '.join(names)[:200]}", param=field
         )
     return name
+
+
+def _allowed(choice: dict[str, Any], names: Sequence[str]) -> tuple[tuple[str, ...], object]:
+    """Of OpenAI's ``allowed_tools``: the functions, and ``auto`` or ``required``."""
+    allowed = choice.get("allowed_tools")
+    mode, tools = (allowed.get("mode"), allowed.get("tools")) if isinstance(allowed, dict) else (None, None)
+    if mode not in ("auto", "required") or not isinstance(tools, list) or not tools:
+        raise InvalidRequestError(
+            f"tool_choice.allowed_tools must have a mode, auto or required, and a list of tools, got {shown(allowed)}", param="tool_choice"
+        )
+    return tuple(_chosen(tool, names, "tool_choice") for tool in tools), mode
 
 
 def check_tools(tools: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:

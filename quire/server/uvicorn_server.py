@@ -62,6 +62,8 @@ class EngineServer(uvicorn.Server):
         if not self.should_exit:
             serving.client.start(serving.link)
             self._serving = serving
+            if serving.batches is not None:
+                await serving.batches.start()
             serving.ready()
 
     async def on_tick(self, counter: int) -> bool:
@@ -70,15 +72,20 @@ class EngineServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._serving is None:
+        serving = self._serving
+        if serving is None:
             self._cancel()
         else:
-            self._serving.client.close()
+            serving.client.close()
+            if serving.batches is not None:
+                await serving.batches.stop()
         # Requests that have to be cut off after the grace time are no errors of the server.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets=sockets)
-        if self._serving is not None:
-            self._serving.client.stop()
+        if serving is not None:
+            if serving.batches is not None:
+                await serving.batches.close()
+            serving.client.stop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn would raise the signal again afterwards, and spoil the exit code."""

@@ -77,7 +77,7 @@ class OutputAssembler:
             return Delta(logprobs=None if self._logprobs is None else [])
         texts, count = [], 0
         for count, token in enumerate(output.token_ids, start=1):
-            ends = output.finish_reason == "stop" and count == len(output.token_ids)
+            ends = output.finish_reason == "stop" and output.end_token and count == len(output.token_ids)
             self.token_ids.append(token)
             # The end-of-text or stop token that ends a sequence has no text, unless stops are asked for in the output.
             if self._detokenizer is not None and (not ends or self._params.include_stop_str_in_output):

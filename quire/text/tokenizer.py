@@ -101,6 +101,11 @@ class Tokenizer:
         token = self.special_tokens.get(name)
         return None if token is None else self.token_id(token)
 
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens that are found in a text before it is cut into others: id → text. The special ones are among them."""
+        return {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+
     def token_id(self, token: str) -> int | None:
         """Id of a token by its spelling in the vocabulary, or None."""
         return self._tokenizer.token_to_id(token)

@@ -77,7 +77,7 @@ class FakeBackend:
             self._look(row, [*row.tokens, *work.draft], work.start, work.start + work.count)
             if work.sample:
                 assert work.start + work.count == len(row.tokens) + len(work.draft)
-                self._sample(row, work.row, work.draft, result)
+                self._sample(row, work.row, work.draft, work.masks, result)
         return result
 
     def _look(self, row: Row, tokens: list[int], start: int, end: int) -> None:
@@ -88,7 +88,7 @@ class FakeBackend:
             held = self.pool[block][position % self.block_size]
             assert held == fingerprint(tokens[: position + 1]), "the row's blocks hold something else than its tokens"
 
-    def _sample(self, row: Row, number: int, draft: Sequence[int], result: StepResult) -> None:
+    def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes], result: StepResult) -> None:
         if number in self.fail_rows:
             result.tokens += [-1] * (1 + len(draft))
             result.logprobs += [None] * (1 + len(draft))
@@ -100,6 +100,9 @@ class FakeBackend:
             return
         seen = [[*row.tokens, *draft[:i]] for i in range(1 + len(draft))]
         tokens = [expected_token(before, row.start.seed, self.spec.vocab_size) for before in seen]
+        if masks:
+            assert len(masks) == len(tokens)
+            tokens = [allowed_token(token, mask, self.spec.vocab_size) for token, mask in zip(tokens, masks, strict=True)]
         row.tokens += tokens[: accepted(draft, tokens)]
         result.tokens += tokens
         result.logprobs += [TokenLogprobs((-1.0, 1), []) if row.start.params.logprobs is not None else None for _ in tokens]
@@ -136,6 +139,11 @@ def fingerprint(tokens: list[int]) -> int:
 def expected_token(tokens: list[int], seed: int, vocab_size: int) -> int:
     """The token that FakeBackend samples after ``tokens``."""
     return (fingerprint(tokens) * 31 + seed * 1_000_003) % _PRIME % vocab_size
+
+
+def allowed_token(token: int, mask: bytes, vocab_size: int) -> int:
+    """What FakeBackend samples in place of ``token`` under ``mask``: the next one that is allowed."""
+    return next(t for i in range(vocab_size) if mask[(t := (token + i) % vocab_size) >> 3] >> (t & 7) & 1)
 
 
 def candidates(tokens: list[int], count: int, vocab_size: int) -> list[tuple[int, float]]:

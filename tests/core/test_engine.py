@@ -7,7 +7,9 @@ import pytest
 from core.fake_backend import FakeBackend, expected_output
 from quire.config import EngineConfig
 from quire.core.engine import Engine
+from quire.core.plan import StepExtent, StepPlan, StepResult
 from quire.core.sequence import Request, derive_seed
+from quire.core.stats import Queue
 from quire.errors import CapacityError, ContextLengthError, InvalidRequestError
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
@@ -200,3 +202,58 @@ def test_kv_stats_count_positions_and_empty_tails() -> None:
     engine.step()
     kv = engine.stats().kv
     assert (kv.used_blocks, kv.positions_used, kv.positions_allocated, kv.empty_tail) == (2, 6, 8, 2)
+
+
+def test_steps_and_queues_are_timed_by_the_engines_clock() -> None:
+    now = 0.0
+
+    class Slow(FakeBackend):
+        def execute(self, plan: StepPlan) -> StepResult:
+            nonlocal now
+            now += 1.0
+            result = super().execute(plan)
+            result.sample_s = 0.25
+            return result
+
+    engine = Engine(Slow(), EngineConfig(max_num_seqs=1, max_num_batched_tokens=8), lambda: now)
+    engine.add(request("a", [1, 2], max_tokens=3))
+    engine.add(request("b", [3], max_tokens=2))
+    outputs = drain(engine)
+    assert [o.queued_s for o in outputs["a", 0]] == [0.0, None, None]
+    assert [o.queued_s for o in outputs["b", 0]] == [3.0, None], "it waited for the only row"
+    assert [o.preemptions for o in outputs["a", 0]] == [None, None, 0]
+    times = engine.stats().times
+    assert (times.schedule, times.execute, times.sample, times.commit) == (0, 5 * 0.75, 5 * 0.25, 0)
+
+
+def test_the_extent_of_steps_adds_up() -> None:
+    engine = make(max_num_batched_tokens=4, speculation="off")
+    engine.add(request("a", list(range(6)), max_tokens=3))
+    drain(engine)
+    # Positions 0 to 3, then 4 and 5, 6, 7; position p attends to p + 1 keys.
+    assert engine.stats().extent == StepExtent(
+        steps=4, sampling_steps=3, positions=8, keys=4 + 6 + 7 + 8, context=sum(range(1, 9)), rows=3, rows_context=6 + 7 + 8
+    )
+
+
+def test_the_queue_says_what_is_waited_for() -> None:
+    engine = make(FakeBackend(num_blocks=10, max_model_len=32), max_num_batched_tokens=8, max_num_seqs=3)
+    engine.add(request("a", list(range(28)), max_tokens=4))
+    engine.add(request("same", [*range(27), 40], max_tokens=4))
+    engine.step()
+    assert engine.stats().queue == Queue(budget=1), "the first prompt took the whole step"
+    engine.step()
+    assert engine.stats().queue == Queue(prompt=1)
+    engine.add(request("other", list(range(20, 48)), n=2, max_tokens=4))
+    memory = []
+    while engine.has_work:
+        engine.step()
+        memory.append(engine.stats().queue.memory)
+    assert 2 in memory, "neither of the two samples fits beside the others"
+    assert engine.stats().queue == Queue()
+    engine = make(max_num_batched_tokens=2, max_num_seqs=2)
+    for name in "abcd":
+        engine.add(request(name, [ord(name) % 50] * 4, max_tokens=2))
+    engine.step()
+    assert engine.stats().queue.rows + engine.stats().queue.budget == engine.stats().waiting
+    drain(engine)

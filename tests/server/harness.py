@@ -24,8 +24,11 @@ import quire
 from core.fake_backend import FakeBackend
 from quire.config import EngineConfig, ServerConfig
 from quire.core.plan import StepPlan, StepResult
+from quire.grammar.constraints import Constraints
 from quire.outputs import TokenLogprobs
 from quire.server.app import around, create_app
+from quire.server.batches.runner import open_runner
+from quire.server.batches.store import Store
 from quire.server.client import EngineClient
 from quire.server.context import Context
 from quire.server.engine_loop import EngineLoop, SteppedEngine
@@ -108,18 +111,20 @@ class Server:
         self.backend, self.tokenizer = backend, tokenizer
         engine_options = {name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options}
         engine_config = EngineConfig(**engine_options)
-        self.engine = make_engine(backend, engine_config)
+        constraints = Constraints(lambda: tokenizer, backend.spec.vocab_size, eos)
+        self.engine = make_engine(backend, engine_config, constraints)
         self.client = EngineClient(self.engine.limits, engine_config.max_waiting)
         config = ServerConfig(port=0, **options)
         self._socket = open_socket("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = self.app = create_app(Context(self.client, tokenizer, config, "fake", eos, keys=keys))
+        self.config = config
+        self.batches = batches = None if config.batch_dir is None else open_runner(Store(Path(config.batch_dir)), self.client, config)
+        app = self.app = create_app(Context(self.client, tokenizer, config, "fake", eos, keys=keys, batches=batches))
         started = threading.Event()
-        serving = Serving(self.client, ThreadLink(self.engine), started.set)
-        self._server = EngineServer(
-            around(app, config, keys), lambda: serving, lambda: None, keep_alive_s=5, grace_s=2, max_connections=config.max_connections
-        )
+        serving = Serving(self.client, ThreadLink(self.engine), started.set, batches)
+        outer = around(app, config, keys, self.client.meter.refuse)
+        self._server = EngineServer(outer, lambda: serving, lambda: None, keep_alive_s=5, grace_s=2, max_connections=config.max_connections)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
         self._thread.start()
         assert started.wait(DEADLINE_S)

@@ -60,7 +60,7 @@ def chat_tokenizer(template: str) -> Tokenizer:
 
 
 class ScriptedBackend(PacedBackend):
-    """Every sequence says ``says``, then ends."""
+    """Every sequence says ``says``, then ends; but what has a form to follow is made up, as PacedBackend does it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(num_blocks=512, max_model_len=4096, vocab_size=tokenizer.vocab_size)
@@ -72,7 +72,11 @@ class ScriptedBackend(PacedBackend):
     @property
     def end(self) -> int:
         """The end-of-text token."""
-        token = self._tokenizer.token_id(END)
+        return self.token(END)
+
+    def token(self, text: str) -> int:
+        """The id of an added token."""
+        token = self._tokenizer.token_id(text)
         assert token is not None
         return token
 
@@ -80,7 +84,10 @@ class ScriptedBackend(PacedBackend):
     def script(self) -> list[int]:
         return [*self._tokenizer.encode(self.says, add_special_tokens=False), self.end]
 
-    def _sample(self, row: Row, number: int, draft: Sequence[int], result: StepResult) -> None:
+    def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes], result: StepResult) -> None:
+        if masks:
+            super()._sample(row, number, draft, masks, result)
+            return
         prompt, script = row.start.num_prompt, self.script
         if len(row.tokens) == prompt:
             self.prompt = self._tokenizer.decode(row.tokens, skip_special_tokens=False)

@@ -126,7 +126,7 @@ def test_hang_ups_leave_no_trace_in_the_count(tokenizer: Tokenizer) -> None:
         in_flight(server, 0)
 
 
-def test_priority_is_the_order_of_the_queue(tokenizer: Tokenizer) -> None:
+def test_priority_is_the_order_of_the_queue_and_takes_the_rows_of_the_lower(tokenizer: Tokenizer) -> None:
     order: list[str] = []
 
     def ask(name: str, priority: int | None) -> None:
@@ -146,7 +146,7 @@ def test_priority_is_the_order_of_the_queue(tokenizer: Tokenizer) -> None:
         server.backend.go.set()
         for thread in threads:
             thread.join(DEADLINE_S)
-    assert order == ["first", "early", "plain", "plain 2", "later", "late"]
+    assert order == ["early", "first", "plain", "plain 2", "later", "late"], "the first makes way for the early one, and goes on after it"
 
 
 def test_preemptions_are_logged(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:

@@ -31,6 +31,22 @@ def one_line(err: str) -> str:
     return err
 
 
+def test_a_model_may_have_several_names() -> None:
+    server = Process("--kv-memory", "32MiB", "--served-model-name", "quire-tiny, claude-x,")
+    try:
+        assert [model["id"] for model in http.get(server.url + "/v1/models").json()["data"]] == ["quire-tiny", "claude-x"]
+        assert http.get(server.url + "/v1/models/claude-x").json()["root"] == "quire-tiny"
+        for name in ("quire-tiny", "claude-x"):
+            body = {"model": name, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+            for path in ("/v1/chat/completions", "/v1/messages"):
+                assert http.post(server.url + path, json=body).json()["model"] == "quire-tiny"
+        refused = http.post(server.url + "/v1/responses", json={"model": "claude-x, quire-tiny", "input": "a"})
+        assert refused.status_code == 404
+        assert "'quire-tiny' or 'claude-x'" in refused.json()["error"]["message"]
+    finally:
+        server.kill()
+
+
 def test_banner(real: Process) -> None:
     """32 MiB at 6 layers x 4 KV heads x 32 x 2 (keys, values) x 2 bytes = 3072 bytes a token."""
     tokens = 32 * 2**20 // 3072 // 16 * 16

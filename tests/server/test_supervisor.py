@@ -21,6 +21,7 @@ import pytest
 from quire.core.sequence import Request, Retention
 from quire.sampling_params import SamplingParams
 from quire.server.messages import Add, decode_to_engine, encode
+from quire.structured import Structured
 from server.harness import (
     DEADLINE_S,
     EMBEDDED,
@@ -36,6 +37,22 @@ from server.harness import (
     wait_until,
 )
 
+SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "people",
+        "schema": {
+            "type": "array",
+            "minItems": 12,
+            "items": {
+                "type": "object",
+                "properties": {"first_name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+                "required": ["first_name", "age"],
+                "additionalProperties": False,
+            },
+        },
+    },
+}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 
@@ -63,6 +80,9 @@ def calls() -> list[tuple[str, dict[str, Any]]]:
         (CHAT, {"messages": [{"role": "user", "content": "Write a loop"}], "max_tokens": 200, "stream": True, "n": 2}),
         (RESPONSES, {"input": "Write a loop", "max_output_tokens": 150, "stream": True, "top_logprobs": 1}),
         (MESSAGES, {"messages": [{"role": "user", "content": "Write a loop"}], "max_tokens": 150, "stream": True}),
+        (CHAT, {"messages": [{"role": "user", "content": "List"}], "max_tokens": 300, "stream": True, "response_format": SCHEMA}),
+        (COMPLETIONS, {"prompt": "z = ", "max_tokens": 200, "n": 2, "logprobs": 1, "structured_outputs": {"regex": "(ab|[0-9]+ )*"}}),
+        (COMPLETIONS, {"prompt": "import os\n", "max_tokens": 200, "bad_words": ["import", "return x"], "stream": True}),
     ]
     return [(path, {"ignore_eos": True, "seed": 100 * i + j} | fields) for i in range(2) for j, (path, fields) in enumerate(kinds)]
 
@@ -305,6 +325,7 @@ def test_requests_cross_the_socket_as_they_are() -> None:
         logit_bias={5: 1.5, 7: -100.0}, seed=(1 << 64) - 1, max_tokens=None, min_tokens=2,
         stop=["é", "x"], stop_token_ids=[4], ignore_eos=True,
         logprobs=3, include_stop_str_in_output=True, skip_special_tokens=False,
+        structured=Structured.json({"type": "object"}, whitespace=""), allowed_token_ids=[7, 5], bad_words=["a", "b c"],
     )  # fmt: skip
     for params in (SamplingParams(), everything, SamplingParams(beam_width=4, early_stopping="never", length_penalty=0.5, n=2)):
         request = Request("ä", [1, 2, 3], params, (1 << 64) - 1, (1, 2), -3, b"\xff\x00", Retention(5, 2.5))

@@ -199,6 +199,17 @@ def test_no_tools_no_calls(family: tuple[str, Server]) -> None:
     assert ask(server, tools=None, skip_special_tokens=False)["choices"][0]["message"]["content"] == ONE[name]
 
 
+def test_allowed_tools(family: tuple[str, Server]) -> None:
+    name, server = family
+    says(server, TWO[name])
+    now = {"type": "function", "function": {"name": "now"}}
+    for tools, called in (([now], ["now"]), ([now, TOOLS[0]], ["get_weather", "now"])):
+        choice = ask(server, tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": tools}})["choices"][0]
+        if name != "llama3" or len(called) == 2:  # there a call stands where a line begins, and not behind another text
+            assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == called
+    assert "get_weather" in server.backend.prompt, "the model is told of all"  # type: ignore[attr-defined]
+
+
 def test_logprobs_and_token_ids_come_with_every_token(family: tuple[str, Server]) -> None:
     name, server = family
     tokens = says(server, "Hm. " + ONE[name]).script
@@ -249,7 +260,11 @@ def test_tokenize_counts_what_a_chat_has(family: tuple[str, Server]) -> None:
 
 def test_reasoning(thinking: Server) -> None:
     backend = says(thinking, "<think>\nHm, <tool_call>?\n</think>\n\n" + TWO["hermes"])
-    message = ask(thinking)["choices"][0]["message"]
+    answer = ask(thinking)
+    message = answer["choices"][0]["message"]
+    ids = backend.script
+    between = ids.index(backend.token("</think>")) - ids.index(backend.token("<think>")) - 1
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": between}
     assert message["reasoning"] == message["reasoning_content"] == "Hm, <tool_call>?"
     assert (message["content"], len(message["tool_calls"])) == (None, 2)
     whole, _ = streamed(thinking)
@@ -325,6 +340,8 @@ WRONG: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"tool_choice": "sometimes"}, "tool_choice", ("sometimes", "required")),
     ({"tool_choice": {"type": "function"}}, "tool_choice", ('"required"',)),
     ({"tool_choice": 5}, "tool_choice", ("got 5",)),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}, "tool_choice", ("allowed_tools", "list")),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}}, "tool_choice", ("'nope'",)),
     ({"functions": [WEATHER]}, "functions", ("older names",)),
     ({"tools": None, "functions": []}, "functions", ("empty",)),
     ({"tools": None, "functions": [WEATHER], "function_call": {"name": "nope"}}, "function_call", ("'nope'",)),

@@ -244,6 +244,7 @@ def sample(
     banned_start: I32 | None = None,
     banned_ids: I32 | None = None,
     allowed_mask: I32 | NDArray[np.uint32] | None = None,
+    mask_index: I32 | None = None,
     num_logprobs: I32 | None = None,
     logprob: F32 | None = None,
     rank: I32 | None = None,
@@ -258,8 +259,9 @@ def sample(
     1. Where num_logprobs[s] >= 0: logprob[s] of the chosen token and its rank[s] (1 + the number of tokens with a greater
        logit), and the num_logprobs[s] likeliest into top_ids and top_logprobs [rows, n >= max(num_logprobs)] (descending,
        ties by lower id, the rest -1 and -inf); all from the unchanged logits.
-    2. Tokens whose bit is 0 in allowed_mask [rows, ceil(vocab / 32)] (bit t % 32 of word t // 32), and banned_ids, get
-       -inf; bias_values are added to the logits of bias_ids.
+    2. Tokens whose bit is 0 in allowed_mask [masks, ceil(vocab / 32)] (bit t % 32 of word t // 32), and banned_ids, get
+       -inf; row s has mask mask_index[s], none where that is -1, and mask s without a mask_index;
+       bias_values are added to the logits of bias_ids.
     3. repetition_penalty r for each distinct token of prompt_ids and output_ids (logit / r if positive, else * r); then
        minus frequency_penalty * its count in output_ids, minus presence_penalty if it is there at all.
     4. temperature: 0 takes the greatest logit (ties: the lowest id) and ends here; otherwise logits are divided by it.

@@ -103,7 +103,14 @@ class CpuBackend:
         sampled = batch.sampled
         if len(sampled) == 0:
             return StepResult()
-        result = self._sampler.sample(logits, sampled, batch.lengths)
+        masks: list[bytes | None] = []
+        if any(work.masks for work in plan.work):
+            for work in plan.work:
+                if work.sample:
+                    masks += work.masks or [None] * (1 + len(work.draft))
+        began = perf_counter()
+        result = self._sampler.sample(logits, sampled, batch.lengths, masks)
+        result.sample_s = perf_counter() - began
         if batch.drafts:
             self._rows.append_accepted(plan.work, result.tokens, self._sampler.beams)
         else:

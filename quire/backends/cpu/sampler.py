@@ -5,6 +5,7 @@ What no row of a step uses (penalties, biases, bans, log-probabilities) is not h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,8 @@ _COUNTS = _USES["frequency_penalty"] | _USES["presence_penalty"]
 
 _FAILURES = {
     1: "the model's logits are not finite numbers: the weights may be damaged, or too large for their width",
-    2: "no token may be chosen: before min_tokens every token is banned as a stop token; lower min_tokens, or name fewer stop_token_ids",
+    2: "no token may be chosen: min_tokens (which bans stop tokens), structured output, allowed_token_ids and bad_words leave none; "
+    "lower min_tokens, or constrain the output less",
 }
 """The kernel's status of a row → what its request is told."""
 
@@ -83,9 +85,15 @@ class Sampler:
         }
         self._uses[row] = sum(_USES[name] for name, is_used in used.items() if is_used)
 
-    def sample(self, logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> StepResult:
+    def sample(
+        self,
+        logits: npt.NDArray[np.float32],
+        rows: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int64],
+        masks: Sequence[bytes | None] = (),
+    ) -> StepResult:
         """One token for each of ``rows``, after its first ``lengths`` tokens; logits [len(rows), vocab] float32. A row may be there
-        several times, with different lengths."""
+        several times, with different lengths. masks: see RowWork; None for a row without."""
         count = len(rows)
         tokens, status = np.zeros(count, np.int32), np.zeros(count, np.int32)
         options: dict[str, Any] = {
@@ -93,6 +101,8 @@ class Sampler:
             "seed": self._seed[rows],
             "position": lengths,
         }
+        if masks:
+            self._add_masks(options, masks)
         uses = int(np.bitwise_or.reduce(self._uses[rows]))
         if uses:
             self._add_parameters(options, uses, rows)
@@ -116,6 +126,13 @@ class Sampler:
                 top = zip(options["top_ids"][i, :n].tolist(), options["top_logprobs"][i, :n].tolist(), strict=True)
                 result.logprobs[i] = TokenLogprobs((float(options["logprob"][i]), int(options["rank"][i])), list(top))
         return result
+
+    def _add_masks(self, options: dict[str, Any], masks: Sequence[bytes | None]) -> None:
+        words = -(-self._vocab_size // 32)
+        present = np.array([mask is not None for mask in masks])
+        options["mask_index"] = np.where(present, np.cumsum(present) - 1, -1).astype(np.int32)
+        joined = b"".join([mask[: 4 * words] for mask in masks if mask is not None])
+        options["allowed_mask"] = np.frombuffer(joined, np.uint32).reshape(-1, words)
 
     def _add_parameters(self, options: dict[str, Any], uses: int, rows: npt.NDArray[np.int32]) -> None:
         for name in _OFF:

@@ -46,7 +46,8 @@ void sample_tokens(const Array& logits_, const OutArray& tokens, const OutArray&
                    const MaybeArray& presence, const MaybeArray& prompt_start, const MaybeArray& prompt_ids,
                    const MaybeArray& output_start, const MaybeArray& output_ids, const MaybeArray& bias_start,
                    const MaybeArray& bias_ids, const MaybeArray& bias_values, const MaybeArray& banned_start,
-                   const MaybeArray& banned_ids, const MaybeArray& allowed_mask, const MaybeArray& num_logprobs,
+                   const MaybeArray& banned_ids, const MaybeArray& allowed_mask, const MaybeArray& mask_index,
+                   const MaybeArray& num_logprobs,
                    const MaybeOut& logprob, const MaybeOut& rank, const MaybeOut& top_ids, const MaybeOut& top_logprobs) {
     const Matrix2 logits = matrix(logits_, "logits");
     const int64_t rows = logits.rows, vocab = logits.cols;
@@ -77,9 +78,15 @@ void sample_tokens(const Array& logits_, const OutArray& tokens, const OutArray&
         require_ndim(*allowed_mask, 2, "allowed_mask");
         require_contiguous(*allowed_mask, "allowed_mask");
         a.mask_stride = dim(*allowed_mask, 1);
-        require(dim(*allowed_mask, 0) == rows && a.mask_stride * 32 >= vocab,
+        const int64_t masks = dim(*allowed_mask, 0);
+        require((mask_index || masks == rows) && a.mask_stride * 32 >= vocab,
                 "allowed_mask must have a bit for each token of each row, but is " + shape_of(*allowed_mask));
         a.mask = static_cast<const uint32_t*>(allowed_mask->data());
+        if (mask_index) a.mask_index = vector<int32_t>(*mask_index, "mask_index", "int32", rows);
+        for (int64_t i = 0; mask_index && i < rows; ++i)
+            require(a.mask_index[i] >= -1 && a.mask_index[i] < masks,
+                    "mask_index[" + std::to_string(i) + "] is " + std::to_string(a.mask_index[i]) + ", but there are " +
+                        std::to_string(masks) + " masks");
     }
     if (num_logprobs) {
         a.num_logprobs = vector<int32_t>(*num_logprobs, "num_logprobs", "int32", rows);
@@ -115,7 +122,8 @@ void bind_sampling(nb::module_& m) {
           nb::arg("temperature"), nb::arg("seed"), nb::arg("position"), none("top_k"), none("top_p"), none("min_p"),
           none("repetition_penalty"), none("frequency_penalty"), none("presence_penalty"), none("prompt_start"),
           none("prompt_ids"), none("output_start"), none("output_ids"), none("bias_start"), none("bias_ids"),
-          none("bias_values"), none("banned_start"), none("banned_ids"), none("allowed_mask"), none("num_logprobs"),
+          none("bias_values"), none("banned_start"), none("banned_ids"), none("allowed_mask"), none("mask_index"),
+          none("num_logprobs"),
           none("logprob"), none("rank"), none("top_ids"), none("top_logprobs"));
     m.def("uniform", uniform, nb::arg("seed"), nb::arg("position"));
 }

@@ -80,18 +80,24 @@ struct Row {
     bool penalized() const {
         return value(a.repetition, 1) != 1 || value(a.frequency, 0) != 0 || value(a.presence, 0) != 0;
     }
+    const uint32_t* mask() const {
+        const int64_t index = a.mask_index ? a.mask_index[row] : row;
+        return a.mask && index >= 0 ? a.mask + index * a.mask_stride : nullptr;
+    }
     bool changes() const {
-        return a.mask || has(a.bias) || has(a.banned) || (penalized() && (has(a.prompt) || has(a.output)));
+        return mask() || has(a.bias) || has(a.banned) || (penalized() && (has(a.prompt) || has(a.output)));
     }
 
     void restrict_tokens() {
-        if (a.mask) {
-            const uint32_t* mask = a.mask + row * a.mask_stride;
+        if (const uint32_t* allowed = mask()) {
             for (int64_t word = 0; word * 32 < vocab; ++word) {
-                if (mask[word] == ~0u) continue;
-                const int64_t end = std::min<int64_t>(vocab, word * 32 + 32);
-                for (int64_t t = word * 32; t < end; ++t)
-                    if (!(mask[word] >> (t & 31) & 1)) changed[t] = -kInf;
+                const uint32_t bits = allowed[word];
+                if (bits == ~0u) continue;
+                const int64_t begin = word * 32, end = std::min(vocab, begin + 32);
+                if (!bits) std::fill(changed + begin, changed + end, -kInf);
+                else
+                    for (int64_t t = begin; t < end; ++t)
+                        if (!(bits >> (t - begin) & 1)) changed[t] = -kInf;
             }
         }
         if (has(a.banned))

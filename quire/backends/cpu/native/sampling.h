@@ -22,8 +22,9 @@ struct SampleArgs {
     const int64_t* position;
     Lists prompt, output, bias, banned;
     const float* bias_values;
-    const uint32_t* mask;             // [rows, mask_stride], bit t of a row: token t is allowed
+    const uint32_t* mask;             // [masks, mask_stride], bit t of a mask: token t is allowed
     int64_t mask_stride;
+    const int32_t* mask_index;        // [rows] the mask of each row, -1: none; null: row s has mask s
     const int32_t* num_logprobs;      // -1: none
     int32_t *tokens, *status;
     float* logprob;

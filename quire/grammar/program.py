@@ -1,0 +1,87 @@
+"""From a form to something that follows it: llguidance's matcher, with its limits."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from quire.structured import Structured
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits
+
+    from quire.grammar.vocabulary import Vocabulary
+
+WHITESPACE = r" ?|\n{1,2}[ \t]{0,20}"
+"""What may stand between the parts of JSON where nobody says otherwise: enough for every common layout, and never endless."""
+MAX_LEXER_STATES = 20_000
+"""About 2 kB each."""
+MAX_GRAMMAR_SIZE = 200_000
+_LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
+_GBNF = re.compile(r"(?m)^\s*[\w-]+\s*::=")
+
+
+def compile_structured(structured: Structured, vocabulary: Vocabulary) -> LLMatcher:
+    """A matcher at the start. Raises InvalidRequestError where the form is wrong, too large, or allows nothing."""
+    from llguidance import LLMatcher
+
+    try:
+        matcher = LLMatcher(vocabulary.ll, _source(structured), log_level=0, limits=limits())
+    except (ValueError, RecursionError) as e:
+        raise structured.error(_reason(str(e))) from None
+    masks = vocabulary.masks
+    matcher.compute_ff_tokens()
+    mask = matcher.compute_bitmask()[: masks.num_bytes]
+    if matcher.is_error():  # some errors show only with the first mask
+        raise structured.error(_reason(matcher.get_error()))
+    if matcher.is_stopped() or masks.going_on(mask) is None:
+        raise structured.error("it allows only the empty text, so there is nothing to generate")
+    return matcher
+
+
+def limits() -> LLParserLimits:
+    """What a form may cost: bounds on memory and on the work for one token. A mask takes some 0.1 s where they end it."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=MAX_LEXER_STATES, max_grammar_size=MAX_GRAMMAR_SIZE, verbose_errors=False)
+
+
+def _source(structured: Structured) -> str:
+    """In llguidance's own form. Raises ValueError."""
+    from llguidance import LLMatcher
+
+    if structured.kind == "json":
+        space = WHITESPACE if structured.whitespace is None else structured.whitespace
+        if space:
+            return LLMatcher.grammar_from_json_schema(structured.value, overrides={"whitespace_pattern": space})
+        return LLMatcher.grammar_from_json_schema(structured.value, overrides={"whitespace_flexible": False})
+    if structured.kind == "regex":
+        return LLMatcher.grammar_from_regex(structured.value)
+    if structured.kind == "choice":  # one token of the grammar: far cheaper than as many alternatives
+        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(json.loads(structured.value)))
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
+    if not _LARK.search(structured.value) and _GBNF.search(structured.value):
+        from llguidance.gbnf_to_lark import gbnf_to_lark
+
+        try:
+            return LLMatcher.grammar_from_lark(gbnf_to_lark(structured.value))
+        except Exception as e:  # of its own, and plain ones
+            raise ValueError(f"the GBNF grammar can't be read: {e}") from None
+    return LLMatcher.grammar_from_lark(structured.value)
+
+
+def _reason(error: str) -> str:
+    """llguidance's message without the grammar, of which it may quote any amount."""
+    text = " ".join(error.replace("<non-verbose/>", "").split())
+    _, found, rest = text.rpartition("error: ")  # of a regular expression that does not parse
+    text = rest if found else text
+    if text.startswith("NoExtension"):
+        return "it allows no text at all"
+    text = text.replace("Unimplemented keys: ", "these keywords of JSON schemas are not supported: ")
+    return text if len(text) <= 300 else text[:300] + "…"
+
+
+def reason(matcher: LLMatcher) -> str:
+    """Why a matcher went wrong, as a part of a sentence."""
+    return _reason(matcher.get_error())

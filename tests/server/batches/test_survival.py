@@ -1,0 +1,214 @@
+"""Batches behind a real ``quire serve``: killed processes, full disks, live requests beside them. Every line is answered once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from quire.errors import ConfigError
+from quire.server.batches.records import StoreInUseError
+from quire.server.batches.store import Store
+from server.harness import DEADLINE_S, Process, engine_pid, http, is_gone, start_process, wait_clean, wait_until
+
+COMPLETIONS = "/v1/completions"
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[Process]:
+    process = Process("--kv-memory", "32MiB", "--batch-dir", str(folder), *arguments)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+@contextmanager
+def client_of(server: Process) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", timeout=DEADLINE_S, max_retries=0) as client:
+        yield client
+
+
+def lines(count: int, **fields: Any) -> bytes:
+    bodies = [{"prompt": f"def f{i}(", "max_tokens": 30, "ignore_eos": True, "seed": i} | fields for i in range(count)]
+    each = ({"custom_id": f"id-{i}", "method": "POST", "url": COMPLETIONS, "body": body} for i, body in enumerate(bodies))
+    return b"".join(json.dumps(one).encode() + b"\n" for one in each)
+
+
+def begin(client: openai.OpenAI, content: bytes) -> str:
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h").id
+
+
+def completed(client: openai.OpenAI, batch_id: str) -> int:
+    counts = client.batches.retrieve(batch_id).request_counts
+    assert counts is not None
+    return counts.completed
+
+
+def results(client: openai.OpenAI, batch_id: str) -> list[Any]:
+    wait_until(lambda: client.batches.retrieve(batch_id).status == "completed", "the batch has ended")
+    batch = client.batches.retrieve(batch_id)
+    assert batch.error_file_id is None
+    return [json.loads(line) for line in client.files.content(batch.output_file_id or "").text.splitlines()]
+
+
+def test_both_processes_killed_at_any_moment(tmp_path: Path) -> None:
+    """The engine, then the front and the engine at once; each line is answered once, in order, with the bytes of an undisturbed run."""
+    rng, count = random.Random(5), 80
+    content = lines(count)
+    with serving(tmp_path / "calm") as server, client_of(server) as client:
+        calm = results(client, begin(client, content))
+    with serving(tmp_path / "store") as server, client_of(server) as client:
+        batch_id = begin(client, content)  # validated by whoever comes next, as it may be
+        server.process.kill()
+    seen = 0
+    for kill_engine_first in (False, True, False):
+        with serving(tmp_path / "store") as server, client_of(server) as client:
+            seen = killed(server, client, batch_id, seen, kill_engine_first, rng.uniform(0, 0.2))
+    with serving(tmp_path / "store") as server, client_of(server) as client:
+        disturbed = results(client, batch_id)
+        counts = client.batches.retrieve(batch_id).request_counts
+        assert counts is not None
+        assert (counts.total, counts.completed, counts.failed) == (count, count, 0)
+        wait_clean(server.url)
+    assert [each["custom_id"] for each in disturbed] == [f"id-{i}" for i in range(count)]
+    assert [each["response"]["body"]["choices"] for each in disturbed] == [each["response"]["body"]["choices"] for each in calm]
+
+
+def killed(server: Process, client: openai.OpenAI, batch_id: str, seen: int, kill_engine_first: bool, pause_s: float) -> int:
+    """Kill both processes after some more lines. How many were answered before."""
+    wait_until(lambda: completed(client, batch_id) > seen, "it goes on")
+    if kill_engine_first:
+        first = server.engine_pid
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: engine_pid(server.process.pid) != first, "there is another engine")
+    time.sleep(pause_s)
+    now = completed(client, batch_id)
+    assert now >= seen, "an answer stays"
+    engine = server.engine_pid
+    server.process.kill()
+    os.kill(engine, signal.SIGKILL)
+    wait_until(lambda: is_gone(engine), "both are dead")
+    return now
+
+
+def test_live_requests_come_before_all_lines_and_are_not_refused_for_them(tmp_path: Path) -> None:
+    """A batch that fills every row; a queue that holds one live request beside the running ones."""
+    with serving(tmp_path, "--max-num-seqs", "4", "--max-waiting", "1", "--batch-concurrency", "32") as server, client_of(server) as client:
+        batch_id = begin(client, lines(12, max_tokens=1500))
+        wait_until(lambda: http.get(server.url + "/health").json()["running"] == 4, "its lines run")
+        for i in range(3):
+            answer = http.post(server.url + COMPLETIONS, json={"prompt": f"import {i}", "max_tokens": 4, "ignore_eos": True})
+            assert answer.status_code == 200, answer.text
+        assert completed(client, batch_id) < 12, "they did not wait for the batch"
+        assert http.get(server.url + "/health").json()["preemptions"] > 0
+        assert client.batches.cancel(batch_id).status == "cancelling"
+        wait_clean(server.url)
+
+
+def test_a_full_disk_stops_batches_and_loses_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files is a disk that fills up; then there is room again."""
+    with serving(tmp_path, "--max-num-seqs", "4") as server, client_of(server) as client:
+        limit = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+        batch_id = begin(client, lines(40, max_tokens=100))
+        wait_until(lambda: completed(client, batch_id) > 0, "it runs")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (4096, limit[1]))
+        refused = http.post(server.url + "/v1/files", files={"file": ("a", b"x" * 100_000)}, data={"purpose": "batch"})
+        assert refused.status_code == 507
+        assert refused.json()["error"]["code"] == "storage_failed"
+        assert str(tmp_path) not in refused.text
+        live = http.post(server.url + COMPLETIONS, json={"prompt": "import os", "max_tokens": 4})
+        assert live.status_code == 200, "live requests need no disk"
+        before = completed(client, batch_id)
+        wait_until(lambda: http.get(server.url + "/health").json()["running"] == 0, "its lines wait to be kept")
+        assert completed(client, batch_id) == before < 40
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limit)
+        found = results(client, batch_id)
+        assert [each["custom_id"] for each in found] == [f"id-{i}" for i in range(40)]
+        assert len(client.files.list().data) == 2
+        code, err = server.stop()
+        assert code == 0
+        assert "can't be written" in err
+        assert "Traceback" not in err
+
+
+def refused(*arguments: str) -> str:
+    process = start_process("--port", "0", *arguments)
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, out) == (2, ""), err
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_folders_that_can_not_be_used(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a")
+    with pytest.raises(StoreInUseError, match=f"in use by another process \\({os.getpid()}\\)"):
+        Store(tmp_path / "a")
+    assert "in use by another process" in refused("--batch-dir", str(tmp_path / "a"))
+    store.close()
+    Store(tmp_path / "a").close()
+    (tmp_path / "file").write_text("")
+    assert "can't be written: Not a directory" in refused("--batch-dir", str(tmp_path / "file" / "b"))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "batches.db").write_bytes(b"no database at all" * 100)
+    with pytest.raises(ConfigError, match="not a database"):
+        Store(tmp_path / "c")
+    import sqlite3
+
+    with sqlite3.connect(tmp_path / "a" / "batches.db") as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigError, match="another version of Quire"):
+        Store(tmp_path / "a")
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from quire.errors import ConfigError
+from quire.server.batches.store import Store
+os.getuid() or os.setuid(65534)  # root may write everywhere
+try:
+    Store(Path(sys.argv[1]))
+except ConfigError as e:
+    print(e.message)
+"""
+
+
+def test_a_folder_that_is_read_only() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Store(folder).close()
+        for path in (folder, folder / "files"):
+            path.chmod(0o555)
+        try:
+            found = subprocess.run([sys.executable, "-c", READ_ONLY, name], capture_output=True, text=True, check=True)
+        finally:
+            for path in (folder, folder / "files"):
+                path.chmod(0o755)
+    assert "can't be written: Permission denied" in found.stdout
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (written := store.new_path()).write_bytes(b"abc")
+    file = store.add_file(written, "", "a", "batch")
+    store.new_path().write_bytes(b"half an upload")
+    store.path("file-without-a-row").write_bytes(b"half a result")
+    store.close()
+    store = Store(tmp_path)
+    assert [path.name for path in (tmp_path / "files").iterdir()] == [file.id]
+    store.close()
