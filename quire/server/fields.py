@@ -31,6 +31,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "logprob_token_ids": (), "thinking_token_budget": (),
     "documents": ([],), "chat_template": (), "mm_processor_kwargs": (), "media_io_kwargs": (),
     "structural_tag": (), "echo": (False,),
+    # SGLang's, which vllm-router adds to what it asks to be rendered
+    "no_stop_trim": (False,), "return_hidden_states": (False,), "separate_reasoning": (True,), "stream_reasoning": (True,),
     "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (), "prompt_embeds": (), "logits_processors": (),
 }  # fmt: skip
 """Known to clients, not supported yet → values that ask for nothing, besides null."""

@@ -104,5 +104,8 @@ def test_warm_prompts_go_to_the_warm_server(servers: dict[str, tuple[str, str]])
         now = router.lookups()
         assert (now["hit"] - known["hit"], now["miss"] - known["miss"]) == (12, 0)
         assert sum(asked) > sum(before)
+        chat = {"model": "embedded", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        answer = http.post(router.url + "/v1/chat/completions", json=chat)
+        assert answer.status_code == 200, answer.text
     finally:
         router.close()

@@ -15,7 +15,7 @@ import zmq
 from quire.core.events import BlockEvicted, BlockRemoved, BlockShared, BlockStored
 from quire.server.kv_events import EventLog
 from quire.server.kv_publisher import KVPublisher
-from server.harness import DEADLINE_S, Process, http, wait_clean, wait_until
+from server.harness import DEADLINE_S, Process, Server, http, wait_clean, wait_until
 from server.test_serve import one_line, run
 
 COMPLETIONS = "/v1/completions"
@@ -245,3 +245,22 @@ def test_an_address_in_use() -> None:
         code, _, err = run("--kv-events", f"tcp://127.0.0.1:{taken.getsockname()[1]}")
     assert code == 2
     assert "Address already in use" in one_line(err)
+
+
+def test_what_vllm_router_adds_to_calls_is_no_error(fake: Server) -> None:
+    """It asks for the tokens of a prompt with fields of another server in it, and sends chats with them."""
+    common = {"no_stop_trim": False, "ignore_eos": False, "skip_special_tokens": True, "return_hidden_states": False, "max_tokens": 2}
+    chat = {
+        "separate_reasoning": True,
+        "stream_reasoning": True,
+        "include_reasoning": True,
+        "continue_final_message": False,
+        "logprobs": False,
+    }
+    for path, body in (
+        ("/v1/completions/render", {"prompt": "a", "echo": False} | common),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]} | common | chat),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "a"}]} | common | chat),
+    ):
+        answer = http.post(fake.url + path, json=body)
+        assert answer.status_code == 200, answer.text
