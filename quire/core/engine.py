@@ -108,7 +108,6 @@ class Engine:
             speculation=speculation,
             clock=clock,
         )
-        self._clock = clock
         self._live: dict[str, Group] = {}
         self._arrivals = 0
         self._extent = StepExtent()

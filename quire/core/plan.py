@@ -58,9 +58,9 @@ class RowWork:
     """Tokens to append to the row before the step: those that the backend did not sample itself."""
     write: bool = True
     """False: the KV of the (one) position is in the blocks already, and is only read."""
-    masks: Sequence[bytes] = ()
+    masks: Sequence[bytes | None] = ()
     """The tokens that may be sampled, a bit each: bit t % 8 of byte t // 8, a multiple of 4 bytes that covers the vocabulary. One for
-    each token that is sampled, or none: all are allowed."""
+    each token that is sampled, None where all are allowed; empty where that is so for the whole row."""
     draft: Sequence[int] = ()
     """Guessed tokens, at the last ``len(draft)`` of the ``count`` positions, behind the known ones. Where there are any, a token is
     sampled after the last known position and after each of them, as if those before it were right; see ``accepted``."""
@@ -125,6 +125,9 @@ class StepPlan:
                 sampled = 1 + len(work.draft)
                 rows += sampled
                 rows_context += end if sampled == 1 else attended(end, sampled)
+            if work.score:
+                rows += len(work.score)
+                rows_context += attended(work.score.stop, len(work.score))
         return StepExtent(1, rows > 0, positions, keys, context, rows, rows_context)
 
 

@@ -20,6 +20,7 @@ priority, where it can't have a row or memory otherwise.
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable
 from operator import attrgetter
 
@@ -33,7 +34,7 @@ from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
 from quire.core.prefix_cache import NOTHING, Match
 from quire.core.sequence import Group, Sequence, Status
 from quire.core.speculation import Speculation
-from quire.core.stats import Queue, StepCounters
+from quire.core.stats import Queue, StepCounters, WaitsFor
 from quire.errors import QuireError
 from quire.outputs import SequenceOutput
 
@@ -144,8 +145,8 @@ class Scheduler:
             self.preempt(self.running.index(idle[-1]), "beams", reason)
             self._admit(plan, [], self.max_num_batched_tokens)
         for work, seq in zip(plan.work, self._planned, strict=True):
-            if seq.constraint is not None and work.sample and (mask := seq.constraint.mask) is not None:
-                work.masks = (mask,)
+            if seq.constraint is not None and work.sample and not work.draft:
+                work.masks = (seq.constraint.mask,)
         plan.copies = self.manager.take_copies()
         return plan
 
@@ -233,17 +234,16 @@ class Scheduler:
 
     def queue(self) -> Queue:
         """What the waiting sequences wait for."""
-        queue = Queue()
-        for seq in self.waiting:
-            if is_held(seq) or seq.candidates is not None or sibling(self.manager, seq)[1]:
-                queue.prompt += 1
-            elif not self._rows:
-                queue.rows += 1
-            elif self.short:
-                queue.memory += 1
-            else:
-                queue.budget += 1
-        return queue
+        counts: Counter[str] = Counter(map(self.waits_for, self.waiting))
+        return Queue(**counts)
+
+    def waits_for(self, seq: Sequence) -> WaitsFor:
+        """What a waiting sequence waited for in the last step."""
+        if is_held(seq) or seq.candidates is not None or sibling(self.manager, seq)[1]:
+            return "prompt"
+        if not self._rows:
+            return "rows"
+        return "memory" if self.short else "budget"
 
     # Who runs.
 

@@ -21,6 +21,7 @@ from quire.server.embeddings import embeddings
 from quire.server.errors import UnavailableError
 from quire.server.generation import new_id
 from quire.server.keys import App, KeyCheck, Receive, Scope, Send
+from quire.server.kv_sources import kv_event_sources
 from quire.server.metrics.route import metrics
 from quire.server.page import routes as page
 from quire.server.page.feed import Feed
@@ -60,6 +61,7 @@ def create_app(context: Context) -> RequestIds:
         ("GET", "/get_server_info", info.server_info),
         ("GET", "/ready", ready),
         ("GET", "/metrics", metrics),
+        ("GET", "/kv_event_sources", kv_event_sources),
         ("GET", "/version", version),
         ("GET", "/", page.index),
         ("GET", "/page/events", page.events),

@@ -24,7 +24,7 @@ from quire.server.prompts import Prompt, chat_prompt
 from quire.server.reading import Reading, check_format, must_call, reading_for
 from quire.server.sampling import chat_names, chat_params
 from quire.server.schemas import ChatCompletionRequest
-from quire.server.tools import modern_messages, read_tools
+from quire.server.tools import history, read_tools
 from quire.server.truncation import truncated
 from quire.text.output import Delta
 from quire.text.tools import Message, MessageDelta
@@ -59,7 +59,7 @@ async def chat_call(context: Context, body: ChatCompletionRequest) -> ChatCall:
     with chat_names(body):
         prompt = await chat_prompt(
             context,
-            modern_messages(body.messages),
+            history(body.messages, short_ids=context.tool_format == "mistral"),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             template_kwargs=body.chat_template_kwargs,

@@ -25,7 +25,6 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
     phases: list[tuple[str, float]] = []
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     with open_socket(server_config.host, server_config.port) as listener:
-        from quire.server.kv_publisher import open_publisher
         from quire.server.supervisor import EngineProcess, Supervisor
 
         keys = None
@@ -34,8 +33,11 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
 
             keys = read_keys(server_config.api_keys)
 
-        publisher = open_publisher(server_config)
-        kv_events = None if publisher is None else server_config.kv_events_format
+        from quire.server.observers import open_observers
+
+        model, *aliases = server_config.model_names or (folder.resolve().name,)
+        observers = open_observers(server_config, model)
+        kv_events = None if observers.publisher is None else server_config.kv_events_format
         engine = EngineProcess(engine_config, kv_events=kv_events, measure_limits=server_config.measure_limits)
         compiler = None
         try:
@@ -66,19 +68,17 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             phases.append(("tokenizer", time.perf_counter() - started))
             loaded = engine.loaded()
             phases += loaded.phases
-            model, *aliases = server_config.model_names or (folder.resolve().name,)
             client = EngineClient(loaded.limits, engine_config.max_waiting)
-            if publisher is not None:
-                client.on_kv_events = publisher.publish
+            observers.attach(client)
             compiler = Compiler(folder, loaded.limits.vocab_size, loaded.eos_token_ids)
             machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
             batches = None if store is None else open_runner(store, client, server_config)
             context = Context(
                 client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-                embedding_size=loaded.spec.embedding_size, aliases=tuple(aliases), keys=keys, machine=machine, compiler=compiler,
-                batches=batches,
+                embedding_size=loaded.spec.embedding_size, aliases=tuple(aliases), keys=keys, machine=machine,
+                publisher=observers.publisher, compiler=compiler, batches=batches,
             )  # fmt: skip
-            app = create_app(context)
+            app = observers.around(create_app(context))
 
             def ready() -> None:
                 url = base_url(server_config.host, listener.getsockname()[1])
@@ -90,6 +90,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             ).run(sockets=[listener])
         finally:
             engine.kill()
+            observers.close()
             if compiler is not None:
                 compiler.close()
     return 0

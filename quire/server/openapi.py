@@ -47,6 +47,7 @@ _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
     "/health": ("Whether this process lives, and what is in use", None),
     "/ready": ("Whether a request that comes now is started", None),
     "/metrics": ("Everything that is counted, in Prometheus' text format or OpenMetrics", None),
+    "/kv_event_sources": ("Where events of the prefix cache are published", None),
     "/version": ("Version of Quire", None),
     "/": ("The page: a live map of the memory, the requests in it, and a prompt box", None),
     "/page/events": ("What the page shows, as server-sent events", None),

@@ -56,11 +56,15 @@ def chat_names(body: ChatCompletionRequest) -> AbstractContextManager[None]:
 
 @contextmanager
 def names(theirs: Mapping[str, str]) -> Iterator[None]:
-    """Errors about parameters name them as the API at hand does. theirs: our name → its name."""
+    """Errors about parameters name them as the API at hand does. theirs: our name → its name; or, from a dot on, the end or the middle of
+    a name."""
     try:
         yield
     except InvalidRequestError as e:
         name = theirs.get(e.param or "", e.param)
+        for part in theirs:
+            if part.startswith(".") and name is not None:
+                name = name.replace(part, theirs[part])
         message = e.message if e.param in (None, "prompt") else e.message.replace(e.param or "", name or "")
         raise type(e)(message, param=name) from None
 

@@ -107,7 +107,7 @@ class FakeBackend:
             held = self.pool[block][position % self.block_size]
             assert held == fingerprint(tokens[: position + 1]), "the row's blocks hold something else than its tokens"
 
-    def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes], result: StepResult) -> None:
+    def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes | None], result: StepResult) -> None:
         if number in self.fail_rows:
             result.tokens += [-1] * (1 + len(draft))
             result.logprobs += [None] * (1 + len(draft))
@@ -171,8 +171,10 @@ def expected_vector(prompt: list[int]) -> list[float]:
     return [float(fingerprint(prompt) % 1000), 1.0]
 
 
-def allowed_token(token: int, mask: bytes, vocab_size: int) -> int:
+def allowed_token(token: int, mask: bytes | None, vocab_size: int) -> int:
     """What FakeBackend samples in place of ``token`` under ``mask``: the next one that is allowed."""
+    if mask is None:
+        return token
     return next(t for i in range(vocab_size) if mask[(t := (token + i) % vocab_size) >> 3] >> (t & 7) & 1)
 
 

@@ -36,6 +36,7 @@ from quire.server.engine_process import make_engine
 from quire.server.keys import Keys
 from quire.server.launch import open_socket
 from quire.server.messages import Died, FromEngine, Stop, ToEngine
+from quire.server.page.feed import Feed
 from quire.server.uvicorn_server import EngineServer
 from quire.text.tokenizer import Tokenizer
 
@@ -120,6 +121,7 @@ class Server:
         self.config = config
         self.batches = batches = None if config.batch_dir is None else open_runner(Store(Path(config.batch_dir)), self.client, config)
         app = create_app(Context(self.client, tokenizer, config, "fake", eos, embedding_size=2, keys=keys, batches=batches))
+        self.feed: Feed = app.app._app.state.feed  # type: ignore[attr-defined]
         started = threading.Event()
         self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2, batches=batches)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)

@@ -50,13 +50,13 @@ SPECIAL = ["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", END]
 ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 
 
-def chat_tokenizer(template: str) -> Tokenizer:
+def chat_tokenizer(template: str, template_end: str = "") -> Tokenizer:
     """The embedded model's tokenizer with a template of TEMPLATES, and with markers as tokens: special, as in real vocabularies, where
     they are so there."""
     tokenizer = tokenizers.Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in ADDED])
-    return Tokenizer(tokenizer, chat_templates=TEMPLATES[template])
+    return Tokenizer(tokenizer, chat_templates=TEMPLATES[template] + template_end)
 
 
 class ScriptedBackend(PacedBackend):

@@ -112,7 +112,7 @@ class CpuBackend:
         if len(sampled) == 0:
             return result
         masks: list[bytes | None] = []
-        if any(work.masks for work in plan.work):
+        if any(mask is not None for work in plan.work for mask in work.masks):
             for work in plan.work:
                 if work.sample:
                     masks += work.masks or [None] * (1 + len(work.draft))

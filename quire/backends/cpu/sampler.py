@@ -26,10 +26,11 @@ _COUNTS = _USES["frequency_penalty"] | _USES["presence_penalty"]
 
 FAILURES = {
     1: "the model's logits are not finite numbers: the weights may be damaged, or too large for their width",
-    2: "no token may be chosen: min_tokens (which bans stop tokens), structured output, allowed_token_ids and bad_words leave none; "
+    2: "no token may be chosen: before min_tokens every token is banned as a stop token; lower min_tokens, or name fewer stop_token_ids",
+    3: "no token may be chosen: structured output, allowed_token_ids, bad_words and min_tokens (which bans stop tokens) leave none; "
     "lower min_tokens, or constrain the output less",
 }
-"""The kernel's status of a row → what its request is told."""
+"""The kernel's status of a row → what its request is told; 3 where it is 2 under a mask."""
 
 
 class Reported:
@@ -137,9 +138,10 @@ class Sampler:
         native.sample(logits, tokens, status, **options)
         result.tokens, result.logprobs = tokens.tolist(), [None] * count
         if status.any():
-            for i in np.flatnonzero(status):
-                result.tokens[i] = -1
-                result.errors[int(rows[i])] = FAILURES[int(status[i])]
+            for failed in np.flatnonzero(status).tolist():
+                result.tokens[failed] = -1
+                masked = bool(masks) and masks[failed] is not None
+                result.errors[int(rows[failed])] = FAILURES[3 if status[failed] == 2 and masked else int(status[failed])]
         if uses & _USES["logprobs"]:
             for i in np.flatnonzero((reported.count >= 0) & (status == 0)):
                 result.logprobs[i] = reported.entry(int(i))

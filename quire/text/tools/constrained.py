@@ -47,7 +47,7 @@ class CallGrammar:
             return "", _text("; "), "", "{names}"
         if self._newer_mistral:
             return "", "", "", f"{self._marker('[TOOL_CALLS]')} {{names}}"
-        return f'{self._marker("[TOOL_CALLS]")} "["', _text(", "), '"]"', "{names}"
+        return f'{self._marker("[TOOL_CALLS]")} " "? "["', _text(", "), '"]"', "{names}"
 
     @property
     def _newer_mistral(self) -> bool:

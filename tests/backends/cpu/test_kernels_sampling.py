@@ -233,6 +233,12 @@ def test_wrong_calls():
         sample(np.zeros((2, 33), np.float32), params={}, mask=np.zeros((2, 1), np.uint32))
     with pytest.raises(TypeError, match="allowed_mask"):
         sample(logits, params={}, mask=np.zeros((2, 1), np.int64))
+    for index in ([0, 1], [-2, 0]):
+        with pytest.raises(ValueError, match="mask_index"):
+            native.sample(
+                logits, np.zeros(2, np.int32), np.zeros(2, np.int32), temperature=np.ones(2, np.float32), seed=np.zeros(2, np.uint64),
+                position=np.zeros(2, np.int64), allowed_mask=np.zeros((1, 1), np.uint32), mask_index=np.array(index, np.int32),
+            )  # fmt: skip
     with pytest.raises(TypeError, match="logits"):
         sample(logits.astype(np.float64), params={})
 

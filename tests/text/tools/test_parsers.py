@@ -243,5 +243,6 @@ def test_detection() -> None:
     assert detect("{% if tools %}<tool_call>{% endif %}") == "hermes"
     assert detect("{{ tools }}<tool_call>\n<function=x>") is None, "calls in XML"
     assert detect("[AVAILABLE_TOOLS]{{ tools }}[TOOL_CALLS]") == "mistral"
-    assert detect("<|start_header_id|>{% if tools %}{{ tools }}{% endif %}") == "llama3"
+    assert detect("<|start_header_id|>{{ tools }}{'name': f, \"parameters\": dictionary}") == "llama3"
+    assert detect("<|start_header_id|>{{ tools }}<TOOLCALL>") is None
     assert detect("{{ messages }}") is None

@@ -104,9 +104,12 @@ struct Row {
                 if (bits == ~0u) continue;
                 const int64_t begin = word * 32, end = std::min(vocab, begin + 32);
                 if (!bits) std::fill(changed + begin, changed + end, -kInf);
-                else
-                    for (int64_t t = begin; t < end; ++t)
-                        if (!(bits >> (t - begin) & 1)) changed[t] = -kInf;
+                else   // without branches: masks may be anything
+                    for (int64_t t = begin; t < end; ++t) {
+                        const uint32_t keep = 0u - (bits >> (t - begin) & 1);
+                        const uint32_t z = std::bit_cast<uint32_t>(changed[t]);
+                        changed[t] = std::bit_cast<float>((z & keep) | (std::bit_cast<uint32_t>(-kInf) & ~keep));
+                    }
             }
         }
         if (has(a.banned))
