@@ -198,6 +198,36 @@ def test_a_request_that_kills_engines_fails_alone() -> None:
         assert stream.result(DEADLINE_S) == told(server.url, streamed)
 
 
+def test_a_poisoned_request_fails_alone() -> None:
+    """It kills every engine that begins it. Everybody else ends with the bytes of a run without it, whole or streamed."""
+    poison = 4000
+    process = Process("--kv-memory", "32MiB", "--kv-debug", environment={"QUIRE_TEST_CRASH_TOKEN": str(poison)})
+    try:
+        undisturbed = all_told(process.url)
+        with ThreadPoolExecutor() as clients:
+            others = clients.submit(all_told, process.url)
+            wait_until(lambda: health(process.url).get("running", 0) >= 8, "the others run")
+            failed = http.post(process.url + COMPLETIONS, json={"prompt": [5, poison, 7], "max_tokens": 5})
+            assert others.result(2 * DEADLINE_S) == undisturbed
+        assert failed.status_code == 500
+        assert "3 engines died while they worked on it" in failed.json()["error"]["message"]
+        wait_clean(process.url)
+        assert 3 <= health(process.url)["engine_restarts"] <= 4
+        streamed = http.post(process.url + COMPLETIONS, json={"prompt": [poison], "max_tokens": 5, "stream": True})
+        assert "engines died while they worked on it" in events(streamed.text)[-2]["error"]["message"]
+    finally:
+        process.kill()
+
+
+def test_the_crash_of_tests_needs_a_debug_mode() -> None:
+    process = Process("--kv-memory", "16MiB", environment={"QUIRE_TEST_CRASH_TOKEN": "5"})
+    try:
+        assert http.post(process.url + COMPLETIONS, json={"prompt": [5], "max_tokens": 2}).status_code == 200
+        assert health(process.url)["engine_restarts"] == 0
+    finally:
+        process.kill()
+
+
 def test_a_front_that_dies_takes_its_engine_with_it() -> None:
     with serving() as server:
         pid = server.engine_pid
