@@ -129,6 +129,19 @@ def test_every_endpoint_answers_in_the_background(tmp_path: Path) -> None:
         wait_clean(server.url)
 
 
+def test_lines_have_all_the_time_and_a_stop_does_not_wait_for_them(tmp_path: Path) -> None:
+    """The time limit of live requests is not theirs, since they wait for those; neither is draining."""
+    arguments = ("--max-num-seqs", "1", "--request-timeout", "1", "--drain-timeout", "3600")
+    with serving(tmp_path, *arguments) as server, client_of(server) as client:
+        (only,) = results(client, begin(client, lines(1, max_tokens=1900)))
+        assert only["response"]["body"]["usage"]["completion_tokens"] == 1900
+        batch_id = begin(client, lines(50, max_tokens=1900))
+        wait_until(lambda: http.get(server.url + "/health").json()["running"] == 1, "it runs")
+        assert server.stop(signal.SIGTERM) == (0, "")
+    with serving(tmp_path) as server, client_of(server) as client:
+        assert client.batches.cancel(batch_id).status == "cancelling", "it is still there, and goes on"
+
+
 def known(value: Any, taken: set[str]) -> Any:
     """Without what is different in every answer."""
     if isinstance(value, dict):
