@@ -19,6 +19,7 @@ EMBEDDED_MODEL = "embedded"
 """Name of the small model that ships with the package."""
 
 DEFAULT_NUM_SEQS = 64
+MAX_TIMEOUT_S = 86400
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
           "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
@@ -178,6 +179,11 @@ class ServerConfig(_Checked):
     api_keys: str | None = option(
         None, "file of the API keys that are asked for, with their limits (default: none is asked for)", metavar="FILE"
     )
+    allowed_origins: str | None = option(
+        None, "origins whose pages may use the server from a browser, e.g. https://a.example,http://localhost:3000, or * for all "
+        "(default: none but its own)", metavar="ORIGINS",
+    )  # fmt: skip
+    max_connections: int = option(4096, "most connections at a time; further ones are refused (HTTP 503)", low=1, high=1 << 20)
     tool_parser: str = option(
         "auto",
         "format of the model's calls of tools; auto finds it in the model's chat template, none refuses tools",
@@ -190,12 +196,20 @@ class ServerConfig(_Checked):
         choices=("auto", "think", "none"),
     )
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")
+    special_tokens_in_messages: bool = option(
+        False, "let text in chat messages that spells out a special token of the model be that token; a message can then end itself and go "
+        "on as another role",
+    )  # fmt: skip
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
     pooling: str = option(
         "last",
         "what /v1/embeddings makes of a text, unless a request says: the state of its last token, or the mean of all",
         choices=("mean", "last"),
     )
+    request_timeout: int = option(
+        0, "seconds after which a request ends with an error, whatever it asks for; 0 is no limit", low=0, high=MAX_TIMEOUT_S,
+        metavar="SECONDS",
+    )  # fmt: skip
     batch_dir: str | None = option(
         None,
         "folder that keeps files and batches (/v1/files, /v1/batches) over restarts; one server at a time may have it (default: none are "
@@ -209,12 +223,16 @@ class ServerConfig(_Checked):
     )  # fmt: skip
     max_file_bytes: int = option(200 << 20, "largest upload to /v1/files", low=1024, metavar="BYTES")
     drain_timeout: int = option(
-        30, "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended", low=0, high=86400, metavar="SECONDS"
+        30,
+        "after SIGTERM: seconds in which what is in flight may end by itself, before it is ended",
+        low=0,
+        high=MAX_TIMEOUT_S,
+        metavar="SECONDS",
     )
     engine_timeout: int = option(
         120,
         "seconds without a finished step, while there is work, after which the engine counts as hung and is started again",
-        low=1, high=86400, metavar="SECONDS",
+        low=1, high=MAX_TIMEOUT_S, metavar="SECONDS",
     )  # fmt: skip
     vllm_metrics: bool = option(
         True, "give the metrics of /metrics under vLLM's names (vllm:*) too, for routers and dashboards that know those"

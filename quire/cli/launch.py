@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.cli.remote import DEFAULT_URL, Remote, RemoteError
 from quire.cli.settings_files import Change, change_json, change_toml, write
 from quire.errors import ConfigError
 
+DEFAULT_URL = "http://127.0.0.1:8000"
 NO_KEY = "none"
 """What is sent where the server asks for no key: the tools insist on one."""
 KEY_VARIABLE = "QUIRE_API_KEY"
@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
 def ask(url: str, api_key: str | None, name: str | None) -> Server:
     """Raises RemoteError, or ConfigError where the server has no model of that name."""
+    from quire.cli.remote import Remote, RemoteError
+
     remote = Remote(url, api_key)
     try:
         cards = {str(card["id"]): int(card["max_model_len"]) for card in remote.get("/v1/models")["data"]}

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 from quire.errors import ConfigError, QuireError
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 60.0
 """Without a byte. A server that streams says something every 15 seconds."""
 
@@ -33,7 +32,7 @@ class Remote:
         except ValueError:
             parts, self._host = urlsplit(""), ""
         if parts.scheme not in ("http", "https") or not self._host:
-            raise ConfigError(f"--url {url!r:.100} is not the address of a server: write for example {DEFAULT_URL}", param="url")
+            raise ConfigError(f"--url {url!r:.100} is not the address of a server: write for example http://127.0.0.1:8000", param="url")
         self._secure = parts.scheme == "https"
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{parts.netloc}{self._path}"

@@ -21,6 +21,7 @@ MAX_GRAMMAR_SIZE = 200_000
 REHEARSAL = 8
 """Tokens."""
 _LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
+_QUOTED = re.compile(r" \d+ \| .*")
 _GBNF = re.compile(r"(?m)^\s*[\w-]+\s*::=")
 
 
@@ -89,7 +90,7 @@ def _source(structured: Structured) -> str:
 
 def _reason(error: str) -> str:
     """llguidance's message without the grammar, of which it may quote any amount."""
-    text = " ".join(error.replace("<non-verbose/>", "").split())
+    text = _QUOTED.sub("", " ".join(error.replace("<non-verbose/>", "").split()))
     _, found, rest = text.rpartition("error: ")  # of a regular expression that does not parse
     text = rest if found else text
     if text.startswith("NoExtension"):

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from quire import __version__
+from quire.config import ServerConfig
 from quire.errors import EngineError
 from quire.server import errors, ids, info, openapi, render
 from quire.server.anthropic.endpoint import count_tokens, messages
@@ -17,10 +18,11 @@ from quire.server.chat import chat_completions
 from quire.server.chunks import json_bytes
 from quire.server.completions import completions
 from quire.server.context import Context, context_of
+from quire.server.cors import cross_origin, read_origins
 from quire.server.embeddings import embeddings
 from quire.server.errors import UnavailableError
 from quire.server.generation import new_id
-from quire.server.keys import App, KeyCheck, Receive, Scope, Send
+from quire.server.keys import App, KeyCheck, Keys, Receive, Scope, Send
 from quire.server.kv_sources import kv_event_sources
 from quire.server.metrics.route import metrics
 from quire.server.page import routes as page
@@ -29,8 +31,16 @@ from quire.server.responses.endpoint import create_response, stored_response
 from quire.server.tokenization import detokenize, tokenize
 
 
-def create_app(context: Context) -> RequestIds:
-    """The ASGI application for one served model."""
+def around(app: App, config: ServerConfig, keys: Keys | None, refused: Callable[[str], None]) -> App:
+    """What every request passes before it reaches ``app``. refused: see KeyCheck. Raises ConfigError."""
+    checked: App = KeyCheck(app, keys, refused)
+    if config.allowed_origins is not None:
+        checked = cross_origin(checked, read_origins(config.allowed_origins))
+    return RequestIds(checked)
+
+
+def create_app(context: Context) -> FastAPI:
+    """The ASGI application for one served model; ``around`` it goes what checks keys."""
     app = FastAPI(title="Quire", version=__version__, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     app.state.feed = Feed(context.client, context.model)
@@ -75,7 +85,7 @@ def create_app(context: Context) -> RequestIds:
     errors.install(app, [*paths, "/docs"])
     if context.batches is not None:
         context.batches.attach(RequestIds(app), paths, context.check_model)
-    return RequestIds(KeyCheck(app, context.keys, context.client.meter.refuse))
+    return app
 
 
 class RequestIds:
@@ -143,7 +153,8 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 while a request that comes now is started; 503 while the engine is being started again, and while the server drains."""
+    """200 while a request that comes now is started; 503 while the engine is loaded or started again or does not finish a step, and
+    while the server drains."""
     context_of(request).client.check_ready()
     return _json({"status": "ready"})
 

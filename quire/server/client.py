@@ -29,11 +29,12 @@ from quire.server.messages import (
     KVEvents,
     Outputs,
     Seen,
+    Stalled,
     Stats,
     ToEngine,
     Unwatch,
     Up,
-)  # fmt: skip
+)
 from quire.server.metrics.meter import RequestMeter
 from quire.server.metrics.totals import EngineTotals
 
@@ -67,7 +68,7 @@ class Stream:
         self._open = {(r.request_id, i) for r in requests for i in range(r.params.num_outputs)}
         self._arrived: list[SequenceOutput] = []
         self._news = asyncio.Event()
-        self._failure: str | None = None
+        self._failure: QuireError | None = None
         self.listener: Callable[[], bool] | None = None
         """Called after a step that brought something, while ``fetch`` waits. True: it has taken all of it, and there is more to come.
         Must not raise."""
@@ -84,7 +85,13 @@ class Stream:
     @property
     def finished(self) -> bool:
         """Every sequence has ended, and everything was fetched."""
-        return not self._open and not self._arrived
+        return not self._open and not self._arrived and self._failure is None
+
+    def fail(self, error: QuireError) -> None:
+        """End what has not ended, and free its blocks now; ``fetch`` raises ``error`` after what has arrived."""
+        if self._open:
+            self._fail(error)
+            self.close()
 
     def end(self, request_id: str, index: int) -> None:
         """Nothing more is wanted of one sequence (a stop string was found in its text): free its blocks now."""
@@ -96,7 +103,7 @@ class Stream:
     async def fetch(self, timeout: float | None = None) -> list[SequenceOutput]:
         """All that has arrived since the last call, at least one output; empty after ``timeout`` seconds without any.
 
-        Raises UnavailableError where the engine died or the server is stopping.
+        Raises UnavailableError where the engine died or the server is stopping, and what ``fail`` was told.
         """
         if not self._arrived and self._failure is None:
             self._news.clear()
@@ -109,7 +116,7 @@ class Stream:
             finally:
                 self._waiting = False
         if not self._arrived and self._failure is not None:
-            raise UnavailableError(self._failure)
+            raise self._failure
         return self.take()
 
     def take(self) -> list[SequenceOutput]:
@@ -139,9 +146,10 @@ class Stream:
         if self._background:
             self._client.in_background += sequences
 
-    def _fail(self, reason: str) -> None:
-        self._failure = reason
-        self._news.set()
+    def _fail(self, error: QuireError) -> None:
+        if self._open:
+            self._failure = error
+            self._news.set()
 
 
 class EngineClient:
@@ -171,6 +179,8 @@ class EngineClient:
         self.draining = self.closing = False
         self.up = False
         """There is an engine."""
+        self.stalled: float | None = None
+        """Seconds for which the engine had finished no step, though it has work, when it was last looked at."""
         self.restarts = 0
         """Engines that took the place of one that died."""
         self.meter = RequestMeter()
@@ -277,6 +287,10 @@ class EngineClient:
         self.check()
         if not self.up:
             raise UnavailableError(RESTARTING)
+        if self.stalled is not None and len(self._journal) > 0:
+            raise UnavailableError(
+                f"the engine has not finished a step for {self.stalled:.0f} seconds, though it has work: it will be started again"
+            )
 
     def _check_alive(self) -> None:
         if self.dead is not None or self.closing or self._link is None:
@@ -304,7 +318,10 @@ class EngineClient:
             self._loop.call_soon_threadsafe(self._receive, message)
 
     def _receive(self, message: FromEngine) -> None:
+        self.stalled = None
         match message:
+            case Stalled(seconds):
+                self.stalled = seconds
             case Outputs(outputs):
                 self.meter.step(outputs)
                 self._deliver(outputs)
@@ -353,7 +370,7 @@ class EngineClient:
 
     def _fail_all(self, reason: str) -> None:
         for stream in self._streams.values():
-            stream._fail(reason)
+            stream._fail(UnavailableError(reason))
         self._fail_asked(UnavailableError(reason))
 
     def _fail_asked(self, error: QuireError) -> None:

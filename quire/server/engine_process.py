@@ -134,7 +134,9 @@ def load_engine(config: EngineConfig, measure_limits: bool = False) -> tuple[Eng
 
     backend = open_backend(config, lambda name, seconds: phases.append((name, seconds)))
     start = time.perf_counter()
-    engine = make_engine(backend, config, constraints_of(backend))
+    from quire.server.poison import poisoned
+
+    engine = make_engine(poisoned(backend, config), config, constraints_of(backend))
     phases.append(("engine", time.perf_counter() - start))
     limits = None
     if measure_limits:

@@ -61,6 +61,13 @@ class TimedOutError(QuireError):
     status = 408
 
 
+class DeadlineError(QuireError):
+    """A request did not end in the time that it, or the server, gives it."""
+
+    code = "deadline_exceeded"
+    status = 504
+
+
 class TooLargeError(QuireError):
     code = "request_too_large"
     status = 413
@@ -116,7 +123,7 @@ def error_response(error: QuireError, path: str = "") -> Response:
         headers["x-should-retry"] = "false"  # the same request would get the same answer
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if error.status == 429:
+    if error.status in (429, 503):
         headers["retry-after"] = str(math.ceil(error.retry_after_s)) if isinstance(error, RateLimitError) else "1"
     if error.status in (408, 413):
         headers["connection"] = "close"  # part of the body may still be on its way

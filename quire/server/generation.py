@@ -5,6 +5,7 @@ Text is made here and not in the engine: detokenizing, stop strings and log-prob
 
 from __future__ import annotations
 
+import asyncio
 import binascii
 import os
 from collections.abc import Callable, Sequence
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
 
+from quire import sampling_params
+from quire.config import MAX_TIMEOUT_S
 from quire.core.sequence import Request, Retention
 from quire.errors import EngineError, InvalidRequestError
 from quire.outputs import Choice, Logprob, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
 from quire.server.client import Stream
 from quire.server.context import Context
+from quire.server.errors import DeadlineError
 from quire.server.keys import Caller
 from quire.server.prompts import Prompt
 from quire.server.reading import Reading, reason_of
@@ -71,6 +75,8 @@ class Generation:
         self._client, self._caller, self._tokenizer = context.client, caller, context.tokenizer
         self._compiler = context.compiler
         self._stream: Stream | None = None
+        self._timeout = _timeout(body, context.config.request_timeout)
+        self._timer: asyncio.TimerHandle | None = None
         salt, retention = context.salts.derive(body.cache_salt, caller.tenant), _retention(body)
         self._requests: list[Request] = []
         self._first_sample: dict[str, int] = {}
@@ -113,11 +119,24 @@ class Generation:
         except BaseException:  # the client may hang up meanwhile
             self._caller.leave(0)
             raise
+        if self._timeout is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._timeout, self._too_late)
+
+    def _too_late(self) -> None:
+        """Also where the client is not reading: what is fetched later is what had arrived, and then the error."""
+        assert self._stream is not None
+        self._stream.fail(DeadlineError(
+            f"the request did not end within {self._timeout:g} seconds, its timeout or this server's --request-timeout: ask for fewer "
+            "tokens, or for more time",
+            param="timeout",
+        ))  # fmt: skip
 
     def close(self) -> None:
         """May be called twice."""
         if self._stream is not None and not self._closed:
             self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
             self._stream.close()
             self._caller.leave(self.usage.total_tokens)
 
@@ -143,7 +162,7 @@ class Generation:
     async def next(self, timeout: float | None = None) -> list[Piece]:
         """What the engine has made since the last call; empty after ``timeout`` seconds without anything.
 
-        Raises EngineError where the work of one sequence failed, UnavailableError where the engine or server stopped.
+        Raises EngineError where the work of one sequence failed, UnavailableError where the engine or server stopped, DeadlineError.
         """
         assert self._stream is not None
         return self._read(await self._stream.fetch(timeout))
@@ -205,6 +224,14 @@ class Generation:
         while not self.finished:
             await self.next()
         return self.choices()
+
+
+def _timeout(body: GenerationRequest, most: int) -> float | None:
+    """Seconds that the request may take, at most ``most`` where that is not 0; None: any time. Raises InvalidRequestError."""
+    if body.timeout is None:
+        return most or None
+    wish = sampling_params.number("timeout", body.timeout, 0.001, MAX_TIMEOUT_S, " seconds")
+    return min(wish, most or wish)
 
 
 def _retention(body: GenerationRequest) -> Retention | None:

@@ -1,6 +1,7 @@
 """From a model folder to a server that answers: open the socket, start the engine's process, serve, stop.
 
-The engine loads the model while the HTTP stack is imported here: the time to the first answer is what the user waits for.
+The engine loads the model while the HTTP stack is imported here: the time to the first answer is what the user waits for. As soon
+as it is imported, whoever asks is told that the model is being loaded.
 """
 
 from __future__ import annotations
@@ -9,23 +10,25 @@ import logging
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from quire.config import EngineConfig, ServerConfig
-from quire.errors import ConfigError, QuireError
+from quire.errors import ConfigError
 
 KEEP_ALIVE_S = 75
 """Longer than common clients keep idle connections, so that it is they who close them."""
+OTHER_FILES = 128
+"""Open files that are no connections, with some to spare."""
 GRACE_S = 5
 """Streams that end with an error end at once; a client that does not read it is cut off after this time."""
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path) -> int:
     """Serve the model in ``folder`` until SIGINT or SIGTERM. Returns the exit code. Raises QuireError where it can't start."""
-    phases: list[tuple[str, float]] = []
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     with open_socket(server_config.host, server_config.port) as listener:
-        from quire.server.supervisor import EngineProcess, Supervisor
+        from quire.server.supervisor import EngineProcess
 
         keys = None
         if server_config.api_keys is not None:
@@ -35,64 +38,43 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
 
         from quire.server.observers import open_observers
 
-        model, *aliases = server_config.model_names or (folder.resolve().name,)
-        observers = open_observers(server_config, model)
+        names = server_config.model_names or (folder.resolve().name,)
+        observers = open_observers(server_config, names[0])
         kv_events = None if observers.publisher is None else server_config.kv_events_format
         engine = EngineProcess(engine_config, kv_events=kv_events, measure_limits=server_config.measure_limits)
-        compiler = None
-        try:
+        with ExitStack() as ends:
+            ends.callback(observers.close)
+            ends.callback(engine.kill)
             started = time.perf_counter()
-            from quire.server.app import create_app
-            from quire.server.banner import banner, base_url
-            from quire.server.batches.runner import open_runner
-            from quire.server.client import EngineClient
-            from quire.server.compiler import Compiler
-            from quire.server.context import Context
-            from quire.server.metrics.totals import Machine
+            from quire.server.app import around
+            from quire.server.assembly import Start, load_model
+            from quire.server.banner import base_url
+            from quire.server.loading import Door
             from quire.server.uvicorn_server import EngineServer
 
-            phases.append(("HTTP stack", time.perf_counter() - started))
+            phases = [("HTTP stack", time.perf_counter() - started)]
             store = None
             if server_config.batch_dir is not None:
                 from quire.server.batches.store import Store
 
                 store = Store(Path(server_config.batch_dir))
-            started = time.perf_counter()
-            from quire.text.tokenizer import Tokenizer
-
-            try:
-                tokenizer = Tokenizer.load(folder)
-            except QuireError:
-                engine.loaded()  # a folder that is no model at all is reported as that
-                raise
-            phases.append(("tokenizer", time.perf_counter() - started))
-            loaded = engine.loaded()
-            phases += loaded.phases
-            client = EngineClient(loaded.limits, engine_config.max_waiting)
-            observers.attach(client)
-            compiler = Compiler(folder, loaded.limits.vocab_size, loaded.eos_token_ids)
-            machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
-            batches = None if store is None else open_runner(store, client, server_config)
-            context = Context(
-                client, tokenizer, server_config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-                embedding_size=loaded.spec.embedding_size, aliases=tuple(aliases), keys=keys, machine=machine,
-                publisher=observers.publisher, compiler=compiler, batches=batches,
+            door = Door()
+            start = Start(
+                engine, engine_config, server_config, folder, base_url(server_config.host, listener.getsockname()[1]), phases, door, ends,
+                names=names, observers=observers, keys=keys, store=store,
             )  # fmt: skip
-            app = observers.around(create_app(context))
-
-            def ready() -> None:
-                url = base_url(server_config.host, listener.getsockname()[1])
-                print(banner(url, model, loaded, engine_config, phases, since_process_start()), flush=True)
-
-            link = Supervisor(engine, engine_config, server_config.engine_timeout, kv_events)
-            EngineServer(
-                app, client, link, ready, keep_alive_s=KEEP_ALIVE_S, grace_s=GRACE_S, drain_s=server_config.drain_timeout, batches=batches
-            ).run(sockets=[listener])
-        finally:
-            engine.kill()
-            observers.close()
-            if compiler is not None:
-                compiler.close()
+            server = EngineServer(
+                around(door, server_config, keys, door.refused),
+                lambda: load_model(start),
+                engine.kill,
+                keep_alive_s=KEEP_ALIVE_S,
+                grace_s=GRACE_S,
+                drain_s=server_config.drain_timeout,
+                max_connections=files_for(server_config.max_connections),
+            )
+            server.run(sockets=[listener])
+            if server.failure is not None:
+                raise server.failure
     return 0
 
 
@@ -108,7 +90,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)  # the port is ours from here on; connections wait until the model is there
+        listener.listen(2048)  # the port is ours from here on; connections wait until there is somebody to answer
     except OSError as e:
         listener.close()
         if isinstance(e, PermissionError):
@@ -121,6 +103,24 @@ def open_socket(host: str, port: int) -> socket.socket:
             ) from None
         raise ConfigError(f"can't listen on {host} port {port}: {e.strerror}", param="host") from None
     return listener
+
+
+def files_for(connections: int) -> int:
+    """Raise this process's limit of open files for so many connections. The number that there is room for."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = connections + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= need:
+        return connections
+    allowed = need if hard == resource.RLIM_INFINITY else min(need, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < need:
+        logging.getLogger("quire.server").warning(
+            "this process may open %d files, so that it takes %d connections and not %d: raise the limit (ulimit -n), or lower "
+            "--max-connections", hard, allowed - OTHER_FILES, connections,
+        )  # fmt: skip
+    return max(1, allowed - OTHER_FILES)
 
 
 def since_process_start() -> float:

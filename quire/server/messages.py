@@ -162,6 +162,13 @@ class Up(Message, frozen=True):
     """The other one is ready. Said on the front's side."""
 
 
+class Stalled(Message, frozen=True):
+    """No step has ended for ``seconds``, though there is work. The next message of the engine says that it goes on. Said on the
+    front's side."""
+
+    seconds: float
+
+
 class Died(Message, frozen=True):
     """There will be no engine any more; every request in flight is lost."""
 
@@ -169,7 +176,7 @@ class Died(Message, frozen=True):
 
 
 ToEngine = Add | Abort | GetStats | GetSnapshot | Unwatch | Stop
-FromEngine = Outputs | Stats | KVEvents | Seen | Alive | Down | Up | Died
+FromEngine = Outputs | Stats | KVEvents | Seen | Alive | Stalled | Down | Up | Died
 
 ALIVE_S = 0.5
 STATS_S = 1.0

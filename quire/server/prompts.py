@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from quire.core.admission import empty_prompt
-from quire.errors import InvalidRequestError
+from quire.errors import ContextLengthError, InvalidRequestError
 from quire.server.context import Context
 from quire.server.fields import shown
 from quire.server.limits import MAX_SEQUENCES, check_text_size, max_text_bytes
 
 LONG_TEXT = 8192
 """Characters from which on a text is tokenized on another thread: the event loop must not wait for it."""
+
+MESSAGE_SIZE = 32
+"""A message takes as long as so many characters."""
+RESERVED_VARIABLES = frozenset((
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "raise_exception", "strftime_now", "self", "loop",
+))  # fmt: skip
+"""Variables of a template that are the server's, and arguments of the functions by which other servers render it."""
 
 T = TypeVar("T")
 
@@ -98,27 +107,54 @@ async def chat_prompt(
 ) -> Prompt:
     """The conversation in the model's own format. Raises InvalidRequestError or ContextLengthError."""
     generation = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+    check_template_kwargs(context, template_kwargs)
+    if len(messages) > context.max_model_len:
+        raise ContextLengthError(
+            f"{len(messages):,} messages can't fit into the context, which has {context.max_model_len:,} tokens: send fewer",
+            param="messages",
+        )
+    tokenizer, plain = context.tokenizer, not context.config.special_tokens_in_messages
     size = sum(_text_size(message) for message in messages)
     if tools is not None:
         template_kwargs = {**(template_kwargs or {}), "tools": tools}
         size += LONG_TEXT  # schemas are long
+    if plain and size < LONG_TEXT and tokenizer.has_special_text([messages, template_kwargs]):
+        size = LONG_TEXT  # takes long where it is the first
 
     def work() -> Prompt:
-        text = context.tokenizer.render_chat(
+        text = tokenizer.render_chat(
             messages,
             add_generation_prompt=generation,
             continue_final_message=bool(continue_final_message),
             template_kwargs=template_kwargs,
+            plain_messages=plain,
         )
         check_text_size(text, max_bytes, "messages")
         # Templates spell out the special tokens themselves.
-        return Prompt(context.tokenizer.encode(text, bool(add_special_tokens)), text)
+        text, ids = tokenizer.encode_chat(text, bool(add_special_tokens))
+        return Prompt(ids, text)
 
     return await in_thread(size, work)
 
 
+def check_template_kwargs(context: Context, variables: dict[str, Any] | None) -> None:
+    """What a template is told by the server can't be told otherwise by a request. Raises InvalidRequestError."""
+    for name in variables or ():
+        if name in RESERVED_VARIABLES or name in context.tokenizer.special_tokens:
+            raise InvalidRequestError(
+                f"chat_template_kwargs may not set {name}, which the server gives to the template itself: leave it out, or use the "
+                "request's own field",
+                param=f"chat_template_kwargs.{name}",
+            )
+
+
 def _text_size(message: dict[str, Any]) -> int:
+    """Characters, or what takes as long."""
     content = message.get("content")
+    return MESSAGE_SIZE + _content_size(content)
+
+
+def _content_size(content: object) -> int:
     if isinstance(content, list):
         return sum(len(str(part.get("text", ""))) if isinstance(part, dict) else 0 for part in content)
     return len(content) if isinstance(content, str) else 0

@@ -177,6 +177,7 @@ class GenerationRequest(_Body):
     )
     truncation_side: TruncationSide = Field(None, description='"left" (default) drops the beginning of the prompt, "right" its end')
     request_id: str | None = Field(None, description="ends the answer's id, and is echoed in X-Request-Id; default: X-Request-Id's value")
+    timeout: float | None = Field(None, description="seconds after which the request ends with an error if it has not ended by itself")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

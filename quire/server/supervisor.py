@@ -27,7 +27,21 @@ import quire
 from quire import errors
 from quire.config import EngineConfig
 from quire.errors import EngineError, QuireError
-from quire.server.messages import Add, Died, Down, FromEngine, Load, Loaded, NotLoaded, Stop, ToEngine, Up, decode_from_engine, encode
+from quire.server.messages import (
+    Add,
+    Died,
+    Down,
+    FromEngine,
+    Load,
+    Loaded,
+    NotLoaded,
+    Stalled,
+    Stop,
+    ToEngine,
+    Up,
+    decode_from_engine,
+    encode,
+)  # fmt: skip
 
 STARTS = 3
 """So many times in a row an engine is started before it is given up."""
@@ -169,7 +183,7 @@ class Supervisor:
 
     def _relay(self) -> str:
         """Hand on what the engine says until it has gone. How it ended."""
-        heard, hung = time.monotonic(), False
+        heard, stalled, hung = time.monotonic(), False, False
         while True:
             try:
                 message = self._engine.receive(POLL_S)
@@ -179,9 +193,12 @@ class Supervisor:
             now = time.monotonic()
             if message is not None:
                 self._receive(message)
-                heard = now
+                heard, stalled = now, False
             elif not self._has_work():
-                heard = now
+                heard, stalled = now, False
+            elif now - heard > self._timeout / 2 and not stalled:
+                stalled = True
+                self._receive(Stalled(now - heard))
             elif now - heard > self._timeout:
                 hung = True
                 self._engine.kill()

@@ -7,7 +7,7 @@ written for (those of transformers' ``apply_chat_template``), and plain JSON val
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,10 @@ class ChatTemplates:
         return "\n".join(self._sources.values())
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool,
-               variables: Mapping[str, Any]) -> str:  # fmt: skip
-        """The prompt. Raises InvalidRequestError (messages, or the template for them), ModelLoadError (syntax of the template)."""
+               variables: Mapping[str, Any], plain: Callable[[Any], Any] | None = None) -> str:  # fmt: skip
+        """The prompt. plain: what is done to all that is not the template's own.
+
+        Raises InvalidRequestError (messages, or the template for them), ModelLoadError (syntax of the template)."""
         if continue_final_message and add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message continues the last message and add_generation_prompt begins a new one: set at most one of them",
@@ -59,11 +61,14 @@ class ChatTemplates:
         if isinstance(messages, str | bytes | Mapping) or not messages:
             raise InvalidRequestError(f"messages must be a list of at least one message, got {messages!r:.60}", param="messages")
         chat = [_message(i, m, self._sources[name]) for i, m in enumerate(messages)]
+        more = _plain(variables, "chat_template_kwargs")
+        if plain is not None:
+            chat, more = plain(chat), plain(more)
         if continue_final_message:
             if not isinstance(chat[-1].get("content"), str):
                 raise InvalidRequestError("continue_final_message needs text content in the last message", param="continue_final_message")
             chat[-1]["content"] += _CONTINUE_HERE
-        known = {"tools": None, "documents": None, **self._variables, **_plain(variables, "chat_template_kwargs")}
+        known = {"tools": None, "documents": None, **self._variables, **more}
         text = self._render(name, {**known, "messages": chat, "add_generation_prompt": add_generation_prompt})
         return _cut(text) if continue_final_message else text
 

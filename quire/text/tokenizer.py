@@ -12,6 +12,7 @@ import tokenizers
 from quire.errors import InvalidRequestError, ModelLoadError
 from quire.text.chat import ChatTemplates, Message
 from quire.text.pieces import PieceRules, piece_rules
+from quire.text.special import SpecialText
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -23,7 +24,7 @@ class Tokenizer:
     tokenizer.json alone decides which special tokens ``encode`` adds.
     """
 
-    __slots__ = ("_chat", "_pieces", "_tokenizer", "rules", "special_ids", "special_tokens")
+    __slots__ = ("_chat", "_pieces", "_special_text", "_tokenizer", "rules", "special_ids", "special_tokens")
 
     rules: PieceRules
     special_ids: frozenset[int]
@@ -50,6 +51,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         templates = {"default": chat_templates} if isinstance(chat_templates, str) else dict(chat_templates or {})
         self._chat = ChatTemplates(templates, self.special_tokens) if templates else None
+        self._special_text = SpecialText(tokenizer)
         self._pieces: dict[int, bytes] = {}
 
     @classmethod
@@ -164,6 +166,21 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat is not None
 
+    def has_special_text(self, value: Any) -> bool:
+        """Whether a string of a JSON value spells a special token out."""
+        return self._special_text.within(value)
+
+    def encode_chat(self, text: str, add_special_tokens: bool = False) -> tuple[str, list[int]]:
+        """What ``render_chat`` made: as text, and as tokens. Text in messages is no special token where it was to be plain."""
+        _check_unicode(text)
+        try:
+            ids = self._special_text.encode(text, add_special_tokens)
+        except InvalidRequestError:
+            raise
+        except Exception as e:  # the library raises nothing more specific
+            raise InvalidRequestError(f"the prompt can't be tokenized: {e}", param="prompt") from None
+        return self._special_text.mend(text), self.encode(text, add_special_tokens) if ids is None else ids
+
     @property
     def chat_template(self) -> str:
         """The source of the model's chat templates, to look for words in it; empty where it has none."""
@@ -181,8 +198,12 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        plain_messages: bool = False,
     ) -> str:
         """The conversation as the model's prompt, special tokens included: encode it with ``add_special_tokens=False``.
+
+        plain_messages: special tokens are the template's alone, and the same text in a message or a variable is text. The prompt is for
+        ``encode_chat`` then.
 
         add_generation_prompt opens the assistant's turn; continue_final_message leaves the last message open instead.
         template_kwargs are variables for the template; ``tools`` and ``documents`` go there too.
@@ -194,7 +215,8 @@ class Tokenizer:
                 "prompt, or add a chat_template.jinja to the model folder",
                 param="messages",
             )
-        return self._chat.render(messages, add_generation_prompt, continue_final_message, template_kwargs or {})
+        plain = self._special_text.break_up if plain_messages else None
+        return self._chat.render(messages, add_generation_prompt, continue_final_message, template_kwargs or {}, plain)
 
 
 def _check_unicode(text: str) -> None:

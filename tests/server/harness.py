@@ -26,7 +26,7 @@ from quire.config import EngineConfig, ServerConfig
 from quire.core.plan import StepPlan, StepResult
 from quire.grammar.constraints import Constraints
 from quire.outputs import TokenLogprobs
-from quire.server.app import create_app
+from quire.server.app import around, create_app
 from quire.server.batches.runner import open_runner
 from quire.server.batches.store import Store
 from quire.server.client import EngineClient
@@ -35,6 +35,7 @@ from quire.server.engine_loop import EngineLoop, SteppedEngine
 from quire.server.engine_process import make_engine
 from quire.server.keys import Keys
 from quire.server.launch import open_socket
+from quire.server.loading import Serving
 from quire.server.messages import Died, FromEngine, Stop, ToEngine
 from quire.server.page.feed import Feed
 from quire.server.uvicorn_server import EngineServer
@@ -120,10 +121,12 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.config = config
         self.batches = batches = None if config.batch_dir is None else open_runner(Store(Path(config.batch_dir)), self.client, config)
-        app = create_app(Context(self.client, tokenizer, config, "fake", eos, embedding_size=2, keys=keys, batches=batches))
-        self.feed: Feed = app.app._app.state.feed  # type: ignore[attr-defined]
+        app = self.app = create_app(Context(self.client, tokenizer, config, "fake", eos, embedding_size=2, keys=keys, batches=batches))
+        self.feed: Feed = app.state.feed
         started = threading.Event()
-        self._server = EngineServer(app, self.client, ThreadLink(self.engine), started.set, keep_alive_s=5, grace_s=2, batches=batches)
+        serving = Serving(self.client, ThreadLink(self.engine), started.set, batches)
+        outer = around(app, config, keys, self.client.meter.refuse)
+        self._server = EngineServer(outer, lambda: serving, lambda: None, keep_alive_s=5, grace_s=2, max_connections=config.max_connections)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
         self._thread.start()
         assert started.wait(DEADLINE_S)
@@ -138,8 +141,8 @@ class Server:
 class Process:
     """A real ``quire serve`` on the embedded model, or on another folder."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.process = start_process("--port", "0", *arguments)
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.process = start_process("--port", "0", *arguments, environment=environment)
         self.banner = ""
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -169,12 +172,12 @@ class Process:
         self.process.communicate()
 
 
-def start_process(*arguments: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")}
+def start_process(*arguments: str, stdout: Any = subprocess.PIPE, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")} | (environment or {})
     environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class ScriptedBackend(PacedBackend):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(num_blocks=512, max_model_len=4096, vocab_size=tokenizer.vocab_size)
         self._tokenizer = tokenizer
-        self.says = ""
+        self.script = [self.end]
         self.prompt = ""
         """Of the last sequence that was started."""
 
@@ -81,8 +81,12 @@ class ScriptedBackend(PacedBackend):
         return token
 
     @property
-    def script(self) -> list[int]:
-        return [*self._tokenizer.encode(self.says, add_special_tokens=False), self.end]
+    def says(self) -> str:
+        return self._tokenizer.decode(self.script[:-1], skip_special_tokens=False)
+
+    @says.setter
+    def says(self, text: str) -> None:
+        self.script = [*self._tokenizer.encode(text, add_special_tokens=False), self.end]
 
     def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes], result: StepResult) -> None:
         if masks:

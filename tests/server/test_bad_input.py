@@ -136,6 +136,8 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (COMPLETIONS, text(echo=True, logprobs=0, beam_width=2), 400, "prompt_logprobs", ("beam search", "echo with logprobs")),
     (COMPLETIONS, text(echo=True, logprobs=21), 400, "logprobs", ("from 0 to 20",)),
     (COMPLETIONS, text(suffix="x"), 400, "suffix", ("not supported",)),
+    (COMPLETIONS, text(guided_regex=""), 400, "guided_regex", ("not empty",)),
+    (COMPLETIONS, text(structured_outputs={"json": {}, "regex": "a"}), 400, "structured_outputs", ("exactly one",)),
     (COMPLETIONS, text(prompt_logprobs=21, stream=False), 400, "prompt_logprobs", ("from 0 to 20",)),
     (CHAT, chat(prompt_logprobs=-1, stream=False), 400, "prompt_logprobs", ("from 0 to 20",)),
     (COMPLETIONS, text(prompt_logprobs=True), 400, "prompt_logprobs", ("an integer",)),
@@ -182,6 +184,7 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", ("top_logprobs", "20")),
     (CHAT, chat(logprobs=1), 400, "logprobs", ("true or false",)),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools", ("chat template", "--tool-parser")),
+    (CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type", ("json_object", '"xml"')),
     (CHAT, chat(add_generation_prompt=True, continue_final_message=True), 400, "continue_final_message", ("at most one",)),
     (CHAT, chat(prompt="Hello"), 400, "prompt", ("unknown field",)),
     # bodies

@@ -135,8 +135,9 @@ def test_killed_at_any_moment_every_stream_ends_with_the_same_bytes() -> None:
 
         def killer() -> None:
             while not done.wait(rng.uniform(0.05, 1.5)):
-                if len(killed) % 2 == 0:  # two deaths without a token between them are survived, a third is not
-                    http.post(server.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 1})  # comes after what is in flight
+                if killed and len(killed) % 2 == 0:  # two deaths without a token between them are survived, a third is not
+                    probe = {"prompt": "a", "max_tokens": 1, "priority": -1}  # comes after what was suspected, and before the rest
+                    http.post(server.url + COMPLETIONS, json=probe)
                 killed.append(server.engine_pid)
                 os.kill(killed[-1], signal.SIGKILL)
                 wait_until(lambda: server.engine_pid not in killed, "the death was noticed")
@@ -192,6 +193,36 @@ def test_a_request_that_kills_engines_fails_alone() -> None:
         assert "3 engines died while they worked on it" in message
         assert "/" not in message
         assert stream.result(DEADLINE_S) == told(server.url, streamed)
+
+
+def test_a_poisoned_request_fails_alone() -> None:
+    """It kills every engine that begins it. Everybody else ends with the bytes of a run without it, whole or streamed."""
+    poison = 4000
+    process = Process("--kv-memory", "32MiB", "--kv-debug", environment={"QUIRE_TEST_CRASH_TOKEN": str(poison)})
+    try:
+        undisturbed = all_told(process.url)
+        with ThreadPoolExecutor() as clients:
+            others = clients.submit(all_told, process.url)
+            wait_until(lambda: health(process.url).get("running", 0) >= 8, "the others run")
+            failed = http.post(process.url + COMPLETIONS, json={"prompt": [5, poison, 7], "max_tokens": 5})
+            assert others.result(2 * DEADLINE_S) == undisturbed
+        assert failed.status_code == 500
+        assert "3 engines died while they worked on it" in failed.json()["error"]["message"]
+        wait_clean(process.url)
+        assert 3 <= health(process.url)["engine_restarts"] <= 4
+        streamed = http.post(process.url + COMPLETIONS, json={"prompt": [poison], "max_tokens": 5, "stream": True})
+        assert "engines died while they worked on it" in events(streamed.text)[-2]["error"]["message"]
+    finally:
+        process.kill()
+
+
+def test_the_crash_of_tests_needs_a_debug_mode() -> None:
+    process = Process("--kv-memory", "16MiB", environment={"QUIRE_TEST_CRASH_TOKEN": "5"})
+    try:
+        assert http.post(process.url + COMPLETIONS, json={"prompt": [5], "max_tokens": 2}).status_code == 200
+        assert health(process.url)["engine_restarts"] == 0
+    finally:
+        process.kill()
 
 
 def test_a_front_that_dies_takes_its_engine_with_it() -> None:

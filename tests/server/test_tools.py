@@ -161,13 +161,13 @@ def test_the_stream_says_what_the_whole_answer_says(family: tuple[str, Server]) 
 def test_one_call_at_most(family: tuple[str, Server]) -> None:
     """What comes after the first call is not even generated."""
     name, server = family
-    tokens = len(says(server, TWO[name] * 50).script)
+    tokens = len(says(server, TWO[name] * 20).script)
     for options in ({"parallel_tool_calls": False}, {"parallel_tool_calls": False, "n": 2}):
         answer = ask(server, max_tokens=3000, **options)
         for choice in answer["choices"]:
             assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == [COLOGNE]
             assert choice["finish_reason"] == "tool_calls"
-        assert answer["usage"]["completion_tokens"] < tokens / 10 * options.get("n", 1)
+        assert answer["usage"]["completion_tokens"] < tokens / 5 * options.get("n", 1)
         whole, _ = streamed(server, max_tokens=3000, **options)
         assert [call[1:] for call in whole["calls"]] == [["get_weather", COLOGNE]]
         assert whole["finish_reason"] == "tool_calls"

@@ -1,0 +1,90 @@
+"""What stands behind the door once the engine has loaded: the client, the tokenizer, the application."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quire.config import EngineConfig, ServerConfig
+from quire.errors import QuireError
+from quire.server.app import create_app
+from quire.server.banner import banner
+from quire.server.batches.runner import open_runner
+from quire.server.client import EngineClient
+from quire.server.compiler import Compiler
+from quire.server.context import Context
+from quire.server.keys import Keys
+from quire.server.launch import since_process_start
+from quire.server.loading import Door, Serving
+from quire.server.metrics.totals import Machine
+from quire.server.supervisor import EngineProcess, Supervisor
+
+if TYPE_CHECKING:
+    from quire.server.batches.store import Store
+    from quire.server.observers import Observers
+
+
+@dataclass(slots=True, frozen=True)
+class Start:
+    """What is there while the engine loads."""
+
+    engine: EngineProcess
+    engine_config: EngineConfig
+    server_config: ServerConfig
+    folder: Path
+    url: str
+    phases: list[tuple[str, float]]
+    """What took how many seconds; for the banner."""
+    door: Door
+    ends: ExitStack
+    """What is to be closed when the server ends."""
+    names: tuple[str, ...]
+    """Of the served model, the main one first."""
+    observers: Observers
+    keys: Keys | None
+    store: Store | None
+
+
+def load_model(start: Start) -> Serving:
+    """Wait until the engine has loaded. Raises QuireError."""
+    from quire.text.tokenizer import Tokenizer
+
+    started = time.perf_counter()
+    try:
+        tokenizer = Tokenizer.load(start.folder)
+    except QuireError:
+        start.engine.loaded()  # a folder that is no model at all is reported as that
+        raise
+    start.phases.append(("tokenizer", time.perf_counter() - started))
+    loaded = start.engine.loaded()
+    start.phases.extend(loaded.phases)
+    config, engine_config = start.server_config, start.engine_config
+    model, *aliases = start.names
+    client = EngineClient(loaded.limits, engine_config.max_waiting)
+    start.observers.attach(client)
+    compiler = Compiler(start.folder, loaded.limits.vocab_size, loaded.eos_token_ids)
+    start.ends.callback(compiler.close)
+    machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
+    batches = None if start.store is None else open_runner(start.store, client, config)
+    context = Context(
+        client, tokenizer, config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
+        embedding_size=loaded.spec.embedding_size, aliases=tuple(aliases), keys=start.keys, machine=machine,
+        publisher=start.observers.publisher, compiler=compiler, batches=batches,
+    )  # fmt: skip
+    app = start.observers.around(create_app(context))
+
+    def ready() -> None:
+        start.door.open(app, client.meter.refuse)
+        try:
+            print(banner(start.url, model, loaded, engine_config, start.phases, since_process_start()), flush=True)
+        except OSError as e:  # a full disk, a reader that has left: no reason not to serve
+            logging.getLogger("quire.server").warning("%s is ready, but standard output can't be written: %s", start.url, e.strerror)
+
+    link = Supervisor(
+        start.engine, engine_config, config.engine_timeout, None if start.observers.publisher is None else config.kv_events_format
+    )
+    return Serving(client, link, ready, batches)
