@@ -13,7 +13,7 @@ help:
 	@echo "make serve        install into $(VENV) and serve the embedded model on 127.0.0.1:8000 (MODEL=folder for another)"
 	@echo "make test         install what the tests need and run them"
 	@echo "make test-oracle  the checks against transformers and torch"
-	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness (700 MB)"
+	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness, vllm-router (850 MB)"
 	@echo "make test-emulated the AVX-512 kernels' tests on any machine with AVX2; installs cmake, ninja and nanobind into $(VENV)"
 	@echo "make test-fuzz    20,000 requests made up from the OpenAPI document; make test-chaos: engines killed under 300 streams"
 	@echo "make lint         ruff and mypy"

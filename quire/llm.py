@@ -21,10 +21,10 @@ from quire.core.sequence import Request, Retention, salt_bytes
 from quire.errors import EngineError, InvalidRequestError, QueueFullError
 from quire.grammar.constraints import Constraints
 from quire.logs import ThrottledLog
-from quire.outputs import RequestOutput, SequenceOutput, Usage
+from quire.outputs import RequestOutput, SequenceOutput, TokenLogprobs, Usage
 from quire.sampling_params import SamplingParams
 from quire.text.chat import Message
-from quire.text.output import OutputAssembler, best_choices
+from quire.text.output import OutputAssembler, best_choices, prompt_positions
 from quire.text.tokenizer import Tokenizer
 
 PROGRESS_AFTER_S = 1.0
@@ -105,6 +105,7 @@ class LLM:
                 request.prompt_token_ids,
                 best_choices(run.samples, request.params.n),
                 Usage(len(request.prompt_token_ids), sum(len(sample.token_ids) for sample in run.samples), run.cached_tokens),
+                prompt_logprobs=None if run.scores is None else prompt_positions(self.tokenizer, request.prompt_token_ids, run.scores),
             )
             for prompt, request, run in zip(todo, requests, runs, strict=True)
         ]
@@ -194,6 +195,8 @@ class LLM:
                         continue
                     if output.cached_tokens is not None:
                         run.cached_tokens = output.cached_tokens
+                    if output.prompt_logprobs is not None:
+                        run.scores = output.prompt_logprobs
                     sample = run.samples[output.index]
                     if sample.finished:
                         continue
@@ -245,6 +248,8 @@ class _Run:
 
     samples: list[OutputAssembler]
     cached_tokens: int = 0
+    scores: list[TokenLogprobs] | None = None
+    """Of the prompt."""
 
 
 def _priorities(priority: int | Sequence[int] | None, count: int) -> list[int]:

@@ -59,6 +59,9 @@ class RequestOutput:
     outputs: list[Choice]
     usage: Usage = field(default_factory=Usage)
     finished: bool = True
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each token of the prompt: token id → Logprob, the prompt's own comes first; None for the first token, which nothing
+    predicts. None unless asked for."""
 
 
 @dataclass(slots=True)
@@ -92,5 +95,9 @@ class SequenceOutput:
     """In the first output: positions of the request's prompt that were found in the prefix cache."""
     queued_s: float | None = None
     """In the first output: how long the request waited before anything of it was computed."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """In the first output of the first sequence, where they were asked for: one for each token of the prompt behind the first."""
+    vector: list[float] | None = None
+    """The pooled hidden states of the prompt, where they were asked for. Not normalised."""
     preemptions: int | None = None
     """In the last output: how often sequences of the request were preempted."""

@@ -104,7 +104,7 @@ class SamplingParams:
     seed: int | None = None
     """None: the engine gives the request one at admission."""
     max_tokens: int | None = 16
-    """Most tokens to generate for each sample; None: as many as the context holds."""
+    """Most tokens to generate for each sample; None: as many as the context holds. 0 computes the prompt, and generates nothing."""
     min_tokens: int = 0
     """End-of-text and stop tokens can't be chosen before this many tokens."""
     stop: tuple[str, ...] | list[str] | str | None = ()
@@ -121,6 +121,8 @@ class SamplingParams:
     tokenizer spells it at the start of a text and after a space; spelt with other tokens it is not noticed."""
     logprobs: int | None = None
     """Number of most likely tokens to report for each position besides the chosen one; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """Number of most likely tokens to report for each position of the prompt besides its own token; None reports nothing."""
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     stop_strings: tuple[str, ...] = field(init=False, default=(), repr=False)
@@ -144,14 +146,15 @@ class SamplingParams:
         if self.seed is not None:
             integer("seed", self.seed, -(1 << 63), MAX_SEED)
         if self.max_tokens is not None:
-            integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+            integer("max_tokens", self.max_tokens, 0, MAX_TOKENS)
         integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens {self.min_tokens} > max_tokens {self.max_tokens}: lower min_tokens or raise max_tokens", param="min_tokens"
             )
-        if self.logprobs is not None:
-            integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "use_beam_search"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} must be true or false, got {getattr(self, name)!r:.60}", param=name)
@@ -213,6 +216,13 @@ class SamplingParams:
                 f"logprobs={_shown(self.logprobs)} is not there for beam search, which reports the chosen tokens' only: use logprobs=0",
                 param="logprobs",
             )
+        if self.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "log-probabilities of the prompt (prompt_logprobs, or echo with logprobs) are not there for beam search",
+                param="prompt_logprobs",
+            )
+        if self.max_tokens == 0:
+            raise InvalidRequestError("max_tokens 0 leaves a beam search nothing to search: raise it", param="max_tokens")
         # Temperatures 0 and 1 both leave the model's own distribution, which is what is searched.
         plain: dict[str, tuple[Any, ...]] = {"temperature": (0, 1), "top_p": (1,), "top_k": (0, -1), "repetition_penalty": (1,)}
         plain |= {"min_p": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": (None,), "stop": ((), [], None)}

@@ -27,6 +27,8 @@ class Output:
     """(log-probability, rank, top) of each token; floats compare bit for bit."""
     finish_reason: str | None = None
     stop_reason: Any = None
+    prompt_logprobs: list[tuple[Any, ...]] | None = None
+    vector: list[float] | None = None
 
 
 @dataclass
@@ -93,6 +95,10 @@ def run(
             output.token_ids += step.token_ids
             output.logprobs += [(*entry.token, tuple(entry.top)) for entry in step.logprobs or []]
             output.finish_reason, output.stop_reason = step.finish_reason, step.stop_reason
+            if step.prompt_logprobs is not None:
+                assert output.prompt_logprobs is None, "the prompt's log-probabilities came twice"
+                output.prompt_logprobs = [(*entry.token, tuple(entry.top)) for entry in step.prompt_logprobs]
+            output.vector = step.vector or output.vector
         engine.check()
         steps += 1
         if preempt_every and steps % preempt_every == 0 and engine.scheduler.running:

@@ -16,6 +16,8 @@ HEAVY = [
     "tqdm",
     "llguidance",
     "jinja2",
+    "http.client",
+    "sqlite3",
     "asyncio",
     "torch",
     "matplotlib",
@@ -42,7 +44,16 @@ def test_the_offline_api_imports_no_server_and_no_torch() -> None:
 
 
 def test_help_and_version() -> None:
-    for args in (["--help"], ["--version"], ["serve", "--help"], ["run", "--help"], ["bench", "throughput", "--help"]):
+    for args in (
+        ["--help"],
+        ["--version"],
+        ["serve", "--help"],
+        ["run", "--help"],
+        ["chat", "--help"],
+        ["batch", "run", "--help"],
+        ["launch", "--help"],
+        ["bench", "throughput", "--help"],
+    ):
         done = subprocess.run([sys.executable, "-P", "-m", "quire.cli.main", *args], capture_output=True, text=True, check=True)
         assert done.stdout
         assert not done.stderr

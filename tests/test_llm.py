@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from quire.config import EngineConfig, parse_bytes
 from quire.core.sequence import Request, Retention
 from quire.errors import CapacityError, ConfigError, ContextLengthError, InvalidRequestError, ModelLoadError
 from quire.outputs import Choice, SequenceOutput, TokenLogprobs
+from quire.structured import Structured
 from quire.text.output import OutputAssembler, best_choices
 
 PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def push(self, item):"]
@@ -341,3 +343,16 @@ def test_preemptions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     lines = [record.getMessage() for record in caplog.records if record.name == "quire.engine"]
     assert lines
     assert "was preempted" in lines[0]
+
+
+def test_structured_output(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    forms = [Structured.json(schema), Structured.regex("[ab]{4}"), Structured.choice(["x", "yz"])]
+    outputs = llm.generate(PROMPTS, [SamplingParams(structured=form, max_tokens=64, seed=1) for form in forms])
+    texts = [output.outputs[0].text for output in outputs]
+    assert isinstance(json.loads(texts[0])["n"], int)
+    assert re.fullmatch("[ab]{4}", texts[1])
+    assert texts[2] in ("x", "yz")
+    assert "".join(llm.stream(PROMPTS[1], SamplingParams(structured=forms[1], seed=1))) == texts[1]
+    with pytest.raises(InvalidRequestError, match="unclosed group"):
+        llm.generate("a", SamplingParams(structured=Structured.regex("(")))

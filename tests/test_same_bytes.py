@@ -99,7 +99,20 @@ def requests_for(vocab_size: int, context: int, eos: tuple[int, ...]) -> list[Re
         params = SamplingParams(**{"logprobs": 3, "max_tokens": rng.randrange(8, 24), **kinds[i % len(kinds)]})
         requests.append(Request(f"r{i}", prompt, params, seed=1000 + i, eos_token_ids=eos))
     requests.append(replace(requests[3], request_id="twin"))  # arrives with its equal
-    return requests
+    return requests + scored(requests)
+
+
+def scored(requests: list[Request]) -> list[Request]:
+    """Requests for what the model says of prompts: of one whose beginning others share, with and without tokens to generate, with two
+    samples that share it; and pooled. They compute what they score, whatever a cache holds."""
+    nothing = SamplingParams(max_tokens=0)
+    long, short = requests[3], requests[9]
+    return [
+        replace(long, request_id="scored", params=replace(long.params, prompt_logprobs=2, max_tokens=4)),
+        replace(short, request_id="scored-twice", params=replace(short.params, n=2, best_of=None, prompt_logprobs=0)),
+        replace(long, request_id="mean", params=nothing, pooling="mean"),
+        replace(long, request_id="last", params=nothing, pooling="last"),
+    ]
 
 
 # The portable kernels are slow, and the small models take every path through them.
@@ -140,6 +153,11 @@ def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], s
         for request in requests:
             reference |= running.run(engine, [request]).outputs
         assert len(reference) == sum(r.params.n if r.params.use_beam_search else r.params.num_sequences for r in requests)
+        for request in requests:
+            found = reference[request.request_id, 0]
+            assert (found.vector is not None) == (request.pooling is not None)
+            if request.params.prompt_logprobs is not None:
+                assert len(found.prompt_logprobs or ()) == len(request.prompt_token_ids) - 1
 
         for name in variants:
             engine = running.open_engine(folder, **base, **VARIANTS[name])
@@ -149,7 +167,7 @@ def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], s
             if name in WARM:
                 cold = engine.stats().kv.counters.hit_tokens
                 assert running.run(engine, requests).outputs == reference, f"{name}, warm"
-                prompts = sum(len(r.prompt_token_ids) for r in requests)
+                prompts = sum(len(r.prompt_token_ids) for r in requests if not r.scored())
                 assert engine.stats().kv.counters.hit_tokens - cold > 0.9 * prompts or spec.common_window()
         shuffled = random.Random(1).sample(requests, len(requests))
         assert running.run(running.open_engine(folder, **base), shuffled).outputs == reference, "another order of arrival"

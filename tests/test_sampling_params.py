@@ -30,7 +30,8 @@ from quire.sampling_params import SamplingParams
         ("top_k", -2),
         ("top_k", 1.5),
         ("min_p", 1.1),
-        ("max_tokens", 0),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
         ("max_tokens", -1),
         ("max_tokens", 1.0),
         ("min_tokens", -1),
@@ -77,8 +78,8 @@ def test_numbers_that_python_does_not_spell_out_are_refused(name: str) -> None:
 def test_the_message_has_the_number_and_the_remedy() -> None:
     with pytest.raises(InvalidRequestError, match=r"top_p must be above 0, got 0: use temperature=0 for greedy"):
         SamplingParams(top_p=0)
-    with pytest.raises(InvalidRequestError, match=r"max_tokens must be from 1 to \d+, got 0"):
-        SamplingParams(max_tokens=0)
+    with pytest.raises(InvalidRequestError, match=r"max_tokens must be from 0 to \d+, got -1"):
+        SamplingParams(max_tokens=-1)
 
 
 def test_accepted_and_normalised() -> None:

@@ -14,12 +14,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quire.cli.chat_talkers import Local, Served, Talker
-from quire.cli.terminal import read_message
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
 from quire.errors import ConfigError, InvalidRequestError, QuireError
+
+if TYPE_CHECKING:
+    from quire.cli.chat_talkers import Talker
 
 HELP = """\
 /help            this
@@ -54,6 +55,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
+    from quire.cli.chat_talkers import Local, Served
+
     names = ("max_tokens", "temperature", "top_p", "top_k")
     settings = {name: value for name in names if (value := getattr(args, name)) is not None}
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -86,6 +89,8 @@ class Chat:
 
     def run(self) -> int:
         """Until the input ends. The exit code: that of the last error, where something failed."""
+        from quire.cli.terminal import read_message
+
         while (text := read_message()) is not None:
             if not text.strip():
                 continue

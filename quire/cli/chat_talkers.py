@@ -95,4 +95,4 @@ class Served:
                     yield text
 
     def stop(self) -> None:
-        self._remote.close()
+        self._remote.hang_up()

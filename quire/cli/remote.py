@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 from quire.errors import ConfigError, QuireError
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 60.0
 """Without a byte. A server that streams says something every 15 seconds."""
 
@@ -33,23 +32,23 @@ class Remote:
         except ValueError:
             parts, self._host = urlsplit(""), ""
         if parts.scheme not in ("http", "https") or not self._host:
-            raise ConfigError(f"--url {url!r:.100} is not the address of a server: write for example {DEFAULT_URL}", param="url")
+            raise ConfigError(f"--url {url!r:.100} is not the address of a server: write for example http://127.0.0.1:8000", param="url")
         self._secure = parts.scheme == "https"
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{parts.netloc}{self._path}"
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._connection: http.client.HTTPConnection | None = None
+        self._gone = False
 
     def get(self, path: str) -> dict[str, Any]:
         """Raises RemoteError."""
         with self._errors():
             answer = self._request("GET", path, None)
-            value = _object(answer.read())
-        self.close()
-        return value
+            return _object(answer.read())
+        raise AssertionError("nobody hangs up here")
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a stream, up to [DONE], or to ``close``. Raises RemoteError."""
+        """The events of a stream, up to [DONE], or to ``hang_up``. Raises RemoteError."""
         with self._errors():
             answer = self._request("POST", path, body)
             for line in answer:
@@ -62,19 +61,22 @@ class Remote:
                 if "error" in event:
                     raise RemoteError(_message(event))
                 yield event
-        self.close()
 
-    def close(self) -> None:
-        """Hang up, also from a signal's handler while a stream is read: it ends then."""
+    def hang_up(self) -> None:
+        """From a signal's handler, while a stream is read: it ends then. (It may not be closed in the middle of a read.)"""
+        self._gone = True
+        if self._connection is not None and self._connection.sock is not None:
+            with suppress(OSError):
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _close(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            if connection.sock is not None:
-                with suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> http.client.HTTPResponse:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        self._gone = False
         self._connection = connection = kind(self._host, self._port, timeout=TIMEOUT_S)
         data = None if body is None else json.dumps(body).encode()
         headers = self._headers if body is None else self._headers | {"content-type": "application/json"}
@@ -98,12 +100,9 @@ class _Errors:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if error is None:
-            return False
-        closed = self._remote._connection is None
-        self._remote.close()
-        if isinstance(error, (OSError, http.client.HTTPException, ValueError)) and not isinstance(error, RemoteError):
-            if closed:
+        self._remote._close()
+        if isinstance(error, OSError | http.client.HTTPException | ValueError):
+            if self._remote._gone:
                 return True
             what = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
             raise RemoteError(f"{self._remote.url} does not answer as a Quire server does: {what}. Is it running?") from None

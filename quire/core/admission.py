@@ -53,10 +53,11 @@ class RequestLimits:
                 raise InvalidRequestError(
                     f"prompt token id {token} is out of range: the vocabulary has ids 0 to {self.vocab_size - 1}", param="prompt"
                 )
-        if prompt >= context:
+        most = context if params.max_tokens == 0 else context - 1
+        if prompt > most:
             raise ContextLengthError(
                 f"the prompt has {prompt:,} tokens, but the context is {context:,}, output included: shorten the prompt to at most "
-                f"{context - 1:,} tokens, or serve with a longer --max-model-len if the model allows it",
+                f"{most:,} tokens, or serve with a longer --max-model-len if the model allows it",
                 param="prompt",
             )
         room = context - prompt

@@ -69,7 +69,8 @@ class BlockManager:
         """What the cache holds of ``seq``'s tokens."""
         if not self.caching:
             return NOTHING
-        match = self.cache.match(seq.request.salt, seq.tokens)
+        tokens = seq.tokens if seq.findable >= len(seq.tokens) else seq.tokens[: seq.findable]
+        match = self.cache.match(seq.request.salt, tokens)
         if seq.host_blocks is None:
             return match
         if len(match.blocks) < seq.host_blocks.count(-1):

@@ -37,6 +37,9 @@ class Constraint(Protocol):
     def complete(self) -> bool:
         """Nothing may follow: the sequence ends, without an end-of-text token. The mask means nothing then."""
 
+    def foresee(self, tokens: Seq[int]) -> list[bytes | None]:
+        """The masks after none, one, two ... of ``tokens``, as far as these are allowed and something may follow. Changes nothing."""
+
     def advance(self, tokens: Seq[int]) -> None:
         """The sequence has grown by ``tokens``. Raises QuireError where it can't be followed any further."""
 

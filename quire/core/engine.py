@@ -108,7 +108,6 @@ class Engine:
             speculation=speculation,
             clock=clock,
         )
-        self._clock = clock
         self._live: dict[str, Group] = {}
         self._arrivals = 0
         self._extent = StepExtent()
@@ -157,6 +156,9 @@ class Engine:
             order = (request.priority, self._arrivals, index)
             seed = derive_seed(request.seed, index)
             seq = Sequence(group, request, index, [*prompt, *made], len(prompt), seed, max_tokens, params, order)
+            if index == 0 and not made:  # else they were put out with its first token
+                seq.unscored = request.scored()
+                seq.scores = None if params.prompt_logprobs is None else []
             if params.constrained:
                 if self.constraints is None:
                     raise InvalidRequestError("this engine has no tokenizer, which constrained outputs need")

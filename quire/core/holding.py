@@ -14,10 +14,11 @@ from quire.core.sequence import Sequence, Status
 def sibling(manager: BlockManager, seq: Sequence) -> tuple[Sequence | None, bool]:
     """A running sequence of the same request to share the prompt's blocks with; and whether one is computing the prompt."""
     siblings = seq.group.sequences
-    if len(siblings) == 1:
+    if len(siblings) == 1 or seq.unscored:  # what it has to score, it computes itself
         return None, False
     wait = False
     for other in siblings:
+        wait = wait or bool(other.unscored)  # the request's first output is that of the one that scores the prompt
         if other.status is Status.RUNNING:
             if manager.can_fork(other, seq.num_prompt):
                 return other, False
@@ -46,9 +47,9 @@ class Computing:
         size = self._manager.block_size
         common = len(match.blocks) * size
         runner = self._next.get((match.node, self._manager.cache.key(seq.tokens, common)))
-        if runner is None:
+        longest = min(seq.num_tokens, runner.num_tokens if runner else 0, seq.findable)
+        if runner is None or common >= longest:
             return False
-        longest = min(seq.num_tokens, runner.num_tokens)
         while common < longest and seq.tokens[common : common + size] == runner.tokens[common : common + size]:
             common = min(common + size, longest)
         seq.held = runner, common

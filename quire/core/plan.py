@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from quire.outputs import TokenLogprobs
 from quire.sampling_params import SamplingParams
+
+Pooling = Literal["mean", "last"]
+"""How the hidden states of a prompt (those that lm_head reads) become one vector."""
+NOTHING = range(0)
 
 
 @dataclass(slots=True)
@@ -31,6 +36,8 @@ class RowStart:
     num_candidates: int = 0
     """Above 0 the row is a beam: a step reports its ``num_candidates`` most likely tokens (``TokenLogprobs.top``) and appends
     none of them; the next plan brings the token that the search chose."""
+    pooling: Pooling | None = None
+    """Its scored positions (``RowWork.score``) make a vector, and not log-probabilities."""
 
 
 @dataclass(slots=True)
@@ -51,12 +58,16 @@ class RowWork:
     """Tokens to append to the row before the step: those that the backend did not sample itself."""
     write: bool = True
     """False: the KV of the (one) position is in the blocks already, and is only read."""
-    masks: Sequence[bytes] = ()
+    masks: Sequence[bytes | None] = ()
     """The tokens that may be sampled, a bit each: bit t % 8 of byte t // 8, a multiple of 4 bytes that covers the vocabulary. One for
-    each token that is sampled, or none: all are allowed."""
+    each token that is sampled, None where all are allowed; empty where that is so for the whole row."""
     draft: Sequence[int] = ()
     """Guessed tokens, at the last ``len(draft)`` of the ``count`` positions, behind the known ones. Where there are any, a token is
     sampled after the last known position and after each of them, as if those before it were right; see ``accepted``."""
+    score: range = NOTHING
+    """Positions of the prompt, among those that are computed, that are scored: the log-probability of the token that follows each,
+    and the ``params.prompt_logprobs`` most likely ones; or what they add to the row's pooled vector. Each position of a row comes
+    once, in order, from its RowStart to the next."""
 
 
 @dataclass(slots=True)
@@ -114,6 +125,9 @@ class StepPlan:
                 sampled = 1 + len(work.draft)
                 rows += sampled
                 rows_context += end if sampled == 1 else attended(end, sampled)
+            if work.score:
+                rows += len(work.score)
+                rows_context += attended(work.score.stop, len(work.score))
         return StepExtent(1, rows > 0, positions, keys, context, rows, rows_context)
 
 
@@ -132,7 +146,11 @@ class StepResult:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """None where the row's parameters ask for none."""
     errors: dict[int, str] = field(default_factory=dict)
-    """Row → what went wrong (non-finite logits). Only that row's request ends, where the first of its tokens is -1."""
+    """Row → what went wrong (non-finite logits). Only that row's request ends, where the first of its tokens is -1 or it was scored."""
+    scores: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """Row → an entry for each position of its ``score``."""
+    vectors: dict[int, list[float]] = field(default_factory=dict)
+    """Row → its pooled vector (of float32), where ``score`` reached the end of the prompt."""
     sample_s: float = 0.0
     """Seconds of the step that went from logits to tokens; 0 where the backend does not know."""
 

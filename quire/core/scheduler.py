@@ -20,6 +20,7 @@ priority, where it can't have a row or memory otherwise.
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable
 from operator import attrgetter
 
@@ -33,7 +34,7 @@ from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
 from quire.core.prefix_cache import NOTHING, Match
 from quire.core.sequence import Group, Sequence, Status
 from quire.core.speculation import Speculation
-from quire.core.stats import Queue, StepCounters
+from quire.core.stats import Queue, StepCounters, WaitsFor
 from quire.errors import QuireError
 from quire.outputs import SequenceOutput
 
@@ -43,6 +44,24 @@ MAX_LOOKED_AT = 64
 """Waiting sequences that are looked at in a step; those that are known to wait for another's prompt do not count."""
 
 _order = attrgetter("order")
+
+
+def _ask(work: RowWork, seq: Sequence) -> None:
+    """What the step, as far as it goes, is to give back of ``seq``."""
+    end = work.start + work.count
+    work.sample = end == len(seq.tokens) and seq.max_tokens > 0
+    if seq.unscored:
+        work.score = range(seq.unscored.start, min(end, seq.unscored.stop))
+        assert not work.score or work.score.start >= work.start, "positions were skipped that are to be scored"
+
+
+def _first(seq: Sequence, output: SequenceOutput) -> SequenceOutput:
+    """``output``, with what the first one of ``seq`` says of the request."""
+    seq.first_output = False
+    output.cached_tokens, output.queued_s = seq.group.cached_tokens, seq.group.queued_s
+    output.prompt_logprobs, seq.scores = seq.scores, None
+    output.vector = seq.vector
+    return output
 
 
 class Scheduler:
@@ -126,8 +145,8 @@ class Scheduler:
             self.preempt(self.running.index(idle[-1]), "beams", reason)
             self._admit(plan, [], self.max_num_batched_tokens)
         for work, seq in zip(plan.work, self._planned, strict=True):
-            if seq.constraint is not None and work.sample and (mask := seq.constraint.mask) is not None:
-                work.masks = (mask,)
+            if seq.constraint is not None and work.sample and not work.draft:
+                work.masks = (seq.constraint.mask,)
         plan.copies = self.manager.take_copies()
         return plan
 
@@ -146,11 +165,23 @@ class Scheduler:
             computed = seq.num_computed = work.start + work.count - len(work.draft)
             if computed >= seq.publish_at:
                 advance(seq)
+            if work.score:
+                seq.unscored = range(work.score.stop, seq.unscored.stop)
+                if seq.scores is not None:
+                    seq.scores += result.scores.get(work.row, ())
+                seq.vector = result.vectors.get(work.row)
             if not work.sample:
+                if work.score and work.row in errors:
+                    outputs += beams.fail(self, seq, errors[work.row])
+                elif seq.max_tokens == 0 and computed == seq.num_tokens:  # all that was wanted is the prompt
+                    output = _first(seq, SequenceOutput(seq.request.request_id, seq.index, [], None, "length"))
+                    output.preemptions = seq.group.preemptions
+                    outputs.append(output)
+                    self.remove(seq)
                 continue
             token, entry = next(tokens), next(logprobs)
             drafted = [(next(tokens), next(logprobs)) for _ in work.draft]
-            if token < 0:
+            if token < 0 or (work.score and work.row in errors):
                 outputs += beams.fail(self, seq, errors[work.row])
                 continue
             if seq.group.search is not None:
@@ -161,8 +192,7 @@ class Scheduler:
             seq.tokens.append(token)
             output = SequenceOutput(seq.request.request_id, seq.index, [token], None if entry is None else [entry])
             if seq.first_output:
-                seq.first_output = False
-                output.cached_tokens, output.queued_s = seq.group.cached_tokens, seq.group.queued_s
+                _first(seq, output)
             end = seq.end_reason()
             if drafted and self._speculation is not None:
                 end = self._speculation.verify(work, seq, output, drafted, self.counters)
@@ -204,17 +234,16 @@ class Scheduler:
 
     def queue(self) -> Queue:
         """What the waiting sequences wait for."""
-        queue = Queue()
-        for seq in self.waiting:
-            if is_held(seq) or seq.candidates is not None or sibling(self.manager, seq)[1]:
-                queue.prompt += 1
-            elif not self._rows:
-                queue.rows += 1
-            elif self.short:
-                queue.memory += 1
-            else:
-                queue.budget += 1
-        return queue
+        counts: Counter[str] = Counter(map(self.waits_for, self.waiting))
+        return Queue(**counts)
+
+    def waits_for(self, seq: Sequence) -> WaitsFor:
+        """What a waiting sequence waited for in the last step."""
+        if is_held(seq) or seq.candidates is not None or sibling(self.manager, seq)[1]:
+            return "prompt"
+        if not self._rows:
+            return "rows"
+        return "memory" if self.short else "budget"
 
     # Who runs.
 
@@ -285,7 +314,7 @@ class Scheduler:
             if extra > 0 and seq is not self.early and not seq.shared_tail and self.manager.grow(seq, end + extra):
                 budget -= extra
                 work.count += extra
-                work.sample = end + extra == len(seq.tokens)
+                _ask(work, seq)
                 work.new_blocks = seq.block_table[work.first_block :]
                 seq.num_sent = len(seq.block_table)
 
@@ -294,13 +323,17 @@ class Scheduler:
         blocks, first = [], seq.num_sent
         if first < len(table):
             blocks, seq.num_sent = table[first:], len(table)
-        work = RowWork(seq.row, start, count, blocks, start + count == len(seq.tokens), first)
+        work = RowWork(seq.row, start, count, blocks, False, first)
+        _ask(work, seq)
         if not seq.started:
             seq.started = True
             seq.unsent.clear()
             search = seq.group.search
             candidates = 0 if search is None else search.num_candidates
-            plan.starts.append(RowStart(seq.row, seq.tokens, seq.num_prompt, seq.params, seq.seed, seq.stop_ids, candidates))
+            request = seq.request
+            plan.starts.append(
+                RowStart(seq.row, seq.tokens, seq.num_prompt, seq.params, seq.seed, seq.stop_ids, candidates, request.pooling)
+            )
         elif seq.unsent:
             work.tokens, seq.unsent = seq.unsent, []
         if start < seq.num_computed:
@@ -483,7 +516,10 @@ class Scheduler:
         positions = seq.num_computed
         self.manager.counters.preempted[cause] += 1
         seq.group.preemptions += 1
-        swapped = self._swap and self.manager.swap_out(seq)
+        pooled = seq.request.pooling is not None
+        if pooled:  # the row's vector goes with the row
+            seq.unscored = seq.request.scored()
+        swapped = self._swap and not pooled and self.manager.swap_out(seq)
         if not swapped:
             self.manager.cache.found(seq.block_table)  # it comes back for its blocks: they go last
             self.manager.free(seq)

@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING
 
 from quire.core.beam import BeamSearch
 from quire.core.content import Node
+from quire.core.plan import Pooling
 from quire.errors import InvalidRequestError
+from quire.outputs import TokenLogprobs
 from quire.sampling_params import SamplingParams, integer, number
 
 if TYPE_CHECKING:
     from quire.core.constraint import Constraint
     from quire.core.speculation import Drafter
 
+EVERYTHING = 1 << 62
 MAX_RETENTION_S = 86400
 MAX_PRIORITY = (1 << 31) - 1
 MAX_CACHE_SALT = 128
@@ -63,9 +66,18 @@ class Request:
     salt: bytes = b""
     """Only requests with the same salt share cached prefixes."""
     retention: Retention | None = None
+    pooling: Pooling | None = None
+    """The prompt's hidden states are wanted, as one vector. ``params.max_tokens`` is 0 then, and ``params.n`` 1."""
 
     def __post_init__(self) -> None:
         integer("priority", self.priority, -MAX_PRIORITY - 1, MAX_PRIORITY)
+
+    def scored(self) -> range:
+        """Positions of the prompt that are scored; see RowWork.score. Those before them may come from the cache."""
+        count = len(self.prompt_token_ids)
+        if self.pooling is not None:
+            return range(count - 1 if self.pooling == "last" else 0, count)
+        return range(count - 1) if self.params.prompt_logprobs is not None else range(0)
 
 
 def salt_bytes(cache_salt: str | None) -> bytes:
@@ -133,6 +145,11 @@ class Sequence:
     """Nothing was put out yet."""
     num_lost: int = 0
     """Computed positions that the last preemption took."""
+    unscored: range = range(0)
+    """Positions of the prompt whose scores are still to come. It computes them itself."""
+    scores: list[TokenLogprobs] | None = None
+    """Those of the prompt so far, until they are put out; None where none are wanted."""
+    vector: list[float] | None = None
     constraint: Constraint | None = None
     """Which tokens may come next; None: any."""
     drafter: Drafter | None = None
@@ -168,6 +185,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def findable(self) -> int:
+        """Positions that it may take from the cache or from others."""
+        return self.unscored.start if self.unscored else EVERYTHING
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -6,26 +6,20 @@ lists of ints. Nothing is kept or counted while nobody watches, and never anythi
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from quire.core.events import BlockCopied, BlockEvicted, Event, Listener, Preempted
-from quire.core.holding import is_held, sibling
 from quire.core.scheduler import Scheduler
 from quire.core.sequence import Sequence
-from quire.core.stats import EngineStats
+from quire.core.stats import EngineStats, WaitsFor
 
 MAX_WAITING = 32
 """Waiting sequences that a snapshot names; all are counted."""
 MAX_EVENTS = 4096
 """Copies and evictions that are remembered between two snapshots; older ones are forgotten."""
 MAX_PREEMPTIONS = 16
-
-Reason = Literal["memory", "rows", "prompt", "budget"]
-"""What a waiting sequence waits for: free blocks; a row (as many run as may); somebody else who computes what it would compute next;
-its turn, since the positions of a step are taken."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,7 +39,7 @@ class SequenceView:
     """Of the request's prompt; None before it was admitted."""
     preempted: bool
     """It ran before, and had to give its blocks back."""
-    waits_for: Reason | None
+    waits_for: WaitsFor | None
     blocks: list[int]
     """Its block table: -1 for what a sliding window has left behind."""
 
@@ -60,8 +54,6 @@ class Snapshot:
     """By the same clock."""
     sequences: list[SequenceView]
     """All running ones in their order, then the first that wait."""
-    waiting: dict[str, int]
-    """Reason → sequences that wait for it."""
     copied: list[int]
     """Blocks that were made by copying another, since the last snapshot."""
     evicted: list[int]
@@ -95,13 +87,12 @@ class Watch:
     def snapshot(self) -> Snapshot:
         scheduler, pool = self.scheduler, self.scheduler.manager.pool
         touched = pool.num_touched
-        reasons = [(seq, waits_for(scheduler, seq)) for seq in scheduler.waiting]
         taken = Snapshot(
             states=bytes(pool.states[:touched]),
             since=pool.since[:touched].tobytes(),
             now=self.clock(),
-            sequences=[_view(seq, None) for seq in scheduler.running] + [_view(*entry) for entry in reasons[:MAX_WAITING]],
-            waiting=dict(Counter(reason for _, reason in reasons)),
+            sequences=[_view(seq, None) for seq in scheduler.running]
+            + [_view(seq, scheduler.waits_for(seq)) for seq in scheduler.waiting[:MAX_WAITING]],
             copied=[block for block in self.copied if block < pool.num_blocks],  # and not in the swap pool
             evicted=list(self.evicted),
             preemptions=[str(event) for event in self.preempted],
@@ -116,16 +107,7 @@ class Watch:
         self.stop(self.note)
 
 
-def waits_for(scheduler: Scheduler, seq: Sequence) -> Reason:
-    """Why a waiting sequence did not start in the last step."""
-    if is_held(seq) or seq.candidates is not None or sibling(scheduler.manager, seq)[1]:
-        return "prompt"
-    if not scheduler.num_free_rows:
-        return "rows"
-    return "memory" if scheduler.short else "budget"
-
-
-def _view(seq: Sequence, reason: Reason | None) -> SequenceView:
+def _view(seq: Sequence, reason: WaitsFor | None) -> SequenceView:
     return SequenceView(
         seq.request.request_id,
         seq.index,

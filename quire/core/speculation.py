@@ -131,8 +131,12 @@ class Speculation:
         for i, (work, seq, drafter) in enumerate(found):
             share = -(-room // (len(found) - i))
             draft = drafter.draft(min(share, seq.max_tokens - seq.num_generated - 1), least_chance)
+            masks: list[bytes | None] = []
+            if draft and seq.constraint is not None:
+                masks = seq.constraint.foresee(draft)
+                draft = draft[: len(masks) - 1]
             if draft and self._make_room(work, seq, len(draft), len(running)):
-                work.draft = draft
+                work.draft, work.masks = draft, masks
                 work.count += len(draft)
                 room -= len(draft)
 
@@ -187,8 +191,8 @@ class Speculation:
 
 def _may_draft(work: RowWork, seq: Sequence) -> bool:
     """One position, to be written and sampled, of a sequence that has begun to generate, and whose last block is its own (a copy
-    would come too late in this step). Beams choose their tokens elsewhere; a constraint knows only which tokens may come next."""
+    would come too late in this step). Beams choose their tokens elsewhere."""
     return (
         work.count == 1 and work.sample and work.write and not seq.shared_tail and seq.group.search is None
-        and seq.constraint is None and seq.num_generated > 0
+        and seq.num_generated > 0
     )  # fmt: skip

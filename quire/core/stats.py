@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Literal, get_args
 
 from quire.core.events import PreemptionCause
 from quire.core.plan import StepExtent
@@ -29,6 +29,10 @@ class StepTimes:
     sample: float = 0.0
     """From logits to tokens, where the backend tells it apart."""
     commit: float = 0.0
+
+
+WaitsFor = Literal["memory", "rows", "prompt", "budget"]
+"""See Queue."""
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ where it is asked, so it is asked after a token that was chosen, and what it sai
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 from quire.errors import EngineError
@@ -55,6 +56,25 @@ class Constraint:
                 self._consume(self._matcher, token)
         self._look()
 
+    def foresee(self, tokens: Sequence[int]) -> list[bytes | None]:
+        """See quire.core.constraint.Constraint."""
+        ahead = copy(self)
+        ahead.forced, ahead._made = list(self.forced), list(self._made)
+        if self._matcher is not None:
+            ahead._matcher = self._matcher.deep_copy()
+        masks = [ahead.mask]
+        for token in tokens:
+            if ahead.mask is not None and not ahead.mask[token >> 3] >> (token & 7) & 1:
+                break
+            try:
+                ahead.advance([token])
+            except EngineError:  # the sequence finds out by itself, if it comes there
+                break
+            if ahead.complete:
+                break
+            masks.append(ahead.mask)
+        return masks
+
     def _consume(self, matcher: LLMatcher, token: int) -> None:
         if not matcher.consume_token(token):
             raise self._lost(matcher)
@@ -86,6 +106,8 @@ class Constraint:
                 raise self._lost(matcher)
             going_on = masks.going_on(found)
             if going_on is None:
+                if not matcher.is_accepting():
+                    raise EngineError("the structured output can't be followed any further: the model has no tokens for what comes next")
                 self.complete = True
                 return
             if self._ignore_eos or not masks.can_end:

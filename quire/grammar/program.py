@@ -18,7 +18,10 @@ WHITESPACE = r" ?|\n{1,2}[ \t]{0,20}"
 MAX_LEXER_STATES = 20_000
 """About 2 kB each."""
 MAX_GRAMMAR_SIZE = 200_000
+REHEARSAL = 8
+"""Tokens."""
 _LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
+_QUOTED = re.compile(r" \d+ \| .*")
 _GBNF = re.compile(r"(?m)^\s*[\w-]+\s*::=")
 
 
@@ -36,8 +39,22 @@ def compile_structured(structured: Structured, vocabulary: Vocabulary) -> LLMatc
     if matcher.is_error():  # some errors show only with the first mask
         raise structured.error(_reason(matcher.get_error()))
     if matcher.is_stopped() or masks.going_on(mask) is None:
-        raise structured.error("it allows only the empty text, so there is nothing to generate")
+        what = "only the empty text" if matcher.is_accepting() else "no text that the model has tokens for"
+        raise structured.error(f"it allows {what}, so there is nothing to generate")
     return matcher
+
+
+def rehearse(structured: Structured, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
+    """Go some tokens along, ``matcher`` with it: a form that is too much for the limits mostly shows it at once. Raises
+    InvalidRequestError."""
+    for _ in range(REHEARSAL):
+        forced = matcher.compute_ff_tokens()
+        mask = int.from_bytes(vocabulary.masks.going_on(matcher.compute_bitmask()[: vocabulary.masks.num_bytes]) or b"", "little")
+        if matcher.is_error():
+            raise structured.error(_reason(matcher.get_error()))
+        if matcher.is_stopped() or not mask:
+            return
+        matcher.consume_token(forced[0] if forced else (mask & -mask).bit_length() - 1)
 
 
 def limits() -> LLParserLimits:
@@ -73,11 +90,11 @@ def _source(structured: Structured) -> str:
 
 def _reason(error: str) -> str:
     """llguidance's message without the grammar, of which it may quote any amount."""
-    text = " ".join(error.replace("<non-verbose/>", "").split())
+    text = _QUOTED.sub("", " ".join(error.replace("<non-verbose/>", "").split()))
     _, found, rest = text.rpartition("error: ")  # of a regular expression that does not parse
     text = rest if found else text
     if text.startswith("NoExtension"):
-        return "it allows no text at all"
+        return "it allows no text, or none that the model has tokens for"
     text = text.replace("Unimplemented keys: ", "these keywords of JSON schemas are not supported: ")
     return text if len(text) <= 300 else text[:300] + "…"
 

@@ -75,16 +75,17 @@ class Vocabulary:
         return b"".join(self.tokens[token] if token < self.size else b"?" for token in ids)
 
     def _greedy(self, data: bytes) -> list[int]:
-        """The longest token first. Bytes that no token begins with are left out."""
+        """The longest token first, up to where no token goes on."""
         if self._ids is None:
             self._ids = {piece: token for token, piece in enumerate(self.tokens) if piece and token not in self.special_ids}
         longest = max(map(len, self._ids), default=0)
         ids, at = [], 0
         while at < len(data):
             length = next((n for n in range(min(longest, len(data) - at), 0, -1) if data[at : at + n] in self._ids), 0)
-            if length:
-                ids.append(self._ids[data[at : at + length]])
-            at += length or 1
+            if not length:
+                break
+            ids.append(self._ids[data[at : at + length]])
+            at += length
         return ids
 
 

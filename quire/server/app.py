@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
-import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -13,7 +11,7 @@ from fastapi.responses import Response
 from quire import __version__
 from quire.config import ServerConfig
 from quire.errors import EngineError
-from quire.server import errors, openapi
+from quire.server import errors, ids, info, openapi, render
 from quire.server.anthropic.endpoint import count_tokens, messages
 from quire.server.batches.routes import ROUTES
 from quire.server.chat import chat_completions
@@ -21,15 +19,16 @@ from quire.server.chunks import json_bytes
 from quire.server.completions import completions
 from quire.server.context import Context, context_of
 from quire.server.cors import cross_origin, read_origins
+from quire.server.embeddings import embeddings
 from quire.server.errors import UnavailableError
+from quire.server.generation import new_id
 from quire.server.keys import App, KeyCheck, Keys, Receive, Scope, Send
+from quire.server.kv_sources import kv_event_sources
 from quire.server.metrics.route import metrics
 from quire.server.page import routes as page
 from quire.server.page.feed import Feed
 from quire.server.responses.endpoint import create_response, stored_response
 from quire.server.tokenization import detokenize, tokenize
-
-MAX_REQUEST_ID = 128
 
 
 def around(app: App, config: ServerConfig, keys: Keys | None, refused: Callable[[str], None]) -> App:
@@ -50,6 +49,9 @@ def create_app(context: Context) -> FastAPI:
         ("GET", "/v1/models/{model_id:path}", get_model),
         ("POST", "/v1/completions", completions),
         ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/v1/embeddings", embeddings),
+        ("POST", "/v1/completions/render", render.completions),
+        ("POST", "/v1/chat/completions/render", render.chat_completions),
         ("POST", "/v1/responses", create_response),
         ("GET", "/v1/responses/{response_id}", stored_response),
         ("DELETE", "/v1/responses/{response_id}", stored_response),
@@ -59,9 +61,17 @@ def create_app(context: Context) -> FastAPI:
         ("POST", "/v1/messages/count_tokens", count_tokens),
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
+        ("GET", "/tokenizer_info", info.tokenizer_info),
         ("GET", "/health", health),
+        ("GET", "/ping", health),
+        ("GET", "/load", info.load),
+        ("GET", "/model_info", info.model_info),
+        ("GET", "/get_model_info", info.model_info),
+        ("GET", "/server_info", info.server_info),
+        ("GET", "/get_server_info", info.server_info),
         ("GET", "/ready", ready),
         ("GET", "/metrics", metrics),
+        ("GET", "/kv_event_sources", kv_event_sources),
         ("GET", "/version", version),
         ("GET", "/", page.index),
         ("GET", "/page/events", page.events),
@@ -79,7 +89,7 @@ def create_app(context: Context) -> FastAPI:
 
 
 class RequestIds:
-    """Gives every answer an X-Request-Id: the one that the client sent, if it is a sane one, or a new one."""
+    """Gives every answer an X-Request-Id: the one that the client sent, in the header or in a body, or a new one."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -88,17 +98,15 @@ class RequestIds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        if not (0 < len(request_id) <= MAX_REQUEST_ID and all(0x20 < byte < 0x7F for byte in request_id)):
-            request_id = b"req-" + binascii.hexlify(os.urandom(12))
+        scope["request_id"] = ids.chosen(scope) or new_id("req").encode()
 
-        ids = [(b"x-request-id", request_id)]
+        names = [b"x-request-id"]
         if errors.is_anthropic(scope["path"]):
-            ids.append((b"request-id", request_id))  # where Anthropic's clients look for it
+            names.append(b"request-id")  # where Anthropic's clients look for it
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *ids]
+                message["headers"] = [*message["headers"], *((name, scope["request_id"]) for name in names)]
             await send(message)
 
         await self.app(scope, receive, send_with_id)

@@ -14,16 +14,18 @@ from quire.sampling_params import SamplingParams
 from quire.server.chunks import head, json_bytes, reason_json, respond, text_json, usage_object
 from quire.server.context import Context, caller_of, context_of
 from quire.server.fields import parse
-from quire.server.generation import Generation, Piece, new_id
+from quire.server.generation import Generation, Piece
+from quire.server.ids import call_id
 from quire.server.keys import Caller
 from quire.server.limits import max_text_bytes, read_json
-from quire.server.logprobs import chat_logprobs
+from quire.server.logprobs import Labels, chat_logprobs, prompt_logprobs
 from quire.server.message_form import MessageForm
 from quire.server.prompts import Prompt, chat_prompt
 from quire.server.reading import Reading, check_format, must_call, reading_for
 from quire.server.sampling import chat_names, chat_params
 from quire.server.schemas import ChatCompletionRequest
-from quire.server.tools import modern_messages, read_tools
+from quire.server.tools import history, read_tools
+from quire.server.truncation import truncated
 from quire.text.output import Delta
 from quire.text.tools import Message, MessageDelta
 
@@ -32,10 +34,10 @@ async def chat_completions(request: Request) -> Response:
     context = context_of(request)
     body = parse(ChatCompletionRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
-    call_id = new_id("chatcmpl")
+    ids = call_id(request, "chatcmpl", body.request_id)
     call = await chat_call(context, body)
-    generation = chat_generation(context, caller_of(request), call_id, body, call)
-    form = _Form(context, body, call_id, call)
+    generation = chat_generation(context, caller_of(request), ids.own, body, call)
+    form = _Form(context, body, ids.shown, call)
     return await respond(request, generation, form, body)
 
 
@@ -57,7 +59,7 @@ async def chat_call(context: Context, body: ChatCompletionRequest) -> ChatCall:
     with chat_names(body):
         prompt = await chat_prompt(
             context,
-            modern_messages(body.messages),
+            history(body.messages, short_ids=context.tool_format == "mistral"),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             template_kwargs=body.chat_template_kwargs,
@@ -65,6 +67,8 @@ async def chat_call(context: Context, body: ChatCompletionRequest) -> ChatCall:
             max_bytes=max_text_bytes(context.max_model_len),
             tools=None if tools is None else tools.given,
         )
+        output = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
+        (prompt,) = truncated([prompt], body, context.max_model_len, output)
     reading = reading_for(context, tools, params, prompt)
     if reading is not None and reading.tools is not None and reading.tools.must:
         with chat_names(body):
@@ -85,10 +89,10 @@ class _Form:
 
     def __init__(self, context: Context, body: ChatCompletionRequest, call_id: str, call: ChatCall) -> None:
         self._id, self._model, self._created = call_id, context.model, int(time.time())
-        self._tokenizer = context.tokenizer
+        self._labels = Labels(context.tokenizer, bool(body.return_tokens_as_token_ids))
         self._prompt = call.prompt
         self._token_ids = bool(body.return_token_ids)
-        self._top = call.params.logprobs
+        self._top, self._prompt_top = call.params.logprobs, call.params.prompt_logprobs
         self._message = MessageForm(legacy=body.functions is not None, reasoning=body.include_reasoning is not False)
         self.head = head(call_id, "chat.completion.chunk", self._created, context.model)
 
@@ -125,18 +129,20 @@ class _Form:
         return json_bytes(self._logprobs(delta.token_ids, delta.logprobs)) if delta.logprobs else b"null"
 
     def _logprobs(self, token_ids: list[int], positions: list[Any]) -> dict[str, Any]:
-        return chat_logprobs(self._tokenizer, token_ids, positions, self._top or 0)
+        return chat_logprobs(self._labels, token_ids, positions, self._top or 0)
 
     async def whole(self, generation: Generation) -> bytes:
         choices = await generation.run()
-        made = {
+        made: dict[str, Any] = {
             "id": self._id, "object": "chat.completion", "created": self._created, "model": self._model,
             "system_fingerprint": None,
             "choices": [self._choice(choice, generation.message(choice)) for choice in choices],
-            "usage": usage_object(generation.usage),
+            "usage": usage_object(generation.usage), **generation.timings.describe(generation.usage),
         }  # fmt: skip
         if self._token_ids:
             made["prompt_token_ids"] = self._prompt.token_ids
+        if self._prompt_top is not None:
+            made["prompt_logprobs"] = prompt_logprobs(self._prompt.token_ids, generation.prompt_logprobs[0], self._prompt_top)
         return json_bytes(made)
 
     def _choice(self, choice: Choice, message: Message | None) -> dict[str, Any]:

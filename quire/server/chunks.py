@@ -51,7 +51,7 @@ class _Chunks:
         self._generation, self._form = generation, form
         self._include_usage = bool(options and options.include_usage)
         self._continuous = bool(options and options.continuous_usage_stats)
-        self._tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
+        self._tail = b'],"usage":null' if self._include_usage else b"]"
         self.whole = form.whole
 
     def start(self) -> bytes:
@@ -60,13 +60,20 @@ class _Chunks:
     def write(self, pieces: list[Piece]) -> bytes:
         head, tail, choices = self._form.head, self._tail, self._form.choices
         if self._continuous:
-            tail = b'],"usage":' + usage_json(self._generation.usage) + b"}\n\n"
-        return b"".join([head + choice + tail for piece in pieces for choice in choices(piece)])
+            tail = b'],"usage":' + usage_json(self._generation.usage)
+        chunks = [head + choice + tail for piece in pieces for choice in choices(piece)]
+        if chunks and self._generation.finished and not self._include_usage:
+            chunks[-1] += self._timings()
+        return b"".join([chunk + b"}\n\n" for chunk in chunks])
 
     def end(self) -> bytes:
         if not self._include_usage:
             return DONE
-        return self._form.head + b'],"usage":' + usage_json(self._generation.usage) + b"}\n\n" + DONE
+        return self._form.head + b'],"usage":' + usage_json(self._generation.usage) + self._timings() + b"}\n\n" + DONE
+
+    def _timings(self) -> bytes:
+        """Members of the last chunk."""
+        return b"," + json_bytes(self._generation.timings.describe(self._generation.usage))[1:-1]
 
     def failed(self, error: QuireError) -> bytes:
         return b"data: " + error_bytes(error) + b"\n\n" + DONE

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -74,7 +73,6 @@ class Stream:
         """Called after a step that brought something, while ``fetch`` waits. True: it has taken all of it, and there is more to come.
         Must not raise."""
         self._waiting = False
-        self.submitted = time.monotonic()
 
     def close(self) -> None:
         """Nothing more is wanted of any of the requests. May be called twice."""
@@ -191,8 +189,6 @@ class EngineClient:
         """Told what the engine says of its cache; None where it died, and its cache with it."""
         self.last_death: str | None = None
         """How the last one died."""
-        self.observer: Callable[[Stream, SequenceOutput], None] | None = None
-        """Is told of every output, while somebody wants to know."""
 
     def start(self, link: Link) -> None:
         """Begin to talk to the engine, which is ready. Call on the event loop."""
@@ -367,8 +363,6 @@ class EngineClient:
         for output in outputs:
             self._journal.note(output)
             if (stream := self._streams.get(output.request_id)) is not None:
-                if self.observer is not None:
-                    self.observer(stream, output)
                 stream._deliver(output)
                 told[stream] = None
         for stream in told:

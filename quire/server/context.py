@@ -13,10 +13,11 @@ from quire.errors import ModelNotFoundError
 from quire.server.client import EngineClient
 from quire.server.compiler import Compiler
 from quire.server.keys import Caller, Keys
+from quire.server.kv_publisher import KVPublisher
 from quire.server.metrics.totals import Machine
 from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
-from quire.text.tools.formats import END_THINK, detect
+from quire.text.tools.formats import END_THINK, detect, takes_one_call
 
 if TYPE_CHECKING:
     from quire.server.batches.runner import Runner
@@ -34,18 +35,24 @@ class Context:
     """The model's own, where a request says nothing."""
     created: int = field(default_factory=lambda: int(time.time()))
     salts: Salts = field(default_factory=Salts)
+    embedding_size: int = 0
+    """Numbers of a vector of /v1/embeddings."""
     aliases: tuple[str, ...] = ()
     """Other names of the served model."""
     keys: Keys | None = None
     """None: everybody may use the server."""
     machine: Machine | None = None
     """What steps cost, and what the engine's device can do at most; None where that is not known."""
+    publisher: KVPublisher | None = None
+    """Of KV events."""
     compiler: Compiler | None = None
     """Tries forms of structured output; None: the engine alone does."""
     batches: Runner | None = None
     """None: the server keeps none."""
     tool_format: str | None = field(init=False)
     """In which the model writes calls of tools; None: in none that is known."""
+    parallel_calls: bool = field(init=False)
+    """The model's chat template takes messages with several calls."""
     reasoning: bool = field(init=False)
     """The model's answers may begin with its reasoning."""
 
@@ -53,6 +60,7 @@ class Context:
         template, tools, reasoning = self.tokenizer.chat_template, self.config.tool_parser, self.config.reasoning_parser
         found = detect(template) if tools == "auto" else None if tools == "none" else tools
         object.__setattr__(self, "tool_format", found)
+        object.__setattr__(self, "parallel_calls", not takes_one_call(template))
         object.__setattr__(self, "reasoning", END_THINK in template if reasoning == "auto" else reasoning == "think")
 
     @property

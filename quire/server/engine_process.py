@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from quire.config import EngineConfig
 from quire.errors import QuireError
 from quire.logs import ThrottledLog
-from quire.server.messages import Add, Load, Loaded, NotLoaded, ToEngine, decode_to_engine, encode
+from quire.server.messages import Abort, Add, Load, Loaded, NotLoaded, ToEngine, decode_to_engine, encode
 
 if TYPE_CHECKING:
     from quire.backends.base import Backend
@@ -54,25 +54,29 @@ def run(connection: Connection) -> None:
     load = decode_to_engine(connection.recv_bytes())
     assert isinstance(load, Load)
     inbox: SimpleQueue[ToEngine] = SimpleQueue()
-    engine: Engine | None = None
+    constrained = Preparation(inbox)
 
     def read() -> None:
         try:
             while True:
                 message = decode_to_engine(connection.recv_bytes())
                 assert not isinstance(message, Load)
-                if isinstance(message, Add) and engine is not None:
-                    prepare(engine, message)
-                inbox.put(message)
+                if isinstance(message, Add):
+                    message = Add(message.read(), message.resumed)
+                if not constrained.takes(message):
+                    inbox.put(message)
         except (EOFError, OSError):
             os._exit(0)  # the front is gone, and nobody else wants what is being loaded or computed
 
     threading.Thread(target=read, name="quire-inbox", daemon=True).start()
     try:
         engine, loaded = load_engine(EngineConfig(**load.config), load.measure_limits)
+        if load.constrained and engine.constraints is not None:
+            engine.constraints.prepare(None)
     except QuireError as e:
         connection.send_bytes(encode(NotLoaded(e.message, e.param, type(e).__name__)))
         return
+    constrained.start(engine)
     connection.send_bytes(encode(loaded))
     from quire.server.engine_loop import EngineLoop
 
@@ -85,12 +89,42 @@ def run(connection: Connection) -> None:
     EngineLoop(engine, inbox, lambda message: connection.send_bytes(encode(message)), events).run()
 
 
-def prepare(engine: Engine, message: Add) -> None:
-    """Compile what the request needs here, on the thread that reads, while the engine's loop goes on."""
-    params = message.read().params if message.request["params"]["structured"] else None
-    if params is not None and engine.constraints is not None:
-        with contextlib.suppress(QuireError):  # the engine meets it again, and says so
-            engine.constraints.prepare(params.structured)
+class Preparation:
+    """Where requests with constraints wait until what they need is loaded and compiled, on a thread of its own: neither the engine's
+    steps nor other requests wait for that."""
+
+    def __init__(self, inbox: SimpleQueue[ToEngine]) -> None:
+        self._inbox = inbox
+        self._queue: SimpleQueue[Add | Abort] = SimpleQueue()
+        self._waiting: set[str] = set()
+
+    def start(self, engine: Engine) -> None:
+        threading.Thread(target=self._run, args=(engine,), name="quire-constraints", daemon=True).start()
+
+    def takes(self, message: ToEngine) -> bool:
+        """Whether the message goes to the engine this way. An Abort does not overtake its request."""
+        match message:
+            case Add(request, _):
+                if not request.params.constrained:
+                    return False
+                self._waiting.add(request.request_id)
+            case Abort(request_id, _):
+                if request_id not in self._waiting:
+                    return False
+            case _:
+                return False
+        self._queue.put(message)
+        return True
+
+    def _run(self, engine: Engine) -> None:
+        while True:
+            message = self._queue.get()
+            if isinstance(message, Add) and engine.constraints is not None:
+                with contextlib.suppress(QuireError):  # the engine meets it again, and says so
+                    engine.constraints.prepare(message.request.params.structured)
+            self._inbox.put(message)
+            if isinstance(message, Add):
+                self._waiting.discard(message.request.request_id)
 
 
 def load_engine(config: EngineConfig, measure_limits: bool = False) -> tuple[Engine, Loaded]:

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ValidationError
 from quire.errors import InvalidRequestError
 
 IGNORED = frozenset((
-    "user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "session_id",
+    "user", "metadata", "store", "service_tier", "safety_identifier", "session_id",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",  # who shares what: cache_salt; what to keep: cache_retention
     "prediction", "guided_decoding_backend", "parallel_tool_calls", "include_reasoning", "return_prompt_text", "stream_interval",
+    "spaces_between_special_tokens",  # only tokenizers written in Python put any there
 ))  # fmt: skip
 """Sent by clients; without influence on the tokens that come back."""
 
@@ -27,11 +28,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],), "audio": (), "moderation": (), "web_search_options": (),
     "reasoning_effort": ("none",), "verbosity": ("medium",), "suffix": ("",),
     # vLLM's
-    "prompt_logprobs": (), "logprob_token_ids": (),
-    "truncate_prompt_tokens": (), "truncation_side": ("right",), "thinking_token_budget": (),
-    "spaces_between_special_tokens": (True,), "documents": ([],), "chat_template": (), "mm_processor_kwargs": (), "media_io_kwargs": (),
+    "logprob_token_ids": (), "thinking_token_budget": (),
+    "documents": ([],), "chat_template": (), "mm_processor_kwargs": (), "media_io_kwargs": (),
     "structural_tag": (), "echo": (False,),
-    "return_tokens_as_token_ids": (False,),
     "kv_transfer_params": (), "vllm_xargs": (), "repetition_detection": (), "prompt_embeds": (), "logits_processors": (),
 }  # fmt: skip
 """Known to clients, not supported yet → values that ask for nothing, besides null."""

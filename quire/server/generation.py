@@ -10,13 +10,14 @@ import binascii
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from types import TracebackType
 
 from quire import sampling_params
 from quire.config import MAX_TIMEOUT_S
 from quire.core.sequence import Request, Retention
 from quire.errors import EngineError, InvalidRequestError
-from quire.outputs import Choice, SequenceOutput, Usage
+from quire.outputs import Choice, Logprob, SequenceOutput, Usage
 from quire.sampling_params import SamplingParams
 from quire.server.client import Stream
 from quire.server.context import Context
@@ -26,7 +27,8 @@ from quire.server.prompts import Prompt
 from quire.server.reading import Reading, reason_of
 from quire.server.sampling import draw_seed
 from quire.server.schemas import GenerationRequest
-from quire.text.output import Delta, OutputAssembler, best_choices
+from quire.server.timings import Timings
+from quire.text.output import Delta, OutputAssembler, best_choices, prompt_positions
 from quire.text.tools import Message, MessageDelta, ToolParser
 
 
@@ -70,7 +72,8 @@ class Generation:
         self.n = prompts[0][1].n
         self._width = prompts[0][1].num_outputs
         """Samples of a prompt; the best ``n`` of them become choices."""
-        self._client, self._caller, self._compiler = context.client, caller, context.compiler
+        self._client, self._caller, self._tokenizer = context.client, caller, context.tokenizer
+        self._compiler = context.compiler
         self._stream: Stream | None = None
         self._timeout = _timeout(body, context.config.request_timeout)
         self._timer: asyncio.TimerHandle | None = None
@@ -98,12 +101,16 @@ class Generation:
         self._closed = False
         self._uncounted = set(self._first_sample)
         """Requests of which it is not known how much was cached."""
+        self.prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}
+        """Of the prompts that they were asked for, by their numbers: there before any piece of their choices."""
+        self.timings = Timings()
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts))
 
     async def submit(self) -> None:
         """Queue the requests, once it is known that their forms compile. Raises UnavailableError, QueueFullError, RateLimitError, or
         InvalidRequestError where they don't."""
         self._caller.enter()
+        self.timings.submitted = monotonic()
         try:
             for structured in {request.params.structured for request in self._requests}:
                 if structured is not None and self._compiler is not None:
@@ -173,13 +180,18 @@ class Generation:
     def _read(self, outputs: list[SequenceOutput]) -> list[Piece]:
         assert self._stream is not None
         pieces = []
-        for output in _merged(outputs):
+        outputs = _merged(outputs)
+        self.timings.note(outputs)
+        for output in outputs:
             if output.finish_reason == "error":
                 raise EngineError(f"the request could not be finished: {output.stop_reason}")
             if output.cached_tokens is not None and output.request_id in self._uncounted:
                 self._uncounted.discard(output.request_id)
                 self.usage.cached_tokens += output.cached_tokens
             index = self._first_sample[output.request_id] + output.index
+            if output.prompt_logprobs is not None:
+                number = index // self._width
+                self.prompt_logprobs[number] = prompt_positions(self._tokenizer, self.prompts[number].token_ids, output.prompt_logprobs)
             assembler = self._assemblers[index]
             delta = assembler.feed(output)
             self.usage.completion_tokens += len(delta.token_ids)

@@ -36,13 +36,13 @@ log = logging.getLogger("quire.server")
 class KVPublisher:
     """Binds at once. Raises ConfigError where pyzmq is missing or an address can't be had."""
 
-    def __init__(self, endpoint: str, replay: str | None, topic: str, form: str) -> None:
+    def __init__(self, endpoint: str, replay: str | None, topic: str, form: str, high_water_mark: int = HIGH_WATER_MARK) -> None:
         try:
             import zmq
         except ModuleNotFoundError:
             raise ConfigError("--kv-events needs pyzmq: pip install 'quire[kv-events]'", param="kv_events") from None
         self._zmq: Any = zmq
-        self._topic, self._form = topic.encode(), form
+        self.topic, self._form, self._high_water_mark = topic, form, high_water_mark
         self._context: Any = zmq.Context()
         self._publisher = self._bind(zmq.PUB, endpoint, "--kv-events")
         self._replay = None if replay is None else self._bind(zmq.ROUTER, replay, "--kv-events-replay")
@@ -73,7 +73,7 @@ class KVPublisher:
     def _bind(self, kind: int, endpoint: str, option: str) -> Any:
         socket = self._context.socket(kind)
         socket.linger = LINGER_MS
-        socket.set_hwm(HIGH_WATER_MARK)
+        socket.set_hwm(self._high_water_mark)
         try:
             socket.bind(endpoint)
         except self._zmq.ZMQError as e:
@@ -92,7 +92,7 @@ class KVPublisher:
                 if payload is None:
                     break
                 self._kept.append((self._next, payload))
-                self._publisher.send_multipart([self._topic, self._next.to_bytes(8, "big"), payload])
+                self._publisher.send_multipart([self.topic.encode(), self._next.to_bytes(8, "big"), payload])
                 self._next += 1
             if self._replay is not None and self._replay.poll(0):
                 self._answer(self._replay)

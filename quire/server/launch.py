@@ -28,7 +28,6 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
     """Serve the model in ``folder`` until SIGINT or SIGTERM. Returns the exit code. Raises QuireError where it can't start."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     with open_socket(server_config.host, server_config.port) as listener:
-        from quire.server.kv_publisher import open_publisher
         from quire.server.supervisor import EngineProcess
 
         keys = None
@@ -37,10 +36,14 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
 
             keys = read_keys(server_config.api_keys)
 
-        publisher = open_publisher(server_config)
-        kv_events = None if publisher is None else server_config.kv_events_format
+        from quire.server.observers import open_observers
+
+        model, *aliases = server_config.model_names or (folder.resolve().name,)
+        observers = open_observers(server_config, model)
+        kv_events = None if observers.publisher is None else server_config.kv_events_format
         engine = EngineProcess(engine_config, kv_events=kv_events, measure_limits=server_config.measure_limits)
         with ExitStack() as ends:
+            ends.callback(observers.close)
             ends.callback(engine.kill)
             started = time.perf_counter()
             from quire.server.app import around
@@ -58,10 +61,10 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             door = Door()
             start = Start(
                 engine, engine_config, server_config, folder, base_url(server_config.host, listener.getsockname()[1]), phases, door, ends,
-                keys=keys, store=store, publisher=publisher,
+                keys=keys, store=store, model=model, aliases=tuple(aliases), observers=observers, kv_events=kv_events,
             )  # fmt: skip
             server = EngineServer(
-                around(door, server_config, keys, door.refused),
+                observers.around(around(door, server_config, keys, door.refused)),
                 lambda: load_model(start),
                 engine.kill,
                 keep_alive_s=KEEP_ALIVE_S,

@@ -112,7 +112,7 @@ def max_text_bytes(max_model_len: int) -> int:
 
 def check_text_size(text: str, most: int, param: str) -> None:
     """Refuse, before it is tokenized, a text of more than ``most`` bytes."""
-    if (size := len(text.encode())) > most:
+    if (size := len(text.encode("utf-8", "surrogatepass"))) > most:  # what is no Unicode is refused by the tokenizer
         raise ContextLengthError(
             f"the prompt has {size:,} bytes of text; at most {most:,} are looked at, {MAX_BYTES_PER_TOKEN} for each token of the context: "
             "shorten the prompt, or serve with a longer --max-model-len if the model allows it",

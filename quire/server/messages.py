@@ -31,6 +31,8 @@ class Load(Message, frozen=True):
     """Measure what the machine can do."""
     kv_events: str | None = None
     """Say what the cache holds, in this format (kv_events.py)."""
+    constrained: bool = False
+    """Requests with constraints are in flight: be ready for them from the start."""
 
 
 class Add(Message, frozen=True):

@@ -22,6 +22,8 @@ from quire.text.tools.formats import FORMATS, THINK, THINK_MARKERS
 class Reading:
     tools: Tools | None
     format: str | None
+    parallel: bool
+    """Several calls may be made at once."""
     reasoning: bool
     in_reasoning: bool
     """The prompt has begun the reasoning already."""
@@ -38,7 +40,7 @@ class Reading:
             self.format,
             () if self.tools is None else self.tools.names,
             key=key,
-            parallel=self.tools is None or self.tools.parallel,
+            parallel=self.parallel,
             reasoning=self.reasoning,
             in_reasoning=self.in_reasoning,
             hidden=self.hidden,
@@ -98,7 +100,8 @@ def reading_for(context: Context, tools: Tools | None, params: SamplingParams, p
         hidden = {marker: i for marker, i in ids.items() if i is not None and i in context.tokenizer.special_ids}
     in_reasoning = reasoning and (prompt.text or "").rstrip().endswith(THINK)
     begins, ends = (context.tokenizer.token_id(marker) if reasoning else None for marker in THINK_MARKERS)
-    return Reading(tools, format, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()), (begins, ends))
+    parallel = tools is None or (tools.parallel and context.parallel_calls)
+    return Reading(tools, format, parallel, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()), (begins, ends))
 
 
 def must_call(context: Context, reading: Reading, params: SamplingParams) -> SamplingParams:
@@ -107,7 +110,7 @@ def must_call(context: Context, reading: Reading, params: SamplingParams) -> Sam
     assert reading.format is not None
     tokens = {text: i for i, text in context.tokenizer.added_tokens.items()}
     tools = reading.tools
-    grammar = CallGrammar(reading.format, tools.functions, tokens, tools.parallel, reading.reasoning, reading.in_reasoning)
+    grammar = CallGrammar(reading.format, tools.functions, tokens, reading.parallel, reading.reasoning, reading.in_reasoning)
     return replace(params, structured=Structured.grammar(grammar.lark(), source="tools"))
 
 

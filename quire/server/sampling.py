@@ -27,12 +27,14 @@ _SAME_NAME = (
 
 def completion_params(body: CompletionRequest, defaults: Mapping[str, float]) -> SamplingParams:
     """``defaults``: the model's own, where the request says nothing. Raises InvalidRequestError."""
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequestError("echo together with logprobs is not supported: leave one of them out", param="echo")
-    max_tokens = body.max_tokens
+    max_tokens, prompt_logprobs = body.max_tokens, body.prompt_logprobs
+    if body.echo and body.logprobs is not None:  # of what is echoed, too
+        prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
     if max_tokens is None:  # the context may hold fewer; see ``fit_default``
         max_tokens = max(DEFAULT_MAX_TOKENS, body.min_tokens or 0)
-    return _params(body, defaults, max_tokens, body.logprobs)
+    if max_tokens == 0 and not body.echo:
+        raise InvalidRequestError("max_tokens must be from 1, got 0: without output, ask for the prompt with echo", param="max_tokens")
+    return _params(body, defaults, max_tokens, body.logprobs, prompt_logprobs)
 
 
 def chat_params(body: ChatCompletionRequest, defaults: Mapping[str, float]) -> SamplingParams:
@@ -41,7 +43,9 @@ def chat_params(body: ChatCompletionRequest, defaults: Mapping[str, float]) -> S
         raise InvalidRequestError(f"top_logprobs {body.top_logprobs} needs logprobs to be true", param="top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     with chat_names(body):
-        return _params(body, defaults, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+        if max_tokens == 0:
+            raise InvalidRequestError("max_tokens must be from 1, got 0", param="max_tokens")
+        return _params(body, defaults, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, body.prompt_logprobs)
 
 
 def chat_names(body: ChatCompletionRequest) -> AbstractContextManager[None]:
@@ -52,23 +56,31 @@ def chat_names(body: ChatCompletionRequest) -> AbstractContextManager[None]:
 
 @contextmanager
 def names(theirs: Mapping[str, str]) -> Iterator[None]:
-    """Errors about parameters name them as the API at hand does. theirs: our name → its name."""
+    """Errors about parameters name them as the API at hand does. theirs: our name → its name; or, from a dot on, the end or the middle of
+    a name."""
     try:
         yield
     except InvalidRequestError as e:
         name = theirs.get(e.param or "", e.param)
+        for part in theirs:
+            if part.startswith(".") and name is not None:
+                name = name.replace(part, theirs[part])
         message = e.message if e.param in (None, "prompt") else e.message.replace(e.param or "", name or "")
         raise type(e)(message, param=name) from None
 
 
-def _params(body: GenerationRequest, defaults: Mapping[str, float], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def _params(
+    body: GenerationRequest, defaults: Mapping[str, float], max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream to be true", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequestError("prompt_logprobs are not there with stream: leave one of them out", param="prompt_logprobs")
     beams = _wants_beams(body)
     values: dict[str, Any] = {} if beams else dict(defaults)  # a beam search ranks the model's own probabilities
     values |= {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
     values |= {"stop": _stop(body.stop), "logit_bias": _bias(body.logit_bias), "structured": structured_of(body)}
-    params = SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)
+    params = SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
     if body.stream and params.num_outputs > params.n:
         raise InvalidRequestError(
             f"best_of {params.best_of} > n {params.n} can't be streamed, since the best samples are known only at the end: leave out "

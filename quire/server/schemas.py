@@ -20,6 +20,8 @@ _PROMPT = {
     ]
 }
 _EARLY_STOPPING = {"anyOf": [{"type": "boolean"}, {"const": "never"}, {"type": "null"}]}
+_SIDE = {"enum": ["left", "right", None]}
+_FLOAT_FORMAT = {"enum": ["float", "base64", None]}
 _CONTENT = {
     "anyOf": [
         {"type": "string"},
@@ -96,7 +98,10 @@ _STRUCTURED_OUTPUTS = {
 
 Prompt = Annotated[Any, WithJsonSchema(_PROMPT)]
 Stop = Annotated[Any, WithJsonSchema(_STOP)]
+TruncationSide = Annotated[Any, WithJsonSchema(_SIDE)]
 EarlyStopping = Annotated[Any, WithJsonSchema(_EARLY_STOPPING)]
+EncodingFormat = Annotated[Any, WithJsonSchema(_FLOAT_FORMAT)]
+Pooling = Annotated[Any, WithJsonSchema({"enum": ["mean", "last", None]})]
 JsonSchema = Annotated[Any, WithJsonSchema(_SCHEMA)]
 ResponseFormat = Annotated[dict[str, Any], WithJsonSchema(_RESPONSE_FORMAT)]
 StructuredOutputs = Annotated[dict[str, Any], WithJsonSchema(_STRUCTURED_OUTPUTS)]
@@ -166,6 +171,13 @@ class GenerationRequest(_Body):
     cache_retention: CacheRetention | None = Field(None, description="a wish that the prompt stays in the prefix cache")
     return_token_ids: bool | None = Field(None, description="return token ids beside the text")
     timeout: float | None = Field(None, description="seconds after which the request ends with an error if it has not ended by itself")
+    return_tokens_as_token_ids: bool | None = Field(None, description='name tokens in logprobs by their ids, as in "token_id:17"')
+    prompt_logprobs: int | None = Field(None, description="report this many most likely tokens for each position of the prompt; 0 to 20")
+    truncate_prompt_tokens: int | None = Field(
+        None, description="keep this many tokens of the prompt; -1 keeps what the context leaves beside max_tokens"
+    )
+    truncation_side: TruncationSide = Field(None, description='"left" (default) drops the beginning of the prompt, "right" its end')
+    request_id: str | None = Field(None, description="ends the answer's id, and is echoed in X-Request-Id; default: X-Request-Id's value")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -190,6 +202,20 @@ class ChatCompletionRequest(GenerationRequest):
     add_generation_prompt: bool | None = Field(None, description="end the prompt with the start of an assistant message (default: true)")
     continue_final_message: bool | None = Field(None, description="go on with the last message instead of answering it")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="more variables for the model's chat template")
+
+
+class EmbeddingRequest(_Body):
+    model: str | None = Field(None, description="id from /v1/models; may be left out, since one model is served")
+    input: Prompt = Field(description="text, token ids, or a list of either")
+    encoding_format: EncodingFormat = Field(None, description='"float" (default) or "base64": little-endian float32')
+    dimensions: int | None = Field(None, description="keep this many numbers of each vector, and normalise it again")
+    pooling: Pooling = Field(None, description='"mean" of all tokens or "last" token; default: what the server was started with')
+    add_special_tokens: bool | None = Field(None, description="let the tokenizer add its special tokens to texts")
+    truncate_prompt_tokens: int | None = Field(None, description="keep this many tokens of each input; -1 keeps what the context holds")
+    truncation_side: TruncationSide = Field(None, description='"left" (default) drops the beginning of an input, "right" its end')
+    priority: int | None = Field(None, description="lower runs earlier; default 0")
+    cache_salt: str | None = Field(None, description="cached prefixes are shared only among requests with the same salt")
+    request_id: str | None = Field(None, description="ends the answer's id, and is echoed in X-Request-Id; default: X-Request-Id's value")
 
 
 class TokenizeRequest(_Body):

@@ -27,7 +27,21 @@ import quire
 from quire import errors
 from quire.config import EngineConfig
 from quire.errors import EngineError, QuireError
-from quire.server.messages import Died, Down, FromEngine, Load, Loaded, NotLoaded, Stalled, Stop, ToEngine, Up, decode_from_engine, encode
+from quire.server.messages import (
+    Add,
+    Died,
+    Down,
+    FromEngine,
+    Load,
+    Loaded,
+    NotLoaded,
+    Stalled,
+    Stop,
+    ToEngine,
+    Up,
+    decode_from_engine,
+    encode,
+)
 
 STARTS = 3
 """So many times in a row an engine is started before it is given up."""
@@ -41,8 +55,10 @@ log = logging.getLogger("quire.supervisor")
 class EngineProcess:
     """One engine process, and the socket to it. It ends when the socket is closed, thus also when this process dies."""
 
-    def __init__(self, config: EngineConfig, *, kv_events: str | None = None, measure_limits: bool = False) -> None:
-        """kv_events, measure_limits: see Load."""
+    def __init__(
+        self, config: EngineConfig, *, kv_events: str | None = None, measure_limits: bool = False, constrained: bool = False
+    ) -> None:
+        """kv_events, measure_limits, constrained: see Load."""
         ours, theirs = socket.socketpair()
         package = str(Path(quire.__file__).parent.parent)
         with theirs:
@@ -57,7 +73,7 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         threading.Thread(target=self._write, name="quire-outbox", daemon=True).start()
-        self._outbox.put(encode(Load(asdict(config), measure_limits, kv_events)))
+        self._outbox.put(encode(Load(asdict(config), measure_limits, kv_events, constrained)))
 
     @property
     def pid(self) -> int:
@@ -129,6 +145,8 @@ class Supervisor:
         self._engine, self._config, self._timeout = first, config, timeout
         self._receive: Callable[[FromEngine], None] = lambda message: None
         self._has_work: Callable[[], bool] = lambda: False
+        self._constrained = False
+        """Some request had constraints."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="quire-supervisor", daemon=True)
 
@@ -143,6 +161,8 @@ class Supervisor:
         return self._engine.pid
 
     def send(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            self._constrained |= message.request.params.constrained
         self._engine.send(message)
 
     def stop(self, timeout: float) -> None:
@@ -186,7 +206,7 @@ class Supervisor:
     def _restart(self) -> bool:
         for attempt in range(1, STARTS + 1):
             started = time.monotonic()
-            engine = EngineProcess(self._config, kv_events=self._kv_events)
+            engine = EngineProcess(self._config, kv_events=self._kv_events, constrained=self._constrained)
             try:
                 engine.loaded()
             except QuireError as e:

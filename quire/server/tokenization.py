@@ -12,7 +12,7 @@ from quire.server.fields import parse
 from quire.server.limits import MIN_TEXT_BYTES, check_text_size, max_text_bytes, read_json
 from quire.server.prompts import chat_prompt, in_thread
 from quire.server.schemas import DetokenizeRequest, TokenizeRequest
-from quire.server.tools import check_tools
+from quire.server.tools import check_tools, history
 
 
 async def tokenize(request: Request) -> Response:
@@ -32,7 +32,7 @@ async def tokenize(request: Request) -> Response:
         tools = None if body.tools is None else check_tools(body.tools, "tools")
         prompt = await chat_prompt(
             context,
-            body.messages,
+            history(body.messages, short_ids=context.tool_format == "mistral"),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             template_kwargs=body.chat_template_kwargs,

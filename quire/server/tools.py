@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -160,17 +161,35 @@ def _depth(value: object) -> int:
     return depth
 
 
-def modern_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in which ``function_call`` and the role ``function`` have become ``tool_calls`` and the role ``tool``."""
-    if not any(message.get("role") == "function" or message.get("function_call") for message in messages):
+def history(messages: list[dict[str, Any]], *, short_ids: bool) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them: ``function_call`` and the role ``function`` become ``tool_calls`` and the role ``tool``.
+
+    short_ids: ids of calls become 9 letters and digits, on which Mistral's templates insist, where they come from elsewhere.
+    """
+    if not any(message.get(key) for message in messages for key in ("tool_calls", "function_call", "tool_call_id", "name")):
         return messages
-    made, call_id = [], ""
+    made, last = [], ""
     for i, message in enumerate(messages):
         message = dict(message)
         if call := message.pop("function_call", None):
-            call_id = f"call_{i}"
-            message["tool_calls"] = [{"id": call_id, "type": "function", "function": call}]
+            last = f"call_{i}"
+            message["tool_calls"] = [{"id": last, "type": "function", "function": call}]
         if message.get("role") == "function":
-            message |= {"role": "tool", "tool_call_id": call_id}
+            message |= {"role": "tool", "tool_call_id": last}
+        if short_ids:
+            if isinstance(call_id := message.get("tool_call_id"), str):
+                message["tool_call_id"] = _short(call_id)
+            if isinstance(calls := message.get("tool_calls"), list):
+                message["tool_calls"] = [_with_short_id(call) for call in calls]
         made.append(message)
     return made
+
+
+def _with_short_id(call: object) -> object:
+    return call | {"id": _short(call["id"])} if isinstance(call, dict) and isinstance(call.get("id"), str) else call
+
+
+def _short(call_id: str) -> str:
+    if len(call_id) == 9 and call_id.isascii() and call_id.isalnum():
+        return call_id
+    return hashlib.blake2b(call_id.encode("utf-8", "surrogatepass"), digest_size=5).hexdigest()[:9]

@@ -72,6 +72,11 @@ class ChatTemplates:
         text = self._render(name, {**known, "messages": chat, "add_generation_prompt": add_generation_prompt})
         return _cut(text) if continue_final_message else text
 
+    @property
+    def default(self) -> str:
+        """The source of the template that is used where there is nothing special."""
+        return self._sources[self._choose({})]
+
     def _choose(self, variables: Mapping[str, Any]) -> str:
         if variables.get("tools") and "tool_use" in self._sources:
             return "tool_use"
@@ -138,6 +143,7 @@ def _message(index: int, message: object, template: str) -> dict[str, Any]:
         made.setdefault("thinking", reasoning)
     if calls := made.get("tool_calls"):
         made["tool_calls"] = _tool_calls(f"{at}.tool_calls", calls)
+        made.setdefault("content", "")  # there are templates that add it to other text
     return made
 
 
@@ -171,7 +177,7 @@ def _tool_calls(at: str, calls: Any) -> list[Any]:
             raise InvalidRequestError(f"{at}[{i}].function must be an object", param=at)
         if isinstance(arguments := function.get("arguments"), str):
             try:
-                function["arguments"] = json.loads(arguments or "{}")
+                function["arguments"] = _plain(json.loads(arguments or "{}"), f"{at}[{i}].function.arguments")
             except (ValueError, RecursionError) as e:
                 raise InvalidRequestError(f"{at}[{i}].function.arguments is not JSON: {e}", param=at) from None
     return calls

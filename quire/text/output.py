@@ -90,7 +90,8 @@ class OutputAssembler:
         if output.logprobs is not None:
             self._total_logprob += sum(entry.token[0] for entry in output.logprobs[:count])
         if self._logprobs is not None:
-            delta.logprobs = [self._convert(token, lp) for token, lp in zip(delta.token_ids, output.logprobs or (), strict=False)]
+            pairs = zip(delta.token_ids, output.logprobs or (), strict=False)
+            delta.logprobs = [spelt_out(self._tokenizer, token, entry) for token, entry in pairs]
             self._logprobs += delta.logprobs
         if delta.text:
             self._texts.append(delta.text)
@@ -130,16 +131,26 @@ class OutputAssembler:
     def _finish(self, finish_reason: str, stop_reason: int | str | None) -> None:
         self._finish_reason, self._stop_reason, self.finished = finish_reason, stop_reason, True
 
-    def _convert(self, token: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
-        def text(token_id: int) -> str:
-            return "" if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
-        value, rank = logprobs.token
-        made = {token: Logprob(value, rank, text(token))}
-        for rank, (top, value) in enumerate(logprobs.top, start=1):
-            if top not in made:
-                made[top] = Logprob(value, rank, text(top))
-        return made
+def spelt_out(tokenizer: Tokenizer | None, token: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
+    """Token id → Logprob of one position: ``token``, which is there, then the most likely ones."""
+
+    def text(token_id: int) -> str:
+        return "" if tokenizer is None else tokenizer.token_text(token_id)
+
+    value, rank = logprobs.token
+    made = {token: Logprob(value, rank, text(token))}
+    for rank, (top, value) in enumerate(logprobs.top, start=1):
+        if top not in made:
+            made[top] = Logprob(value, rank, text(top))
+    return made
+
+
+def prompt_positions(
+    tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int], scores: Sequence[TokenLogprobs]
+) -> list[dict[int, Logprob] | None]:
+    """``spelt_out`` for each token of a prompt; None for the first, which nothing predicts."""
+    return [None, *(spelt_out(tokenizer, token, entry) for token, entry in zip(prompt_token_ids[1:], scores, strict=True))]
 
 
 def best_choices(samples: Sequence[OutputAssembler], n: int, first_index: int = 0) -> list[Choice]:

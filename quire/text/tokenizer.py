@@ -186,6 +186,11 @@ class Tokenizer:
         """The source of the model's chat templates, to look for words in it; empty where it has none."""
         return "" if self._chat is None else self._chat.source
 
+    @property
+    def default_chat_template(self) -> str | None:
+        """The source of the chat template that is used where there is nothing special; None where the model has none."""
+        return None if self._chat is None else self._chat.default
+
     def render_chat(
         self,
         messages: Sequence[Message],

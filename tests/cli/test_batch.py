@@ -111,6 +111,9 @@ def test_whatever_ends_it_the_same_command_goes_on(tmp_path: Path) -> None:
     code, err = run(other, target)
     assert code == 2
     assert "is not the file that" in err
+    code, err = run(source, target, "--served-model-name", "another")
+    assert code == 2
+    assert "answers of the model 'embedded'" in err
 
     process = start(source, target, *few)
     os.kill(wait_for_answers(process), signal.SIGKILL)

@@ -21,6 +21,12 @@ def harness(server: Process, request: pytest.FixtureRequest) -> Any:
     )  # fmt: skip
 
 
+def ids_of(server: Process, text: str) -> list[int]:
+    """As the harness sends a text: without a token that begins it, unless it is told to (add_bos_token)."""
+    ids: list[int] = http.post(server.url + "/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    return ids
+
+
 def likelihoods(harness: Any, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
     made = [instances.Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     found: list[tuple[float, bool]] = harness.loglikelihood(made, disable_tqdm=True)
@@ -29,7 +35,7 @@ def likelihoods(harness: Any, pairs: list[tuple[str, str]]) -> list[tuple[float,
 
 def test_loglikelihood(server: Process, harness: Any) -> None:
     """The model's own greedy continuation is greedy to the harness too, and another one is neither greedy nor as likely."""
-    body = {"prompt": CONTEXT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    body = {"prompt": ids_of(server, CONTEXT), "max_tokens": 12, "temperature": 0, "ignore_eos": True}
     greedy = http.post(server.url + "/v1/completions", json=body).json()["choices"][0]["text"]
     found = likelihoods(harness, [(CONTEXT, greedy), (CONTEXT, " zebra zebra zebra"), ("x = [1, 2", ", 3]"), (CONTEXT, greedy)])
     assert found[0] == found[3]
@@ -40,11 +46,11 @@ def test_loglikelihood(server: Process, harness: Any) -> None:
 
 def test_sums_are_those_of_the_server(server: Process, harness: Any) -> None:
     continuation = " a + b\n"
-    ids = [http.post(server.url + "/tokenize", json={"prompt": text}).json()["tokens"] for text in (CONTEXT, CONTEXT + continuation)]
-    body = {"prompt": ids[1], "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+    context, whole = ids_of(server, CONTEXT), ids_of(server, CONTEXT + continuation)
+    body = {"prompt": whole, "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
     told = http.post(server.url + "/v1/completions", json=body).json()["choices"][0]["logprobs"]["token_logprobs"]
     ((value, _),) = likelihoods(harness, [(CONTEXT, continuation)])
-    assert value == sum(told[len(ids[0]) : -1])
+    assert value == sum(told[len(context) : -1])
 
 
 def test_rolling(harness: Any) -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from quire.core.plan import RowStart, StepPlan, StepResult, accepted
+from quire.core.plan import RowStart, RowWork, StepPlan, StepResult, accepted
 from quire.core.speculation import Drafter
 from quire.outputs import TokenLogprobs
 
@@ -21,6 +21,8 @@ class Row:
     tokens: list[int]
     start: RowStart
     blocks: list[int] = field(default_factory=list)
+    next_score: int | None = None
+    """Where the next scores begin, if there were any since the row was started."""
 
 
 class FakeBackend:
@@ -78,7 +80,24 @@ class FakeBackend:
             if work.sample:
                 assert work.start + work.count == len(row.tokens) + len(work.draft)
                 self._sample(row, work.row, work.draft, work.masks, result)
+            if work.score:
+                self._score(row, work, result)
         return result
+
+    def _score(self, row: Row, work: RowWork, result: StepResult) -> None:
+        """Positions come once each, in order; see ``expected_scores`` and ``expected_vector``."""
+        score = work.score
+        assert work.start <= score.start < score.stop <= work.start + work.count
+        first = row.start.num_prompt - 1 if row.start.pooling == "last" else 0
+        assert score.start == (first if row.next_score is None and row.start.pooling else row.next_score or score.start)
+        row.next_score = score.stop
+        prompt = row.tokens[: row.start.num_prompt]
+        if work.row in self.fail_rows:
+            result.errors[work.row] = "logits are not finite"
+        elif row.start.pooling is None:
+            result.scores[work.row] = expected_scores(prompt)[score.start : score.stop]
+        elif score.stop == len(prompt):
+            result.vectors[work.row] = expected_vector(prompt)
 
     def _look(self, row: Row, tokens: list[int], start: int, end: int) -> None:
         """What the queries at positions ``start`` to ``end`` see is what it should be."""
@@ -88,7 +107,7 @@ class FakeBackend:
             held = self.pool[block][position % self.block_size]
             assert held == fingerprint(tokens[: position + 1]), "the row's blocks hold something else than its tokens"
 
-    def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes], result: StepResult) -> None:
+    def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes | None], result: StepResult) -> None:
         if number in self.fail_rows:
             result.tokens += [-1] * (1 + len(draft))
             result.logprobs += [None] * (1 + len(draft))
@@ -141,8 +160,21 @@ def expected_token(tokens: list[int], seed: int, vocab_size: int) -> int:
     return (fingerprint(tokens) * 31 + seed * 1_000_003) % _PRIME % vocab_size
 
 
-def allowed_token(token: int, mask: bytes, vocab_size: int) -> int:
+def expected_scores(prompt: list[int]) -> list[TokenLogprobs]:
+    """What FakeBackend says of the prompt's tokens behind the first."""
+    values = [-(fingerprint(prompt[: i + 1]) % 1000) / 8 for i in range(1, len(prompt))]
+    return [TokenLogprobs((value, 1 + i % 3), []) for i, value in enumerate(values)]
+
+
+def expected_vector(prompt: list[int]) -> list[float]:
+    """What FakeBackend makes of a prompt that is pooled."""
+    return [float(fingerprint(prompt) % 1000), 1.0]
+
+
+def allowed_token(token: int, mask: bytes | None, vocab_size: int) -> int:
     """What FakeBackend samples in place of ``token`` under ``mask``: the next one that is allowed."""
+    if mask is None:
+        return token
     return next(t for i in range(vocab_size) if mask[(t := (token + i) % vocab_size) >> 3] >> (t & 7) & 1)
 
 

@@ -3,6 +3,7 @@ chunks nor preemption nor a restart nor log-probabilities change what comes out.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence as Seq
 
 import pytest
@@ -11,6 +12,7 @@ from core.fake_backend import FakeBackend, allowed_token, expected_token
 from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.sequence import Request
+from quire.core.speculation import Drafter
 from quire.errors import EngineError, InvalidRequestError
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
@@ -37,6 +39,18 @@ class Rule:
     @property
     def complete(self) -> bool:
         return len(self.made) == self.length
+
+    def foresee(self, tokens: Seq[int]) -> list[bytes | None]:
+        masks: list[bytes | None] = [self.mask]
+        ahead = Rule(self.length, self.made, self.broken_at)
+        for token in tokens:
+            if not ahead.mask[token >> 3] >> (token & 7) & 1:
+                break
+            ahead.advance([token])
+            if ahead.complete:
+                break
+            masks.append(ahead.mask)
+        return masks
 
     def advance(self, tokens: Seq[int]) -> None:
         for token in tokens:
@@ -80,7 +94,7 @@ def collect(engine: Engine, preempt_every: int = 0, steps: int = 1 << 30) -> dic
         engine.check()
         step += 1
         if preempt_every and step % preempt_every == 0 and engine.scheduler.running:
-            engine.scheduler.preempt(0, "the test says so")
+            engine.scheduler.preempt(0, "memory", "the test says so")
     return found
 
 
@@ -110,6 +124,38 @@ def test_the_same_tokens_whatever_happens(options: dict[str, object], logprobs: 
             assert output.logprobs is None if logprobs is None else len(output.logprobs or ()) == len(output.token_ids)
     assert tokens_of(found["plain", 0]) != expected(PROMPT, 3, 9)
     assert found["plain", 0][-1].finish_reason == "length"
+
+
+class Outcome(Drafter):
+    """Guesses what will come, now right, now wrong from some token on."""
+
+    def __init__(self, tokens: list[int], outcome: list[int], rng: random.Random) -> None:
+        super().__init__(tokens)
+        self._all, self._rng = outcome, rng
+
+    def look(self) -> bool:
+        return True
+
+    def draft(self, most: int, least_chance: float) -> list[int]:
+        draft = self._all[len(self._tokens) : len(self._tokens) + most]
+        right = self._rng.randint(0, len(draft))
+        return draft[:right] + [(token + self._rng.randint(1, 9)) % VOCAB for token in draft[right:]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_guesses_change_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    engine, backend = make(prefix_caching=seed % 2 == 0)
+    logprobs = [None, 0][seed % 2]
+    for i in range(2):
+        engine.add(Request(f"r{i}", PROMPT[i:], SamplingParams(max_tokens=20, structured=FORM, logprobs=logprobs), seed=seed + i))
+    for i, seq in enumerate(engine.scheduler.waiting):
+        seq.drafter = Outcome(seq.tokens, [*PROMPT[i:], *expected(PROMPT[i:], seed + i, 14)], rng)
+    found = collect(engine, preempt_every=5)
+    for i in range(2):
+        assert tokens_of(found[f"r{i}", 0]) == expected(PROMPT[i:], seed + i, 14)
+        assert found[f"r{i}", 0][-1].finish_reason == "stop"
+    assert any(work.draft for plan in backend.plans for work in plan.work)
 
 
 def test_forced_tokens_cost_no_steps() -> None:

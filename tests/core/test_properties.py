@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from core.fake_backend import FakeBackend, ScriptedDrafter, candidates, expected_output
+from core.fake_backend import FakeBackend, ScriptedDrafter, candidates, expected_output, expected_scores, expected_vector
 from quire.config import EngineConfig
 from quire.core.beam import BeamSearch
 from quire.core.engine import Engine
 from quire.core.sequence import Request, Retention, derive_seed
 from quire.errors import InvalidRequestError, QueueFullError
+from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
 
 VOCAB = 50
@@ -37,8 +39,8 @@ def expected_beams(prompt: tuple[int, ...], width: int, n: int, limit: int, eos:
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """add, step, abort, preempt, reset in any order; n, best_of, beams, salts, priorities, retention, swap, windows, and drafts
-    that are right up to anywhere."""
+    """add, step, abort, preempt, reset in any order; n, best_of, beams, scored and pooled prompts, salts, priorities, retention, swap,
+    windows, and drafts that are right up to anywhere."""
 
     @initialize(
         block_size=st.sampled_from([1, 2, 3, 4, 5, 7, 16]),
@@ -71,13 +73,15 @@ class CoreMachine(RuleBasedStateMachine):
         self.requests: dict[str, Request] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
         self.ended: set[tuple[str, int]] = set()
+        self.scored: set[tuple[str, int]] = set()
+        """Which have put something out."""
         self.added = 0
 
     @rule(
         data=st.data(),
         length=st.integers(1, 20),
         pattern=st.integers(0, 3),
-        kind=st.sampled_from(["one", "one", "n", "best_of", "beams"]),
+        kind=st.sampled_from(["one", "one", "n", "best_of", "beams", "scored", "prompt only", "mean", "last"]),
         salt=st.sampled_from(SALTS),
         priority=st.integers(-1, 1),
         eos=st.sets(st.integers(0, VOCAB - 1), max_size=6),
@@ -94,11 +98,14 @@ class CoreMachine(RuleBasedStateMachine):
             "n": SamplingParams(max_tokens=limit, n=size),
             "best_of": SamplingParams(max_tokens=limit, n=1, best_of=size),
             "beams": SamplingParams(max_tokens=limit, n=size, beam_width=size + 1),
-        }[kind]
+            "scored": SamplingParams(max_tokens=limit, n=size, prompt_logprobs=0),
+            "prompt only": SamplingParams(max_tokens=0, n=size, prompt_logprobs=0),
+        }.get(kind, SamplingParams(max_tokens=0))
+        pooling: Any = kind if kind in ("mean", "last") else None
         retention = Retention(8, 2.0) if size == 3 else None
         name = str(self.added)
         self.added += 1
-        request = Request(name, prompt, params, size, tuple(sorted(eos)), priority, salt, retention)
+        request = Request(name, prompt, params, size, tuple(sorted(eos)), priority, salt, retention, pooling)
         try:
             self.engine.add(request)
         except InvalidRequestError:  # beams that can't fit at the same time
@@ -123,9 +130,20 @@ class CoreMachine(RuleBasedStateMachine):
                 key = (output.request_id, output.index)
                 assert key not in self.ended
                 self.got[key] += output.token_ids
+                self._look(key, output)
                 if output.finish_reason is not None:
                     self._end(key, output.finish_reason)
             self.engine.check()
+
+    def _look(self, key: tuple[str, int], output: SequenceOutput) -> None:
+        """Scores and vectors come with the first output, once, whole and right."""
+        request = self.requests[key[0]]
+        if output.prompt_logprobs is not None or output.vector is not None or key not in self.scored:
+            wanted = request.params.prompt_logprobs is not None and key[1] == 0
+            assert key not in self.scored
+            assert output.prompt_logprobs == (expected_scores(request.prompt_token_ids) if wanted else None)
+            assert output.vector == (expected_vector(request.prompt_token_ids) if request.pooling else None)
+        self.scored.add(key)
 
     @precondition(lambda self: self.engine.has_work)
     @rule(data=st.data(), whole=st.booleans())

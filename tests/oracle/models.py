@@ -142,6 +142,12 @@ def logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
         return model(torch.tensor([tokens])).logits[0]
 
 
+def states(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """[len(tokens), embedding size], float32: the hidden states that lm_head reads, ``last_hidden_state`` of the model without it."""
+    with torch.no_grad():
+        return model.base_model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+
+
 def greedy(model: PreTrainedModel, tokens: list[int], count: int) -> tuple[list[int], float]:
     """``count`` greedy tokens, computed without a cache, end-of-text ignored; and the closest decision among them.
 

@@ -15,7 +15,7 @@ from reference_model import ReferenceModel, relative_error
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from oracle.models import CASES, TOLERANCE, Case, build, decisive_prompt, logits, save  # noqa: E402
+from oracle.models import CASES, TOLERANCE, Case, build, decisive_prompt, logits, save, states  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 PROMPT, STEPS = 45, 64
@@ -31,6 +31,8 @@ class Saved:
     chosen: list[int]
     logits: np.ndarray[Any, Any]
     """[PROMPT + STEPS, vocab] of prompt and chosen tokens."""
+    states: np.ndarray[Any, Any]
+    """[PROMPT + STEPS, embedding size] what lm_head reads of them."""
 
     @property
     def tokens(self) -> list[int]:
@@ -45,7 +47,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = save(oracle, tmp_path_factory.mktemp(case.name))
     prompt, chosen = decisive_prompt(oracle, PROMPT, STEPS)
     model = load_model(folder)
-    yield Saved(model, folder, prompt, chosen, logits(oracle, prompt + chosen).double().numpy())
+    tokens = prompt + chosen
+    yield Saved(model, folder, prompt, chosen, logits(oracle, tokens).double().numpy(), states(oracle, tokens).double().numpy())
     model.close()
 
 
@@ -94,9 +97,7 @@ def test_logprobs(saved: Saved) -> None:
     """Reported log-probabilities are those of the unmodified logits."""
     engine = running().open_engine(saved.folder, kv_dtype="float32")
     entries = running().run(engine, [request("a", saved.prompt, logprobs=5)]).outputs["a", 0].logprobs
-    rows = saved.logits[PROMPT - 1 : -1]
-    expected = rows - np.log(np.exp(rows - rows.max(-1, keepdims=True)).sum(-1, keepdims=True)) - rows.max(-1, keepdims=True)
-    for row, (logprob, rank, top) in zip(expected, entries, strict=True):
+    for row, (logprob, rank, top) in zip(log_softmax(saved.logits[PROMPT - 1 : -1]), entries, strict=True):
         assert rank == 1
         assert abs(logprob - row.max()) < 0.01
         assert len(top) == 5
@@ -104,11 +105,44 @@ def test_logprobs(saved: Saved) -> None:
             assert abs(value - row[token]) < 0.01
 
 
-def request(name: str, prompt: list[int], **params: Any) -> Any:
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 8, "block_size": 8}], ids=str)
+def test_prompt_logprobs(saved: Saved, options: dict[str, Any]) -> None:
+    """Of every token of a prompt behind the first, with its rank among all tokens."""
+    engine = running().open_engine(saved.folder, kv_dtype="float32", **options)
+    params = {"max_tokens": 0, "prompt_logprobs": 4}
+    entries = running().run(engine, [request("a", saved.tokens, **params)]).outputs["a", 0].prompt_logprobs
+    assert entries is not None
+    rows = log_softmax(saved.logits[:-1])
+    for row, token, (logprob, rank, top) in zip(rows, saved.tokens[1:], entries, strict=True):
+        assert abs(logprob - row[token]) < 0.01
+        near = int((np.abs(row - row[token]) < 0.01).sum())  # tokens whose order float32 may decide in another way
+        assert abs(rank - 1 - int((row > row[token]).sum())) < near
+        assert [value for _, value in top] == pytest.approx(np.sort(row)[::-1][:4], abs=0.01)
+        for other, value in top:
+            assert abs(value - row[other]) < 0.01
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 7, "block_size": 4}], ids=str)
+def test_pooled_states(saved: Saved, pooling: str, options: dict[str, Any]) -> None:
+    """The vectors of /v1/embeddings, before they are cut and normalised."""
+    engine = running().open_engine(saved.folder, kv_dtype="float32", **options)
+    vector = running().run(engine, [request("a", saved.tokens, pooling, max_tokens=0)]).outputs["a", 0].vector
+    expected = saved.states.mean(0) if pooling == "mean" else saved.states[-1]
+    assert relative_error(np.array([vector]), expected[None]) < TOLERANCE
+
+
+def log_softmax(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    most = rows.max(-1, keepdims=True)
+    return rows - np.log(np.exp(rows - most).sum(-1, keepdims=True)) - most
+
+
+def request(name: str, prompt: list[int], pooling: str | None = None, **params: Any) -> Any:
     from quire.core.sequence import Request
     from quire.sampling_params import SamplingParams
 
-    return Request(name, prompt, SamplingParams(temperature=0.0, max_tokens=STEPS, ignore_eos=True, **params), seed=0, eos_token_ids=(2, 3))
+    params = {"temperature": 0.0, "max_tokens": STEPS, "ignore_eos": True, **params}
+    return Request(name, prompt, SamplingParams(**params), seed=0, eos_token_ids=(2, 3), pooling=pooling)
 
 
 def running() -> Any:

@@ -37,6 +37,7 @@ from quire.server.keys import Keys
 from quire.server.launch import open_socket
 from quire.server.loading import Serving
 from quire.server.messages import Died, FromEngine, Stop, ToEngine
+from quire.server.page.feed import Feed
 from quire.server.uvicorn_server import EngineServer
 from quire.text.tokenizer import Tokenizer
 
@@ -120,7 +121,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.config = config
         self.batches = batches = None if config.batch_dir is None else open_runner(Store(Path(config.batch_dir)), self.client, config)
-        app = self.app = create_app(Context(self.client, tokenizer, config, "fake", eos, keys=keys, batches=batches))
+        app = self.app = create_app(Context(self.client, tokenizer, config, "fake", eos, embedding_size=2, keys=keys, batches=batches))
+        self.feed: Feed = app.state.feed
         started = threading.Event()
         serving = Serving(self.client, ThreadLink(self.engine), started.set, batches)
         outer = around(app, config, keys, self.client.meter.refuse)

@@ -50,13 +50,13 @@ SPECIAL = ["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", END]
 ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 
 
-def chat_tokenizer(template: str) -> Tokenizer:
+def chat_tokenizer(template: str, template_end: str = "") -> Tokenizer:
     """The embedded model's tokenizer with a template of TEMPLATES, and with markers as tokens: special, as in real vocabularies, where
     they are so there."""
     tokenizer = tokenizers.Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in ADDED])
-    return Tokenizer(tokenizer, chat_templates=TEMPLATES[template])
+    return Tokenizer(tokenizer, chat_templates=TEMPLATES[template] + template_end)
 
 
 class ScriptedBackend(PacedBackend):
@@ -65,7 +65,7 @@ class ScriptedBackend(PacedBackend):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(num_blocks=512, max_model_len=4096, vocab_size=tokenizer.vocab_size)
         self._tokenizer = tokenizer
-        self.says = ""
+        self.script = [self.end]
         self.prompt = ""
         """Of the last sequence that was started."""
 
@@ -81,8 +81,12 @@ class ScriptedBackend(PacedBackend):
         return token
 
     @property
-    def script(self) -> list[int]:
-        return [*self._tokenizer.encode(self.says, add_special_tokens=False), self.end]
+    def says(self) -> str:
+        return self._tokenizer.decode(self.script[:-1], skip_special_tokens=False)
+
+    @says.setter
+    def says(self, text: str) -> None:
+        self.script = [*self._tokenizer.encode(text, add_special_tokens=False), self.end]
 
     def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes], result: StepResult) -> None:
         if masks:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import pytest
 from anthropic.types import Message
+from pydantic import BaseModel
 
 from quire.server.keys import Caller, Keys
 from server.harness import DEADLINE_S, PacedBackend, Process, Server, http, named_events, wait_clean, wait_until
@@ -149,6 +150,22 @@ def test_a_billing_header_does_not_keep_the_rest_from_the_cache(client: anthropi
     client.messages.create(**fields(system=blocks(header.format(0, "0000"), long)))
     usage = client.messages.create(**fields(system=blocks(header.format(17, "f00d"), long))).usage
     assert usage.cache_read_input_tokens == plain - 1
+
+
+class Answer(BaseModel):
+    kind: Literal["a module", "a package"]
+    good: bool
+
+
+def test_the_answer_follows_a_schema(client: anthropic.Anthropic) -> None:
+    parsed = client.messages.parse(model="embedded", max_tokens=60, messages=HELLO, output_format=Answer)
+    assert isinstance(parsed.parsed_output, Answer)
+    assert parsed.stop_reason == "end_turn"
+    with client.messages.stream(model="embedded", max_tokens=60, messages=HELLO, output_format=Answer) as stream:
+        assert isinstance(stream.get_final_message().parsed_output, Answer)
+    bad: Any = {"format": {"type": "json_schema", "schema": {"type": "banana"}}}
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema"):
+        client.messages.create(**fields(output_config=bad))
 
 
 def test_a_last_message_of_the_assistant_is_continued(client: anthropic.Anthropic, real: Process) -> None:

@@ -15,7 +15,8 @@ from quire.server.errors import TooLargeError
 from quire.server.limits import read_json
 from server.harness import DEADLINE_S, Server, health, http, raw_request, wait_clean
 
-COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -50,9 +51,11 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (COMPLETIONS, text(prompt=["a"] * 9), 400, "prompt", ("9", "at most 8")),
     (COMPLETIONS, text(prompt=["a"] * 8, n=129), 400, "n", ("128", "129")),
     # numbers
-    (COMPLETIONS, text(max_tokens=0), 400, "max_tokens", ("from 1", "got 0")),
+    (COMPLETIONS, text(max_tokens=0), 400, "max_tokens", ("from 1", "got 0", "echo")),
+    (CHAT, chat(max_tokens=0), 400, "max_tokens", ("from 1", "got 0")),
+    (COMPLETIONS, text(max_tokens=0, echo=True, beam_width=2), 400, "max_tokens", ("beam search",)),
     (COMPLETIONS, text(max_tokens=-5), 400, "max_tokens", ("-5",)),
-    (COMPLETIONS, text(max_tokens=10**30), 400, "max_tokens", ("from 1",)),
+    (COMPLETIONS, text(max_tokens=10**30), 400, "max_tokens", ("from 0 to",)),
     (COMPLETIONS, text(max_tokens="2"), 400, "max_tokens", ("an integer", '"2"')),
     (COMPLETIONS, text(max_tokens=2.5), 400, "max_tokens", ("2.5",)),
     (COMPLETIONS, text(max_tokens=True), 400, "max_tokens", ("an integer", "true")),
@@ -130,11 +133,36 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (CHAT, chat(cache_retention={"priority": 5, "seconds": 86401}), 400, "cache_retention.seconds", ("86400", "86401")),
     (COMPLETIONS, b'{"prompt": "a", "cache_retention": {"priority": 5, "seconds": NaN}}', 400, "cache_retention.seconds", ("nan",)),
     (COMPLETIONS, text(cache_retention={"priority": 5, "seconds": 5, "sec": 1}), 400, "cache_retention.sec", ("got 1",)),
-    (COMPLETIONS, text(echo=True, logprobs=1), 400, "echo", ("logprobs",)),
+    (COMPLETIONS, text(echo=True, logprobs=0, beam_width=2), 400, "prompt_logprobs", ("beam search", "echo with logprobs")),
+    (COMPLETIONS, text(echo=True, logprobs=21), 400, "logprobs", ("from 0 to 20",)),
     (COMPLETIONS, text(suffix="x"), 400, "suffix", ("not supported",)),
-    (COMPLETIONS, text(prompt_logprobs=1), 400, "prompt_logprobs", ("not supported",)),
-    (COMPLETIONS, text(guided_regex="a+"), 400, "guided_regex", ("not supported",)),
-    (COMPLETIONS, text(structured_outputs={"json": {}}), 400, "structured_outputs", ("not supported",)),
+    (COMPLETIONS, text(guided_regex=""), 400, "guided_regex", ("not empty",)),
+    (COMPLETIONS, text(structured_outputs={"json": {}, "regex": "a"}), 400, "structured_outputs", ("exactly one",)),
+    (COMPLETIONS, text(prompt_logprobs=21, stream=False), 400, "prompt_logprobs", ("from 0 to 20",)),
+    (CHAT, chat(prompt_logprobs=-1, stream=False), 400, "prompt_logprobs", ("from 0 to 20",)),
+    (COMPLETIONS, text(prompt_logprobs=True), 400, "prompt_logprobs", ("an integer",)),
+    (COMPLETIONS, text(prompt_logprobs=0, stream=True), 400, "prompt_logprobs", ("stream",)),
+    (COMPLETIONS, text(truncate_prompt_tokens=0), 400, "truncate_prompt_tokens", ("-1", "got 0")),
+    (COMPLETIONS, text(truncate_prompt_tokens=-2), 400, "truncate_prompt_tokens", ("-2",)),
+    (CHAT, chat(truncate_prompt_tokens=513), 400, "truncate_prompt_tokens", ("512", "513")),
+    (COMPLETIONS, text(truncate_prompt_tokens=-1, max_tokens=600), 400, "truncate_prompt_tokens", ("512 - 600", "max_tokens")),
+    (COMPLETIONS, text(truncation_side="middle"), 400, "truncation_side", ("middle", "left", "right")),
+    (COMPLETIONS, text(request_id=""), 400, "request_id", ("1 to 128",)),
+    (CHAT, chat(request_id="a\nb"), 400, "request_id", ("visible ASCII",)),
+    (COMPLETIONS, text(request_id="a" * 129), 400, "request_id", ("128",)),
+    # embeddings
+    (EMBEDDINGS, {}, 400, "input", ("required",)),
+    (EMBEDDINGS, {"input": ""}, 400, "input", ("empty",)),
+    (EMBEDDINGS, {"input": ["a", 1]}, 400, "input", ("input must be", "got 1")),
+    (EMBEDDINGS, {"input": ["a"] * 9}, 400, "input", ("input holds 9", "at most 8")),
+    (EMBEDDINGS, {"input": [1] * 513}, 400, "input", ("513", "at most 512")),
+    (EMBEDDINGS, {"input": [1 << 20]}, 400, "input", ("1048576", "4095")),
+    (EMBEDDINGS, {"input": "a", "dimensions": 0}, 400, "dimensions", ("from 1 to 2", "got 0")),
+    (EMBEDDINGS, {"input": "a", "dimensions": 3}, 400, "dimensions", ("from 1 to 2", "got 3")),
+    (EMBEDDINGS, {"input": "a", "encoding_format": "hex"}, 400, "encoding_format", ("hex", "base64")),
+    (EMBEDDINGS, {"input": "a", "pooling": "max"}, 400, "pooling", ("max", "mean or last")),
+    (EMBEDDINGS, {"input": "a", "temperature": 1}, 400, "temperature", ("unknown field",)),
+    (EMBEDDINGS, {"input": "a", "model": "gpt-5"}, 404, "model", ("gpt-5",)),
     (COMPLETIONS, text(temprature=1), 400, "temprature", ("temperature",)),
     (COMPLETIONS, text(zzz=1), 400, "zzz", ("unknown field", "max_tokens")),
     (COMPLETIONS, text(model="gpt-5"), 404, "model", ("gpt-5", "fake")),
@@ -156,7 +184,7 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", ("top_logprobs", "20")),
     (CHAT, chat(logprobs=1), 400, "logprobs", ("true or false",)),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools", ("chat template", "--tool-parser")),
-    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", ("not supported",)),
+    (CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type", ("json_object", '"xml"')),
     (CHAT, chat(add_generation_prompt=True, continue_final_message=True), 400, "continue_final_message", ("at most one",)),
     (CHAT, chat(prompt="Hello"), 400, "prompt", ("unknown field",)),
     # bodies
@@ -203,7 +231,7 @@ def test_table(fake: Server, stream: bool) -> None:
     with httpx.Client(base_url=fake.url, timeout=DEADLINE_S) as client:
         for path, body, status, param, words in TABLE:
             if stream:
-                if not isinstance(body, dict) or path in (TOKENIZE, DETOKENIZE) or "stream" in body or "stream_options" in body:
+                if not isinstance(body, dict) or path in (TOKENIZE, DETOKENIZE, EMBEDDINGS) or "stream" in body or "stream_options" in body:
                     continue
                 body = body | {"stream": True}
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -336,6 +364,7 @@ def test_harmless_fields_are_ignored(fake: Server) -> None:
         "response_format": {"type": "text"}, "use_beam_search": False, "stop": None, "ignore_eos": True, "logprobs": None, "n": 1,
         "length_penalty": 1.0, "early_stopping": False, "priority": 0, "cache_salt": None, "prompt_cache_key": "x",
         "prompt_cache_retention": "24h", "repetition_penalty": 1.0, "prompt_logprobs": None, "temperature": None,
+        "spaces_between_special_tokens": False,
         "not_known_but_null": None,
     }  # fmt: skip
     answer = http.post(fake.url + COMPLETIONS, json=text(**harmless))

@@ -57,9 +57,9 @@ def complete(server: Server, key: str, **fields: Any) -> httpx.Response:
 
 def test_every_route_asks_for_a_key_but_those_that_watch_the_server(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with serving(tokenizer, write(tmp_path, FILE)) as server:
-        for path in ("/health", "/ready"):
+        for path in ("/health", "/ready", "/ping"):
             assert http.get(server.url + path).status_code == 200
-        tricks = ["/v1/models", "/docs", "/openapi.json", "/version", "/nothing", "/health/", "/health/../v1/models",
+        tricks = ["/v1/models", "/docs", "/openapi.json", "/version", "/nothing", "/page/events", "/health/", "/health/../v1/models",
                   "/%68ealth/", "/health%2f..%2fv1/models", "/HEALTH", "/health;x", "/v1/models?/health", "/v1/models#/health"]  # fmt: skip
         with httpx.Client(base_url=server.url, timeout=DEADLINE_S) as client:
             for path in tricks:
@@ -70,8 +70,9 @@ def test_every_route_asks_for_a_key_but_those_that_watch_the_server(tokenizer: T
             for path in (COMPLETIONS, "/v1/chat/completions", "/tokenize", "/detokenize"):
                 assert client.post(path, json={}).status_code == 401
         # A proxy in front may hand the path on as it is: no client library tidies it up here.
-        with raw_request(server.port, "/health/../v1/completions", {"prompt": "a"}) as connection:
-            assert b" 401 " in connection.recv(1000)
+        for path in ("/health/../v1/completions", "//health", "//", "//v1/completions", "/page/main.js/../../v1/completions"):
+            with raw_request(server.port, path, {"prompt": "a"}) as connection:
+                assert b" 401 " in connection.recv(1000), path
 
 
 @pytest.mark.parametrize("header", [

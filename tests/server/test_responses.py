@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai.types.responses import Response
+from pydantic import BaseModel
 
 from quire.text.tokenizer import Tokenizer
 from server.harness import DEADLINE_S, PacedBackend, Process, Server, http, named_events, wait_clean, wait_until
@@ -64,6 +65,7 @@ def test_stream_says_what_the_whole_answer_says(client: openai.OpenAI, real: Pro
     assert "".join(event["delta"] for event in found[4:-4]) == whole.output_text == found[-4]["text"]
     final = found[-1]["response"]
     assert final["output"] == [found[-2]["item"]]
+    assert final["status"] == final["output"][0]["status"] == "incomplete"
     assert final["output"][0]["content"] == [found[-3]["part"]]
     assert {event["item_id"] for event in found[3:-2]} == {final["output"][0]["id"]}
     assert whole.usage is not None
@@ -126,6 +128,27 @@ def test_a_conversation_is_the_same_prompt_in_every_form(client: openai.OpenAI) 
     first = client.responses.create(**fields())
     turns: Any = [{"role": "user", "content": "import os\n"}, *first.output, {"role": "user", "content": "more"}]
     assert count(input=turns) > count(input=[turns[0], turns[2]])
+
+
+class Answer(BaseModel):
+    kind: Literal["a module", "a package"]
+    good: bool
+
+
+def test_the_answer_follows_a_schema(client: openai.OpenAI) -> None:
+    parsed = client.responses.parse(model="embedded", input="import os\n", text_format=Answer, max_output_tokens=60)
+    assert isinstance(parsed.output_parsed, Answer)
+    assert parsed.status == "completed"
+    with client.responses.stream(model="embedded", input="import os\n", text_format=Answer, max_output_tokens=60) as stream:
+        for _ in stream:
+            pass
+        assert isinstance(stream.get_final_response().output_parsed, Answer)
+    anything = client.responses.create(**fields({"ignore_eos": False}, text={"format": {"type": "json_object"}}))
+    assert anything.output_text.startswith("{")
+    bad: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "banana"}}}
+    with pytest.raises(openai.BadRequestError, match=r"text\.format\.schema") as refused:
+        client.responses.create(**fields(text=bad))
+    assert refused.value.param == "text.format.schema"
 
 
 def test_nothing_is_kept(client: openai.OpenAI) -> None:

@@ -11,8 +11,10 @@ import openai
 import pytest
 
 from quire.server.anthropic.conversation import chat_request as from_messages
+from quire.server.anthropic.reply import Reply as MessagesReply
 from quire.server.anthropic.schemas import CountTokensRequest
 from quire.server.responses.conversation import chat_request as from_responses
+from quire.server.responses.reply import Reply as ResponsesReply
 from quire.server.responses.schemas import ResponsesRequest
 from quire.server.responses.tools import GivenTools
 from server.harness import DEADLINE_S, Server, http, named_events
@@ -236,7 +238,7 @@ def test_responses_tool_choice_and_namespaces(backend: ScriptedBackend, gpt: ope
     fields: dict[str, Any] = {"model": "fake", "input": [USER], "tools": RESPONSES_TOOLS}
     allowed: Any = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "now"}]}
     answer = gpt.responses.create(tool_choice=allowed, **fields)
-    assert "get_weather" not in backend.prompt.split("<|user|>")[0]
+    assert "get_weather" in backend.prompt, "the same prompt, which may be cached; only the calls are others"
     assert [item.name for item in answer.output if item.type == "function_call"] == ["now"]
     one = gpt.responses.create(parallel_tool_calls=False, **fields)
     assert [item.type for item in one.output] == ["function_call"]
@@ -248,6 +250,26 @@ def test_responses_tool_choice_and_namespaces(backend: ScriptedBackend, gpt: ope
     grouped = gpt.responses.create(model="fake", input=[USER], tools=group)
     calls = {item.name: item.namespace for item in grouped.output if item.type == "function_call"}
     assert calls == {"get_weather": None, "now": "clock"}
+
+
+def test_what_is_wrong_with_a_tool_is_named_as_the_api_does(claude: anthropic.Anthropic, gpt: openai.OpenAI) -> None:
+    for tool, message in (
+        ({"name": "my tool", "input_schema": {}}, r"tools\[0\]\.name must be"),
+        ({"name": "f", "input_schema": 5}, r"tools\[0\]\.input_schema must be an object, got 5"),
+        ({"name": "f", "description": 5, "input_schema": {}}, r"tools\[0\]\.description must be a string"),
+    ):
+        with pytest.raises(anthropic.BadRequestError, match=message):
+            claude.messages.create(model="fake", max_tokens=5, messages=[USER], tools=[tool])  # type: ignore[list-item]
+    for tool, param in (({"name": "my tool"}, "tools[0].name"), ({"name": "f", "parameters": 5}, "tools[0].parameters")):
+        with pytest.raises(openai.BadRequestError) as refused:
+            gpt.responses.create(model="fake", input="a", tools=[{"type": "function", **tool}])  # type: ignore[list-item]
+        assert refused.value.param == param
+        assert f"{param} must be" in refused.value.message
+
+
+def test_pings_are_events_that_clients_skip() -> None:
+    assert named_events(MessagesReply.ping.decode()) == [{"type": "ping"}]
+    assert named_events(ResponsesReply.ping.decode()) == [], "a comment"
 
 
 def test_conversations_of_anthropic_become_those_of_openai() -> None:

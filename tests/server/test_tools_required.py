@@ -99,6 +99,19 @@ def test_the_embedded_model_calls_functions(embedded: Process) -> None:
     wait_clean(embedded.url)
 
 
+def test_many_functions(embedded: Process) -> None:
+    """Descriptions are most of a schema, and no part of the grammar."""
+    text = {"type": "string", "enum": ["a", "b"], "description": "something" * 10, "title": "A"}
+    parameters = {"type": "object", "properties": {f"p{i}": text for i in range(8)}, "required": ["p0"], "additionalProperties": False}
+    parameters["properties"] |= {"description": text, "title": text}  # type: ignore[operator]
+    tools = [{"type": "function", "function": {"name": f"function_{i}", "parameters": parameters}} for i in range(128)]
+    body = {"messages": [USER], "tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 300}
+    answer = http.post(embedded.url + CHAT, json=body)
+    assert answer.status_code == 200, answer.text
+    (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+    jsonschema.validate(json.loads(call["function"]["arguments"]), parameters)
+
+
 def test_what_cannot_be_insisted_on(embedded: Process) -> None:
     bad = {"type": "object", "properties": {"a": {"not": {"const": 1}}}}
     for parameters, more, param in (
@@ -109,6 +122,7 @@ def test_what_cannot_be_insisted_on(embedded: Process) -> None:
         body = {"messages": [USER], "tools": tools, "tool_choice": "required"}
         answer = http.post(embedded.url + CHAT, json=body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+        assert "<tool_call>" not in answer.text, "a grammar that nobody has written is not shown"
     answer = http.post(embedded.url + CHAT, json={"messages": [USER], "tools": TOOLS, "tool_choice": "required", "beam_width": 2})
     assert answer.status_code == 400
     assert "beam search" in answer.json()["error"]["message"]

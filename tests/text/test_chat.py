@@ -109,10 +109,8 @@ def test_developer_is_system_unless_the_template_knows_it() -> None:
 def test_tool_calls_and_reasoning() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, 2]}'}}
     message = {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [call]}
-    template = (
-        "{{ messages[0].tool_calls[0].function.arguments.x[1] }}{{ messages[0].content is defined }}{{ messages[0].reasoning_content }}"
-    )
-    assert render(template, [message]) == "2Falsehm"
+    template = "{{ messages[0].tool_calls[0].function.arguments.x[1] }}{{ 'a' + messages[0].content }}{{ messages[0].reasoning_content }}"
+    assert render(template, [message]) == "2ahm", "no content beside the calls is an empty text, which templates can add to others"
     assert call["function"]["arguments"] == '{"x": [1, 2]}', "the caller's messages stay as they are"
     call["function"]["arguments"] = "{"
     with pytest.raises(InvalidRequestError, match="arguments is not JSON"):

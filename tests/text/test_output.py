@@ -150,3 +150,13 @@ def test_tokens_after_a_stop_string_do_not_count() -> None:
     assembler.feed(SequenceOutput("r", 0, ids, [TokenLogprobs((value, 1), []) for value in values]))
     assert assembler.finished
     assert assembler.mean_logprob == -1.0
+
+
+def test_the_last_token_of_a_complete_form_is_text() -> None:
+    """Where a form was complete no token ended the sequence; else the last one did, and has no text."""
+    ids = [*tokens('{"a": 1}'), END]
+    for params in (SamplingParams(), SamplingParams(skip_special_tokens=False)):
+        ended = OutputAssembler(BYTES, params).feed(SequenceOutput("r", 0, ids, None, "stop"))
+        complete = OutputAssembler(BYTES, params).feed(SequenceOutput("r", 0, ids[:-1], None, "stop", end_token=False))
+        assert ended.text == complete.text == '{"a": 1}'
+        assert (complete.finish_reason, complete.stop_reason) == ("stop", None)

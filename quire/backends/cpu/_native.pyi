@@ -258,7 +258,8 @@ def sample(
 
     1. Where num_logprobs[s] >= 0: logprob[s] of the chosen token and its rank[s] (1 + the number of tokens with a greater
        logit), and the num_logprobs[s] likeliest into top_ids and top_logprobs [rows, n >= max(num_logprobs)] (descending,
-       ties by lower id, the rest -1 and -inf); all from the unchanged logits.
+       ties by lower id, the rest -1 and -inf); all from the unchanged logits. Only a token with the greatest logit has the
+       greatest log-probability: one that would round to it gets the next smaller float.
     2. Tokens whose bit is 0 in allowed_mask [masks, ceil(vocab / 32)] (bit t % 32 of word t // 32), and banned_ids, get
        -inf; row s has mask mask_index[s], none where that is -1, and mask s without a mask_index;
        bias_values are added to the logits of bias_ids.
@@ -271,6 +272,22 @@ def sample(
     8. Draws from what is kept, in ascending order of ids, with uniform(seed[s], position[s]).
 
     status[s] is 0; or 1 if the logits contain NaN or +inf, 2 if no token is allowed: tokens[s] is -1 then.
+    """
+
+def score(
+    logits: F32,
+    tokens: I32,
+    status: I32,
+    *,
+    num_logprobs: I32,
+    logprob: F32,
+    rank: I32,
+    top_ids: I32 | None = None,
+    top_logprobs: F32 | None = None,
+) -> None:
+    """What ``sample`` reports of the tokens that it chooses (1. there), of ``tokens`` [rows] that are there already; the same bytes.
+
+    status[s] is 0; or 1 if the logits contain NaN or +inf, 2 if all are -inf: rank[s] is -1 then.
     """
 
 def uniform(seed: int, position: int) -> float:

@@ -17,6 +17,7 @@ from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.progress import Progress
 from quire.backends.cpu.rows import Rows
 from quire.backends.cpu.sampler import Sampler
+from quire.backends.cpu.scorer import Scorer
 from quire.config import EngineConfig
 from quire.core.plan import StepPlan, StepResult
 from quire.errors import ConfigError
@@ -45,6 +46,7 @@ class CpuBackend:
         self._poison = config.kv_debug
         self._rows = Rows(config.num_seqs(memory.num_blocks), max_model_len, config.block_size)
         self._sampler = Sampler(self._rows, spec.vocab_size)
+        self._scorer = Scorer(self._rows, decoder)
 
     @classmethod
     def open(cls, config: EngineConfig, report: Callable[[str, float], None] | None = None) -> CpuBackend:
@@ -94,22 +96,28 @@ class CpuBackend:
         for start in plan.starts:
             self._rows.begin(start)
             self._sampler.begin(start)
+            self._scorer.begin(start)
         if plan.copies:
             self.decoder.copy_blocks(plan.copies)
         if self._poison:
             self._poison_fresh(plan)
         batch = self._rows.batch(plan.work)
-        logits = self.decoder.forward(batch)
-        sampled = batch.sampled
+        sampled, result = batch.sampled, StepResult()
+        if batch.scored is None:
+            logits = self.decoder.forward(batch)
+        else:
+            hidden = self.decoder.hidden(batch)
+            self._scorer.score(hidden, batch.scored.rows, result)
+            logits = self.decoder.logits(hidden[batch.scored.sampled_at])
         if len(sampled) == 0:
-            return StepResult()
+            return result
         masks: list[bytes | None] = []
-        if any(work.masks for work in plan.work):
+        if any(mask is not None for work in plan.work for mask in work.masks):
             for work in plan.work:
                 if work.sample:
                     masks += work.masks or [None] * (1 + len(work.draft))
         began = perf_counter()
-        result = self._sampler.sample(logits, sampled, batch.lengths, masks)
+        self._sampler.sample(logits, sampled, batch.lengths, result, masks)
         result.sample_s = perf_counter() - began
         if batch.drafts:
             self._rows.append_accepted(plan.work, result.tokens, self._sampler.beams)

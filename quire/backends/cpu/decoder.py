@@ -21,6 +21,9 @@ from quire.backends.cpu.replay import Replay
 from quire.backends.cpu.rows import Batch, Part
 from quire.models.spec import TransformerSpec
 
+MAX_SCORED_ROWS = 64
+"""Positions of prompts whose logits are there at the same time: a prompt of thousands by a large vocabulary would take gigabytes."""
+
 F32 = npt.NDArray[np.float32]
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -149,23 +152,40 @@ class Decoder:
         self._attended = buffer(max_tokens, q)
         self._up = buffer(max_tokens, spec.intermediate_size)
         self._embedded = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._x
-        self._last = buffer(max_rows, spec.hidden_size)
-        self._projected = buffer(max_rows, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._last
+        self._last = buffer(max_tokens, spec.hidden_size)
+        self._projected = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._last
         self._places = np.zeros(max_tokens, np.int32)
-        self._logits = np.zeros((max_rows, spec.vocab_size), np.float32)
+        self._logits = np.zeros((max(max_rows, MAX_SCORED_ROWS), spec.vocab_size), np.float32)
         self._replay = Replay(self._forward)
 
     def forward(self, batch: Batch) -> F32:
         """Compute the batch's positions: write their KV, attend. Returns logits [samples, vocab], valid until the next call."""
-        if self.positions is not None:
-            np.add(batch.positions, self.spec.position_offset, out=self._places[: len(batch.positions)])
+        self._place(batch)
         return self._replay(batch)
 
+    def hidden(self, batch: Batch) -> F32:
+        """``forward`` up to lm_head: what that reads, [asked positions, embedding_size]. Valid until the next call of either."""
+        self._place(batch)
+        return self._hidden(batch)
+
+    def logits(self, hidden: F32) -> F32:
+        """Of up to MAX_SCORED_ROWS rows of hidden states, or as many as are sampled in a step; valid until the next call."""
+        logits = self._logits[: len(hidden)]
+        self.lm_head(hidden, logits)
+        return logits
+
+    def _place(self, batch: Batch) -> None:
+        if self.positions is not None:
+            np.add(batch.positions, self.spec.position_offset, out=self._places[: len(batch.positions)])
+
     def _forward(self, batch: Batch) -> F32:
+        return self.logits(self._hidden(batch))
+
+    def _hidden(self, batch: Batch) -> F32:
         x = self._embed(batch)
         last = self.layers[-1]
         for layer in self.layers:
-            # What the last layer does beyond keys and values is for the positions that are sampled.
+            # What the last layer does beyond keys and values is for the positions that are asked for.
             asked = batch.asked if layer is last else None
             if self.spec.norm_first:
                 layer.attn_norm(x, self._normed[: len(x)])
@@ -177,7 +197,13 @@ class Decoder:
                 layer.attn_norm(x, x)
                 self._feed_forward(layer, x, x)
                 layer.mlp_norm(x, x)
-        return self._head(x)
+        if self.final_norm is not None:
+            self.final_norm(x, x)
+        if self.spec.embedding_size != self.spec.hidden_size:
+            projected = self._projected[: len(x)]
+            self.embed_out(x, projected)
+            x = projected
+        return x
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination), in every layer."""
@@ -254,17 +280,6 @@ class Decoder:
         up = self._up[: len(x)]
         layer.up(x, up)
         layer.down(up, residual, accumulate=True)
-
-    def _head(self, x: F32) -> F32:
-        if self.final_norm is not None:
-            self.final_norm(x, x)
-        if self.spec.embedding_size != self.spec.hidden_size:
-            projected = self._projected[: len(x)]
-            self.embed_out(x, projected)
-            x = projected
-        logits = self._logits[: len(x)]
-        self.lm_head(x, logits)
-        return logits
 
     def _vector(self, name: str) -> F32:
         return np.ascontiguousarray(self._tensors[name], np.float32)

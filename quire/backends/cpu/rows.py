@@ -43,7 +43,9 @@ class Batch:
     written: Part | None = None
     """The positions whose KV is not in the blocks yet and is written; None for all of them."""
     asked: Part | None = None
-    """The positions whose hidden states become logits; None for all of them."""
+    """The positions whose hidden states are wanted at the end; None for all of them."""
+    scored: Scored | None = None
+    """Some positions are scored; None where those that are asked for are just the ``sampled`` ones."""
     uniform: bool = False
     """One position of each sequence, written and sampled: from the next such batch of S it differs by what ``contents`` hold alone."""
 
@@ -55,6 +57,16 @@ class Batch:
         """A uniform batch with the same contents in arrays of its own."""
         rows, start, ids = (array.copy() for array in self.contents())
         return replace(self, rows=rows, start=start, positions=start, ids=ids, sampled=rows)
+
+
+@dataclass(slots=True)
+class Scored:
+    """Of a batch in which positions are scored: what is where among the hidden states that are asked for."""
+
+    sampled_at: I32
+    """[samples]"""
+    rows: list[tuple[int, range, int]]
+    """(row, its positions that are scored, where the first of them is)"""
 
 
 @dataclass(slots=True)
@@ -93,7 +105,7 @@ class Rows:
         """Put the plan's new blocks and tokens into the tables, and lay out its positions."""
         decode = True
         for w in work:
-            decode = decode and w.count == 1 and w.sample and w.write and not w.draft
+            decode = decode and w.count == 1 and w.sample and w.write and not w.draft and not w.score
             if w.new_blocks:
                 self.block_tables[w.row, w.first_block : w.first_block + len(w.new_blocks)] = w.new_blocks
             if w.tokens:
@@ -127,9 +139,17 @@ class Rows:
         if not all(w.write for w in work):
             write = np.array([w.write for w in work], bool)
             batch.written = _part(batch, np.flatnonzero(np.repeat(write, counts)), write, np.where(write, counts, 0), start)
-        if len(logit_rows) < len(ids):
-            asked = np.array([1 + len(w.draft) if w.sample else 0 for w in work], np.int32)
-            batch.asked = _part(batch, logit_rows, sample, asked, start + counts - asked)
+        asked = np.array([_num_asked(w) for w in work], np.int32)
+        wanted = logit_rows
+        if any(w.score for w in work):
+            wanted = np.concatenate(
+                [np.arange(end - count, end, dtype=np.int32) for count, end in zip(asked, query_start[1:], strict=True)]
+            )
+            begin = np.cumsum(asked) - asked
+            at = [(w.row, w.score, int(i)) for w, i in zip(work, begin, strict=True) if w.score]
+            batch.scored = Scored(np.searchsorted(wanted, logit_rows).astype(np.int32), at)
+        if len(wanted) < len(ids):
+            batch.asked = _part(batch, wanted, asked > 0, asked, start + counts - asked)
         return batch
 
     def append(self, rows: I32, tokens: npt.NDArray[Any]) -> None:
@@ -149,6 +169,13 @@ class Rows:
                 count, length = accepted(w.draft, sampled), self.lengths[w.row]
                 self.tokens[w.row, length : length + count] = np.maximum(sampled[:count], 0)
                 self.lengths[w.row] = length + count
+
+
+def _num_asked(work: RowWork) -> int:
+    """How many of the last positions have hidden states that somebody reads, or that lie behind one that somebody reads."""
+    if work.score:
+        return work.start + work.count - work.score.start
+    return 1 + len(work.draft) if work.sample else 0
 
 
 def _part(batch: Batch, tokens: npt.NDArray[Any], of: npt.NDArray[np.bool_], counts: I32, start: I32) -> Part:

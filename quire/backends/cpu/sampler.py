@@ -24,12 +24,35 @@ _USES = {name: 1 << i for i, name in enumerate((*_OFF, "top_k", "logit_bias", "m
 _REPEATS = _USES["repetition_penalty"]
 _COUNTS = _USES["frequency_penalty"] | _USES["presence_penalty"]
 
-_FAILURES = {
+FAILURES = {
     1: "the model's logits are not finite numbers: the weights may be damaged, or too large for their width",
-    2: "no token may be chosen: min_tokens (which bans stop tokens), structured output, allowed_token_ids and bad_words leave none; "
+    2: "no token may be chosen: before min_tokens every token is banned as a stop token; lower min_tokens, or name fewer stop_token_ids",
+    3: "no token may be chosen: structured output, allowed_token_ids, bad_words and min_tokens (which bans stop tokens) leave none; "
     "lower min_tokens, or constrain the output less",
 }
-"""The kernel's status of a row → what its request is told."""
+"""The kernel's status of a row → what its request is told; 3 where it is 2 under a mask."""
+
+
+class Reported:
+    """Room for the log-probabilities that the kernels report: of row i the ``count[i]`` most likely tokens', or nothing if negative."""
+
+    def __init__(self, count: npt.NDArray[np.int32]) -> None:
+        shape = len(count), max(0, int(count.max(initial=0)))
+        self.count = count
+        self._logprob, self._rank = np.zeros(len(count), np.float32), np.zeros(len(count), np.int32)
+        self._top_ids, self._top_logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+
+    def arrays(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        return {
+            "num_logprobs": self.count, "logprob": self._logprob, "rank": self._rank,
+            "top_ids": self._top_ids, "top_logprobs": self._top_logprobs,
+        }  # fmt: skip
+
+    def entry(self, i: int) -> TokenLogprobs:
+        n = self.count[i]
+        top = zip(self._top_ids[i, :n].tolist(), self._top_logprobs[i, :n].tolist(), strict=True)
+        return TokenLogprobs((float(self._logprob[i]), int(self._rank[i])), list(top))
 
 
 @dataclass(slots=True)
@@ -90,10 +113,11 @@ class Sampler:
         logits: npt.NDArray[np.float32],
         rows: npt.NDArray[np.int32],
         lengths: npt.NDArray[np.int64],
+        result: StepResult,
         masks: Sequence[bytes | None] = (),
-    ) -> StepResult:
-        """One token for each of ``rows``, after its first ``lengths`` tokens; logits [len(rows), vocab] float32. A row may be there
-        several times, with different lengths. masks: see RowWork; None for a row without."""
+    ) -> None:
+        """Into ``result`` one token for each of ``rows``, after its first ``lengths`` tokens; logits [len(rows), vocab] float32. A row
+        may be there several times, with different lengths. masks: see RowWork; None for a row without."""
         count = len(rows)
         tokens, status = np.zeros(count, np.int32), np.zeros(count, np.int32)
         options: dict[str, Any] = {
@@ -109,23 +133,18 @@ class Sampler:
             self._add_histories(options, uses, rows, lengths)
             self._add_bias_and_bans(options, uses, rows, lengths)
         if uses & _USES["logprobs"]:
-            num_logprobs = self._num_logprobs[rows]
-            widest = int(num_logprobs.max())
-            options["num_logprobs"] = num_logprobs
-            options["logprob"], options["rank"] = np.zeros(count, np.float32), np.zeros(count, np.int32)
-            options["top_ids"], options["top_logprobs"] = np.zeros((count, widest), np.int32), np.zeros((count, widest), np.float32)
+            reported = Reported(self._num_logprobs[rows])
+            options |= reported.arrays()
         native.sample(logits, tokens, status, **options)
-        result = StepResult(tokens.tolist(), [None] * count)
+        result.tokens, result.logprobs = tokens.tolist(), [None] * count
         if status.any():
-            for i in np.flatnonzero(status):
-                result.tokens[i] = -1
-                result.errors[int(rows[i])] = _FAILURES[int(status[i])]
+            for failed in np.flatnonzero(status).tolist():
+                result.tokens[failed] = -1
+                masked = bool(masks) and masks[failed] is not None
+                result.errors[int(rows[failed])] = FAILURES[3 if status[failed] == 2 and masked else int(status[failed])]
         if uses & _USES["logprobs"]:
-            for i in np.flatnonzero((num_logprobs >= 0) & (status == 0)):
-                n = num_logprobs[i]
-                top = zip(options["top_ids"][i, :n].tolist(), options["top_logprobs"][i, :n].tolist(), strict=True)
-                result.logprobs[i] = TokenLogprobs((float(options["logprob"][i]), int(options["rank"][i])), list(top))
-        return result
+            for i in np.flatnonzero((reported.count >= 0) & (status == 0)):
+                result.logprobs[i] = reported.entry(int(i))
 
     def _add_masks(self, options: dict[str, Any], masks: Sequence[bytes | None]) -> None:
         words = -(-self._vocab_size // 32)

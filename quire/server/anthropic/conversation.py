@@ -67,7 +67,7 @@ def _add(messages: list[dict[str, Any]], at: str, message: Mapping[str, Any]) ->
             if block.get("type") == "tool_result":
                 messages.append(_tool_result(where, block))
             else:
-                _turn(messages, "user")["content"].append(_text(where, block))
+                _turn(messages, "user")["content"].append(_text(where, block, "text and tool_result"))
     elif role == "assistant":
         turn = _turn(messages, "assistant")
         for i, block in enumerate(_blocks(f"{at}.content", content)):
@@ -98,7 +98,7 @@ def _add_to_assistant(turn: dict[str, Any], at: str, block: dict[str, Any]) -> N
             function = {"name": _string(at, block, "name"), "arguments": json.dumps(arguments, ensure_ascii=False)}
             turn.setdefault("tool_calls", []).append({"id": _string(at, block, "id"), "type": "function", "function": function})
         case _:
-            turn["content"].append(_text(at, block))
+            turn["content"].append(_text(at, block, "text, thinking and tool_use"))
 
 
 def _tool_result(at: str, block: dict[str, Any]) -> dict[str, Any]:
@@ -121,9 +121,12 @@ def _texts(at: str, content: object) -> list[dict[str, Any]]:
     return [_text(f"{at}[{i}]", block) for i, block in enumerate(_blocks(at, content))]
 
 
-def _text(at: str, block: dict[str, Any]) -> dict[str, Any]:
+def _text(at: str, block: dict[str, Any], known: str = "text") -> dict[str, Any]:
+    """known: types of blocks that may stand here."""
     if block.get("type") != "text":
-        raise InvalidRequestError(f"{at} is of type {shown(block.get('type'))}: this model reads text only", param=at)
+        raise InvalidRequestError(
+            f"{at} is of type {shown(block.get('type'))}: this model reads text only, so blocks here may be of type {known}", param=at
+        )
     return {"type": "text", "text": _string(at, block, "text")}
 
 

@@ -19,7 +19,12 @@ from quire.server.generation import new_id
 from quire.server.limits import read_json
 from quire.server.sampling import names
 
-_NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
+_NAMES = {
+    "stop": "stop_sequences",
+    "response_format.json_schema.schema": "output_config.format.schema",
+    ".function.parameters": ".input_schema",
+    ".function": "",
+}
 
 
 async def messages(request: Request) -> Response:
@@ -35,8 +40,8 @@ async def messages(request: Request) -> Response:
         if capped := max(1, call.params.min_tokens) <= room < body.max_tokens:
             call = replace(call, params=replace(call.params, max_tokens=room))
         generation = chat_generation(context, caller_of(request), message_id, chat, call)
-    reply = Reply(message_id, context.model, generation, capped=capped)
-    return await deliver(request, generation, reply, bool(body.stream))
+        reply = Reply(message_id, context.model, generation, capped=capped)
+        return await deliver(request, generation, reply, bool(body.stream))
 
 
 async def count_tokens(request: Request) -> Response:

@@ -76,7 +76,7 @@ class Reply:
             "stop_reason": stop_reason, "stop_sequence": stop_sequence, "usage": self._usage(),
         }  # fmt: skip
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         """Anthropic counts what was cached apart from the rest."""
         usage = self._generation.usage
         return {
@@ -84,6 +84,7 @@ class Reply:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": usage.cached_tokens,
             "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
         }
 
     def _stop(self) -> tuple[str, str | None]:

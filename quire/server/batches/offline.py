@@ -75,6 +75,11 @@ def open_job(source: Path, target: Path, names: tuple[str, ...], config: ServerC
     store = Store(state)
     try:
         batch = next(iter(store.batches("", None, 1)), None)
+        if batch is not None and batch.model != names[0]:
+            raise ConfigError(
+                f"{state} holds answers of the model {batch.model!r} ({batch.total - batch.left:,} of {batch.total:,} lines), and not of "
+                f"{names[0]!r}: name that one, or delete {state} to begin again"
+            )
         if batch is not None and json.loads(batch.metadata)["sha256"] != digest:
             raise ConfigError(
                 f"{source} is not the file that {state} holds the answers for ({batch.total - batch.left:,} of {batch.total:,} lines): "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ SLOWEST_BYTES_S = 16 << 10
 """An upload may take PATIENCE_S, and a second more for each so many bytes that have arrived."""
 DISCARD_BYTES, DISCARD_S = 16 << 20, 10.0
 """So much of what is too large is read and thrown away, so that a client which still writes gets to read why."""
+
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of every body that is not well formed: anybody can send many
 
 
 @dataclass(slots=True)

@@ -22,6 +22,15 @@ class Histogram:
         self._sum += value * times
 
     @property
+    def bounds(self) -> Sequence[float]:
+        return self._bounds
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Values up to each bound and above the one before; the last ones above all."""
+        return tuple(self._counts)
+
+    @property
     def count(self) -> int:
         return sum(self._counts)
 

@@ -37,27 +37,27 @@ class RequestRecord:
     """Sequences that have not ended."""
     last: list[float] = field(default_factory=list)
     """When each sequence last made a token; 0 before."""
-    first_token: float = 0.0
-    """0: there is none yet."""
-    last_token: float = 0.0
+    first_output: float = 0.0
+    """When its prompt was computed, and with it the first token, if any was wanted; 0 before."""
+    last_output: float = 0.0
     generated: int = 0
     """Tokens, of all sequences."""
     cached: int = 0
     queued_s: float | None = None
     preemptions: int = 0
     finished_reason: str = "stop"
-    parent: object = None
-    """What a listener to ``begun`` made of it."""
+    trace: dict[str, str] | None = None
+    """The trace that its call belongs to (W3C's traceparent and tracestate); noted by ``begun``."""
     ended: set[int] = field(default_factory=set)
 
     @property
     def prefill_s(self) -> float:
         """From the end of the queue to the first token."""
-        return max(0.0, self.first_token - self.arrived - (self.queued_s or 0.0))
+        return max(0.0, self.first_output - self.arrived - (self.queued_s or 0.0))
 
     @property
     def decode_s(self) -> float:
-        return self.last_token - self.first_token
+        return self.last_output - self.first_output
 
 
 class RequestMeter:
@@ -75,7 +75,7 @@ class RequestMeter:
         self.rejections: Counter[str] = Counter()
         """Requests that were refused, by the code of their error."""
         self.prompt_tokens = 0
-        """Of requests that have made a token, or ended."""
+        """Of requests whose prompts were computed."""
         self.cached_tokens = 0
         """Those of them that were found in the prefix cache."""
         self.generation_tokens = 0
@@ -114,14 +114,14 @@ class RequestMeter:
             record = live.get(output.request_id)
             if record is None or output.index in record.ended:
                 continue
+            if not record.first_output and output.cached_tokens is not None:
+                self._first(record, output, now)
             if count := len(output.token_ids):
                 self.generation_tokens += count
                 record.generated += count
                 if (last := record.last[output.index]) > 0:
                     latency.observe((now - last) / count, count)
-                elif not record.first_token:
-                    self._first(record, output, now)
-                record.last[output.index] = record.last_token = now
+                record.last[output.index] = record.last_output = now
             if output.finish_reason is not None:
                 if output.preemptions is not None:
                     record.preemptions = max(record.preemptions, output.preemptions)
@@ -141,12 +141,13 @@ class RequestMeter:
             self._finish(record, self._clock())
 
     def _first(self, record: RequestRecord, output: SequenceOutput, now: float) -> None:
-        record.first_token = now
+        record.first_output = record.last_output = now
         record.cached = output.cached_tokens or 0
         record.queued_s = output.queued_s
         self.prompt_tokens += len(record.request.prompt_token_ids)
         self.cached_tokens += record.cached
-        self.time_to_first_token.observe(now - record.arrived)
+        if output.token_ids:
+            self.time_to_first_token.observe(now - record.arrived)
         self.queue.observe(record.queued_s or 0.0)
         self.prefill.observe(record.prefill_s)
 

@@ -13,8 +13,8 @@ ROOM = 0.3
 
 def advice(snapshot: Snapshot, limits: RequestLimits, preemptions: int) -> Iterator[str]:
     """``preemptions``: those of the last minute."""
-    kv, waiting = snapshot.stats.kv, snapshot.waiting
-    if count := waiting.get("memory", 0):
+    kv, queue = snapshot.stats.kv, snapshot.stats.queue
+    if count := queue.memory:
         yield (
             f"{_sequences(count)} for memory: {kv.used_blocks:,} of {kv.num_blocks:,} blocks are in use, and what runs is expected to need "
             f"the rest. Raise --kv-memory; or lower --max-model-len (now {limits.max_model_len:,}) or the clients' max_tokens; "
@@ -26,7 +26,7 @@ def advice(snapshot: Snapshot, limits: RequestLimits, preemptions: int) -> Itera
             f"{what} had to give memory back in the last minute, and will compute part of it again. Raise --kv-memory, lower "
             "--max-num-seqs, or serve with --admission no-evict, under which nobody is preempted for want of memory."
         )
-    if (count := waiting.get("rows", 0)) and kv.free_blocks > ROOM * kv.num_blocks:
+    if (count := queue.rows) and kv.free_blocks > ROOM * kv.num_blocks:
         yield (
             f"{_sequences(count)} though {kv.free_blocks:,} of {kv.num_blocks:,} blocks are free: --max-num-seqs {limits.max_num_seqs:,} "
             "run already. Raise it if tokens/s still grow with more of them."

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,7 +21,7 @@ from quire import __version__
 from quire.errors import EngineError, QueueFullError
 from quire.server.errors import UnavailableError
 from quire.server.page.advice import advice
-from quire.server.page.latency import BOUNDS_S, Latencies, quantile
+from quire.server.page.latency import WINDOW_S, Recent, quantile
 from quire.server.page.picture import Picture, change, whole
 from quire.server.sse import PING, PING_S
 
@@ -55,7 +56,7 @@ class Feed:
         """Event that makes the picture out of the one before; None where only the whole of it does."""
         self._whole: bytes | None = None
         """Event of the whole picture, once somebody wanted it."""
-        self._latencies = Latencies()
+        self._latencies = self._recent()
         self._numbers = 0
         self._counts: deque[tuple[float, int, int]] = deque()
         """(time, tokens sampled, positions computed), the oldest about ``RATE_S`` ago."""
@@ -74,7 +75,6 @@ class Feed:
         self._watchers -= 1
         if self._watchers == 0 and self._task is not None:
             self._task.cancel()
-            self._client.observer = None
             self._client.unwatch()
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -101,9 +101,12 @@ class Feed:
         self._picture = self._change = self._whole = None
         self._counts.clear()
         self._preemptions.clear()
-        self._latencies = Latencies()
-        self._client.observer = self._latencies.note
+        self._latencies = self._recent()
         self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def _recent(self) -> Recent:
+        meter = self._client.meter
+        return Recent({"first": meter.time_to_first_token, "between": meter.inter_token_latency})
 
     async def _run(self) -> None:
         while True:
@@ -113,7 +116,7 @@ class Feed:
                 self._publish(seen)
             except Exception:
                 log.exception("a look at the engine failed")
-            await asyncio.sleep(_interval(seen) - (time.monotonic() - started))
+            await asyncio.sleep(interval(seen) - (time.monotonic() - started))
 
     async def _look(self) -> Seen | None:
         try:
@@ -157,18 +160,16 @@ class Feed:
             state = "running"
         return {
             "state": state, "restarts": client.restarts, "last_death": client.dead or client.last_death,
-            "look_s": 0.0 if seen is None else seen.cost_s, "interval_s": _interval(seen),
+            "look_s": 0.0 if seen is None else seen.cost_s, "interval_s": interval(seen),
         }  # fmt: skip
 
     def _facts(self, snapshot: Snapshot) -> dict[str, Any]:
         now, stats, kv = time.monotonic(), snapshot.stats, snapshot.stats.kv
-        self._latencies.forget({(view.request_id, view.index) for view in snapshot.sequences})
-        first, between = self._latencies.counts()
         return {
             "now": snapshot.now,
             "running": stats.running,
             "waiting": stats.waiting,
-            "waiting_for": snapshot.waiting,
+            "waiting_for": {reason: count for reason, count in asdict(stats.queue).items() if count},
             "kv": {
                 "num_blocks": kv.num_blocks, "block_size": kv.block_size, "used": kv.used_blocks, "cached": kv.cached_blocks,
                 "shared": kv.shared_blocks, "saved": kv.saved_blocks, "positions_used": kv.positions_used, "empty_tail": kv.empty_tail,
@@ -179,7 +180,10 @@ class Feed:
                 "copied": kv.counters.blocks_copied, "preemptions": stats.preemptions, "recomputed": stats.tokens_recomputed,
             },
             "rates": self._rates(now, stats.tokens_sampled, stats.tokens_computed),
-            "latency": {"window_s": 60, "bounds_s": BOUNDS_S, "first": _summary(first), "between": _summary(between)},
+            "latency": {"window_s": WINDOW_S} | {
+                name: {"bounds_s": bounds, "counts": counts, "p50": quantile(bounds, counts, 0.5), "p95": quantile(bounds, counts, 0.95)}
+                for name, (bounds, counts) in self._latencies.look(now).items()
+            },
             "copied": snapshot.copied,
             "evicted": snapshot.evicted,
             "preemptions": snapshot.preemptions,
@@ -211,13 +215,9 @@ class Feed:
         return total - totals[0][1]
 
 
-def _interval(seen: Seen | None) -> float:
+def interval(seen: Seen | None) -> float:
     """Seconds from one look to the next."""
     return LOOK_S if seen is None else max(LOOK_S, seen.cost_s / SHARE)
-
-
-def _summary(counts: list[int]) -> dict[str, Any]:
-    return {"counts": counts, "p50": quantile(counts, 0.5), "p95": quantile(counts, 0.95)}
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -18,7 +18,12 @@ from quire.server.responses.schemas import IGNORED, REFUSED, ResponsesRequest
 from quire.server.responses.tools import GivenTools
 from quire.server.sampling import names
 
-_NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
+_NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format.json_schema.schema": "text.format.schema",
+    ".function": "",
+}
 
 
 async def create_response(request: Request) -> Response:
@@ -31,8 +36,8 @@ async def create_response(request: Request) -> Response:
         chat = chat_request(body, tools)
         call = await chat_call(context, chat)
         generation = chat_generation(context, caller_of(request), response_id, chat, call)
-    reply = Reply(context, body, tools, call.params, response_id, generation)
-    return await deliver(request, generation, reply, bool(body.stream))
+        reply = Reply(context, body, tools, call.params, response_id, generation)
+        return await deliver(request, generation, reply, bool(body.stream))
 
 
 async def stored_response(request: Request) -> Response:

@@ -11,7 +11,7 @@ from quire.sampling_params import SamplingParams
 from quire.server.chunks import json_bytes, text_json
 from quire.server.context import Context
 from quire.server.generation import Generation, Piece, new_id
-from quire.server.logprobs import chat_logprobs
+from quire.server.logprobs import Labels, chat_logprobs
 from quire.server.responses.schemas import ResponsesRequest
 from quire.server.responses.tools import GivenTools
 from quire.server.sse import PING
@@ -29,7 +29,7 @@ class Reply:
     def __init__(
         self, context: Context, body: ResponsesRequest, tools: GivenTools, params: SamplingParams, response_id: str, generation: Generation
     ) -> None:  # fmt: skip
-        self._tokenizer, self._top = context.tokenizer, params.logprobs
+        self._labels, self._top = Labels(context.tokenizer, False), params.logprobs
         self._generation, self._turn, self._tools = generation, Turn(), tools
         self._fields = _fields(context, body, tools, params, response_id)
         self._sequence_number = -1
@@ -76,7 +76,7 @@ class Reply:
 
     def _steps(self, piece: Piece) -> Iterator[Step]:
         if self._top is not None and piece.delta.logprobs:
-            self._unsent += chat_logprobs(self._tokenizer, piece.delta.token_ids, piece.delta.logprobs, self._top)["content"]
+            self._unsent += chat_logprobs(self._labels, piece.delta.token_ids, piece.delta.logprobs, self._top)["content"]
         for step in self._turn.take(piece):
             if step[0] == "open":
                 self._ids.append(new_id(_PREFIX[step[1].kind], "_"))

@@ -36,7 +36,7 @@ class GivenTools:
             if not isinstance(name, str) or not isinstance(members, list):
                 raise InvalidRequestError(f"{at} is a namespace, and needs a name and tools", param=at)
             for j, member in enumerate(members):
-                if not isinstance(member, dict) or member.get("type") != "function":
+                if not _is_function(member):
                     raise InvalidRequestError(f"{at}.tools[{j}] must be of type function, got {shown(member)}", param=at)
                 self.functions.append(_function(f"{at}.tools[{j}]", member))
                 self.namespaces[member["name"]] = name
@@ -54,12 +54,15 @@ class GivenTools:
         if isinstance(choice, dict) and kind == "function":
             return {"type": "function", "function": {"name": choice.get("name")}}
         if isinstance(choice, dict) and kind == "allowed_tools" and isinstance(choice.get("tools"), list):
-            allowed = [tool.get("name") for tool in choice["tools"] if isinstance(tool, dict)]
-            self.functions = [tool for tool in self.functions if tool["function"]["name"] in allowed]
-            return choice.get("mode")
+            allowed = [{"type": "function", "function": {"name": tool.get("name")}} for tool in choice["tools"] if _is_function(tool)]
+            return {"type": kind, "allowed_tools": {"mode": choice.get("mode"), "tools": allowed}}
         raise InvalidRequestError(
             f"tool_choice must be none, auto, required, a function or allowed_tools, got {shown(choice)}", param="tool_choice"
         )
+
+
+def _is_function(tool: object) -> bool:
+    return isinstance(tool, dict) and tool.get("type") == "function"
 
 
 def _function(at: str, tool: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,11 @@ SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 """White space within arguments, as chat templates write it."""
 
 
+REMARKS = ("title", "description", "$comment", "$schema")
+VALUES = ("const", "enum", "default", "examples")
+"""What these keywords hold is no schema."""
+
+
 @dataclass(slots=True, frozen=True)
 class CallGrammar:
     """format: one of FORMATS. tokens: text → id of the tokens that stand for themselves in a text, markers among them."""
@@ -47,7 +52,7 @@ class CallGrammar:
             return "", _text("; "), "", "{names}"
         if self._newer_mistral:
             return "", "", "", f"{self._marker('[TOOL_CALLS]')} {{names}}"
-        return f'{self._marker("[TOOL_CALLS]")} "["', _text(", "), '"]"', "{names}"
+        return f'{self._marker("[TOOL_CALLS]")} " "? "["', _text(", "), '"]"', "{names}"
 
     @property
     def _newer_mistral(self) -> bool:
@@ -83,4 +88,15 @@ def _text(text: str) -> str:
 def _schema(function: Mapping[str, Any]) -> str:
     """The arguments. Keywords that can't be enforced are left to chance, but for a function that is ``strict``."""
     guidance = SPACING | {"lenient": not function.get("strict")}
-    return json.dumps({"type": "object"} | dict(function.get("parameters") or {}) | {"x-guidance": guidance})
+    return json.dumps({"type": "object"} | _lean(function.get("parameters") or {}) | {"x-guidance": guidance})
+
+
+def _lean(schema: Any) -> Any:
+    """A schema without what only readers need, which is most of it."""
+    if isinstance(schema, list):
+        return [_lean(entry) for entry in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    # A property may have one of these names; what it maps to is no text then.
+    kept = {key: value for key, value in schema.items() if not (key in REMARKS and isinstance(value, str))}
+    return {key: value if key in VALUES else _lean(value) for key, value in kept.items()}

@@ -161,6 +161,11 @@ def detect(template: str) -> str | None:
         return None if "<function=" in template or "<arg_key>" in template else "hermes"  # relatives whose calls are not JSON
     if "[TOOL_CALLS]" in template:
         return "mistral"
-    if "<|start_header_id|>" in template and "tools" in template:
+    if "<|start_header_id|>" in template and "tools" in template and '"parameters": ' in template:
         return "llama3"
     return None
+
+
+def takes_one_call(template: str) -> bool:
+    """Whether the template refuses a message with several calls, as those of Llama 3 do: they are not to be made then."""
+    return "only supports single tool-calls" in template

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from quire.backends.cpu import _native as native
+from quire.backends.cpu.sampler import Reported
 
 
 @pytest.fixture(params=native.available_isas(), autouse=True)
@@ -232,5 +233,66 @@ def test_wrong_calls():
         sample(np.zeros((2, 33), np.float32), params={}, mask=np.zeros((2, 1), np.uint32))
     with pytest.raises(TypeError, match="allowed_mask"):
         sample(logits, params={}, mask=np.zeros((2, 1), np.int64))
+    for index in ([0, 1], [-2, 0]):
+        with pytest.raises(ValueError, match="mask_index"):
+            native.sample(
+                logits, np.zeros(2, np.int32), np.zeros(2, np.int32), temperature=np.ones(2, np.float32), seed=np.zeros(2, np.uint64),
+                position=np.zeros(2, np.int64), allowed_mask=np.zeros((1, 1), np.uint32), mask_index=np.array(index, np.int32),
+            )  # fmt: skip
     with pytest.raises(TypeError, match="logits"):
         sample(logits.astype(np.float64), params={})
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 97, 2500])
+def test_score_reports_what_sample_reports(isa, vocab):
+    """Of tokens that are there already; bit for bit, with the same ranks and the same most likely ones."""
+    rng = np.random.default_rng(vocab)
+    logits = (rng.standard_normal((40, vocab)) * 3).astype(np.float32)
+    logits[5, :] = 1.5  # all the same
+    logits[6, : vocab // 2] = -np.inf
+    count = np.array([min(vocab, i % 6) for i in range(40)], np.int32)
+    drawn = sample_with_logprobs(logits, count)
+    scored = Reported(count)
+    status = np.full(40, 9, np.int32)
+    native.score(logits, drawn["tokens"], status, **scored.arrays())
+    assert not status.any()
+    assert [scored.entry(i) for i in range(40)] == drawn["entries"]
+
+
+def sample_with_logprobs(logits, count):
+    reported = Reported(count)
+    tokens, status = np.zeros(len(logits), np.int32), np.zeros(len(logits), np.int32)
+    at, ones = np.arange(len(logits)), np.ones(len(logits), np.float32)
+    native.sample(logits, tokens, status, temperature=ones, seed=at.astype(np.uint64), position=at, **reported.arrays())
+    return {"tokens": tokens, "entries": [reported.entry(i) for i in range(len(logits))]}
+
+
+def test_score_of_the_other_tokens(isa):
+    """A token that is no sampler's choice, and one that can't be; logits that are no numbers end in a status."""
+    logits = np.zeros((4, 33), np.float32)
+    logits[0, 4], logits[1, 4], logits[2, 7], logits[3, :] = 2.0, -np.inf, np.nan, -np.inf
+    reported, status = Reported(np.array([0, 2, 0, 0], np.int32)), np.zeros(4, np.int32)
+    native.score(logits, np.array([9, 4, 0, 0], np.int32), status, **reported.arrays())
+    assert status.tolist() == [0, 0, 1, 2]
+    (value, rank), top = reported.entry(0).token, reported.entry(0).top
+    assert (rank, top) == (2, [])
+    assert value == pytest.approx(-np.log(32 + np.exp(2.0)), rel=1e-6)
+    assert reported.entry(1).token == (-np.inf, 33)
+    assert [token for token, _ in reported.entry(1).top] == [0, 1]
+    with pytest.raises(ValueError, match=r"tokens\[0\] is 33"):
+        native.score(logits, np.array([33, 0, 0, 0], np.int32), status, **reported.arrays())
+
+
+def test_only_the_greatest_logit_has_the_greatest_logprob(isa):
+    """Logits one step of float32 apart, whose log-probabilities would round to the same number: evaluation harnesses call a token
+    the greedy choice where its log-probability equals the greatest one."""
+    logits = np.full((2, 50_000), 0.001, np.float32)
+    logits[:, 11] = np.float32(0.0010001)
+    logits[:, 40] = np.nextafter(np.float32(0.0010001), np.float32(1))
+    reported, status = Reported(np.array([3, 3], np.int32)), np.zeros(2, np.int32)
+    native.score(logits, np.array([11, 40], np.int32), status, **reported.arrays())
+    second, first = reported.entry(0), reported.entry(1)
+    assert (first.token[1], second.token[1]) == (1, 2)
+    assert first.top == second.top
+    assert [token for token, _ in first.top[:2]] == [40, 11]
+    assert first.token[0] == first.top[0][1] > first.top[1][1] == second.token[0]

@@ -5,7 +5,7 @@ import pytest
 
 from quire.backends.cpu.rows import Rows
 from quire.backends.cpu.sampler import Sampler
-from quire.core.plan import RowStart
+from quire.core.plan import RowStart, StepResult
 from quire.sampling_params import SamplingParams
 
 VOCAB, LENGTH = 500, 12
@@ -55,7 +55,9 @@ def begin(sampler, starts):
 
 def draw(sampler, rows, seeds):
     rows = np.array(rows, np.int32)
-    return sampler.sample(logits_of(seeds), rows, np.full(len(rows), LENGTH, np.int64))
+    result = StepResult()
+    sampler.sample(logits_of(seeds), rows, np.full(len(rows), LENGTH, np.int64), result)
+    return result
 
 
 def test_a_row_is_sampled_as_if_it_were_alone(sampler):
@@ -87,3 +89,28 @@ def test_every_parameter_has_an_effect_and_leaves_with_its_request(sampler, row)
         begin(fresh, [start(0, params, seed)])
         assert draw(fresh, [0], [seed]).tokens[0] == token
         assert logprobs is None
+
+
+def test_masks_are_of_their_rows_alone():
+    rows = Rows(8, 64, 16)
+    sampler = Sampler(rows, VOCAB)
+    seeds = range(len(KINDS[:8]))
+    for row in seeds:
+        sampled = start(row, KINDS[row], row)
+        rows.begin(sampled)
+        sampler.begin(sampled)
+    logits, ids, lengths = logits_of(seeds), np.arange(8, dtype=np.int32), np.full(8, LENGTH, np.int64)
+    plain = sampler.sample(logits, ids, lengths).tokens
+    words = -(-VOCAB // 32)
+    rng = np.random.default_rng(3)
+    masks = [None if row % 2 else rng.integers(0, 1 << 32, words + 1, dtype=np.uint32).tobytes() for row in seeds]
+    masks[4] = np.array([1 << 9] + [0] * words, np.uint32).tobytes()
+    found = sampler.sample(logits, ids, lengths, masks).tokens
+    assert found[1::2] == plain[1::2]
+    assert found[4] == 9
+    for row in range(0, 8, 2):
+        assert masks[row][found[row] >> 3] >> (found[row] & 7) & 1
+    masks[0] = bytes(4 * words)
+    failed = sampler.sample(logits, ids, lengths, masks)
+    assert failed.tokens == [-1, *found[1:]]
+    assert "no token may be chosen" in failed.errors[0]

@@ -103,7 +103,7 @@ def test_a_filename_is_shown_and_never_trusted(server: Server, client: openai.Op
         client.files.delete(answer.json()["id"])
 
 
-def test_uploads_that_are_refused(server: Server, client: openai.OpenAI) -> None:
+def test_uploads_that_are_refused(server: Server, client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
     def send(**parts: Any) -> httpx.Response:
         return http.post(server.url + "/v1/files", **parts)
 
@@ -124,6 +124,7 @@ def test_uploads_that_are_refused(server: Server, client: openai.OpenAI) -> None
     ):  # fmt: skip
         answer = send(**parts)
         assert (answer.status_code, words in answer.json()["error"]["message"]) == (status, True), answer.text
+    assert not caplog.records, "whoever sends rubbish does not fill the log"
     assert client.files.list().data == []
     assert list((Path(server.config.batch_dir or "") / "files").iterdir()) == [], "nothing of it was kept"
     assert client.files.create(file=("a", b"x" * 200_000), purpose="batch").bytes == 200_000

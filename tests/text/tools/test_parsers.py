@@ -191,7 +191,7 @@ def written(name: str, calls: list[tuple[str, dict[str, Any]]], ascii_only: bool
     return "; ".join(objects) if name == "llama3" else CALLS + "[" + ", ".join(objects) + "]"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data(), st.sampled_from([*FORMATS]), st.lists(CALL, min_size=1, max_size=3), st.booleans())
 def test_what_was_written_is_read(data: st.DataObject, name: str, calls: list[tuple[str, dict[str, Any]]], ascii_only: bool) -> None:
     text = "Well:\n" + written(name, calls, ascii_only)
@@ -208,7 +208,7 @@ PARTS = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.data(),
     st.sampled_from([None, *FORMATS]),
@@ -243,5 +243,6 @@ def test_detection() -> None:
     assert detect("{% if tools %}<tool_call>{% endif %}") == "hermes"
     assert detect("{{ tools }}<tool_call>\n<function=x>") is None, "calls in XML"
     assert detect("[AVAILABLE_TOOLS]{{ tools }}[TOOL_CALLS]") == "mistral"
-    assert detect("<|start_header_id|>{% if tools %}{{ tools }}{% endif %}") == "llama3"
+    assert detect("<|start_header_id|>{{ tools }}{'name': f, \"parameters\": dictionary}") == "llama3"
+    assert detect("<|start_header_id|>{{ tools }}<TOOLCALL>") is None
     assert detect("{{ messages }}") is None

@@ -40,6 +40,31 @@ template <class T> T* output(const MaybeOut& a, const char* name, const char* dt
     return vector<T>(*a, name, dtype, rows);
 }
 
+// Where the log probabilities of a.rows rows go.
+void reports(SampleArgs& a, const Array& num_logprobs_, const MaybeOut& logprob, const MaybeOut& rank, const MaybeOut& top_ids,
+             const MaybeOut& top_logprobs) {
+    a.num_logprobs = vector<int32_t>(num_logprobs_, "num_logprobs", "int32", a.rows);
+    a.logprob = output<float>(logprob, "logprob", "float32", a.rows);
+    a.rank = output<int32_t>(rank, "rank", "int32", a.rows);
+    if (top_ids || top_logprobs) {
+        require(top_ids && top_logprobs, "top_ids and top_logprobs go together");
+        const Matrix2 top = matrix(*top_logprobs, "top_logprobs");
+        require_dtype<int32_t>(*top_ids, "top_ids", "int32");
+        require_ndim(*top_ids, 2, "top_ids");
+        require_contiguous(*top_ids, "top_ids");
+        require_contiguous(*top_logprobs, "top_logprobs");
+        require(top.rows == a.rows && dim(*top_ids, 0) == a.rows && dim(*top_ids, 1) == top.cols,
+                "top_ids and top_logprobs must be [rows, n], not " + shape_of(*top_ids) + " and " + shape_of(*top_logprobs));
+        a.top_ids = static_cast<int32_t*>(top_ids->data());
+        a.top_logprobs = top.data;
+        a.top_width = top.cols;
+    }
+    for (int64_t i = 0; i < a.rows; ++i)
+        require(a.num_logprobs[i] <= a.top_width,
+                "num_logprobs[" + std::to_string(i) + "] is " + std::to_string(a.num_logprobs[i]) + ", but top_ids has room for " +
+                    std::to_string(a.top_width));
+}
+
 void sample_tokens(const Array& logits_, const OutArray& tokens, const OutArray& status, const Array& temperature,
                    const Array& seed, const Array& position, const MaybeArray& top_k, const MaybeArray& top_p,
                    const MaybeArray& min_p, const MaybeArray& repetition, const MaybeArray& frequency,
@@ -88,28 +113,21 @@ void sample_tokens(const Array& logits_, const OutArray& tokens, const OutArray&
                     "mask_index[" + std::to_string(i) + "] is " + std::to_string(a.mask_index[i]) + ", but there are " +
                         std::to_string(masks) + " masks");
     }
-    if (num_logprobs) {
-        a.num_logprobs = vector<int32_t>(*num_logprobs, "num_logprobs", "int32", rows);
-        a.logprob = output<float>(logprob, "logprob", "float32", rows);
-        a.rank = output<int32_t>(rank, "rank", "int32", rows);
-        if (top_ids || top_logprobs) {
-            require(top_ids && top_logprobs, "top_ids and top_logprobs go together");
-            const Matrix2 top = matrix(*top_logprobs, "top_logprobs");
-            require_dtype<int32_t>(*top_ids, "top_ids", "int32");
-            require_ndim(*top_ids, 2, "top_ids");
-            require_contiguous(*top_ids, "top_ids");
-            require_contiguous(*top_logprobs, "top_logprobs");
-            require(top.rows == rows && dim(*top_ids, 0) == rows && dim(*top_ids, 1) == top.cols,
-                    "top_ids and top_logprobs must be [rows, n], not " + shape_of(*top_ids) + " and " + shape_of(*top_logprobs));
-            a.top_ids = static_cast<int32_t*>(top_ids->data());
-            a.top_logprobs = top.data;
-            a.top_width = top.cols;
-        }
-        for (int64_t i = 0; i < rows; ++i)
-            require(a.num_logprobs[i] <= a.top_width,
-                    "num_logprobs[" + std::to_string(i) + "] is " + std::to_string(a.num_logprobs[i]) + ", but top_ids has room for " +
-                        std::to_string(a.top_width));
-    }
+    if (num_logprobs) reports(a, *num_logprobs, logprob, rank, top_ids, top_logprobs);
+    nb::gil_scoped_release release;
+    sample(active_kernels(), a);
+}
+
+void score_tokens(const Array& logits_, const Array& tokens, const OutArray& status, const Array& num_logprobs,
+                  const MaybeOut& logprob, const MaybeOut& rank, const MaybeOut& top_ids, const MaybeOut& top_logprobs) {
+    const Matrix2 logits = matrix(logits_, "logits");
+    require(logits.cols >= 1 && logits.cols < (int64_t{1} << 31), "logits must have at least one column");
+    SampleArgs a{};
+    a.logits = logits.data, a.rows = logits.rows, a.vocab = logits.cols, a.stride = logits.stride;
+    a.given = vector<int32_t>(tokens, "tokens", "int32", a.rows);
+    require_ids(a.given, a.rows, a.vocab, "tokens", "tokens of the vocabulary");
+    a.status = vector<int32_t>(status, "status", "int32", a.rows);
+    reports(a, num_logprobs, logprob, rank, top_ids, top_logprobs);
     nb::gil_scoped_release release;
     sample(active_kernels(), a);
 }
@@ -125,6 +143,8 @@ void bind_sampling(nb::module_& m) {
           none("bias_values"), none("banned_start"), none("banned_ids"), none("allowed_mask"), none("mask_index"),
           none("num_logprobs"),
           none("logprob"), none("rank"), none("top_ids"), none("top_logprobs"));
+    m.def("score", score_tokens, nb::arg("logits"), nb::arg("tokens"), nb::arg("status"), nb::kw_only(), nb::arg("num_logprobs"),
+          nb::arg("logprob"), nb::arg("rank"), none("top_ids"), none("top_logprobs"));
     m.def("uniform", uniform, nb::arg("seed"), nb::arg("position"));
 }
 

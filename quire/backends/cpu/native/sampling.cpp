@@ -50,10 +50,19 @@ struct Row {
     void run() {
         allocate();
         int32_t token = -1;
-        const SampleStatus status = choose(token);
+        const SampleStatus status = a.given ? look_at(token) : choose(token);
         a.status[row] = static_cast<int32_t>(status);
-        a.tokens[row] = token;
+        if (a.tokens) a.tokens[row] = token;
         if (a.num_logprobs && a.num_logprobs[row] >= 0) report(token);
+    }
+
+    SampleStatus look_at(int32_t& token) {
+        const RowScan seen = kernels.scan(raw, vocab);
+        if (seen.bad) return SampleStatus::bad_logits;
+        raw_top = seen.max;
+        if (raw_top == -kInf) return SampleStatus::nothing_allowed;
+        token = a.given[row];
+        return SampleStatus::ok;
     }
 
     SampleStatus choose(int32_t& token) {
@@ -95,9 +104,12 @@ struct Row {
                 if (bits == ~0u) continue;
                 const int64_t begin = word * 32, end = std::min(vocab, begin + 32);
                 if (!bits) std::fill(changed + begin, changed + end, -kInf);
-                else
-                    for (int64_t t = begin; t < end; ++t)
-                        if (!(bits >> (t - begin) & 1)) changed[t] = -kInf;
+                else   // without branches: masks may be anything
+                    for (int64_t t = begin; t < end; ++t) {
+                        const uint32_t keep = 0u - (bits >> (t - begin) & 1);
+                        const uint32_t z = std::bit_cast<uint32_t>(changed[t]);
+                        changed[t] = std::bit_cast<float>((z & keep) | (std::bit_cast<uint32_t>(-kInf) & ~keep));
+                    }
             }
         }
         if (has(a.banned))
@@ -266,7 +278,8 @@ struct Row {
         return static_cast<int32_t>(end - 1);
     }
 
-    // Raw log probabilities: of the token, its rank, and the likeliest ones.
+    // Raw log probabilities: of the token, its rank, and the likeliest ones. A token has the greatest of them only if it has the
+    // greatest logit: where rounding would make two equal, the less likely one gets the next smaller float.
     void report(int32_t token) {
         const int64_t wanted = std::min<int64_t>(a.num_logprobs[row], a.top_width);
         int32_t* top_ids = a.top_ids + row * a.top_width;
@@ -278,7 +291,12 @@ struct Row {
         if (token < 0) return;
         if (raw_mass == 0) raw_mass = kernels.exp_row(raw, vocab, raw_top, 1.0f, nullptr, nullptr);
         const double log_sum = raw_top + std::log(raw_mass);
-        a.logprob[row] = static_cast<float>(raw[token] - log_sum);
+        const float most = static_cast<float>(raw_top - log_sum);
+        const auto logprob = [=, this](float z) {
+            const auto value = static_cast<float>(z - log_sum);
+            return z < raw_top && value == most ? std::nextafter(most, -kInf) : value;
+        };
+        a.logprob[row] = logprob(raw[token]);
         a.rank[row] = static_cast<int32_t>(1 + kernels.count_greater(raw, vocab, raw[token]));
         if (wanted <= 0) return;
         const int64_t n = kernels.select_at_least(raw, vocab, reached_by(raw, wanted), ids);
@@ -287,7 +305,7 @@ struct Row {
         std::partial_sort(candidates, candidates + kept, candidates + n, likelier);
         for (int64_t i = 0; i < kept; ++i) {
             top_ids[i] = candidates[i].id;
-            top_logprobs[i] = static_cast<float>(candidates[i].z - log_sum);
+            top_logprobs[i] = logprob(candidates[i].z);
         }
     }
 };

@@ -32,8 +32,10 @@ struct SampleArgs {
     int32_t* top_ids;                 // [rows, top_width]
     float* top_logprobs;
     int64_t top_width;
+    const int32_t* given = nullptr;   // tokens that are there already: they are reported, and nothing is chosen
 };
 
+// With args.given, only the logits, num_logprobs and what is written for them are used, besides the status.
 void sample(const Kernels& kernels, const SampleArgs& args);
 
 // Philox4x32-10 (Salmon et al., SC 2011) keyed by seed, at counter (position, 0): uniform in [0, 1), 53 bits.

@@ -33,10 +33,10 @@ export class Sparkline {
   }
 }
 
-const LABELS = [[0.001, "1 ms"], [0.01, "10 ms"], [0.1, "100 ms"], [1, "1 s"], [10, "10 s"]];
+const LABELS = [[0.0001, "0.1 ms"], [0.001, "1 ms"], [0.01, "10 ms"], [0.1, "100 ms"], [1, "1 s"], [10, "10 s"], [100, "100 s"]];
 const WIDTH = 320, HEIGHT = 92, BASE = 74;
 
-/** Counts in buckets whose bounds grow by a factor: time on a logarithmic axis. */
+/** Counts in buckets: time on a logarithmic axis. The first bucket begins at half of its bound, the last one has no end. */
 export class Histogram {
   #bars = svg("g");
   #median = svg("line", { class: "median", y1: 2, y2: BASE, visibility: "hidden" });
@@ -48,28 +48,29 @@ export class Histogram {
   }
 
   #x(seconds, bounds) {
-    const low = Math.log(bounds[0]) - Math.log(bounds[1] / bounds[0]), high = Math.log(bounds.at(-1));
+    const low = Math.log(bounds[0] / 2), high = Math.log(bounds.at(-1) * 2);
     return Math.max(0, Math.min(WIDTH, ((Math.log(seconds) - low) / (high - low)) * WIDTH));
   }
 
   #axis(bounds) {
     for (const [seconds, label] of LABELS) {
-      const text = svg("text", { class: "tick", x: Math.max(14, this.#x(seconds, bounds)), y: HEIGHT - 3 });
+      if (seconds < bounds[0] || seconds > bounds.at(-1)) continue;
+      const text = svg("text", { class: "tick", x: this.#x(seconds, bounds), y: HEIGHT - 3 });
       text.textContent = label;
       this.element.append(text);
     }
-    const width = WIDTH / bounds.length;
-    bounds.forEach((_, i) => this.#bars.append(svg("rect", { class: "bar", x: (i * width + 0.75).toFixed(2), width: (width - 1.5).toFixed(2), rx: 1.5 })));
+    const ends = [0, ...bounds.map((bound) => this.#x(bound, bounds)), WIDTH];
+    for (let i = 0; i < ends.length - 1; i++) {
+      this.#bars.append(svg("rect", { class: "bar", x: (ends[i] + 0.75).toFixed(2), width: (ends[i + 1] - ends[i] - 1.5).toFixed(2), rx: 1.5 }));
+    }
     this.#ready = true;
   }
 
-  show(bounds, { counts, p50 }, label) {
+  show({ bounds_s: bounds, counts, p50 }, label) {
     if (!this.#ready) this.#axis(bounds);
     const top = Math.max(1, ...counts);
     [...this.#bars.children].forEach((bar, i) => {
-      const last = i === bounds.length - 1 ? counts[i + 1] : 0; // what is longer than the last bound
-      const value = counts[i] + last;
-      const height = value ? Math.max(2, (value / top) * (BASE - 6)) : 0;
+      const height = counts[i] ? Math.max(2, (counts[i] / top) * (BASE - 6)) : 0;
       bar.setAttribute("y", (BASE - height).toFixed(2));
       bar.setAttribute("height", height.toFixed(2));
     });

@@ -27,7 +27,7 @@ function show() {
   state(engine.state, engine.restarts ? `, ${engine.restarts} ${engine.restarts === 1 ? "restart" : "restarts"}` : "");
   happened.show(facts);
   const gone = ["restarting", "dead"].includes(engine.state);
-  cover(gone ? "The engine is gone" : "", gone ? `${engine.last_death}. ${engine.state === "dead" ? "No other one could be started." : "Another one is being started, and what is in flight goes on there."}` : "");
+  cover(gone ? "The engine is gone" : "", gone ? `${sentence(engine.last_death)}. ${engine.state === "dead" ? "No other one could be started." : "Another one is being started, and what is in flight goes on there."}` : "");
   if (!view.known || gone) return;
   numbers.show(facts);
   map.show();
@@ -36,6 +36,8 @@ function show() {
   const share = ((engine.look_s / engine.interval_s) * 100).toFixed(2);
   setText($("about"), `Quire ${server.version}. Showing this takes ${share} % of the engine's time, and nothing while nobody watches.`);
 }
+
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
 
 function state(name, more = "") {
   const pill = $("engine");

@@ -77,6 +77,7 @@ export class BlockMap {
       while (blocks < view.touched) blocks *= 2;
       if (blocks > 0.75 * total) blocks = total;
     }
+    $("extent").hidden = blocks === total && !this.whole;
     const width = this.#canvas.parentElement.clientWidth;
     const room = Math.max(200, Math.min(380, innerHeight - 430));
     let pitch = LARGEST, each = 1;
@@ -239,15 +240,17 @@ export class BlockMap {
     if (share.getAttribute("aria-label") !== label) share.setAttribute("aria-label", label);
     this.#canvas.setAttribute("aria-label", `KV blocks: ${count(owned)} owned, ${count(kv.shared)} shared, ${count(kv.cached)} cached, ${count(free)} free`);
     for (const [kind, n] of [...parts, ["free", free]]) setText(this.counts[kind], count(n));
-    this.counts.mine.parentElement.hidden = !this.selection.hasMine;
+    this.yours.hidden = !this.selection.hasMine;
   }
 
   #legend() {
     this.counts = {};
     const items = [["owned", "owned"], ["shared", "shared"], ["cached", "cached"], ["free", "free"], ["mine", "yours"], ["copied", "just copied"], ["evicted", "just evicted"]];
     for (const [kind, text] of items) {
-      this.counts[kind] = make("b");
-      $("legend").append(make("li", {}, make("i", { className: kind }), text, this.counts[kind]));
+      const item = make("li", {}, make("i", { className: kind }), text);
+      if (["owned", "shared", "cached", "free"].includes(kind)) item.append((this.counts[kind] = make("b")));
+      if (kind === "mine") this.yours = item;
+      $("legend").append(item);
     }
   }
 

@@ -44,7 +44,7 @@ export class Numbers {
       const total = counts.reduce((sum, n) => sum + n, 0);
       const said = total ? `median ${duration(p50)}, 95 % within ${duration(p95)}, ${count(total)} measured` : "none yet";
       setText(text, said);
-      chart.show(latency.bounds_s, latency[name], `${title}: ${said}`);
+      chart.show(latency[name], `${title}: ${said}`);
     }
     this.#advise(facts.advice);
   }

@@ -30,7 +30,7 @@ export class Prompt {
       ...(chat ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
     };
     if (!Number.isFinite(body.temperature)) delete body.temperature;
-    const answers = new Answers(n, chat ? "" : text);
+    const answers = new Answers(n, chat ? "" : lastLines(text));
     const clock = { began: performance.now(), first: null, last: null, usage: null };
     this.#busy(true);
     this.#say("…");
@@ -96,6 +96,12 @@ export class Prompt {
   }
 }
 
+/** As much of a prompt as shows where the answer goes on. */
+function lastLines(text) {
+  const end = text.split("\n").slice(-2).join("\n").slice(-160);
+  return end.length < text.length ? `…${end}` : end;
+}
+
 /** One box for each sample. */
 class Answers {
   constructor(n, prompt) {
@@ -111,7 +117,9 @@ class Answers {
 
   add(index, text, reason) {
     const box = this.boxes[index];
+    const place = $("answers"), atEnd = place.scrollTop + place.clientHeight > place.scrollHeight - 8;
     if (text) box.text.appendData(text);
+    if (atEnd && this.boxes.length === 1) place.scrollTop = place.scrollHeight;
     if (reason) {
       box.head.hidden = false;
       box.head.textContent = [box.title, `ended by ${reason}`].filter(Boolean).join(", ");

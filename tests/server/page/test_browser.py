@@ -1,0 +1,271 @@
+"""The page in headless Chromium, on a real server: what people see while requests run, share, copy, and while the engine dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.browser import DOWN, ENTER, ESCAPE, MISSING, RIGHT, TAB, Browser
+from server.harness import Process, http, wait_until
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+KEY = "sk-alice-0123456789"
+HEAD = (
+    "import os\nimport sys\n\n\nclass Server:\n    def __init__(self, host, port):\n        self.host = host\n        self.port = port\n\n"
+)
+STATE = "document.querySelector('#engine').dataset.state"
+PIXELS = """
+    const map = document.querySelector('#map'), copy = new OffscreenCanvas(map.width, map.height);
+    const context = copy.getContext('2d', {willReadFrequently: true});
+    context.drawImage(map, 0, 0);
+    const {data} = context.getImageData(0, 0, map.width, map.height);
+    const style = getComputedStyle(document.documentElement), counts = {};
+    for (const kind of ['owned', 'shared', 'cached', 'free', 'mine']) {
+        const hex = style.getPropertyValue('--' + kind).trim(), [r, g, b] = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+        let count = 0;
+        for (let i = 0; i < data.length; i += 4) count += data[i] === r && data[i + 1] === g && data[i + 2] === b;
+        counts[kind] = count;
+    }
+    return counts;
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Process]:
+    process = Process("--kv-memory", "32MiB", "--max-num-seqs", "16")
+    yield process
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    browser = Browser()
+    yield browser
+    browser.stop()
+
+
+@pytest.fixture
+def browser(window: Browser, server: Process) -> Iterator[Browser]:
+    """The page, open and connected, in the size that it has to be good at."""
+    window.complaints(), window.requests()
+    window.size(1280, 800)
+    window.media(prefers_color_scheme="dark")
+    window.open(server.url + "/")
+    window.wait(f"{STATE} === 'running'", "the page shows a running engine")
+    yield window
+    assert not window.complaints()
+    elsewhere = [url for url in window.requests() if not url.startswith((server.url + "/", "data:"))]
+    assert not elsewhere, "the page asked somebody else"
+
+
+@contextmanager
+def load(server: Process, clients: int = 6) -> Iterator[None]:
+    """Requests all the time, some with samples, of prompts that begin alike."""
+    done = threading.Event()
+
+    def ask(i: int) -> None:
+        while not done.is_set():
+            body = {"prompt": f"{HEAD}    # {i}\n", "n": 4 if i % 2 else 1, "max_tokens": 160 + 40 * (i % 5), "ignore_eos": True}
+            assert http.post(server.url + "/v1/completions", json=body).status_code == 200
+
+    with ThreadPoolExecutor(clients) as pool:
+        asked = [pool.submit(ask, i) for i in range(clients)]
+        try:
+            yield
+        finally:
+            done.set()
+    for call in asked:
+        call.result()
+
+
+def pixels(browser: Browser) -> dict[str, int]:
+    """How much of the map has which colour."""
+    counts: dict[str, int] = browser.run(PIXELS)
+    return counts
+
+
+def keep(browser: Browser, root: Path, name: str, after: float = 0) -> None:
+    """A picture for the documentation, where it is asked for."""
+    if os.environ.get("QUIRE_KEEP_SCREENSHOTS"):
+        time.sleep(after)
+        browser.screenshot(root / "docs" / "images" / f"{name}.png")
+
+
+def test_the_map_shows_what_happens(browser: Browser, server: Process, root: Path) -> None:
+    before = pixels(browser)
+    assert before["owned"] == before["shared"] == 0
+    assert before["free"] > 0
+    with load(server):
+        wait_until(lambda: pixels(browser)["owned"] > 1000 and pixels(browser)["shared"] > 100, "blocks are owned and shared")
+        first = browser.run("return document.querySelector('#map').toDataURL()")
+        wait_until(lambda: browser.run("return document.querySelector('#map').toDataURL()") != first, "the map changes")
+        browser.wait("document.querySelectorAll('.sequence').length >= 6", "sequences are listed")
+        browser.wait("document.querySelector('#numbers .value').innerText.match(/[1-9]/)", "tokens/s are shown")
+        assert "running" in browser.text("#queue")
+        keep(browser, root, "page-dark", after=12)
+        # Whoever looks at a sequence sees its blocks.
+        shared = pixels(browser)
+        browser.click(".sequence")
+        wait_until(lambda: pixels(browser)["cached"] < shared["cached"] or shared["cached"] == 0, "other blocks are dimmed")
+        browser.wait("document.querySelector('.sequence .table:not([hidden])')?.innerText.includes('→')", "the block table is shown")
+        browser.media(prefers_color_scheme="light")
+        browser.wait("getComputedStyle(document.body).backgroundColor === 'rgb(244, 242, 236)'", "the page is light")
+        wait_until(lambda: pixels(browser)["owned"] > 0, "and so is the map")
+        browser.move("#map", 12, 12)
+        browser.wait("!document.querySelector('#tip').hidden", "a block is described")
+        assert "Block 0" in browser.text("#tip")
+        keep(browser, root, "page-light")
+    browser.wait("document.querySelector('#queue').innerText === '0 running'", "all of it ends")
+    wait_until(lambda: (now := pixels(browser))["owned"] == now["shared"] == 0 and now["cached"] > 0, "and stays cached")
+
+
+def test_the_prompt_streams_and_its_blocks_are_marked(browser: Browser, root: Path) -> None:
+    browser.type("#prompt-text", HEAD + "    def connect(self):\n")
+    browser.type("#n", "4")
+    browser.type("#max-tokens", "300")
+    browser.click("#send")
+    browser.wait("document.querySelectorAll('.answer').length === 4", "a box for each sample")
+    wait_until(lambda: (now := pixels(browser))["shared"] > 0 and now["mine"] > 0, "the samples' blocks are marked, and share the prompt's")
+    browser.wait("document.querySelector('#stop').hidden", "the stream ends")
+    timing = browser.text("#timing")
+    assert "first token" in timing
+    assert "tokens/s" in timing
+    for i in range(1, 5):
+        assert "ended by" in browser.text(f".answer:nth-child({i}) h3")
+        assert len(browser.text(f".answer:nth-child({i}) pre")) > 300
+    keep(browser, root, "page-prompt")
+
+    browser.run("document.querySelector('[value=chat]').click()")
+    browser.type("#n", "1")
+    browser.type("#max-tokens", "1500")
+    browser.click("#send")
+    browser.wait("document.querySelector('.answer pre').innerText.length > 5", "a chat answers")
+    browser.click("#stop")
+    browser.wait("document.querySelector('#timing').innerText.startsWith('stopped')", "it is stopped")
+    browser.wait("document.querySelector('#queue').innerText === '0 running'", "its memory is free")
+
+    browser.type("#n", "0")
+    browser.run("document.querySelector('#prompt').noValidate = true")
+    browser.type("#prompt-text", "")
+    browser.run("document.querySelector('[value=completion]').click()")
+    browser.click("#send")
+    browser.wait("document.querySelector('#timing').classList.contains('bad')", "the server's error is shown")
+    assert "prompt" in browser.text("#timing")
+    assert any("400" in line for line in browser.complaints())  # Chromium logs the status; it is no error of the page
+
+
+def test_a_killed_engine_is_shown_and_then_gone(browser: Browser, server: Process, root: Path) -> None:
+    browser.type("#prompt-text", HEAD)
+    browser.type("#max-tokens", "1500")
+    browser.click("#send")
+    browser.wait("document.querySelector('.answer pre')?.innerText.length > 150", "it streams")
+    os.kill(server.engine_pid, signal.SIGKILL)
+    browser.wait(f"{STATE} === 'restarting'", "the death is shown")
+    assert "SIGKILL" in browser.text("#overlay")
+    keep(browser, root, "page-killed")
+    browser.wait(f"{STATE} === 'running'", "the next engine is shown")
+    browser.wait("document.querySelector('#overlay').hidden", "the death is gone")
+    assert "1 restart" in browser.text("#engine")
+    assert "what was in flight goes on" in browser.text("#happened")
+    browser.wait("document.querySelector('#stop').hidden", "the stream goes on to its end")
+    assert "first token" in browser.text("#timing")
+
+
+def test_with_the_keyboard_alone(browser: Browser) -> None:
+    seen: list[str] = []
+    for _ in range(30):
+        browser.press(TAB)
+        seen.append(browser.run("const e = document.activeElement; return e.id || e.className || e.tagName"))
+        if "send" in seen:
+            break
+    for wanted in ("theme", "map", "prompt-text", "n", "temperature", "max-tokens", "send"):
+        assert wanted in seen, f"{wanted} can't be reached: {seen}"
+    assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") != "none"
+    browser.run("document.querySelector('#map').focus()")
+    browser.press(RIGHT)
+    browser.press(RIGHT)
+    browser.press(DOWN)
+    spoken = browser.text("#spoken")
+    assert spoken.startswith("Block ")
+    assert not browser.run("return document.querySelector('#tip').hidden")
+    browser.press(ESCAPE)
+    assert browser.run("return document.querySelector('#tip').hidden")
+    browser.run("document.querySelector('#theme').focus()")
+    colours = set()
+    for _ in range(3):
+        browser.press(ENTER)
+        colours.add(
+            browser.run("return [document.querySelector('#theme').innerText, getComputedStyle(document.body).backgroundColor].join()")
+        )
+    assert colours == {"Light,rgb(244, 242, 236)", "Dark,rgb(13, 17, 23)", "Auto,rgb(13, 17, 23)"}
+    names: list[Any] = browser.run("""
+        const named = (e) => e.getAttribute('aria-label') || e.innerText || e.labels?.length || e.title;
+        const controls = [...document.querySelectorAll('button, input, textarea, a, [tabindex]')];
+        return controls.filter((e) => e.offsetParent && !named(e)).map((e) => e.outerHTML);
+    """)
+    assert not names, "controls without a name"
+
+
+def test_on_a_phone_nothing_is_cut_off(browser: Browser, server: Process, root: Path) -> None:
+    browser.size(390, 844, mobile=True)
+    with load(server, 3):
+        wait_until(lambda: pixels(browser)["owned"] > 0, "the map is shown")
+        assert browser.run("return document.documentElement.scrollWidth") <= 390
+        keep(browser, root, "page-phone", after=4)
+    low = browser.run("""
+        const controls = [...document.querySelectorAll('button, input')].filter((e) => e.offsetParent);
+        return controls.filter((e) => e.getBoundingClientRect().right > innerWidth).map((e) => e.id);
+    """)
+    assert not low, "controls beyond the edge"
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab_only(window: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[alice]\nkey = "{KEY}"\n')
+    file.chmod(0o600)
+    process = Process("--kv-memory", "32MiB", "--api-keys", str(file))
+    try:
+        window.open(process.url + "/")
+        window.wait("document.querySelector('#key-dialog').open", "the page asks for the key")
+        window.type("#key", "sk-wrong-0123456789")
+        window.press(ENTER)
+        window.wait("document.querySelector('#key-dialog').open && document.querySelector('#key').value === ''", "it asks again")
+        window.type("#key", KEY)
+        window.press(ENTER)
+        window.wait(f"{STATE} === 'running'", "the page shows the engine")
+        window.type("#prompt-text", "def f(")
+        window.click("#send")
+        window.wait("document.querySelector('#timing').innerText.includes('first token')", "the prompt box uses the key")
+        assert window.run("return [Object.values(sessionStorage).includes(arguments[0]), document.cookie]", KEY) == [True, ""]
+        assert window.run("return Object.values(localStorage).includes(arguments[0])", KEY) is False
+        process.process.send_signal(signal.SIGTERM)
+        window.wait(f"{STATE} === 'away' || {STATE} === 'stopping'", "a stopped server is shown")
+    finally:
+        process.kill()
+
+
+def test_a_pool_of_many_blocks_is_shown_in_proportion(window: Browser) -> None:
+    process = Process("--kv-memory", "1GiB", "--block-size", "4")
+    try:
+        window.open(process.url + "/")
+        window.wait(f"{STATE} === 'running'", "the page shows the engine")
+        assert (
+            http.post(process.url + "/v1/completions", json={"prompt": HEAD * 4, "max_tokens": 300, "ignore_eos": True}).status_code == 200
+        )
+        window.wait("document.querySelector('#scale').innerText.includes('were never used')", "only what was used is shown")
+        window.click("#extent")
+        window.wait("/Each square is \\d+ blocks/.test(document.querySelector('#scale').innerText)", "squares of several blocks")
+        window.move("#map", 3, 3)
+        window.wait("/^Blocks 0 to \\d+/.test(document.querySelector('#tip').innerText)", "several blocks are described")
+    finally:
+        process.kill()
