@@ -109,8 +109,8 @@ _KINDS: dict[str, tuple[str, ...]] = {
 LIMITS: dict[str, tuple[float, float]] = {
     "n": (1, MAX_N), "best_of": (1, MAX_N), "beam_width": (1, MAX_BEAMS), "temperature": (0, 100), "top_p": (0, 1),
     "min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": (0.01, 100),
-    "length_penalty": (-10, 10), "top_logprobs": (0, MAX_LOGPROBS), "max_tokens": (1, MAX_TOKENS), "min_tokens": (0, MAX_TOKENS),
-    "max_completion_tokens": (1, MAX_TOKENS), "priority": (-(1 << 31), (1 << 31) - 1), "seed": (-(1 << 63), MAX_SEED),
+    "length_penalty": (-10, 10), "top_logprobs": (0, MAX_LOGPROBS), "max_tokens": (0, MAX_TOKENS), "min_tokens": (0, MAX_TOKENS),
+    "max_completion_tokens": (0, MAX_TOKENS), "priority": (-(1 << 31), (1 << 31) - 1), "seed": (-(1 << 63), MAX_SEED),
     "timeout": (0.001, MAX_TIMEOUT_S),
 }  # fmt: skip
 """Field → least and most; SamplingParams checks them, and a test that they are the same."""
