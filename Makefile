@@ -15,6 +15,7 @@ help:
 	@echo "make test-oracle  the checks against transformers and torch"
 	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness, vllm-router (850 MB)"
 	@echo "make test-emulated the AVX-512 kernels' tests on any machine with AVX2; installs cmake, ninja and nanobind into $(VENV)"
+	@echo "make test-fuzz    20,000 requests made up from the OpenAPI document; make test-chaos: engines killed under 300 streams"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove $(VENV) and build folders"
 
@@ -57,6 +58,13 @@ $(VENV)/.emulated: $(VENV)/.tested
 $(VENV)/.linted: $(VENV)/.installed
 	@$(PIP) 'quire[lint]'
 	@touch $@
+
+test-fuzz: $(VENV)/.tested
+	$(BIN)/python benchmarks/fuzz_api.py
+
+test-chaos: $(VENV)/.tested
+	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python benchmarks/soak.py
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/quire serve $(MODEL)

@@ -54,7 +54,7 @@ def fuzz(server: ServeProcess, cases: int, seed: int) -> Report:
             has_body = bool(list(operation.body))
             for mode in GenerationMode.POSITIVE, GenerationMode.NEGATIVE:
                 batch = BATCH if has_body else 2
-                _batch(operation, mode, min(batch, max(2, cases // 8)), seed * 1_000_003 + turn, server, report)
+                _batch(operation, mode, min(batch, max(2, cases // 40)), seed * 1_000_003 + turn, server, report)
         turn += 1
         report.memory.append(server.memory())
     return report

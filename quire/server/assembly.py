@@ -21,11 +21,11 @@ from quire.server.keys import Keys
 from quire.server.launch import since_process_start
 from quire.server.loading import Door, Serving
 from quire.server.metrics.totals import Machine
+from quire.server.observers import Observers
 from quire.server.supervisor import EngineProcess, Supervisor
 
 if TYPE_CHECKING:
     from quire.server.batches.store import Store
-    from quire.server.observers import Observers
 
 
 @dataclass(slots=True, frozen=True)
@@ -42,11 +42,13 @@ class Start:
     door: Door
     ends: ExitStack
     """What is to be closed when the server ends."""
-    names: tuple[str, ...]
-    """Of the served model, the main one first."""
-    observers: Observers
     keys: Keys | None
     store: Store | None
+    model: str
+    aliases: tuple[str, ...]
+    observers: Observers
+    kv_events: str | None
+    """The format in which they are published."""
 
 
 def load_model(start: Start) -> Serving:
@@ -63,28 +65,24 @@ def load_model(start: Start) -> Serving:
     loaded = start.engine.loaded()
     start.phases.extend(loaded.phases)
     config, engine_config = start.server_config, start.engine_config
-    model, *aliases = start.names
     client = EngineClient(loaded.limits, engine_config.max_waiting)
     start.observers.attach(client)
     compiler = Compiler(start.folder, loaded.limits.vocab_size, loaded.eos_token_ids)
     start.ends.callback(compiler.close)
     machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
     batches = None if start.store is None else open_runner(start.store, client, config)
-    context = Context(
-        client, tokenizer, config, model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-        embedding_size=loaded.spec.embedding_size, aliases=tuple(aliases), keys=start.keys, machine=machine,
+    app = create_app(Context(
+        client, tokenizer, config, start.model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
+        embedding_size=loaded.spec.embedding_size, aliases=start.aliases, keys=start.keys, machine=machine,
         publisher=start.observers.publisher, compiler=compiler, batches=batches,
-    )  # fmt: skip
-    app = start.observers.around(create_app(context))
+    ))  # fmt: skip
 
     def ready() -> None:
         start.door.open(app, client.meter.refuse)
         try:
-            print(banner(start.url, model, loaded, engine_config, start.phases, since_process_start()), flush=True)
+            print(banner(start.url, start.model, loaded, engine_config, start.phases, since_process_start()), flush=True)
         except OSError as e:  # a full disk, a reader that has left: no reason not to serve
             logging.getLogger("quire.server").warning("%s is ready, but standard output can't be written: %s", start.url, e.strerror)
 
-    link = Supervisor(
-        start.engine, engine_config, config.engine_timeout, None if start.observers.publisher is None else config.kv_events_format
-    )
+    link = Supervisor(start.engine, engine_config, config.engine_timeout, start.kv_events)
     return Serving(client, link, ready, batches)

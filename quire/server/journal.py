@@ -3,7 +3,8 @@ tokens that were put out so far. Pure bookkeeping; it sends nothing.
 
 A request that keeps killing engines must not take the others with it. Each death without a new token in between counts against
 those that the engine had; after two of them a request is suspected and tried alone, until it has made a token. Where the engine
-dies a third time, with nothing else in it, the request fails, and the others go on.
+dies twice with nothing else in it, the request fails, and the others go on. Once is not enough: beams, and prompts that wait, have no
+token to show for a long time, and whoever kills engines from outside hits one of them that is tried alone sooner or later.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from quire.core.sequence import Request
 from quire.outputs import SequenceOutput
 
 SUSPECT_AFTER = 2
-FAIL_AFTER = 3
+FAIL_AFTER = 4
 
 
 @dataclass(slots=True)

@@ -38,8 +38,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
 
         from quire.server.observers import open_observers
 
-        names = server_config.model_names or (folder.resolve().name,)
-        observers = open_observers(server_config, names[0])
+        model, *aliases = server_config.model_names or (folder.resolve().name,)
+        observers = open_observers(server_config, model)
         kv_events = None if observers.publisher is None else server_config.kv_events_format
         engine = EngineProcess(engine_config, kv_events=kv_events, measure_limits=server_config.measure_limits)
         with ExitStack() as ends:
@@ -61,10 +61,10 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
             door = Door()
             start = Start(
                 engine, engine_config, server_config, folder, base_url(server_config.host, listener.getsockname()[1]), phases, door, ends,
-                names=names, observers=observers, keys=keys, store=store,
+                keys=keys, store=store, model=model, aliases=tuple(aliases), observers=observers, kv_events=kv_events,
             )  # fmt: skip
             server = EngineServer(
-                around(door, server_config, keys, door.refused),
+                observers.around(around(door, server_config, keys, door.refused)),
                 lambda: load_model(start),
                 engine.kill,
                 keep_alive_s=KEEP_ALIVE_S,

@@ -50,7 +50,7 @@ class Door:
 
     def _loading(self, path: str) -> Response:
         seconds = time.monotonic() - self._since
-        if path == "/health":
+        if path in ("/health", "/ping"):
             return Response(json_bytes({"status": "loading", "loading_s": round(seconds, 1)}), media_type="application/json")
         if path == "/metrics":
             return Response("# the model is being loaded\n", media_type="text/plain; version=0.0.4")

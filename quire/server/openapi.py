@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from quire.config import MAX_TIMEOUT_S
+from quire.sampling_params import MAX_BEAMS, MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_TOKENS
 from quire.server import schemas
 from quire.server.anthropic.schemas import CountTokensRequest, MessagesRequest
 from quire.server.errors import is_anthropic
@@ -86,12 +88,32 @@ _ANTHROPIC_ERROR = {
 }
 _ERRORS = {
     400: "a field, a prompt or the body's syntax is wrong; the message has the numbers and the remedy",
-    404: "no such model",
+    401: "no API key, or one that nobody has (where the server asks for keys)",
+    404: "no such model, or no such thing",
+    408: "the body did not arrive in time",
     413: "the body is too large",
     415: "the content type is not the one described here",
     429: "too many requests run or wait; try again after Retry-After",
-    503: "the engine has died, or the server is shutting down",
+    503: "the engine is being loaded, has died, or the server is shutting down; try again after Retry-After",
+    504: "the request did not end within its timeout",
 }
+_BODILESS = (400, 401, 404, 503)
+"""Errors of routes that take no body."""
+_KINDS: dict[str, tuple[str, ...]] = {
+    "/v1/completions": ("text/event-stream",), "/v1/chat/completions": ("text/event-stream",), "/v1/responses": ("text/event-stream",),
+    "/v1/messages": ("text/event-stream",), "/metrics": ("text/plain", "application/openmetrics-text"), "/": ("text/html",),
+    "/page/events": ("text/event-stream",), "/page/{name}": ("text/css", "text/javascript", "image/svg+xml"),
+    "/v1/files/{file_id}/content": ("application/jsonl", "application/octet-stream", "text/plain"),
+}  # fmt: skip
+"""Path → content types of its answers besides JSON."""
+LIMITS: dict[str, tuple[float, float]] = {
+    "n": (1, MAX_N), "best_of": (1, MAX_N), "beam_width": (1, MAX_BEAMS), "temperature": (0, 100), "top_p": (0, 1),
+    "min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": (0.01, 100),
+    "length_penalty": (-10, 10), "top_logprobs": (0, MAX_LOGPROBS), "max_tokens": (0, MAX_TOKENS), "min_tokens": (0, MAX_TOKENS),
+    "max_completion_tokens": (0, MAX_TOKENS), "priority": (-(1 << 31), (1 << 31) - 1), "seed": (-(1 << 63), MAX_SEED),
+    "timeout": (0.001, MAX_TIMEOUT_S),
+}  # fmt: skip
+"""Field → least and most; SamplingParams checks them, and a test that they are the same."""
 
 
 def describe(path: str, method: str) -> dict[str, Any]:
@@ -107,12 +129,24 @@ def describe(path: str, method: str) -> dict[str, Any]:
         kind = "multipart/form-data" if schema is schemas.FileUpload else "application/json"
         content = {kind: {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
         name = "AnthropicError" if is_anthropic(path) else "Error"
-        error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
         described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
-        described["responses"] = {status: {"description": text, "content": error} for status, text in _ERRORS.items()}
-    elif path.startswith("/v1/responses/"):
-        described["responses"] = {404: {"description": "no response is kept"}}
+    else:
+        name = "Error"
+    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+    errors = _ERRORS if schema is not None else {status: _ERRORS[status] for status in _BODILESS}
+    described["responses"] = {status: {"description": text, "content": error} for status, text in errors.items()}
+    if path in _KINDS:
+        described["responses"][200] = {"content": {kind: {} for kind in _KINDS[path]}}
     return described
+
+
+def _with_limits(schemas: dict[str, Any]) -> dict[str, Any]:
+    """Say in the document what a number may be."""
+    for schema in schemas.values():
+        for name, (low, high) in LIMITS.items():
+            if name in schema.get("properties", {}):
+                schema["properties"][name] |= {"minimum": low, "maximum": high}
+    return schemas
 
 
 def install(app: FastAPI) -> None:
@@ -127,7 +161,7 @@ def install(app: FastAPI) -> None:
             models = [(schema, "validation") for _, schema in _SUMMARIES.values() if schema is not None]
             _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
             made.setdefault("components", {}).setdefault("schemas", {}).update(
-                definitions["$defs"] | {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
+                _with_limits(definitions["$defs"]) | {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
             )
             app.openapi_schema = made
         return app.openapi_schema

@@ -41,7 +41,7 @@ from quire.server.messages import (
     Up,
     decode_from_engine,
     encode,
-)  # fmt: skip
+)
 
 STARTS = 3
 """So many times in a row an engine is started before it is given up."""

@@ -222,8 +222,7 @@ def test_every_route_needs_a_key(locked: Server) -> None:
     seen = set()
     with httpx.Client(base_url=locked.url, timeout=DEADLINE_S) as client:
         for route in locked.app.routes:
-            path = route.path.replace("{model_id:path}", "x").replace("{response_id}", "x").replace("{name}", "x")
-            assert "{" not in path, f"say what {path} is to be called with"
+            path = re.sub(r"\{[^}]*\}", "x", route.path)
             seen.add(path)
             for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE"):
                 answer = client.request(method, path, content=b"{}", headers={"content-type": "application/json"})

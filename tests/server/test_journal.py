@@ -84,13 +84,15 @@ def test_a_suspect_runs_alone_until_it_makes_a_token() -> None:
     assert sorted(names(made.due())) == ["a", "b", "d"], "a was sent once more, and has made a token since it was suspected"
 
 
-def test_it_fails_at_the_third_death_and_the_others_go_on() -> None:
+def test_it_fails_when_it_dies_alone_for_the_second_time_and_the_others_go_on() -> None:
     made = journal("poison", "a", "b")
     for _ in range(SUSPECT_AFTER):
         made.due()
         for name in ("a", "b"):
             made.note(output(name, 1))
         made.engine_died()
+    assert names(made.due()) == ["poison"]
+    assert made.engine_died() == [], "somebody may have killed the engine from outside"
     assert names(made.due()) == ["poison"]
     assert names(made.engine_died()) == ["poison"]
     assert names(made.due()) == ["a", "b"]
@@ -105,6 +107,8 @@ def test_in_company_it_may_have_been_anothers_fault() -> None:
     assert names(made.due()) == ["a"]
     made.note(output("a", 1))
     assert names(made.due()) == ["poison"], "a goes on meanwhile"
+    assert made.engine_died() == []
+    assert names(made.due()) == ["poison"]
     assert made.engine_died() == []
     assert names(made.due()) == ["poison"]
     assert names(made.engine_died()) == ["poison"]

@@ -134,14 +134,17 @@ def test_killed_at_any_moment_every_stream_ends_with_the_same_bytes() -> None:
         killed: list[int] = []
 
         def killer() -> None:
-            while not done.wait(rng.uniform(0.05, 1.5)):
+            restart_s = 1.0
+            while not done.wait(rng.uniform(0.05, 1.5) * restart_s):  # a machine that starts slowly computes slowly
                 if killed and len(killed) % 2 == 0:  # two deaths without a token between them are survived, a third is not
                     probe = {"prompt": "a", "max_tokens": 1, "priority": -1}  # comes after what was suspected, and before the rest
                     http.post(server.url + COMPLETIONS, json=probe)
                 killed.append(server.engine_pid)
+                died = time.monotonic()
                 os.kill(killed[-1], signal.SIGKILL)
                 wait_until(lambda: server.engine_pid not in killed, "the death was noticed")
                 wait_until(lambda: http.get(server.url + "/ready").status_code == 200, "the next engine is there")
+                restart_s = max(1.0, time.monotonic() - died)
 
         thread = threading.Thread(target=killer)
         thread.start()
@@ -181,7 +184,7 @@ def test_a_request_that_kills_engines_fails_alone() -> None:
         with ThreadPoolExecutor() as other:
             long = other.submit(lambda: http.post(server.url + COMPLETIONS, json={"prompt": [7] * 1800, "max_tokens": 1}))
             stream = clients.submit(told, server.url, streamed)
-            for runs in (2, 2, 1):
+            for runs in (2, 2, 1, 1):
                 wait_until(lambda: http.get(server.url + "/ready").status_code == 200, "an engine is there")
                 wait_until(lambda runs=runs: health(server.url).get("running", 0) >= runs, "it runs")
                 time.sleep(0.2)
@@ -190,7 +193,7 @@ def test_a_request_that_kills_engines_fails_alone() -> None:
             failed = long.result(DEADLINE_S)
         assert failed.status_code == 500
         message = failed.json()["error"]["message"]
-        assert "3 engines died while they worked on it" in message
+        assert "4 engines died while they worked on it" in message
         assert "/" not in message
         assert stream.result(DEADLINE_S) == told(server.url, streamed)
 
@@ -207,9 +210,9 @@ def test_a_poisoned_request_fails_alone() -> None:
             failed = http.post(process.url + COMPLETIONS, json={"prompt": [5, poison, 7], "max_tokens": 5})
             assert others.result(2 * DEADLINE_S) == undisturbed
         assert failed.status_code == 500
-        assert "3 engines died while they worked on it" in failed.json()["error"]["message"]
+        assert "4 engines died while they worked on it" in failed.json()["error"]["message"]
         wait_clean(process.url)
-        assert 3 <= health(process.url)["engine_restarts"] <= 4
+        assert 4 <= health(process.url)["engine_restarts"] <= 5
         streamed = http.post(process.url + COMPLETIONS, json={"prompt": [poison], "max_tokens": 5, "stream": True})
         assert "engines died while they worked on it" in events(streamed.text)[-2]["error"]["message"]
     finally:
