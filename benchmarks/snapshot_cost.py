@@ -15,7 +15,7 @@ from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.sequence import Request
 from quire.sampling_params import SamplingParams
-from quire.server.messages import Seen, encode
+from quire.server.engine.messages import Seen, encode
 from quire.server.page.feed import LOOK_S
 
 POOLS = (10_000, 50_000)

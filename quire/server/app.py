@@ -11,24 +11,26 @@ from fastapi.responses import Response
 from quire import __version__
 from quire.config import ServerConfig
 from quire.errors import EngineError
-from quire.server import errors, ids, info, openapi, render
+from quire.server import openapi
 from quire.server.anthropic.endpoint import count_tokens, messages
 from quire.server.batches.routes import ROUTES
-from quire.server.chat import chat_completions
-from quire.server.chunks import json_bytes
-from quire.server.completions import completions
+from quire.server.calls.generation import new_id
 from quire.server.context import Context, context_of
-from quire.server.cors import cross_origin, read_origins
-from quire.server.embeddings import embeddings
-from quire.server.errors import UnavailableError
-from quire.server.generation import new_id
-from quire.server.keys import App, KeyCheck, Keys, Receive, Scope, Send
-from quire.server.kv_sources import kv_event_sources
+from quire.server.http import errors, ids
+from quire.server.http.cors import cross_origin, read_origins
+from quire.server.http.errors import UnavailableError
+from quire.server.http.keys import App, KeyCheck, Keys, Receive, Scope, Send
+from quire.server.metrics.kv_sources import kv_event_sources
 from quire.server.metrics.route import metrics
+from quire.server.openai import info, render
+from quire.server.openai.chat import chat_completions
+from quire.server.openai.chunks import json_bytes
+from quire.server.openai.completions import completions
+from quire.server.openai.embeddings import embeddings
+from quire.server.openai.tokenization import detokenize, tokenize
 from quire.server.page import routes as page
 from quire.server.page.feed import Feed
 from quire.server.responses.endpoint import create_response, stored_response
-from quire.server.tokenization import detokenize, tokenize
 
 
 def around(app: App, config: ServerConfig, keys: Keys | None, refused: Callable[[str], None]) -> App:

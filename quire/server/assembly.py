@@ -14,15 +14,15 @@ from quire.errors import QuireError
 from quire.server.app import create_app
 from quire.server.banner import banner
 from quire.server.batches.runner import open_runner
-from quire.server.client import EngineClient
-from quire.server.compiler import Compiler
+from quire.server.calls.compiler import Compiler
 from quire.server.context import Context
-from quire.server.keys import Keys
+from quire.server.engine.client import EngineClient
+from quire.server.engine.supervisor import EngineProcess, Supervisor
+from quire.server.http.keys import Keys
 from quire.server.launch import since_process_start
 from quire.server.loading import Door, Serving
+from quire.server.metrics.observers import Observers
 from quire.server.metrics.totals import Machine
-from quire.server.observers import Observers
-from quire.server.supervisor import EngineProcess, Supervisor
 
 if TYPE_CHECKING:
     from quire.server.batches.store import Store

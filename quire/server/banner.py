@@ -12,7 +12,7 @@ from quire import __version__
 from quire.config import EngineConfig
 
 if TYPE_CHECKING:
-    from quire.server.messages import Loaded
+    from quire.server.engine.messages import Loaded
 
 SHORT_REQUEST = 512
 

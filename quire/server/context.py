@@ -10,12 +10,12 @@ from fastapi import Request
 
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
-from quire.server.client import EngineClient
-from quire.server.compiler import Compiler
-from quire.server.keys import Caller, Keys
-from quire.server.kv_publisher import KVPublisher
+from quire.server.calls.compiler import Compiler
+from quire.server.calls.salts import Salts
+from quire.server.engine.client import EngineClient
+from quire.server.http.keys import Caller, Keys
+from quire.server.metrics.kv_publisher import KVPublisher
 from quire.server.metrics.totals import Machine
-from quire.server.salts import Salts
 from quire.text.tokenizer import Tokenizer
 from quire.text.tools.formats import END_THINK, detect, takes_one_call
 

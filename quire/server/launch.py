@@ -28,15 +28,15 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
     """Serve the model in ``folder`` until SIGINT or SIGTERM. Returns the exit code. Raises QuireError where it can't start."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     with open_socket(server_config.host, server_config.port) as listener:
-        from quire.server.supervisor import EngineProcess
+        from quire.server.engine.supervisor import EngineProcess
 
         keys = None
         if server_config.api_keys is not None:
-            from quire.server.keys import read_keys
+            from quire.server.http.keys import read_keys
 
             keys = read_keys(server_config.api_keys)
 
-        from quire.server.observers import open_observers
+        from quire.server.metrics.observers import open_observers
 
         model, *aliases = server_config.model_names or (folder.resolve().name,)
         observers = open_observers(server_config, model)

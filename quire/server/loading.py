@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fastapi.responses import Response
 
 from quire.server.batches.runner import Runner
-from quire.server.chunks import json_bytes
-from quire.server.client import EngineClient, Link
-from quire.server.errors import UnavailableError, error_response
-from quire.server.keys import App, Receive, Scope, Send
+from quire.server.engine.client import EngineClient, Link
+from quire.server.http.errors import UnavailableError, error_response
+from quire.server.http.keys import App, Receive, Scope, Send
+from quire.server.openai.chunks import json_bytes
 
 
 @dataclass(slots=True, frozen=True)

@@ -9,9 +9,9 @@ from pydantic import BaseModel
 
 from quire.config import MAX_TIMEOUT_S
 from quire.sampling_params import MAX_BEAMS, MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_TOKENS
-from quire.server import schemas
 from quire.server.anthropic.schemas import CountTokensRequest, MessagesRequest
-from quire.server.errors import is_anthropic
+from quire.server.calls import schemas
+from quire.server.http.errors import is_anthropic
 from quire.server.responses.schemas import ResponsesRequest
 
 _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {

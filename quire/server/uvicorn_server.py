@@ -14,8 +14,8 @@ from typing import Any
 
 import uvicorn
 
+from quire.server.http.protocol import LimitedProtocol
 from quire.server.loading import Serving
-from quire.server.protocol import LimitedProtocol
 
 
 class EngineServer(uvicorn.Server):

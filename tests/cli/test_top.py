@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from quire.cli.top_screen import Style, screen
-from quire.server.keys import read_keys
+from quire.server.http.keys import read_keys
 from quire.server.page.view import View
 from quire.text.tokenizer import Tokenizer
 from server.harness import DEADLINE_S, EMBEDDED, PACKAGE, PacedBackend, Process, Server, http, wait_until

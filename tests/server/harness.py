@@ -29,14 +29,14 @@ from quire.outputs import TokenLogprobs
 from quire.server.app import around, create_app
 from quire.server.batches.runner import open_runner
 from quire.server.batches.store import Store
-from quire.server.client import EngineClient
 from quire.server.context import Context
-from quire.server.engine_loop import EngineLoop, SteppedEngine
-from quire.server.engine_process import make_engine
-from quire.server.keys import Keys
+from quire.server.engine.client import EngineClient
+from quire.server.engine.loop import EngineLoop, SteppedEngine
+from quire.server.engine.messages import Died, FromEngine, Stop, ToEngine
+from quire.server.engine.process import make_engine
+from quire.server.http.keys import Keys
 from quire.server.launch import open_socket
 from quire.server.loading import Serving
-from quire.server.messages import Died, FromEngine, Stop, ToEngine
 from quire.server.page.feed import Feed
 from quire.server.uvicorn_server import EngineServer
 from quire.text.tokenizer import Tokenizer

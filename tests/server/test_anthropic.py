@@ -13,7 +13,7 @@ import pytest
 from anthropic.types import Message
 from pydantic import BaseModel
 
-from quire.server.keys import Caller, Keys
+from quire.server.http.keys import Caller, Keys
 from server.harness import DEADLINE_S, PacedBackend, Process, Server, http, named_events, wait_clean, wait_until
 from server.sdk_types import check_messages
 

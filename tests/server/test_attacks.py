@@ -16,10 +16,10 @@ import pytest
 from pydantic import BaseModel
 
 from quire.server.anthropic.schemas import MessagesRequest
-from quire.server.keys import OPEN_PATHS, read_keys
-from quire.server.prompts import RESERVED_VARIABLES
+from quire.server.calls.prompts import RESERVED_VARIABLES
+from quire.server.calls.schemas import ChatCompletionRequest, CompletionRequest
+from quire.server.http.keys import OPEN_PATHS, read_keys
 from quire.server.responses.schemas import ResponsesRequest
-from quire.server.schemas import ChatCompletionRequest, CompletionRequest
 from quire.text.tokenizer import Tokenizer
 from server.harness import DEADLINE_S, PacedBackend, Server, http, wait_clean
 

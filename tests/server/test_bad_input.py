@@ -11,8 +11,8 @@ import httpx
 import pytest
 from fastapi import Request
 
-from quire.server.errors import TooLargeError
-from quire.server.limits import read_json
+from quire.server.http.errors import TooLargeError
+from quire.server.http.limits import read_json
 from server.harness import DEADLINE_S, Server, health, http, raw_request, wait_clean
 
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from quire.errors import ConfigError
-from quire.server.cors import read_origins
-from quire.server.keys import Keys, read_keys
+from quire.server.http.cors import read_origins
+from quire.server.http.keys import Keys, read_keys
 from quire.text.tokenizer import Tokenizer
 from server.harness import PacedBackend, Server, http, start_process
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quire.core.sequence import Request
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
-from quire.server.journal import FAIL_AFTER, SUSPECT_AFTER, Entry, Journal
+from quire.server.engine.journal import FAIL_AFTER, SUSPECT_AFTER, Entry, Journal
 
 
 def request(name: str, n: int = 1) -> Request:

@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from quire.errors import ConfigError
-from quire.server.errors import RateLimitError
-from quire.server.keys import Bucket, Caller, read_keys
+from quire.server.http.errors import RateLimitError
+from quire.server.http.keys import Bucket, Caller, read_keys
 from quire.text.tokenizer import Tokenizer
 from server.harness import DEADLINE_S, PacedBackend, Server, http, raw_request, start_process, wait_clean, wait_until
 

@@ -13,8 +13,8 @@ import pytest
 import zmq
 
 from quire.core.events import BlockEvicted, BlockRemoved, BlockShared, BlockStored
-from quire.server.kv_events import EventLog
-from quire.server.kv_publisher import KVPublisher
+from quire.server.metrics.kv_events import EventLog
+from quire.server.metrics.kv_publisher import KVPublisher
 from server.harness import DEADLINE_S, Process, Server, http, wait_clean, wait_until
 from server.test_serve import one_line, run
 

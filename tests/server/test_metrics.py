@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from quire.server.keys import read_keys
+from quire.server.http.keys import read_keys
 from quire.text.tokenizer import Tokenizer
 from server.harness import DEADLINE_S, PacedBackend, Process, Server, health, http, raw_request, wait_clean, wait_until
 from server.scraping import OPENMETRICS, Scrape

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from quire import LLM, SamplingParams
-from quire.server.salts import Salts
+from quire.server.calls.salts import Salts
 from quire.text.tokenizer import Tokenizer
 from server.harness import DEADLINE_S, PacedBackend, Process, Server, events, health, http, raw_request, wait_clean, wait_until
 

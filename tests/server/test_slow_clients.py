@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from quire.server import launch, limits, protocol
+from quire.server import launch
+from quire.server.http import limits, protocol
 from quire.server.launch import OTHER_FILES, files_for
 from quire.text.tokenizer import Tokenizer
 from server.harness import DEADLINE_S, PacedBackend, Server, health, http, raw_request, wait_clean, wait_until

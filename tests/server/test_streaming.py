@@ -15,8 +15,8 @@ import pytest
 from quire.core.sequence import Request
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
-from quire.server.client import EngineClient
-from quire.server.engine_loop import EngineLoop
+from quire.server.engine.client import EngineClient
+from quire.server.engine.loop import EngineLoop
 from quire.text.output import Delta, OutputAssembler
 from quire.text.tokenizer import Tokenizer
 from sample_tokenizers import sample
@@ -239,7 +239,7 @@ def dechunked(data: bytes) -> bytes:
 
 def test_unfetched_outputs_are_merged(tokenizer: Tokenizer) -> None:
     """However long a reader sleeps, it finds one piece for each sequence."""
-    from quire.server.generation import _merged
+    from quire.server.calls.generation import _merged
 
     outputs = [SequenceOutput("a", i % 2, [i], None) for i in range(10)]
     outputs.append(SequenceOutput("a", 1, [99], None, "length"))
@@ -290,7 +290,7 @@ def test_200_clients_with_random_hang_ups(fake: Server) -> None:
 
 
 def test_pings_while_nothing_comes(held: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.server.answers.PING_S", 0.05)
+    monkeypatch.setattr("quire.server.calls.answers.PING_S", 0.05)
     with raw_request(held.port, COMPLETIONS, body(stream=True)) as connection:
         got = b""
         while got.count(b": ping\n\n") < 3:
@@ -377,7 +377,7 @@ def test_the_loop_refuses_what_the_engine_refuses(fake: Server) -> None:
     inbox: SimpleQueue[Any] = SimpleQueue()
     loop = EngineLoop(fake.engine, inbox, got.append)  # not running: one turn by hand
     bad = Request("bad", [], SamplingParams(n=2), 0)
-    from quire.server.messages import Add, Outputs
+    from quire.server.engine.messages import Add, Outputs
 
     inbox.put(Add(bad))
     assert loop._turn()
@@ -389,7 +389,7 @@ def test_the_loop_refuses_what_the_engine_refuses(fake: Server) -> None:
 
 def test_a_client_that_leaves_before_the_first_byte() -> None:
     """The generator of events was never begun then, so nothing in it can clean up."""
-    from quire.server.sse import EventStream
+    from quire.server.http.sse import EventStream
 
     closed = []
 

@@ -20,7 +20,7 @@ import pytest
 
 from quire.core.sequence import Request, Retention
 from quire.sampling_params import SamplingParams
-from quire.server.messages import Add, decode_to_engine, encode
+from quire.server.engine.messages import Add, decode_to_engine, encode
 from quire.structured import Structured
 from server.harness import (
     DEADLINE_S,

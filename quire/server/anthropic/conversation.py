@@ -13,8 +13,8 @@ from typing import Any
 
 from quire.errors import InvalidRequestError
 from quire.server.anthropic.schemas import SAME_NAME, CountTokensRequest, MessagesRequest
-from quire.server.fields import parse, shown
-from quire.server.schemas import ChatCompletionRequest
+from quire.server.calls.fields import parse, shown
+from quire.server.calls.schemas import ChatCompletionRequest
 
 BILLING_LINE = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n?")
 """What Claude Code puts first into the system prompt, different in each request: it is for Anthropic's accounting and no part of the

@@ -7,17 +7,17 @@ from dataclasses import replace
 from fastapi import Request
 from fastapi.responses import Response
 
-from quire.server.answers import deliver
 from quire.server.anthropic.conversation import chat_request
 from quire.server.anthropic.reply import Reply
 from quire.server.anthropic.schemas import IGNORED, REFUSED, CountTokensRequest, MessagesRequest
-from quire.server.chat import chat_call, chat_generation
-from quire.server.chunks import json_bytes
+from quire.server.calls.answers import deliver
+from quire.server.calls.fields import parse
+from quire.server.calls.generation import new_id
+from quire.server.calls.sampling import names
 from quire.server.context import caller_of, context_of
-from quire.server.fields import parse
-from quire.server.generation import new_id
-from quire.server.limits import read_json
-from quire.server.sampling import names
+from quire.server.http.limits import read_json
+from quire.server.openai.chat import chat_call, chat_generation
+from quire.server.openai.chunks import json_bytes
 
 _NAMES = {
     "stop": "stop_sequences",

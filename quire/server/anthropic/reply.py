@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from quire.errors import QuireError
-from quire.server.chunks import json_bytes, text_json
-from quire.server.errors import anthropic_error_bytes
-from quire.server.generation import Generation, Piece
-from quire.server.turn import Block, Turn
+from quire.server.calls.generation import Generation, Piece
+from quire.server.calls.turn import Block, Turn
+from quire.server.http.errors import anthropic_error_bytes
+from quire.server.openai.chunks import json_bytes, text_json
 
 _DELTA = {
     "text": b'{"type":"text_delta","text":%b}',

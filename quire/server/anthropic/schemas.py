@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from quire.server.schemas import CacheRetention
+from quire.server.calls.schemas import CacheRetention
 
 _BLOCKS = {"type": "array", "items": {"type": "object", "required": ["type"], "properties": {"type": {"type": "string"}}}}
 _CONTENT = {"anyOf": [{"type": "string"}, _BLOCKS]}

@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from quire.server.keys import App, Caller
+from quire.server.http.keys import App, Caller
 
 
 @dataclass(slots=True, frozen=True)

@@ -25,9 +25,9 @@ from quire.server.batches.results import lines_of
 from quire.server.batches.runner import ENDPOINTS, Gate, Runner
 from quire.server.batches.store import Store
 from quire.server.batches.validation import read_lines
-from quire.server.client import EngineClient
 from quire.server.context import Context
-from quire.server.supervisor import EngineProcess, Supervisor
+from quire.server.engine.client import EngineClient
+from quire.server.engine.supervisor import EngineProcess, Supervisor
 from quire.text.tokenizer import Tokenizer
 
 MAX_LINES = 100_000_000

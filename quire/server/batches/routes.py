@@ -14,12 +14,12 @@ from fastapi.responses import FileResponse, Response
 from quire.errors import InvalidRequestError
 from quire.server.batches.runner import Runner
 from quire.server.batches.uploads import receive
-from quire.server.chunks import json_bytes
+from quire.server.calls.fields import parse, shown
+from quire.server.calls.schemas import BatchRequest
 from quire.server.context import caller_of, context_of
-from quire.server.errors import NotFoundError
-from quire.server.fields import parse, shown
-from quire.server.limits import read_json
-from quire.server.schemas import BatchRequest
+from quire.server.http.errors import NotFoundError
+from quire.server.http.limits import read_json
+from quire.server.openai.chunks import json_bytes
 
 MAX_LIST, MAX_FILES_LIST = 100, 10_000
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512

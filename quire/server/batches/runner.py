@@ -27,10 +27,10 @@ from quire.server.batches.inprocess import Reply, post
 from quire.server.batches.records import Answer, Batch, Line, StorageError
 from quire.server.batches.store import Store
 from quire.server.batches.validation import parse_line, read_lines
-from quire.server.chunks import json_bytes
-from quire.server.client import EngineClient
-from quire.server.errors import INTERNAL, error_bytes
-from quire.server.keys import App, Caller
+from quire.server.engine.client import EngineClient
+from quire.server.http.errors import INTERNAL, error_bytes
+from quire.server.http.keys import App, Caller
+from quire.server.openai.chunks import json_bytes
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 """That a line may name, where the server has them."""

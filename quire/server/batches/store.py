@@ -23,7 +23,7 @@ from typing import Any
 
 from quire.errors import ConfigError, InvalidRequestError
 from quire.server.batches.records import STAMPED, UNFINISHED, Answer, Batch, Line, StorageError, StoredFile, StoreInUseError
-from quire.server.errors import NotFoundError
+from quire.server.http.errors import NotFoundError
 
 VERSION = 1
 _SCHEMA = f"""

@@ -14,8 +14,8 @@ from fastapi import Request
 
 from quire.errors import InvalidRequestError
 from quire.server.batches.records import StorageError
-from quire.server.errors import ClientGoneError, MediaTypeError, TimedOutError, TooLargeError
-from quire.server.fields import shown
+from quire.server.calls.fields import shown
+from quire.server.http.errors import ClientGoneError, MediaTypeError, TimedOutError, TooLargeError
 
 FORM_BYTES = 64 << 10
 """What the form may have around the file."""

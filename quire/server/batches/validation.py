@@ -8,8 +8,8 @@ from typing import Any
 
 from quire.errors import QuireError
 from quire.server.batches.records import Line
-from quire.server.fields import shown
-from quire.server.limits import kind_of
+from quire.server.calls.fields import shown
+from quire.server.http.limits import kind_of
 
 MAX_ERRORS = 100
 """So many are listed; the last entry says how many more there are."""

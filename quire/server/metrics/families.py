@@ -9,7 +9,7 @@ from typing import Literal
 
 from quire import __version__
 from quire.core.stats import EngineStats, KVStats, Queue
-from quire.server.client import EngineClient
+from quire.server.engine.client import EngineClient
 from quire.server.metrics.histogram import Histogram
 from quire.server.metrics.meter import RequestMeter
 from quire.server.metrics.totals import Machine

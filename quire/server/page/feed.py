@@ -19,16 +19,16 @@ import msgspec
 
 from quire import __version__
 from quire.errors import EngineError, QueueFullError
-from quire.server.errors import UnavailableError
+from quire.server.http.errors import UnavailableError
+from quire.server.http.sse import PING, PING_S
 from quire.server.page.advice import advice
 from quire.server.page.latency import WINDOW_S, Recent, quantile
 from quire.server.page.picture import Picture, change, whole
-from quire.server.sse import PING, PING_S
 
 if TYPE_CHECKING:
     from quire.core.snapshot import Snapshot
-    from quire.server.client import EngineClient
-    from quire.server.messages import Seen
+    from quire.server.engine.client import EngineClient
+    from quire.server.engine.messages import Seen
 
 LOOK_S = 0.25
 """Between two looks, at least."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import Request
 from fastapi.responses import Response
 
-from quire.server.errors import NotFoundError
+from quire.server.http.errors import NotFoundError
+from quire.server.http.sse import EventStream
 from quire.server.page import assets
 from quire.server.page.feed import Feed
-from quire.server.sse import EventStream
 
 
 async def index(request: Request) -> Response:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from quire.errors import InvalidRequestError
-from quire.server.fields import parse, shown
+from quire.server.calls.fields import parse, shown
+from quire.server.calls.schemas import ChatCompletionRequest
 from quire.server.responses.schemas import SAME_NAME, ResponsesRequest
 from quire.server.responses.tools import GivenTools
-from quire.server.schemas import ChatCompletionRequest
 
 LOGPROBS = "message.output_text.logprobs"
 TRUNCATIONS = (None, "auto", "disabled")

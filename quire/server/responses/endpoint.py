@@ -5,18 +5,18 @@ from __future__ import annotations
 from fastapi import Request
 from fastapi.responses import Response
 
-from quire.server.answers import deliver
-from quire.server.chat import chat_call, chat_generation
+from quire.server.calls.answers import deliver
+from quire.server.calls.fields import parse
+from quire.server.calls.generation import new_id
+from quire.server.calls.sampling import names
 from quire.server.context import caller_of, context_of
-from quire.server.errors import NotFoundError
-from quire.server.fields import parse
-from quire.server.generation import new_id
-from quire.server.limits import read_json
+from quire.server.http.errors import NotFoundError
+from quire.server.http.limits import read_json
+from quire.server.openai.chat import chat_call, chat_generation
 from quire.server.responses.conversation import chat_request
 from quire.server.responses.reply import Reply
 from quire.server.responses.schemas import IGNORED, REFUSED, ResponsesRequest
 from quire.server.responses.tools import GivenTools
-from quire.server.sampling import names
 
 _NAMES = {
     "messages": "input",

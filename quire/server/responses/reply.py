@@ -8,14 +8,14 @@ from typing import Any
 
 from quire.errors import QuireError
 from quire.sampling_params import SamplingParams
-from quire.server.chunks import json_bytes, text_json
+from quire.server.calls.generation import Generation, Piece, new_id
+from quire.server.calls.logprobs import Labels, chat_logprobs
+from quire.server.calls.turn import Block, Step, Turn
 from quire.server.context import Context
-from quire.server.generation import Generation, Piece, new_id
-from quire.server.logprobs import Labels, chat_logprobs
+from quire.server.http.sse import PING
+from quire.server.openai.chunks import json_bytes, text_json
 from quire.server.responses.schemas import ResponsesRequest
 from quire.server.responses.tools import GivenTools
-from quire.server.sse import PING
-from quire.server.turn import Block, Step, Turn
 
 _PREFIX = {"text": "msg", "reasoning": "rs", "call": "fc"}
 _DELTA = {"text": "response.output_text", "reasoning": "response.reasoning_text", "call": "response.function_call_arguments"}

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from quire.server.schemas import CacheRetention, StreamOptions
+from quire.server.calls.schemas import CacheRetention, StreamOptions
 
 _INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object", "properties": {"type": {"type": "string"}}}}]}
 _TOOL = {"type": "object", "required": ["type"], "properties": {"type": {"type": "string"}, "name": {"type": "string"}}}

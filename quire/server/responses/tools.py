@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from quire.errors import InvalidRequestError
-from quire.server.fields import shown
+from quire.server.calls.fields import shown
 
 _HOSTED = re.compile(r"(web_search|file_search|code_interpreter|image_generation|mcp|tool_search)(_|$)")
 """Run by OpenAI's own servers. A model that is not told of them answers without them; clients such as Codex send them unasked."""

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from quire.server.keys import read_keys
+from quire.server.http.keys import read_keys
 from quire.text.tokenizer import Tokenizer
 from server.harness import DEADLINE_S, PacedBackend, Server, http, wait_clean, wait_until
 

@@ -16,8 +16,8 @@ from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.sequence import Request
 from quire.sampling_params import SamplingParams
-from quire.server.keys import read_keys
-from quire.server.messages import Seen
+from quire.server.engine.messages import Seen
+from quire.server.http.keys import read_keys
 from quire.server.metrics.histogram import Histogram
 from quire.server.page import assets
 from quire.server.page.advice import advice

@@ -13,7 +13,7 @@ from quire.core.engine import Engine
 from quire.core.sequence import Request
 from quire.core.snapshot import Snapshot, Watch
 from quire.sampling_params import SamplingParams
-from quire.server.messages import Seen, decode_from_engine, encode
+from quire.server.engine.messages import Seen, decode_from_engine, encode
 from quire.server.page.picture import Picture, change, whole
 from quire.server.page.view import View
 

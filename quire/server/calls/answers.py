@@ -1,0 +1,100 @@
+"""The answer to one HTTP call of a generation: in one piece, or as a stream of events, in whatever form an API has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from quire.errors import QuireError
+from quire.server.calls.generation import Generation, Piece
+from quire.server.http.errors import INTERNAL
+from quire.server.http.sse import PING_S, EventStream, Push, answer, push_of
+
+log = logging.getLogger("quire.server")
+
+
+class Writer(Protocol):
+    """One API's form of an answer. What it returns is whole events; nothing where there is nothing to say."""
+
+    @property
+    def ping(self) -> bytes:
+        """Sent while there is nothing else to send."""
+        ...
+
+    def start(self) -> bytes:
+        """Before anything was generated."""
+        ...
+
+    def write(self, pieces: list[Piece]) -> bytes:
+        """What has been generated now."""
+        ...
+
+    def end(self) -> bytes:
+        """After everything."""
+        ...
+
+    def failed(self, error: QuireError) -> bytes:
+        """Instead of the rest."""
+        ...
+
+    async def whole(self, generation: Generation) -> bytes:
+        """The answer in one piece."""
+        ...
+
+
+async def deliver(request: Request, generation: Generation, writer: Writer, stream: bool) -> Response:
+    """Run a generation, and answer. What can't be queued is refused before the answer begins."""
+    await generation.submit()
+    if stream:
+        return EventStream(events(generation, writer, push_of(request.scope)), generation.close)
+    with generation:
+        return await answer(request, writer.whole(generation))
+
+
+async def events(generation: Generation, writer: Writer, push: Push | None = None) -> AsyncIterator[bytes]:
+    """The whole stream, errors included. Closing it early ends the generation.
+
+    push: the way around this generator, for what comes while the client reads as fast as it is sent: the tokens of a step go out
+    where they arrive, without waking anybody. The rest (the beginning and the end, errors, a client that is slow) comes from here.
+    """
+    failures: list[Exception] = []
+    pushed = False
+
+    def listener() -> bool:
+        nonlocal pushed
+        assert push is not None
+        if not push.ready:
+            return False
+        try:
+            if made := writer.write(generation.take()):
+                push.write(made)
+        except Exception as e:
+            failures.append(e)
+        pushed = True
+        return not failures and not generation.finished
+
+    try:
+        with generation:
+            if made := writer.start():
+                yield made
+            if push is not None:
+                generation.listen(listener)
+            while not generation.finished:
+                pieces = await generation.next(PING_S)
+                if failures:
+                    raise failures[0]
+                if made := writer.write(pieces):
+                    yield made
+                elif not pieces and not pushed:
+                    yield writer.ping
+                pushed = False
+        yield writer.end()
+    except QuireError as e:
+        yield writer.failed(e)
+    except Exception:
+        log.exception("a stream failed")
+        yield writer.failed(QuireError(INTERNAL))

@@ -1,0 +1,259 @@
+"""Generation: the requests behind one HTTP call, from tokens to text.
+
+Text is made here and not in the engine: detokenizing, stop strings and log-probabilities are this process's work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from types import TracebackType
+
+from quire import sampling_params
+from quire.config import MAX_TIMEOUT_S
+from quire.core.sequence import Request, Retention
+from quire.errors import EngineError, InvalidRequestError
+from quire.outputs import Choice, Logprob, SequenceOutput, Usage
+from quire.sampling_params import SamplingParams
+from quire.server.calls.prompts import Prompt
+from quire.server.calls.reading import Reading, reason_of
+from quire.server.calls.sampling import draw_seed
+from quire.server.calls.schemas import GenerationRequest
+from quire.server.calls.timings import Timings
+from quire.server.context import Context
+from quire.server.engine.client import Stream
+from quire.server.http.errors import DeadlineError
+from quire.server.http.keys import Caller
+from quire.text.output import Delta, OutputAssembler, best_choices, prompt_positions
+from quire.text.tools import Message, MessageDelta, ToolParser
+
+
+def new_id(prefix: str, separator: str = "-") -> str:
+    return f"{prefix}{separator}{binascii.hexlify(os.urandom(12)).decode()}"
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a call's client gets next of one of its choices."""
+
+    index: int
+    """Of the choice: prompt's number times n, plus the sample's number. (Where samples are chosen from, nothing is streamed.)"""
+    first: bool
+    """Nothing was sent of this choice before."""
+    delta: Delta
+    message: MessageDelta | None = None
+    """What ``delta.text`` adds to the message, where it is read as more than text."""
+
+
+class Generation:
+    """Once submitted, use it as a context manager: leaving it, for whatever reason, ends what has not ended, and frees its blocks."""
+
+    def __init__(
+        self,
+        context: Context,
+        caller: Caller,
+        call_id: str,
+        body: GenerationRequest,
+        prompts: Sequence[tuple[Prompt, SamplingParams]],
+        *,
+        continues_prompt: bool,
+        reading: Reading | None = None,
+    ) -> None:
+        """Checks every prompt against the engine's limits. Raises InvalidRequestError or ContextLengthError.
+
+        continues_prompt: the output goes on with the prompt's text (completions), and is not a text of its own (chat).
+        reading: how the text is read; None: it is just text.
+        """
+        self.prompts = [prompt for prompt, _ in prompts]
+        self.n = prompts[0][1].n
+        self._width = prompts[0][1].num_outputs
+        """Samples of a prompt; the best ``n`` of them become choices."""
+        self._client, self._caller, self._tokenizer = context.client, caller, context.tokenizer
+        self._compiler = context.compiler
+        self._stream: Stream | None = None
+        self._timeout = _timeout(body, 0 if caller.background else context.config.request_timeout)  # nobody waits for what waits
+        self._timer: asyncio.TimerHandle | None = None
+        salt, retention = context.salts.derive(body.cache_salt, caller.tenant), _retention(body)
+        self._requests: list[Request] = []
+        self._first_sample: dict[str, int] = {}
+        self._assemblers: list[OutputAssembler] = []
+        for number, (prompt, params) in enumerate(prompts):
+            context.client.limits.check(prompt.token_ids, params)
+            request = Request(
+                f"{call_id}-{number}", prompt.token_ids, params, draw_seed(params), context.eos_token_ids,
+                priority=caller.priority(body.priority or 0), salt=salt, retention=retention,
+            )  # fmt: skip
+            self._requests.append(request)
+            self._first_sample[request.request_id] = number * self._width
+            seen = prompt.token_ids if continues_prompt else ()
+            shown = reading.shown if reading is not None else frozenset[int]()
+            self._assemblers += [OutputAssembler(context.tokenizer, params, seen, shown) for _ in range(self._width)]
+        self._reading, self._key = reading, call_id
+        self._parsers: list[ToolParser] = []
+        if reading is not None:
+            self._parsers = [reading.parser(f"{call_id}/{index}") for index in range(len(self._assemblers))]
+            self._thoughts = [reading.thought() for _ in self._assemblers]
+        self._started = [False] * len(self._assemblers)
+        self._closed = False
+        self._uncounted = set(self._first_sample)
+        """Requests of which it is not known how much was cached."""
+        self.prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}
+        """Of the prompts that they were asked for, by their numbers: there before any piece of their choices."""
+        self.timings = Timings()
+        self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts))
+
+    async def submit(self) -> None:
+        """Queue the requests, once it is known that their forms compile. Raises UnavailableError, QueueFullError, RateLimitError, or
+        InvalidRequestError where they don't."""
+        self._caller.enter()
+        self.timings.submitted = monotonic()
+        try:
+            for structured in {request.params.structured for request in self._requests}:
+                if structured is not None and self._compiler is not None:
+                    await self._compiler.check(structured)
+            self._stream = self._client.submit(self._requests, background=self._caller.background)
+        except BaseException:  # the client may hang up meanwhile
+            self._caller.leave(0)
+            raise
+        if self._timeout is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._timeout, self._too_late)
+
+    def _too_late(self) -> None:
+        """Also where the client is not reading: what is fetched later is what had arrived, and then the error."""
+        assert self._stream is not None
+        self._stream.fail(DeadlineError(
+            f"the request did not end within {self._timeout:g} seconds, its timeout or this server's --request-timeout: ask for fewer "
+            "tokens, or for more time",
+            param="timeout",
+        ))  # fmt: skip
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._stream is not None and not self._closed:
+            self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self._stream.close()
+            self._caller.leave(self.usage.total_tokens)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def finished(self) -> bool:
+        assert self._stream is not None
+        return self._stream.finished
+
+    def choices(self) -> list[Choice]:
+        """The best of everything, in the order of the prompts."""
+        choices = []
+        for number in range(len(self.prompts)):
+            samples = self._assemblers[number * self._width : (number + 1) * self._width]
+            choices += best_choices(samples, self.n, number * self.n)
+        return choices
+
+    async def next(self, timeout: float | None = None) -> list[Piece]:
+        """What the engine has made since the last call; empty after ``timeout`` seconds without anything.
+
+        Raises EngineError where the work of one sequence failed, UnavailableError where the engine or server stopped, DeadlineError.
+        """
+        assert self._stream is not None
+        return self._read(await self._stream.fetch(timeout))
+
+    def take(self) -> list[Piece]:
+        """As ``next``, of what is there by now."""
+        assert self._stream is not None
+        return self._read(self._stream.take())
+
+    def listen(self, listener: Callable[[], bool]) -> None:
+        """See Stream. After ``submit``."""
+        assert self._stream is not None
+        self._stream.listener = listener
+
+    def _read(self, outputs: list[SequenceOutput]) -> list[Piece]:
+        assert self._stream is not None
+        pieces = []
+        outputs = _merged(outputs)
+        self.timings.note(outputs)
+        for output in outputs:
+            if output.finish_reason == "error":
+                raise EngineError(f"the request could not be finished: {output.stop_reason}")
+            if output.cached_tokens is not None and output.request_id in self._uncounted:
+                self._uncounted.discard(output.request_id)
+                self.usage.cached_tokens += output.cached_tokens
+            index = self._first_sample[output.request_id] + output.index
+            if output.prompt_logprobs is not None:
+                number = index // self._width
+                self.prompt_logprobs[number] = prompt_positions(self._tokenizer, self.prompts[number].token_ids, output.prompt_logprobs)
+            assembler = self._assemblers[index]
+            delta = assembler.feed(output)
+            self.usage.completion_tokens += len(delta.token_ids)
+            message = self._read_message(index, delta) if self._parsers else None
+            if assembler.finished and output.finish_reason is None:  # a stop string, which the engine knows nothing of
+                self._stream.end(output.request_id, output.index)
+            pieces.append(Piece(index, not self._started[index], delta, message))
+            self._started[index] = True
+        return pieces
+
+    def _read_message(self, index: int, delta: Delta) -> MessageDelta:
+        """What ``delta`` adds to the message. Ends the sequence where nothing more is wanted."""
+        parser, assembler = self._parsers[index], self._assemblers[index]
+        message = parser.push(delta.text)
+        self.usage.reasoning_tokens += self._thoughts[index].take(delta.token_ids)
+        if parser.done and not assembler.finished:
+            assembler.stop()
+            delta.finish_reason = "stop"
+        if delta.finish_reason is not None:
+            message.add(parser.finish())
+            delta.finish_reason = reason_of(delta.finish_reason, parser)
+        return message
+
+    def message(self, choice: Choice) -> Message | None:
+        """What a finished choice says; None where its text is just text."""
+        return None if self._reading is None else self._reading.message(choice, f"{self._key}/{choice.index}")
+
+    async def run(self) -> list[Choice]:
+        """Everything at once."""
+        while not self.finished:
+            await self.next()
+        return self.choices()
+
+
+def _timeout(body: GenerationRequest, most: int) -> float | None:
+    """Seconds that the request may take, at most ``most`` where that is not 0; None: any time. Raises InvalidRequestError."""
+    if body.timeout is None:
+        return most or None
+    wish = sampling_params.number("timeout", body.timeout, 0.001, MAX_TIMEOUT_S, " seconds")
+    return min(wish, most or wish)
+
+
+def _retention(body: GenerationRequest) -> Retention | None:
+    wish = body.cache_retention
+    if wish is None:
+        return None
+    try:
+        return Retention(wish.priority, wish.seconds)
+    except InvalidRequestError as e:  # "retention.seconds must be ..."
+        raise InvalidRequestError(f"cache_{e.message}", param=f"cache_{e.param}") from None
+
+
+def _merged(outputs: list[SequenceOutput]) -> list[SequenceOutput]:
+    """One output for each sequence: a reader that was slow gets what it missed in one piece."""
+    if len(outputs) == 1:
+        return outputs
+    merged: dict[tuple[str, int], SequenceOutput] = {}
+    for output in outputs:
+        before = merged.setdefault((output.request_id, output.index), output)
+        if before is not output:
+            before.token_ids += output.token_ids
+            if output.logprobs is not None:
+                before.logprobs = (before.logprobs or []) + output.logprobs
+            before.finish_reason, before.stop_reason, before.end_token = output.finish_reason, output.stop_reason, output.end_token
+    return list(merged.values())

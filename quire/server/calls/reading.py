@@ -1,0 +1,127 @@
+"""How the text of a chat's answer is read: what is reasoning, what is a call of a tool, what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from quire.errors import InvalidRequestError
+from quire.outputs import Choice
+from quire.sampling_params import SamplingParams
+from quire.server.calls.prompts import Prompt
+from quire.server.calls.tools import Tools
+from quire.server.context import Context
+from quire.structured import Structured
+from quire.text.tools import Message, ToolParser, parse_message, parser_for
+from quire.text.tools.constrained import CallGrammar
+from quire.text.tools.formats import FORMATS, THINK, THINK_MARKERS
+
+
+@dataclass(slots=True, frozen=True)
+class Reading:
+    tools: Tools | None
+    format: str | None
+    parallel: bool
+    """Several calls may be made at once."""
+    reasoning: bool
+    in_reasoning: bool
+    """The prompt has begun the reasoning already."""
+    hidden: tuple[str, ...]
+    """Markers that are special tokens: the parser sees them, and nobody else."""
+    shown: frozenset[int]
+    """Their ids."""
+    think_ids: tuple[int | None, int | None]
+    """Tokens that begin and end the reasoning; None where several make up the marker."""
+
+    def parser(self, key: str) -> ToolParser:
+        """key: of the choice, unique. Ids of calls are derived from it."""
+        return parser_for(
+            self.format,
+            () if self.tools is None else self.tools.names,
+            key=key,
+            parallel=self.parallel,
+            reasoning=self.reasoning,
+            in_reasoning=self.in_reasoning,
+            hidden=self.hidden,
+        )
+
+    def thought(self) -> Thought:
+        return Thought(*self.think_ids, self.in_reasoning)
+
+    def message(self, choice: Choice, key: str) -> Message:
+        """What a whole choice says. Its finish_reason is set too."""
+        parser = self.parser(key)
+        message = parse_message(parser, choice.text)
+        if choice.finish_reason is not None:
+            choice.finish_reason = reason_of(choice.finish_reason, parser)
+        return message
+
+
+class Thought:
+    """Counts the tokens of a reasoning, between its markers; none where they are no tokens."""
+
+    __slots__ = ("_begins", "_ends", "_state")
+
+    def __init__(self, begins: int | None, ends: int | None, opened: bool) -> None:
+        self._begins, self._ends = begins, ends
+        self._state: Literal["before", "in", "after"] = "after" if ends is None else "in" if opened else "before"
+
+    def take(self, token_ids: Sequence[int]) -> int:
+        """How many of the next tokens belong to it."""
+        count = 0
+        for token in token_ids:
+            if self._state == "after":
+                break
+            if token == self._begins:
+                self._state = "in"
+            elif token == self._ends:
+                self._state = "after"
+            else:
+                count += self._state == "in"
+        return count
+
+
+def reason_of(finish_reason: str, parser: ToolParser) -> str:
+    """``tool_calls``, where there is a call and it was not cut off."""
+    return "tool_calls" if parser.done or (parser.called and finish_reason == "stop") else finish_reason
+
+
+def reading_for(context: Context, tools: Tools | None, params: SamplingParams, prompt: Prompt) -> Reading | None:
+    """None where the text is the message as it is."""
+    reasoning = context.reasoning and params.structured is None  # else the form begins with the first token
+    if tools is None and not reasoning:
+        return None
+    format = None if tools is None else context.tool_format
+    markers = (*(FORMATS[format].markers if format else ()), *(THINK_MARKERS if reasoning else ()))
+    hidden = {}
+    if params.skip_special_tokens:
+        ids = {marker: context.tokenizer.token_id(marker) for marker in markers}
+        hidden = {marker: i for marker, i in ids.items() if i is not None and i in context.tokenizer.special_ids}
+    in_reasoning = reasoning and (prompt.text or "").rstrip().endswith(THINK)
+    begins, ends = (context.tokenizer.token_id(marker) if reasoning else None for marker in THINK_MARKERS)
+    parallel = tools is None or (tools.parallel and context.parallel_calls)
+    return Reading(tools, format, parallel, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()), (begins, ends))
+
+
+def must_call(context: Context, reading: Reading, params: SamplingParams) -> SamplingParams:
+    """Parameters under which nothing but calls can be generated, after the reasoning. Raises InvalidRequestError."""
+    assert reading.tools is not None
+    assert reading.format is not None
+    tokens = {text: i for i, text in context.tokenizer.added_tokens.items()}
+    tools = reading.tools
+    grammar = CallGrammar(reading.format, tools.functions, tokens, reading.parallel, reading.reasoning, reading.in_reasoning)
+    return replace(params, structured=Structured.grammar(grammar.lark(), source="tools"))
+
+
+def check_format(context: Context) -> None:
+    """Raises InvalidRequestError where calls of tools can't be read."""
+    if context.tool_format is None:
+        wanted = context.config.tool_parser
+        raise InvalidRequestError(
+            "this server was started with --tool-parser none: leave out tools"
+            if wanted == "none"
+            else "this model's chat template has none of the known formats of tool calls, so they could not be told from text: leave out "
+            f"tools, or serve with --tool-parser and one of {', '.join(FORMATS)}, if the model knows it",
+            param="tools",
+        )

@@ -1,0 +1,379 @@
+"""EngineClient: the engine as asyncio code sees it. What it has taken ends as if there were one engine that never dies.
+
+Everything here runs on the event loop's thread, but for ``_post``, which the link's thread calls once a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from quire.core.admission import RequestLimits
+from quire.core.sequence import Request
+from quire.core.stats import EngineStats
+from quire.errors import EngineError, QueueFullError, QuireError
+from quire.outputs import SequenceOutput
+from quire.server.engine.journal import FAIL_AFTER, Journal
+from quire.server.engine.messages import (
+    Abort,
+    Add,
+    Died,
+    Down,
+    FromEngine,
+    GetSnapshot,
+    GetStats,
+    KVEvents,
+    Outputs,
+    Seen,
+    Stalled,
+    Stats,
+    ToEngine,
+    Unwatch,
+    Up,
+)
+from quire.server.http.errors import UnavailableError
+from quire.server.metrics.meter import RequestMeter
+from quire.server.metrics.totals import EngineTotals
+
+CLOSING = "the server is shutting down"
+DRAINING = "the server is shutting down: it finishes what it has, and takes nothing new"
+RESTARTING = "the engine is being started again; what is in flight goes on when it is there"
+
+
+class Link(Protocol):
+    """The way to an engine, which may be replaced by another one (Down, then Up)."""
+
+    def start(self, receive: Callable[[FromEngine], None], has_work: Callable[[], bool]) -> None: ...
+    def send(self, message: ToEngine) -> None: ...
+    def stop(self, timeout: float) -> None: ...
+
+
+class Stream:
+    """What the engine makes of some requests. ``close`` ends all of them that have not ended.
+
+    Outputs that nobody has fetched wait here, and are fetched together: a slow reader gets fewer, larger pieces, and what
+    waits for it is bounded by the tokens that its requests may generate.
+
+    A reader that waits in ``fetch`` is woken by what arrives, which costs more than all the rest of a token's way. So it may leave a
+    ``listener``, which is called first: where that one takes what has arrived, the reader sleeps on.
+    """
+
+    def __init__(self, client: EngineClient, requests: Sequence[Request], background: bool) -> None:
+        self._client = client
+        self._background = background
+        self._requests = requests
+        self._open = {(r.request_id, i) for r in requests for i in range(r.params.num_outputs)}
+        self._arrived: list[SequenceOutput] = []
+        self._news = asyncio.Event()
+        self._failure: QuireError | None = None
+        self.listener: Callable[[], bool] | None = None
+        """Called after a step that brought something, while ``fetch`` waits. True: it has taken all of it, and there is more to come.
+        Must not raise."""
+        self._waiting = False
+
+    def close(self) -> None:
+        """Nothing more is wanted of any of the requests. May be called twice."""
+        self._client._leave(self._requests, {request_id for request_id, _ in self._open})
+        for request_id, index in self._open:
+            self._client.meter.end(request_id, index, "abort")
+        self._count(-len(self._open))
+        self._open.clear()
+
+    @property
+    def finished(self) -> bool:
+        """Every sequence has ended, and everything was fetched."""
+        return not self._open and not self._arrived and self._failure is None
+
+    def fail(self, error: QuireError) -> None:
+        """End what has not ended, and free its blocks now; ``fetch`` raises ``error`` after what has arrived."""
+        if self._open:
+            self._fail(error)
+            self.close()
+
+    def end(self, request_id: str, index: int) -> None:
+        """Nothing more is wanted of one sequence (a stop string was found in its text): free its blocks now."""
+        if (request_id, index) in self._open:
+            self._ended((request_id, index))
+            self._client.meter.end(request_id, index, "stop")
+            self._client._abort(request_id, index)
+
+    async def fetch(self, timeout: float | None = None) -> list[SequenceOutput]:
+        """All that has arrived since the last call, at least one output; empty after ``timeout`` seconds without any.
+
+        Raises UnavailableError where the engine died or the server is stopping, and what ``fail`` was told.
+        """
+        if not self._arrived and self._failure is None:
+            self._news.clear()
+            self._waiting = True
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._news.wait()
+            except TimeoutError:
+                return []
+            finally:
+                self._waiting = False
+        if not self._arrived and self._failure is not None:
+            raise self._failure
+        return self.take()
+
+    def take(self) -> list[SequenceOutput]:
+        """What has arrived since the last call, or nothing."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _deliver(self, output: SequenceOutput) -> None:
+        key = (output.request_id, output.index)
+        if key not in self._open:  # ended by its reader
+            return
+        if output.finish_reason is not None:
+            self._ended(key)
+        self._arrived.append(output)
+
+    def _tell(self) -> None:
+        """A step has brought something."""
+        if not (self._waiting and self.listener is not None and self.listener()):
+            self._news.set()
+
+    def _ended(self, key: tuple[str, int]) -> None:
+        self._open.discard(key)
+        self._count(-1)
+
+    def _count(self, sequences: int) -> None:
+        self._client.in_flight += sequences
+        if self._background:
+            self._client.in_background += sequences
+
+    def _fail(self, error: QuireError) -> None:
+        if self._open:
+            self._failure = error
+            self._news.set()
+
+
+class EngineClient:
+    """Sends requests to an engine and brings back what it makes of them.
+
+    max_waiting: the bound on the queue. It is kept here and not in the engine, so that a request is refused before its answer
+    begins, and one that was taken is never refused later: at most ``limits.max_num_seqs + max_waiting`` sequences are in flight
+    when a request is taken. A sequence counts from its submission to its end; a beam search as the outputs that it returns. What is
+    done in the background does not count there, and is bounded by those who submit it.
+    """
+
+    def __init__(self, limits: RequestLimits, max_waiting: int) -> None:
+        self.limits = limits
+        self.max_waiting = max_waiting
+        self.in_flight = 0
+        """Sequences that were submitted and have not ended."""
+        self.in_background = 0
+        """Those of them that nobody waits for: lines of batches."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._link: Link | None = None
+        self._journal = Journal()
+        self._streams: dict[str, Stream] = {}
+        self._tickets = itertools.count()
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self.dead: str | None = None
+        """Why nothing can be generated any more; None while all is well."""
+        self.draining = self.closing = False
+        self.up = False
+        """There is an engine."""
+        self.stalled: float | None = None
+        """Seconds for which the engine had finished no step, though it has work, when it was last looked at."""
+        self.restarts = 0
+        """Engines that took the place of one that died."""
+        self.meter = RequestMeter()
+        self.totals = EngineTotals()
+        self.on_kv_events: Callable[[bytes | None], None] | None = None
+        """Told what the engine says of its cache; None where it died, and its cache with it."""
+        self.last_death: str | None = None
+        """How the last one died."""
+
+    def start(self, link: Link) -> None:
+        """Begin to talk to the engine, which is ready. Call on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._link, self.up = link, True
+        link.start(self._post, lambda: len(self._journal) > 0)
+
+    def drain(self) -> None:
+        """Take no new requests; those in flight go on."""
+        self.draining = True
+
+    def close(self) -> None:
+        """Take no new requests; those in flight end with an error now."""
+        self.closing = True
+        self._fail_all(CLOSING)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End the engine, after its current step."""
+        if self._link is not None:
+            self._link.stop(timeout)
+
+    def submit(self, requests: Sequence[Request], *, background: bool) -> Stream:
+        """Queue requests; close the stream in the end, whatever happens. Request ids must be unique among those in flight.
+
+        Raises UnavailableError where nothing can be generated any more, QueueFullError where too much is in flight.
+        """
+        self.check()
+        live = self.in_flight - self.in_background
+        if live >= (most := self.limits.max_num_seqs + self.max_waiting) and not background:
+            raise QueueFullError(
+                f"{live:,} sequences run or wait, and this server takes {most:,} (--max-num-seqs {self.limits.max_num_seqs:,} + "
+                f"--max-waiting {self.max_waiting:,}): try again in a moment, or serve with a larger --max-waiting"
+            )
+        stream = Stream(self, requests, background)
+        stream._count(len(stream._open))
+        self.meter.begin(requests)
+        for request in requests:
+            self._streams[request.request_id] = stream
+            self._journal.add(request)
+        self._send_due()
+        return stream
+
+    @property
+    def num_suspects(self) -> int:
+        """Requests that are tried alone, since engines died while they worked on them."""
+        return self._journal.num_suspects
+
+    @property
+    def num_unsent(self) -> int:
+        """Sequences that the engine does not know yet: it is away, or tries a suspect alone."""
+        return self._journal.num_unsent
+
+    async def stats(self, timeout: float = 5.0) -> EngineStats:
+        """The engine's counters, after all that was sent before.
+
+        Raises UnavailableError where there will be none any more, EngineError where it is being started again, or where its current
+        step takes longer than ``timeout`` seconds.
+        """
+        stats: EngineStats = await self._ask(GetStats, timeout)
+        return stats
+
+    async def snapshot(self, timeout: float = 5.0) -> Seen:
+        """Every block and sequence; see core/snapshot.py. Raises as ``stats`` does. Call ``unwatch`` when no more are wanted."""
+        seen: Seen = await self._ask(GetSnapshot, timeout)
+        return seen
+
+    def unwatch(self) -> None:
+        """Nobody wants snapshots any more."""
+        if self.up and self._link is not None:
+            self._link.send(Unwatch())
+
+    async def _ask(self, question: Callable[[int], ToEngine], timeout: float) -> Any:
+        ticket = next(self._tickets)
+        answer = self._asked[ticket] = asyncio.get_running_loop().create_future()
+        try:
+            self._check_alive()
+            if not self.up:
+                raise EngineError(RESTARTING)
+            assert self._link is not None
+            self._link.send(question(ticket))
+            async with asyncio.timeout(timeout):
+                return await answer
+        except TimeoutError:
+            raise EngineError(f"the engine did not answer within {timeout:g} seconds: its current step takes longer") from None
+        finally:
+            del self._asked[ticket]
+
+    def check(self) -> None:
+        """Raises UnavailableError where nothing new is taken."""
+        self._check_alive()
+        if self.draining:
+            raise UnavailableError(DRAINING)
+
+    def check_ready(self) -> None:
+        """Raises UnavailableError where a request that came now would not be started."""
+        self.check()
+        if not self.up:
+            raise UnavailableError(RESTARTING)
+        if self.stalled is not None and len(self._journal) > 0:
+            raise UnavailableError(
+                f"the engine has not finished a step for {self.stalled:.0f} seconds, though it has work: it will be started again"
+            )
+
+    def _check_alive(self) -> None:
+        if self.dead is not None or self.closing or self._link is None:
+            raise UnavailableError(self.dead or (CLOSING if self.closing else "the engine has not started"))
+
+    def _leave(self, requests: Sequence[Request], unfinished: set[str]) -> None:
+        for request in requests:
+            self._streams.pop(request.request_id, None)
+        for request_id in unfinished:
+            self._abort(request_id, None)
+
+    def _abort(self, request_id: str, index: int | None) -> None:
+        if self._journal.end(request_id, index) and self.up and self._link is not None:
+            self._link.send(Abort(request_id, index))
+
+    def _send_due(self) -> None:
+        if self.up and self._link is not None:
+            for entry in self._journal.due():
+                self._link.send(Add(entry.request, entry.resumed))
+
+    def _post(self, message: FromEngine) -> None:
+        """Called on the link's thread."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the event loop has closed: the process is ending
+            self._loop.call_soon_threadsafe(self._receive, message)
+
+    def _receive(self, message: FromEngine) -> None:
+        self.stalled = None
+        match message:
+            case Stalled(seconds):
+                self.stalled = seconds
+            case Outputs(outputs):
+                self.meter.step(outputs)
+                self._deliver(outputs)
+                self._send_due()
+            case Stats(ticket, stats, send_s):
+                self.totals.heard(stats, send_s)
+                self._answer(ticket, stats)
+            case Seen(ticket):
+                self._answer(ticket, message)
+            case KVEvents(payload):
+                if self.on_kv_events is not None:
+                    self.on_kv_events(payload)
+            case Down(reason):
+                self.up, self.last_death = False, reason
+                self.totals.died()
+                if self.on_kv_events is not None:
+                    self.on_kv_events(None)
+                self._fail_asked(EngineError(RESTARTING))
+                for entry in self._journal.engine_died():
+                    why = f"{FAIL_AFTER} engines died while they worked on it, the last one alone with it; {reason}"
+                    left = [index for index, tokens in enumerate(entry.emitted) if tokens is not None]
+                    failed = [SequenceOutput(entry.request.request_id, index, [], None, "error", why) for index in left]
+                    self.meter.step(failed)
+                    self._deliver(failed)
+            case Up():
+                self.up = True
+                self.restarts += 1
+                self._send_due()
+            case Died(reason):
+                self.up, self.dead = False, reason
+                self._fail_all(reason)
+
+    def _answer(self, ticket: int, value: EngineStats | Seen) -> None:
+        if (answer := self._asked.get(ticket)) is not None and not answer.done():
+            answer.set_result(value)
+
+    def _deliver(self, outputs: list[SequenceOutput]) -> None:
+        told: dict[Stream, None] = {}
+        for output in outputs:
+            self._journal.note(output)
+            if (stream := self._streams.get(output.request_id)) is not None:
+                stream._deliver(output)
+                told[stream] = None
+        for stream in told:
+            stream._tell()
+
+    def _fail_all(self, reason: str) -> None:
+        for stream in self._streams.values():
+            stream._fail(UnavailableError(reason))
+        self._fail_asked(UnavailableError(reason))
+
+    def _fail_asked(self, error: QuireError) -> None:
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(error)

@@ -1,0 +1,225 @@
+"""The supervisor: keeps an engine running in a process of its own, and starts another one when it dies or hangs.
+
+    front (asyncio)  --Add, Abort, ...-->  socket  -->  engine process
+                     <--Outputs, Stats--   socket  <--
+
+One thread reads what the engine says, notices when it has gone, and brings up the next; another one writes, so that an engine
+that does not read can't hold up the front. What was in flight is the client's to send again (journal.py), once it hears Up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+
+import quire
+from quire import errors
+from quire.config import EngineConfig
+from quire.errors import EngineError, QuireError
+from quire.server.engine.messages import (
+    Add,
+    Died,
+    Down,
+    FromEngine,
+    Load,
+    Loaded,
+    NotLoaded,
+    Stalled,
+    Stop,
+    ToEngine,
+    Up,
+    decode_from_engine,
+    encode,
+)
+
+STARTS = 3
+"""So many times in a row an engine is started before it is given up."""
+PAUSE_S = 1.0
+"""Before the second start, and twice that before the third."""
+POLL_S = 0.5
+
+log = logging.getLogger("quire.supervisor")
+
+
+class EngineProcess:
+    """One engine process, and the socket to it. It ends when the socket is closed, thus also when this process dies."""
+
+    def __init__(
+        self, config: EngineConfig, *, kv_events: str | None = None, measure_limits: bool = False, constrained: bool = False
+    ) -> None:
+        """kv_events, measure_limits, constrained: see Load."""
+        ours, theirs = socket.socketpair()
+        package = str(Path(quire.__file__).parent.parent)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", "from quire.server.engine.process import main; main()", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,
+                start_new_session=True,  # Ctrl-C in the terminal is the front's business
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))},
+            )
+        self._connection = Connection(ours.detach())
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        threading.Thread(target=self._write, name="quire-outbox", daemon=True).start()
+        self._outbox.put(encode(Load(asdict(config), measure_limits, kv_events, constrained)))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def loaded(self) -> Loaded:
+        """Waits until the model is loaded. Raises the QuireError that the engine met, or EngineError where it died."""
+        try:
+            message = decode_from_engine(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            raise EngineError(f"the engine could not start: its process {self.obituary()} while it loaded the model") from None
+        if isinstance(message, NotLoaded):
+            kind = getattr(errors, message.kind, QuireError)
+            raise kind(message.message, param=message.param)
+        assert isinstance(message, Loaded)
+        return message
+
+    def send(self, message: ToEngine) -> None:
+        self._outbox.put(encode(message))
+
+    def receive(self, timeout: float) -> FromEngine | None:
+        """The next message; None after ``timeout`` seconds. Raises EOFError or OSError where the engine has gone."""
+        if not self._connection.poll(timeout):
+            return None
+        message = decode_from_engine(self._connection.recv_bytes())
+        assert not isinstance(message, Loaded | NotLoaded)
+        return message
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self, timeout: float) -> None:
+        """End it: at once, or where it is asked to stop, after ``timeout`` seconds."""
+        self.send(Stop())
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._outbox.put(None)
+
+    def obituary(self) -> str:
+        """How it ended, for a sentence that begins with "its process"."""
+        self._outbox.put(None)
+        code = self._process.wait()
+        if code >= 0:
+            return f"ended with exit code {code}"
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (
+            " (where nobody did that by hand, the machine has run out of memory)" if name == "SIGKILL" else ""
+        )
+
+    def _write(self) -> None:
+        try:
+            while (data := self._outbox.get()) is not None:
+                self._connection.send_bytes(data)
+        except OSError:
+            pass  # it has gone; the reader sees that too
+
+
+class Supervisor:
+    """A link to an engine that is replaced when it dies. ``first`` has been loaded.
+
+    timeout: seconds without a finished step, while there is work, after which an engine counts as hung.
+    """
+
+    def __init__(self, first: EngineProcess, config: EngineConfig, timeout: float, kv_events: str | None = None) -> None:
+        self._kv_events = kv_events
+        self._engine, self._config, self._timeout = first, config, timeout
+        self._receive: Callable[[FromEngine], None] = lambda message: None
+        self._has_work: Callable[[], bool] = lambda: False
+        self._constrained = False
+        """Some request had constraints."""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="quire-supervisor", daemon=True)
+
+    def start(self, receive: Callable[[FromEngine], None], has_work: Callable[[], bool]) -> None:
+        """``receive`` is called on the supervisor's thread. ``has_work``: whether anything is in flight."""
+        self._receive, self._has_work = receive, has_work
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the engine's process."""
+        return self._engine.pid
+
+    def send(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            self._constrained |= message.request.params.constrained
+        self._engine.send(message)
+
+    def stop(self, timeout: float) -> None:
+        """End the engine, after its current step if that takes less than ``timeout`` seconds."""
+        self._stopping.set()
+        self._engine.close(timeout)
+
+    def _watch(self) -> None:
+        while True:
+            how = self._relay()
+            if self._stopping.is_set():
+                return
+            log.warning("the engine's process %s; starting another one", how)
+            self._receive(Down(f"the engine's process {how}"))
+            if not self._restart():
+                return
+            self._receive(Up())
+
+    def _relay(self) -> str:
+        """Hand on what the engine says until it has gone. How it ended."""
+        heard, stalled, hung = time.monotonic(), False, False
+        while True:
+            try:
+                message = self._engine.receive(POLL_S)
+            except (EOFError, OSError):
+                how = self._engine.obituary()
+                return f"did not finish a step for {self._timeout:g} seconds and was killed" if hung else how
+            now = time.monotonic()
+            if message is not None:
+                self._receive(message)
+                heard, stalled = now, False
+            elif not self._has_work():
+                heard, stalled = now, False
+            elif now - heard > self._timeout / 2 and not stalled:
+                stalled = True
+                self._receive(Stalled(now - heard))
+            elif now - heard > self._timeout:
+                hung = True
+                self._engine.kill()
+
+    def _restart(self) -> bool:
+        for attempt in range(1, STARTS + 1):
+            started = time.monotonic()
+            engine = EngineProcess(self._config, kv_events=self._kv_events, constrained=self._constrained)
+            try:
+                engine.loaded()
+            except QuireError as e:
+                log.error("attempt %d of %d: %s", attempt, STARTS, e.message)
+                reason = e.message
+            else:
+                self._engine = engine
+                if self._stopping.is_set():  # in the meantime
+                    engine.close(0)
+                    return False
+                log.warning("another engine is ready after %.1f s", time.monotonic() - started)
+                return True
+            if self._stopping.wait(PAUSE_S * attempt):
+                return False
+        self._receive(Died(f"the engine could not be started again: {reason}"))
+        return False

@@ -1,0 +1,148 @@
+"""HTTP/1.1 on a socket, with limits that uvicorn's parser does not have: the number of connections, the size and number of headers,
+the time that they take, and the time for which a client may read nothing of its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from quire.errors import InvalidRequestError, QuireError
+from quire.server.http.errors import HeadersTooLargeError, TimedOutError, UnavailableError, error_bytes
+from quire.server.http.sse import PUSH
+
+MAX_HEADER_BYTES = 64 << 10
+MAX_HEADERS = 256
+HEADER_TIMEOUT_S = 30.0
+"""A request's headers must be complete this long after its first byte, or after the connection was made."""
+WRITE_TIMEOUT_S = 120.0
+"""A connection is cut off where so long nothing could be written to it: its client lives, and reads nothing."""
+REFUSAL_S = 2.0
+"""So long a connection that is one too many may wait before it sends the request that it is refused with."""
+FRAMING_FACTOR = 8
+"""A chunked body may have this many bytes of framing for each byte of content (chunks of one byte need 5)."""
+
+
+class _Push:
+    """See sse.Push. What RequestResponseCycle.send does for a part of a body, where it need not wait."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        return bool(cycle.chunked_encoding) and not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+
+    def write(self, body: bytes) -> None:
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection. What is not content (request line, headers, framing, trailers) is counted, and bounded."""
+
+    def __init__(self, max_connections: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._max_connections = max_connections
+        self._one_too_many = False
+        self._received = 0
+        self._content = 0
+        self._fault: QuireError | None = None
+        self._headers_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        # Refused when its request has begun: an answer before the question would be lost in a reset.
+        self._one_too_many = len(self.connections) > self._max_connections
+        self._start_timer(REFUSAL_S if self._one_too_many else HEADER_TIMEOUT_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._one_too_many:
+            self._refuse(UnavailableError(
+                f"this server has {self._max_connections:,} connections, which is all that it takes: try again in a moment, or serve with "
+                "a larger --max-connections"
+            ))  # fmt: skip
+            return
+        self._received += len(data)
+        super().data_received(data)
+        if self._received - self._content > MAX_HEADER_BYTES + FRAMING_FACTOR * self._content and not self.transport.is_closing():
+            self._refuse(
+                HeadersTooLargeError(f"the request's headers are longer than {MAX_HEADER_BYTES:,} bytes, which is what this server allows")
+            )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._start_timer(HEADER_TIMEOUT_S)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) == MAX_HEADERS:
+            self._fault = HeadersTooLargeError(f"the request has more than {MAX_HEADERS} headers, which is what this server allows")
+            raise self._fault  # ends the parser, which then calls send_400_response
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+        self.scope["extensions"] = {PUSH: {"push": _Push(self.cycle)}}  # a later request on this connection has a cycle of its own
+
+    def on_body(self, body: bytes) -> None:
+        self._content += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._received = self._content = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(self._fault or InvalidRequestError("this is not an HTTP/1.1 request that the server can read"))
+
+    def _refuse(self, error: QuireError) -> None:
+        body = error_bytes(error)
+        start = (
+            f"HTTP/1.1 {error.status} Refused\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
+            + ("retry-after: 1\r\n\r\n" if error.status == 503 else "\r\n")
+        )
+        self.transport.write(start.encode() + body)
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closing waits until everything is written, which a client that reads nothing can put off for ever."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        super().timeout_keep_alive_handler()
+
+    def _start_timer(self, seconds: float) -> None:
+        if self._headers_timer is None:
+            self._headers_timer = self.loop.call_later(seconds, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+    def _too_slow(self) -> None:
+        if self._one_too_many:
+            self.transport.abort()
+        elif not self.transport.is_closing():
+            self._refuse(TimedOutError(f"the request's headers did not arrive within {HEADER_TIMEOUT_S:g} seconds"))

@@ -1,0 +1,1 @@
+"""OpenAI's older APIs, and what vLLM's users find beside them: completions, chats, embeddings, tokens."""
