@@ -201,15 +201,15 @@ class ServerConfig(_Checked):
         "on as another role",
     )  # fmt: skip
     max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
-    request_timeout: int = option(
-        0, "seconds after which a request ends with an error, whatever it asks for; 0 is no limit", low=0, high=MAX_TIMEOUT_S,
-        metavar="SECONDS",
-    )  # fmt: skip
     pooling: str = option(
         "last",
         "what /v1/embeddings makes of a text, unless a request says: the state of its last token, or the mean of all",
         choices=("mean", "last"),
     )
+    request_timeout: int = option(
+        0, "seconds after which a request ends with an error, whatever it asks for; 0 is no limit", low=0, high=MAX_TIMEOUT_S,
+        metavar="SECONDS",
+    )  # fmt: skip
     batch_dir: str | None = option(
         None,
         "folder that keeps files and batches (/v1/files, /v1/batches) over restarts; one server at a time may have it (default: none are "

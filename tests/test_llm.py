@@ -356,3 +356,15 @@ def test_structured_output(llm: LLM) -> None:
     assert "".join(llm.stream(PROMPTS[1], SamplingParams(structured=forms[1], seed=1))) == texts[1]
     with pytest.raises(InvalidRequestError, match="unclosed group"):
         llm.generate("a", SamplingParams(structured=Structured.regex("(")))
+
+
+def test_log_probabilities_of_a_prompt(llm: LLM) -> None:
+    """Those of its own tokens, the same as when they are generated; and a prompt alone, with nothing generated."""
+    made = llm.generate("import os\n", SamplingParams(temperature=0, max_tokens=8, logprobs=2, ignore_eos=True))[0]
+    whole = [*made.prompt_token_ids, *made.outputs[0].token_ids]
+    scored = llm.generate({"prompt_token_ids": whole}, SamplingParams(max_tokens=0, prompt_logprobs=2))[0]
+    assert scored.prompt_logprobs is not None
+    assert scored.prompt_logprobs[0] is None
+    assert scored.prompt_logprobs[-8:] == made.outputs[0].logprobs
+    assert (scored.outputs[0].text, scored.outputs[0].finish_reason) == ("", "length")
+    assert made.prompt_logprobs is None

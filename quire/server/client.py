@@ -210,7 +210,7 @@ class EngineClient:
         if self._link is not None:
             self._link.stop(timeout)
 
-    def submit(self, requests: Sequence[Request], background: bool = False) -> Stream:
+    def submit(self, requests: Sequence[Request], *, background: bool) -> Stream:
         """Queue requests; close the stream in the end, whatever happens. Request ids must be unique among those in flight.
 
         Raises UnavailableError where nothing can be generated any more, QueueFullError where too much is in flight.

@@ -50,7 +50,9 @@ async def embeddings(request: Request) -> Response:
             context.client.limits.check(prompt.token_ids, NOTHING)
     salt = context.salts.derive(body.cache_salt, caller.tenant)
     requests = [
-        EngineRequest(f"{call.own}-{i}", prompt.token_ids, NOTHING, 0, priority=body.priority or 0, salt=salt, pooling=pooling)
+        EngineRequest(
+            f"{call.own}-{i}", prompt.token_ids, NOTHING, 0, priority=caller.priority(body.priority or 0), salt=salt, pooling=pooling
+        )
         for i, prompt in enumerate(prompts)
     ]
     return await answer(request, _run(context, caller, body, call, requests))
@@ -61,7 +63,7 @@ async def _run(context: Context, caller: Caller, body: EmbeddingRequest, call: C
     vectors: dict[str, list[float]] = {}
     caller.enter()
     try:
-        stream = context.client.submit(requests)
+        stream = context.client.submit(requests, background=caller.background)
     except QuireError:
         caller.leave(0)
         raise

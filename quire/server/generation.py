@@ -75,7 +75,7 @@ class Generation:
         self._client, self._caller, self._tokenizer = context.client, caller, context.tokenizer
         self._compiler = context.compiler
         self._stream: Stream | None = None
-        self._timeout = _timeout(body, context.config.request_timeout)
+        self._timeout = _timeout(body, 0 if caller.background else context.config.request_timeout)  # nobody waits for what waits
         self._timer: asyncio.TimerHandle | None = None
         salt, retention = context.salts.derive(body.cache_salt, caller.tenant), _retention(body)
         self._requests: list[Request] = []

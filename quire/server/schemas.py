@@ -170,7 +170,6 @@ class GenerationRequest(_Body):
     cache_salt: str | None = Field(None, description="cached prefixes are shared only among requests with the same salt")
     cache_retention: CacheRetention | None = Field(None, description="a wish that the prompt stays in the prefix cache")
     return_token_ids: bool | None = Field(None, description="return token ids beside the text")
-    timeout: float | None = Field(None, description="seconds after which the request ends with an error if it has not ended by itself")
     return_tokens_as_token_ids: bool | None = Field(None, description='name tokens in logprobs by their ids, as in "token_id:17"')
     prompt_logprobs: int | None = Field(None, description="report this many most likely tokens for each position of the prompt; 0 to 20")
     truncate_prompt_tokens: int | None = Field(
@@ -178,6 +177,7 @@ class GenerationRequest(_Body):
     )
     truncation_side: TruncationSide = Field(None, description='"left" (default) drops the beginning of the prompt, "right" its end')
     request_id: str | None = Field(None, description="ends the answer's id, and is echoed in X-Request-Id; default: X-Request-Id's value")
+    timeout: float | None = Field(None, description="seconds after which the request ends with an error if it has not ended by itself")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -68,7 +68,8 @@ class EngineServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._drained_at is not None and self._serving is not None:
-            self.should_exit |= self._serving.client.in_flight == 0 or time.monotonic() > self._drained_at
+            client = self._serving.client  # what is done in the background is done by the next server
+            self.should_exit |= client.in_flight == client.in_background or time.monotonic() > self._drained_at
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -7,7 +7,7 @@ import pytest
 from core.fake_backend import FakeBackend, expected_output
 from quire.config import EngineConfig
 from quire.core.engine import Engine
-from quire.core.plan import StepExtent, StepPlan, StepResult
+from quire.core.plan import RowWork, StepExtent, StepPlan, StepResult
 from quire.core.sequence import Request, derive_seed
 from quire.core.stats import Queue
 from quire.errors import CapacityError, ContextLengthError, InvalidRequestError
@@ -257,3 +257,22 @@ def test_the_queue_says_what_is_waited_for() -> None:
     engine.step()
     assert engine.stats().queue.rows + engine.stats().queue.budget == engine.stats().waiting
     drain(engine)
+
+
+def test_the_extent_counts_every_row_of_logits() -> None:
+    plan = StepPlan(
+        work=[
+            RowWork(0, 3, 5, [], True, score=range(4, 7)),  # scored at 4, 5 and 6, sampled at 7
+            RowWork(1, 10, 3, [], True, draft=(1, 2)),
+            RowWork(2, 6, 1, [], False),
+        ]
+    )
+    assert plan.extent == StepExtent(
+        steps=1,
+        sampling_steps=1,
+        positions=9,
+        keys=8 + 13 + 7,
+        context=(4 + 5 + 6 + 7 + 8) + (11 + 12 + 13) + 7,
+        rows=3 + 1 + 3,
+        rows_context=(5 + 6 + 7) + 8 + (11 + 12 + 13),
+    )

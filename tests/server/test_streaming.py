@@ -381,7 +381,7 @@ def test_the_loop_refuses_what_the_engine_refuses(fake: Server) -> None:
 
     inbox.put(Add(bad))
     assert loop._turn()
-    (message,) = got
+    message = got[0]  # what the engine has counted may follow
     assert isinstance(message, Outputs)
     assert [(o.index, o.finish_reason) for o in message.outputs] == [(0, "error"), (1, "error")]
     assert "empty" in str(message.outputs[0].stop_reason)

@@ -53,10 +53,10 @@ def begin(sampler, starts):
         sampler.begin(one)
 
 
-def draw(sampler, rows, seeds):
+def draw(sampler, rows, seeds, masks=()):
     rows = np.array(rows, np.int32)
     result = StepResult()
-    sampler.sample(logits_of(seeds), rows, np.full(len(rows), LENGTH, np.int64), result)
+    sampler.sample(logits_of(seeds), rows, np.full(len(rows), LENGTH, np.int64), result, masks)
     return result
 
 
@@ -99,18 +99,17 @@ def test_masks_are_of_their_rows_alone():
         sampled = start(row, KINDS[row], row)
         rows.begin(sampled)
         sampler.begin(sampled)
-    logits, ids, lengths = logits_of(seeds), np.arange(8, dtype=np.int32), np.full(8, LENGTH, np.int64)
-    plain = sampler.sample(logits, ids, lengths).tokens
+    plain = draw(sampler, seeds, seeds).tokens
     words = -(-VOCAB // 32)
     rng = np.random.default_rng(3)
     masks = [None if row % 2 else rng.integers(0, 1 << 32, words + 1, dtype=np.uint32).tobytes() for row in seeds]
     masks[4] = np.array([1 << 9] + [0] * words, np.uint32).tobytes()
-    found = sampler.sample(logits, ids, lengths, masks).tokens
+    found = draw(sampler, seeds, seeds, masks).tokens
     assert found[1::2] == plain[1::2]
     assert found[4] == 9
     for row in range(0, 8, 2):
         assert masks[row][found[row] >> 3] >> (found[row] & 7) & 1
     masks[0] = bytes(4 * words)
-    failed = sampler.sample(logits, ids, lengths, masks)
+    failed = draw(sampler, seeds, seeds, masks)
     assert failed.tokens == [-1, *found[1:]]
     assert "no token may be chosen" in failed.errors[0]

@@ -106,6 +106,49 @@ def killed(server: Process, client: openai.OpenAI, batch_id: str, seen: int, kil
     return now
 
 
+def test_every_endpoint_answers_in_the_background(tmp_path: Path) -> None:
+    """As over HTTP; where live requests alone would be refused, none of the lines is."""
+    text = {"role": "user", "content": "import os"}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": [text], "max_tokens": 4, "seed": 1},
+        "/v1/completions": {"prompt": ["import os", "def f("], "max_tokens": 4, "seed": 1, "n": 2},
+        "/v1/embeddings": {"input": ["import os", "def f("]},
+        "/v1/responses": {"input": "import os", "max_output_tokens": 4, "temperature": 0},
+    }
+    taken = {"id", "created", "created_at", "completed_at", "usage", "timings", "metrics"}
+    with serving(tmp_path, "--max-num-seqs", "1", "--max-waiting", "1") as server, client_of(server) as client:
+        for endpoint, body in bodies.items():
+            made = [{"custom_id": f"{i}", "method": "POST", "url": endpoint, "body": body} for i in range(4)]
+            file = client.files.create(file=("in", "\n".join(map(json.dumps, made)).encode()), purpose="batch")
+            batch = client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h")  # type: ignore[arg-type]
+            answers = [each["response"]["body"] for each in results(client, batch.id)]
+            direct = http.post(server.url + endpoint, json=body)
+            assert direct.status_code == 200, direct.text
+            for answer in answers:
+                assert known(answer, taken) == known(direct.json(), taken)
+        wait_clean(server.url)
+
+
+def test_lines_have_all_the_time_and_a_stop_does_not_wait_for_them(tmp_path: Path) -> None:
+    """The time limit of live requests is not theirs, since they wait for those; neither is draining."""
+    arguments = ("--max-num-seqs", "1", "--request-timeout", "1", "--drain-timeout", "3600")
+    with serving(tmp_path, *arguments) as server, client_of(server) as client:
+        (only,) = results(client, begin(client, lines(1, max_tokens=1900)))
+        assert only["response"]["body"]["usage"]["completion_tokens"] == 1900
+        batch_id = begin(client, lines(50, max_tokens=1900))
+        wait_until(lambda: http.get(server.url + "/health").json()["running"] == 1, "it runs")
+        assert server.stop(signal.SIGTERM) == (0, "")
+    with serving(tmp_path) as server, client_of(server) as client:
+        assert client.batches.cancel(batch_id).status == "cancelling", "it is still there, and goes on"
+
+
+def known(value: Any, taken: set[str]) -> Any:
+    """Without what is different in every answer."""
+    if isinstance(value, dict):
+        return {name: known(each, taken) for name, each in value.items() if name not in taken}
+    return [known(each, taken) for each in value] if isinstance(value, list) else value
+
+
 def test_live_requests_come_before_all_lines_and_are_not_refused_for_them(tmp_path: Path) -> None:
     """A batch that fills every row; a queue that holds one live request beside the running ones."""
     with serving(tmp_path, "--max-num-seqs", "4", "--max-waiting", "1", "--batch-concurrency", "32") as server, client_of(server) as client:
