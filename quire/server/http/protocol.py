@@ -36,7 +36,8 @@ class _Push:
     @property
     def ready(self) -> bool:
         cycle = self._cycle
-        return bool(cycle.chunked_encoding) and not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+        gone = cycle.disconnected or cycle.transport.is_closing()
+        return bool(cycle.chunked_encoding) and not (gone or cycle.flow.write_paused or cycle.response_complete)
 
     def write(self, body: bytes) -> None:
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
