@@ -46,7 +46,7 @@ class ServeProcess:
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
             with contextlib.suppress(OSError):
                 for pid in map(int, (task / "children").read_text().split()):
-                    if b"engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes() and not _is_zombie(pid):
+                    if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes() and not _is_zombie(pid):
                         return pid
         return None
 

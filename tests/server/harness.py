@@ -182,18 +182,22 @@ def start_process(*arguments: str, stdout: Any = subprocess.PIPE, environment: d
 
 
 def engine_pid(front: int) -> int:
-    """Of the engine's process of the server ``front``; waits until there is one."""
+    """Of the engine's process of the server ``front``, which may have others; waits until there is one."""
     found: list[int] = []
 
     def look() -> bool:
         found.clear()
         for task in Path(f"/proc/{front}/task").iterdir():  # whichever thread has started it
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
-                found.extend(int(pid) for pid in (task / "children").read_text().split() if not is_gone(int(pid)))
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread, or the process, has ended
+                found.extend(int(pid) for pid in (task / "children").read_text().split() if is_engine(int(pid)) and not is_gone(int(pid)))
         return bool(found)
 
     wait_until(look, "the server has an engine")
     return found[0]
+
+
+def is_engine(pid: int) -> bool:
+    return b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def is_gone(pid: int) -> bool:

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from quire.core.sequence import Request
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
-from quire.server.engine.journal import FAIL_AFTER, SUSPECT_AFTER, Entry, Journal
+from quire.server.engine.journal import FAIL_AT, SUSPECT_AT, Entry, Journal
+
+CRASHES = 2
+"""So many of them make a suspect."""
 
 
 def request(name: str, n: int = 1) -> Request:
@@ -67,7 +70,7 @@ def test_what_has_not_been_sent_need_not_be_aborted() -> None:
 
 def test_a_suspect_runs_alone_until_it_makes_a_token() -> None:
     made = journal("a", "b", "c")
-    for _ in range(SUSPECT_AFTER):
+    for _ in range(CRASHES):
         made.due()
         made.note(output("b", 1))
         assert made.engine_died() == []
@@ -86,7 +89,7 @@ def test_a_suspect_runs_alone_until_it_makes_a_token() -> None:
 
 def test_it_fails_when_it_dies_alone_for_the_second_time_and_the_others_go_on() -> None:
     made = journal("poison", "a", "b")
-    for _ in range(SUSPECT_AFTER):
+    for _ in range(CRASHES):
         made.due()
         for name in ("a", "b"):
             made.note(output(name, 1))
@@ -101,7 +104,7 @@ def test_it_fails_when_it_dies_alone_for_the_second_time_and_the_others_go_on() 
 
 def test_in_company_it_may_have_been_anothers_fault() -> None:
     made = journal("a", "poison")
-    for _ in range(SUSPECT_AFTER):
+    for _ in range(CRASHES):
         made.due()
         made.engine_died()
     assert names(made.due()) == ["a"]
@@ -115,10 +118,26 @@ def test_in_company_it_may_have_been_anothers_fault() -> None:
     assert names(made.due()) == ["a"]
 
 
+def test_kills_from_outside_make_suspects_late() -> None:
+    made = journal("a", "beams")
+    for _ in range(SUSPECT_AT - 1):
+        made.due()
+        assert made.engine_died(killed=True) == []
+        assert made.num_suspects == 0
+    made.due()
+    made.note(output("a", 1))
+    assert made.engine_died(killed=True) == []
+    assert names(made.due()) == ["beams"], "whoever has nothing to show after six of them is tried"
+    assert made.engine_died(killed=True) == []
+    assert names(made.due()) == ["beams"]
+    (failed,) = made.engine_died(killed=True)
+    assert failed.deaths == SUSPECT_AT + 2, "alone it makes no difference what ended them"
+
+
 def test_a_queue_that_lives_through_many_deaths_loses_nobody() -> None:
     """Deaths that are nobody's fault: those that had no chance to make a token are tried alone, one after the other."""
     made = journal(*(f"r{i}" for i in range(50)))
-    for _ in range(SUSPECT_AFTER):
+    for _ in range(CRASHES):
         made.due()
         assert made.engine_died() == []
     tried = []
@@ -134,7 +153,7 @@ actions = st.lists(st.one_of(
     st.tuples(st.just("token"), st.integers(0, 40)),
     st.tuples(st.just("finish"), st.integers(0, 40)),
     st.tuples(st.just("leave"), st.integers(0, 40)),
-    st.tuples(st.just("die"), st.just(0)),
+    st.tuples(st.just("die"), st.integers(0, 1)),
 ), max_size=60)  # fmt: skip
 
 
@@ -150,8 +169,9 @@ def test_random_lives(script: list[tuple[str, int]]) -> None:
             live[f"r{step}"] = [[] for _ in range(number)]
             made.add(request(f"r{step}", n=number))
         elif action == "die":
-            for entry in made.engine_died():
-                assert entry.deaths == FAIL_AFTER
+            for entry in made.engine_died(killed=bool(number)):
+                assert entry.blame == FAIL_AT
+                assert entry.deaths >= 4
                 assert list(at_engine) == [entry.request.request_id]
                 del live[entry.request.request_id]
             at_engine.clear()
@@ -174,7 +194,7 @@ def test_random_lives(script: list[tuple[str, int]]) -> None:
             assert name not in at_engine
             assert entry.emitted == live[name]
             at_engine[name] = True
-            assert entry.deaths < FAIL_AFTER
+            assert entry.blame < FAIL_AT
         assert len(made) == len(live)
         assert at_engine.keys() <= live.keys()
         assert made.num_suspects or at_engine.keys() == live.keys()

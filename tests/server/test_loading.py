@@ -38,7 +38,7 @@ def loading(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]
     try:
         engine = engine_pid(process.pid)
         # The front waits in the middle of the fork for the program to be there.
-        wait_until(lambda: b"engine_process" in Path(f"/proc/{engine}/cmdline").read_bytes(), "the engine's program runs")
+        wait_until(lambda: b"engine.process" in Path(f"/proc/{engine}/cmdline").read_bytes(), "the engine's program runs")
         os.kill(engine, signal.SIGSTOP)
 
         def listens() -> bool:

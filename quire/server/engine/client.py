@@ -16,7 +16,7 @@ from quire.core.sequence import Request
 from quire.core.stats import EngineStats
 from quire.errors import EngineError, QueueFullError, QuireError
 from quire.outputs import SequenceOutput
-from quire.server.engine.journal import FAIL_AFTER, Journal
+from quire.server.engine.journal import Journal
 from quire.server.engine.messages import (
     Abort,
     Add,
@@ -334,14 +334,14 @@ class EngineClient:
             case KVEvents(payload):
                 if self.on_kv_events is not None:
                     self.on_kv_events(payload)
-            case Down(reason):
+            case Down(reason, killed):
                 self.up, self.last_death = False, reason
                 self.totals.died()
                 if self.on_kv_events is not None:
                     self.on_kv_events(None)
                 self._fail_asked(EngineError(RESTARTING))
-                for entry in self._journal.engine_died():
-                    why = f"{FAIL_AFTER} engines died while they worked on it, the last one alone with it; {reason}"
+                for entry in self._journal.engine_died(killed=killed):
+                    why = f"{entry.deaths} engines died while they worked on it, the last one alone with it; {reason}"
                     left = [index for index, tokens in enumerate(entry.emitted) if tokens is not None]
                     failed = [SequenceOutput(entry.request.request_id, index, [], None, "error", why) for index in left]
                     self.meter.step(failed)

@@ -1,10 +1,13 @@
 """The journal: what is in flight, and all of it that another engine needs in order to go on: prompt, parameters, seed, and the
 tokens that were put out so far. Pure bookkeeping; it sends nothing.
 
-A request that keeps killing engines must not take the others with it. Each death without a new token in between counts against
-those that the engine had; after two of them a request is suspected and tried alone, until it has made a token. Where the engine
+A request that keeps killing engines must not take the others with it. Each death without a new token in between is held against
+those that the engine had; after two crashes a request is suspected and tried alone, until it has made a token. Where the engine
 dies twice with nothing else in it, the request fails, and the others go on. Once is not enough: beams, and prompts that wait, have no
 token to show for a long time, and whoever kills engines from outside hits one of them that is tried alone sooner or later.
+
+SIGKILL comes from outside: from an administrator, or from a kernel that is short of memory. It says little about a request, and trying
+requests alone holds the others up; so it takes six of them to make a suspect.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from dataclasses import dataclass, field
 from quire.core.sequence import Request
 from quire.outputs import SequenceOutput
 
-SUSPECT_AFTER = 2
-FAIL_AFTER = 4
+CRASH, KILL = 3, 1
+"""What a death is held against a request: one of the engine's own making, or by whoever needs no reason. Alone it is always CRASH."""
+SUSPECT_AT, FAIL_AT = 2 * CRASH, 4 * CRASH
 
 
 @dataclass(slots=True)
@@ -28,6 +32,8 @@ class Entry:
     """The tokens of each sequence so far; None for one that has ended."""
     deaths: int = 0
     """Engines that died under it since it made a token."""
+    blame: int = 0
+    """What they amount to."""
     sent: bool = False
     """The engine that runs now has it."""
 
@@ -75,7 +81,7 @@ class Journal:
         if tokens is not None:
             tokens += output.token_ids
         if output.token_ids:
-            entry.deaths = 0
+            entry.deaths = entry.blame = 0
             if entry is self._alone:
                 self._alone = None
         if output.finish_reason is not None:
@@ -109,18 +115,20 @@ class Journal:
             entry.sent = True
         return due
 
-    def engine_died(self) -> list[Entry]:
-        """Nothing is sent any more. The requests that have failed now, and are in the journal no longer."""
+    def engine_died(self, *, killed: bool = False) -> list[Entry]:
+        """Nothing is sent any more. The requests that have failed now, and are in the journal no longer. killed: by SIGKILL, which
+        nobody asked the supervisor for."""
         sent = [entry for entry in self._entries.values() if entry.sent]
-        most = FAIL_AFTER if len(sent) == 1 else SUSPECT_AFTER  # in company it may have been another's fault
+        most = FAIL_AT if len(sent) == 1 else SUSPECT_AT  # in company it may have been another's fault
         for entry in sent:
-            entry.deaths, entry.sent = min(entry.deaths + 1, most), False
-        failed = [entry for entry in sent if entry.deaths >= FAIL_AFTER]
+            blame = KILL if killed and entry is not self._alone else CRASH
+            entry.deaths, entry.blame, entry.sent = entry.deaths + 1, min(entry.blame + blame, most), False
+        failed = [entry for entry in sent if entry.blame >= FAIL_AT]
         for entry in failed:
             del self._entries[entry.request.request_id]
         self._alone = None
-        self._suspects = deque(entry for entry in self._entries.values() if entry.deaths >= SUSPECT_AFTER)
-        self._unsent = deque(entry for entry in self._entries.values() if entry.deaths < SUSPECT_AFTER)
+        self._suspects = deque(entry for entry in self._entries.values() if entry.blame >= SUSPECT_AT)
+        self._unsent = deque(entry for entry in self._entries.values() if entry.blame < SUSPECT_AT)
         return failed
 
     def _lives(self, entry: Entry) -> bool:

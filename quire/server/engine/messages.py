@@ -156,6 +156,8 @@ class Down(Message, frozen=True):
     """The engine has died, and another one is being started: what is in flight goes on there. Said on the front's side."""
 
     reason: str
+    killed: bool = False
+    """From outside, by SIGKILL."""
 
 
 class Up(Message, frozen=True):

@@ -30,7 +30,7 @@ class PoisonedBackend:
 
     def execute(self, plan: StepPlan) -> StepResult:
         if any(self._token in start.tokens[: start.num_prompt] for start in plan.starts):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGUSR1)  # it ends the process, as SIGSEGV would, and leaves no core file
         return self._backend.execute(plan)
 
 

@@ -126,6 +126,11 @@ class EngineProcess:
             " (where nobody did that by hand, the machine has run out of memory)" if name == "SIGKILL" else ""
         )
 
+    @property
+    def was_killed(self) -> bool:
+        """By SIGKILL; known after the obituary."""
+        return self._process.returncode == -signal.SIGKILL
+
     def _write(self) -> None:
         try:
             while (data := self._outbox.get()) is not None:
@@ -172,16 +177,16 @@ class Supervisor:
 
     def _watch(self) -> None:
         while True:
-            how = self._relay()
+            end = self._relay()
             if self._stopping.is_set():
                 return
-            log.warning("the engine's process %s; starting another one", how)
-            self._receive(Down(f"the engine's process {how}"))
+            log.warning("%s; starting another one", end.reason)
+            self._receive(end)
             if not self._restart():
                 return
             self._receive(Up())
 
-    def _relay(self) -> str:
+    def _relay(self) -> Down:
         """Hand on what the engine says until it has gone. How it ended."""
         heard, stalled, hung = time.monotonic(), False, False
         while True:
@@ -189,7 +194,9 @@ class Supervisor:
                 message = self._engine.receive(POLL_S)
             except (EOFError, OSError):
                 how = self._engine.obituary()
-                return f"did not finish a step for {self._timeout:g} seconds and was killed" if hung else how
+                if hung:
+                    return Down(f"the engine's process did not finish a step for {self._timeout:g} seconds and was killed")
+                return Down(f"the engine's process {how}", self._engine.was_killed)
             now = time.monotonic()
             if message is not None:
                 self._receive(message)
