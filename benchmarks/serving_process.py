@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+import quire
+
+PACKAGE = Path(quire.__file__).resolve().parents[1]
 PATIENCE_S = 120.0
 
 
@@ -24,7 +26,7 @@ class ServeProcess:
     """Listens on a free port of this machine; ready when made."""
 
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "quire.cli.main", "serve", "--port", "0", *arguments],
             stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path} | (environment or {}),

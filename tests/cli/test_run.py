@@ -52,7 +52,7 @@ def test_prompts_are_read_line_by_line_and_a_bad_one_does_not_end_it() -> None:
         (["run", "-p", ""], {}, 1, "the prompt is empty"),
         (["run", "no/such/folder", "-p", "x"], {}, 1, "no/such/folder"),
         (["run", "-p", "x", "--temperature", "nan"], {}, 1, "temperature must be from 0 to 100, got nan"),
-        (["run", "-p", "x", "--max-tokens", "0"], {}, 1, "max_tokens must be from 1"),
+        (["run", "-p", "x", "--max-tokens", "-1"], {}, 1, "max_tokens must be from 0"),
         (["run", "-p", "x", "--max-tokens", "9999"], {}, 1, "lower max_tokens to at most 2,046"),
         (["run", "-p", "x", "--kv-memory", "10KiB"], {}, 1, "raise --kv-memory to at least 6MiB"),
         (["run", "-p", "x", "--kv-memory", "lots"], {}, 2, "'lots' is not a size"),
