@@ -132,7 +132,7 @@ def test_the_map_shows_what_happens(browser: Browser, server: Process, root: Pat
 def test_the_prompt_streams_and_its_blocks_are_marked(browser: Browser, root: Path) -> None:
     browser.type("#prompt-text", HEAD + "    def connect(self):\n")
     browser.type("#n", "4")
-    browser.type("#max-tokens", "300")
+    browser.type("#max-tokens", "1200")
     browser.click("#send")
     browser.wait("document.querySelectorAll('.answer').length === 4", "a box for each sample")
     wait_until(lambda: (now := pixels(browser))["shared"] > 0 and now["mine"] > 0, "the samples' blocks are marked, and share the prompt's")

@@ -5,6 +5,7 @@ import { $, count, duration, make, plural, rate } from "./format.js";
 
 export class Prompt {
   #abort = null;
+  #frame = 0;
 
   /** claim(callId): a request of this page has begun. needKey(): the server asks for one. */
   constructor(claim, needKey) {
@@ -44,8 +45,10 @@ export class Prompt {
         if (event.error) throw new Error(event.error.message);
         this.#take(event, answers, clock);
       });
+      this.#draw(answers);
       this.#report(clock, "");
     } catch (error) {
+      this.#draw(answers);
       if (error.name === "AbortError") this.#report(clock, "stopped; ");
       else this.#say(error.message, true);
     } finally {
@@ -62,7 +65,17 @@ export class Prompt {
       answers.add(choice.index, text, choice.finish_reason);
     }
     clock.usage = event.usage ?? clock.usage;
-    this.#report(clock, "", true);
+    // Tokens come faster than the screen shows them; a layout for each would leave the page no time for anything else.
+    this.#frame ||= requestAnimationFrame(() => {
+      this.#draw(answers);
+      this.#report(clock, "", true);
+    });
+  }
+
+  #draw(answers) {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = 0;
+    answers.draw();
   }
 
   #report({ began, first, last, usage }, before, live = false) {
@@ -107,7 +120,7 @@ class Answers {
   constructor(n, prompt) {
     this.boxes = Array.from({ length: n }, (_, i) => {
       const title = n > 1 ? `sample ${i + 1}` : "";
-      const box = { title, head: make("h3", {}, title), text: document.createTextNode("") };
+      const box = { title, head: make("h3", {}, title), text: document.createTextNode(""), more: "", reason: null };
       box.element = make("div", { className: "answer" }, box.head, make("pre", {}, make("span", { className: "prompt-part" }, prompt), box.text));
       box.head.hidden = n === 1;
       return box;
@@ -117,12 +130,21 @@ class Answers {
 
   add(index, text, reason) {
     const box = this.boxes[index];
+    box.more += text;
+    box.reason ??= reason;
+  }
+
+  /** Show what was added. */
+  draw() {
     const place = $("answers"), atEnd = place.scrollTop + place.clientHeight > place.scrollHeight - 8;
-    if (text) box.text.appendData(text);
-    if (atEnd && this.boxes.length === 1) place.scrollTop = place.scrollHeight;
-    if (reason) {
-      box.head.hidden = false;
-      box.head.textContent = [box.title, `ended by ${reason}`].filter(Boolean).join(", ");
+    for (const box of this.boxes) {
+      if (box.more) box.text.appendData(box.more);
+      box.more = "";
+      if (box.reason && !box.head.textContent.includes("ended by")) {
+        box.head.hidden = false;
+        box.head.textContent = [box.title, `ended by ${box.reason}`].filter(Boolean).join(", ");
+      }
     }
+    if (atEnd && this.boxes.length === 1) place.scrollTop = place.scrollHeight;
   }
 }
