@@ -13,9 +13,7 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,55 +23,39 @@ from typing import Any
 
 import httpx
 
+from serving_process import ServeProcess
+
 HOW = ("front", "engine, then front", "both")
 client = httpx.Client(timeout=120.0)
 
 
-class Server:
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
-        command = [sys.executable, "-m", "quire.cli.main", "serve", "--port", "0", "--batch-dir", str(folder), *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
-        assert self.process.stdout is not None
-        banner = ""
-        for line in self.process.stdout:
-            banner += line
-            if "Ctrl-C" in line:
-                break
-        match = re.search(r"http://[\w.:]+:\d+", banner)
-        if match is None:
-            raise SystemExit(f"the server did not start: {banner}")
-        self.url = match[0]
-
-    def engine(self) -> int:
-        while True:
-            for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-                if children := (task / "children").read_text().split():
-                    return int(children[0])
-            time.sleep(0.01)
-
-    def kill(self, how: str, rng: random.Random) -> None:
-        engine = self.engine()
-        if how == "both":
-            os.kill(engine, signal.SIGKILL)
-        elif how != "front":
-            os.kill(engine, signal.SIGKILL)
-            time.sleep(rng.uniform(0, 2))
-        self.process.kill()
-        self.process.wait()
-
-    def counts(self, batch: str) -> dict[str, Any]:
-        value: dict[str, Any] = client.get(f"{self.url}/v1/batches/{batch}").json()
-        return value
+def serve(folder: Path, arguments: list[str]) -> ServeProcess:
+    return ServeProcess("--batch-dir", str(folder), *arguments)
 
 
-def submit(server: Server, content: bytes) -> str:
+def kill(server: ServeProcess, how: str, rng: random.Random) -> None:
+    engine = server.engine_pid() if how != "front" else None
+    if engine is not None:
+        os.kill(engine, signal.SIGKILL)
+    if how == "engine, then front":
+        time.sleep(rng.uniform(0, 2))
+    server.process.kill()
+    server.process.communicate()
+
+
+def counts(server: ServeProcess, batch: str) -> dict[str, Any]:
+    value: dict[str, Any] = client.get(f"{server.url}/v1/batches/{batch}").json()
+    return value
+
+
+def submit(server: ServeProcess, content: bytes) -> str:
     file = client.post(f"{server.url}/v1/files", files={"file": ("in.jsonl", content)}, data={"purpose": "batch"}).json()["id"]
     body = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
     return str(client.post(f"{server.url}/v1/batches", json=body).json()["id"])
 
 
-def finish(server: Server, batch: str) -> list[Any]:
-    while (now := server.counts(batch))["status"] not in ("completed", "failed", "expired", "cancelled"):
+def finish(server: ServeProcess, batch: str) -> list[Any]:
+    while (now := counts(server, batch))["status"] not in ("completed", "failed", "expired", "cancelled"):
         time.sleep(0.2)
     if now["status"] != "completed":
         raise SystemExit(f"the batch ended as {now}")
@@ -97,17 +79,17 @@ def main() -> int:
     content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     with tempfile.TemporaryDirectory() as name:
         folder, started = Path(name), time.monotonic()
-        server = Server(folder, arguments)
+        server = serve(folder, arguments)
         batch = submit(server, content)
-        for kill in range(args.kills):
+        for number in range(args.kills):
             # Somewhere in the next part of the batch, so that every kill meets it at work.
-            goal = args.lines * (kill + rng.random()) / (args.kills + 1)
-            while (now := server.counts(batch)["request_counts"]["completed"]) < goal:
+            goal = args.lines * (number + rng.random()) / (args.kills + 1)
+            while (now := counts(server, batch)["request_counts"]["completed"]) < goal:
                 time.sleep(0.02)
             how = rng.choice(HOW)
-            server.kill(how, rng)
-            print(f"kill {kill + 1} ({how}) at {now:,} of {args.lines:,} answers, {time.monotonic() - started:.1f} s", flush=True)
-            server = Server(folder, arguments)
+            kill(server, how, rng)
+            print(f"kill {number + 1} ({how}) at {now:,} of {args.lines:,} answers, {time.monotonic() - started:.1f} s", flush=True)
+            server = serve(folder, arguments)
         found = finish(server, batch)
         ids = Counter(each["custom_id"] for each in found)
         lost, doubled = [line["custom_id"] for line in lines if line["custom_id"] not in ids], [i for i, n in ids.items() if n > 1]
@@ -121,8 +103,7 @@ def main() -> int:
             texts = [[each["response"]["body"]["choices"] for each in run] for run in (found, calm)]
             changed = sum(a != b for a, b in zip(*texts, strict=True))
             print(f"{changed} with other bytes than in a run that nobody disturbed")
-        server.process.kill()
-        server.process.wait()
+        server.stop()
     return 1 if lost or doubled or wrong or changed or not ordered else 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import selectors
 import socket
 import subprocess
@@ -22,6 +21,8 @@ import time
 from pathlib import Path
 from random import Random
 from statistics import median
+
+from serving_process import serving
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -56,23 +57,13 @@ def cpu_seconds(pid: int) -> float:
 
 def served(args: argparse.Namespace) -> tuple[float, float, float]:
     """Output tokens/s; microseconds of the front's CPU, and of the client's, for each token."""
-    command = [sys.executable, "-m", "quire.cli.main", "serve", args.model, "--port", "0", "--max-num-seqs", str(args.streams)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        port = 0
-        for line in server.stdout:
-            port = int(match[1]) if (match := re.search(r"http://[\w.]+:(\d+)", line)) else port
-            if "Ctrl-C" in line:
-                break
-        try:
-            stream_all(port, [[1, 2, 3]], 2)
-            front, own = cpu_seconds(server.pid), time.process_time()
-            start = time.perf_counter()
-            stream_all(port, prompts(args), args.tokens)
-            seconds, tokens = time.perf_counter() - start, args.streams * args.tokens
-            front, own = cpu_seconds(server.pid) - front, time.process_time() - own
-        finally:
-            server.terminate()
+    with serving(args.model, "--max-num-seqs", str(args.streams)) as server:
+        stream_all(server.port, [[1, 2, 3]], 2)
+        front, own = cpu_seconds(server.process.pid), time.process_time()
+        start = time.perf_counter()
+        stream_all(server.port, prompts(args), args.tokens)
+        seconds, tokens = time.perf_counter() - start, args.streams * args.tokens
+        front, own = cpu_seconds(server.process.pid) - front, time.process_time() - own
     return tokens / seconds, front / tokens * 1e6, own / tokens * 1e6
 
 
