@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find quire -type f -not -name '*.pyc' -not -name '*.so')
 MODEL ?= embedded
 
-.PHONY: help serve test test-oracle test-clients test-emulated lint clean preflight
+.PHONY: help serve test test-oracle test-page test-clients test-emulated lint clean preflight
 
 help:
 	@echo "make serve        install into $(VENV) and serve the embedded model on 127.0.0.1:8000 (MODEL=folder for another)"
 	@echo "make test         install what the tests need and run them"
 	@echo "make test-oracle  the checks against transformers and torch"
+	@echo "make test-page    the page in headless Chromium (a part of make test, where Chromium is)"
 	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness, vllm-router (850 MB)"
 	@echo "make test-emulated the AVX-512 kernels' tests on any machine with AVX2; installs cmake, ninja and nanobind into $(VENV)"
 	@echo "make test-fuzz    20,000 requests made up from the OpenAPI document; make test-chaos: engines killed under 300 streams"
@@ -71,6 +72,9 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	$(BIN)/pytest --ignore=tests/oracle --ignore=tests/clients
+
+test-page: $(VENV)/.tested
+	$(BIN)/pytest tests/server/page
 
 test-oracle: $(VENV)/.oracle
 	$(BIN)/pytest tests/oracle
