@@ -57,6 +57,8 @@ def fuzz(server: ServeProcess, cases: int, seed: int) -> Report:
                 _batch(operation, mode, min(batch, max(2, cases // 40)), seed * 1_000_003 + turn, server, report)
         turn += 1
         report.memory.append(server.memory())
+        print(f"\r{report.cases:,} of {cases:,} cases, {len(report.failures)} failures ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return report
 
 
