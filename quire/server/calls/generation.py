@@ -25,7 +25,7 @@ from quire.server.calls.sampling import draw_seed
 from quire.server.calls.schemas import GenerationRequest
 from quire.server.calls.timings import Timings
 from quire.server.context import Context
-from quire.server.engine.client import Stream
+from quire.server.engine.stream import Stream
 from quire.server.http.errors import DeadlineError
 from quire.server.http.keys import Caller
 from quire.text.output import Delta, OutputAssembler, best_choices, prompt_positions
