@@ -222,9 +222,11 @@ class EngineClient:
         match message:
             case Stalled(seconds):
                 self.stalled = seconds
-            case Outputs(outputs):
+            case Outputs(outputs, tokens):
                 self.meter.step(outputs)
+                self.meter.tokens(tokens)
                 self._deliver(outputs)
+                self._deliver_tokens(tokens)
                 self._send_due()
             case Stats(ticket, stats, send_s):
                 self.totals.heard(stats, send_s)
@@ -258,10 +260,23 @@ class EngineClient:
         if (answer := self._asked.get(ticket)) is not None and not answer.done():
             answer.set_result(value)
 
+    def _deliver_tokens(self, tokens: list[tuple[str, int, int]]) -> None:
+        self._journal.note_tokens(tokens)
+        streams, others = self._streams, []
+        for request_id, index, token in tokens:
+            stream = streams.get(request_id)
+            if stream is not None and not stream._takes(token):
+                others.append(SequenceOutput(request_id, index, [token]))
+        self._hand_out(others)
+
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
-        told: dict[Stream, None] = {}
         for output in outputs:
             self._journal.note(output)
+        self._hand_out(outputs)
+
+    def _hand_out(self, outputs: list[SequenceOutput]) -> None:
+        told: dict[Stream, None] = {}
+        for output in outputs:
             if (stream := self._streams.get(output.request_id)) is not None:
                 stream._deliver(output)
                 told[stream] = None

@@ -35,6 +35,8 @@ class Stream:
         self.listener: Callable[[], bool] | None = None
         """Called after a step that brought something, while ``fetch`` waits. True: it has taken all of it, and there is more to come.
         Must not raise."""
+        self.express: Callable[[int], bool] | None = None
+        """The same for a token with nothing else to it, of a request with one sequence: before it has arrived. Must not raise."""
         self._waiting = False
 
     def close(self) -> None:
@@ -94,6 +96,11 @@ class Stream:
         if output.finish_reason is not None:
             self._ended(key)
         self._arrived.append(output)
+
+    def _takes(self, token_id: int) -> bool:
+        """Whether a token of the only sequence has found its way past this stream."""
+        express = self.express
+        return express is not None and self._waiting and not self._arrived and bool(self._open) and express(token_id)
 
     def _tell(self) -> None:
         """A step has brought something."""

@@ -5,6 +5,7 @@ the time that they take, and the time for which a client may read nothing of its
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -24,14 +25,18 @@ REFUSAL_S = 2.0
 FRAMING_FACTOR = 8
 """A chunked body may have this many bytes of framing for each byte of content (chunks of one byte need 5)."""
 
+CHUNK_HEADS = [b"%x\r\n" % size for size in range(1024)]
+"""Of the sizes that chunks have: to write the number costs more than all else that is done with the bytes of a token."""
+
 
 class _Push:
     """See sse.Push. What RequestResponseCycle.send does for a part of a body, where it need not wait."""
 
-    __slots__ = ("_cycle",)
+    __slots__ = ("_cycle", "_fd", "_transport")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        self._cycle, self._transport = cycle, cycle.transport
+        self._fd: int = self._transport.get_extra_info("socket").fileno()
 
     @property
     def ready(self) -> bool:
@@ -39,8 +44,25 @@ class _Push:
         gone = cycle.disconnected or cycle.transport.is_closing()
         return bool(cycle.chunked_encoding) and not (gone or cycle.flow.write_paused or cycle.response_complete)
 
-    def write(self, body: bytes) -> None:
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+    def write(self, body: bytes) -> bool:
+        """Straight into the socket, where nothing waits to be written before it: the transport's own way takes three times as long."""
+        cycle, transport = self._cycle, self._transport
+        if cycle.disconnected or cycle.response_complete or transport.is_closing() or not cycle.chunked_encoding:
+            return False
+        size = len(body)
+        chunk = b"".join((CHUNK_HEADS[size] if size < len(CHUNK_HEADS) else b"%x\r\n" % size, body, b"\r\n"))
+        if transport.get_write_buffer_size():
+            if cycle.flow.write_paused:
+                return False
+            sent = 0
+        else:
+            try:
+                sent = os.write(self._fd, chunk)
+            except OSError:  # the transport will meet it too, and knows what to do
+                sent = 0
+        if sent < len(chunk):
+            transport.write(chunk[sent:])
+        return True
 
 
 class LimitedProtocol(HttpToolsProtocol):

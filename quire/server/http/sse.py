@@ -31,8 +31,8 @@ class Push(Protocol):
         """The response has begun, is not over, and the client reads it as fast as it is sent."""
         ...
 
-    def write(self, body: bytes) -> None:
-        """Only where it is ``ready``."""
+    def write(self, body: bytes) -> bool:
+        """False: it was not ready, and nothing was written."""
         ...
 
 

@@ -127,6 +127,23 @@ class RequestMeter:
                     record.preemptions = max(record.preemptions, output.preemptions)
                 self.end(output.request_id, output.index, output.finish_reason)
 
+    def tokens(self, tokens: Sequence[tuple[str, int, int]]) -> None:
+        """As ``step``, for sequences that have made a token, and nothing else: request id, index, token."""
+        now, live = self._clock(), self._live
+        since: dict[float, int] = {}  # when the token before was made → by how many sequences: most go in step
+        for request_id, index, _ in tokens:
+            record = live.get(request_id)
+            if record is None or index in record.ended:
+                continue
+            record.generated += 1
+            last = record.last[index]
+            since[last] = since.get(last, 0) + 1
+            record.last[index] = record.last_output = now
+        for last, count in since.items():
+            self.generation_tokens += count
+            if last > 0:
+                self.inter_token_latency.observe(now - last, count)
+
     def end(self, request_id: str, index: int, reason: str) -> None:
         """A sequence has ended, or nobody wants it any more. Once is enough, more is fine."""
         record = self._live.get(request_id)
