@@ -1,6 +1,6 @@
 """EngineClient: the engine as asyncio code sees it. What it has taken ends as if there were one engine that never dies.
 
-Everything here runs on the event loop's thread, but for ``_post``, which the link's thread calls once a step.
+Everything here runs on the event loop's thread, but for ``_post``, which a link's thread may call.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -69,6 +70,7 @@ class EngineClient:
         self.in_background = 0
         """Those of them that nobody waits for: lines of batches."""
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
         self._link: Link | None = None
         self._journal = Journal()
         self._streams: dict[str, Stream] = {}
@@ -92,7 +94,7 @@ class EngineClient:
 
     def start(self, link: Link) -> None:
         """Begin to talk to the engine, which is ready. Call on the event loop."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._link, self.up = link, True
         link.start(self._post, lambda: len(self._journal) > 0)
 
@@ -212,8 +214,11 @@ class EngineClient:
                 self._link.send(Add(entry.request, entry.resumed))
 
     def _post(self, message: FromEngine) -> None:
-        """Called on the link's thread."""
+        """Called by the link, on any thread."""
         assert self._loop is not None
+        if threading.get_ident() == self._thread:
+            self._receive(message)
+            return
         with contextlib.suppress(RuntimeError):  # the event loop has closed: the process is ending
             self._loop.call_soon_threadsafe(self._receive, message)
 
