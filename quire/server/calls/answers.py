@@ -75,6 +75,8 @@ async def events(generation: Generation, writer: Writer, push: Push | None = Non
             if push is not None and pusher is not None:
                 generation.listen(pusher.push, _token_pusher(generation, writer, push, pusher))
             while not generation.finished:
+                if push is not None:
+                    push.resume()
                 pieces = await generation.next(PING_S)
                 if pusher is not None and pusher.failure is not None:
                     raise pusher.failure

@@ -270,7 +270,7 @@ class EngineClient:
         streams, others = self._streams, []
         for request_id, index, token in tokens:
             stream = streams.get(request_id)
-            if stream is not None and not stream._takes(token):
+            if stream is not None and ((way := stream.way) is None or not way(token)):
                 others.append(SequenceOutput(request_id, index, [token]))
         self._hand_out(others)
 

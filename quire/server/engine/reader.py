@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from quire.server.engine.supervisor import EngineProcess
 
 READ_BYTES = 1 << 18
-LOOK_S = 0.5
+LOOK_S = 1.0
 """So often it is looked whether the engine still finishes steps."""
 LENGTH_BYTES = 4
 """multiprocessing.connection puts a message's length before it, as a big-endian number (and does else from 2 GiB on)."""

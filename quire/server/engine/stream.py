@@ -36,8 +36,10 @@ class Stream:
         """Called after a step that brought something, while ``fetch`` waits. True: it has taken all of it, and there is more to come.
         Must not raise."""
         self.express: Callable[[int], bool] | None = None
-        """The same for a token with nothing else to it, of a request with one sequence: before it has arrived. Must not raise."""
+        """The same for a token with nothing else to it, where there is but one sequence: before it has arrived. Must not raise."""
         self._waiting = False
+        self.way: Callable[[int], bool] | None = None
+        """``express`` while it may be called: ``fetch`` waits, nothing else has arrived, and the sequence is open."""
 
     def close(self) -> None:
         """Nothing more is wanted of any of the requests. May be called twice."""
@@ -46,6 +48,7 @@ class Stream:
             self._client.meter.end(request_id, index, "abort")
         self._count(-len(self._open))
         self._open.clear()
+        self.way = None
 
     @property
     def finished(self) -> bool:
@@ -72,14 +75,14 @@ class Stream:
         """
         if not self._arrived and self._failure is None:
             self._news.clear()
-            self._waiting = True
+            self._waiting, self.way = True, self.express
             try:
                 async with asyncio.timeout(timeout):
                     await self._news.wait()
             except TimeoutError:
                 return []
             finally:
-                self._waiting = False
+                self._waiting, self.way = False, None
         if not self._arrived and self._failure is not None:
             raise self._failure
         return self.take()
@@ -96,19 +99,18 @@ class Stream:
         if output.finish_reason is not None:
             self._ended(key)
         self._arrived.append(output)
-
-    def _takes(self, token_id: int) -> bool:
-        """Whether a token of the only sequence has found its way past this stream."""
-        express = self.express
-        return express is not None and self._waiting and not self._arrived and bool(self._open) and express(token_id)
+        self.way = None
 
     def _tell(self) -> None:
         """A step has brought something."""
-        if not (self._waiting and self.listener is not None and self.listener()):
+        if self._waiting and self.listener is not None and self.listener():
+            self.way = self.express
+        else:
             self._news.set()
 
     def _ended(self, key: tuple[str, int]) -> None:
         self._open.discard(key)
+        self.way = None
         self._count(-1)
 
     def _count(self, sequences: int) -> None:
@@ -118,5 +120,5 @@ class Stream:
 
     def _fail(self, error: QuireError) -> None:
         if self._open:
-            self._failure = error
+            self._failure, self.way = error, None
             self._news.set()

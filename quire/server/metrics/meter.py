@@ -24,6 +24,7 @@ SECONDS = decades(0.001, 600, (1, 2.5, 5))
 TOKEN_SECONDS = decades(0.0001, 10, (1, 2.5, 5))
 TOKENS = decades(1, 1_000_000)
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+ENDED = -1.0
 PREEMPTIONS = (0, 1, 2, 5, 10, 20, 50)
 
 
@@ -36,7 +37,7 @@ class RequestRecord:
     open: int
     """Sequences that have not ended."""
     last: list[float] = field(default_factory=list)
-    """When each sequence last made a token; 0 before."""
+    """When each sequence last made a token; 0 before, and ENDED after its end."""
     first_output: float = 0.0
     """When its prompt was computed, and with it the first token, if any was wanted; 0 before."""
     last_output: float = 0.0
@@ -133,10 +134,9 @@ class RequestMeter:
         since: dict[float, int] = {}  # when the token before was made → by how many sequences: most go in step
         for request_id, index, _ in tokens:
             record = live.get(request_id)
-            if record is None or index in record.ended:
+            if record is None or (last := record.last[index]) == ENDED:
                 continue
             record.generated += 1
-            last = record.last[index]
             since[last] = since.get(last, 0) + 1
             record.last[index] = record.last_output = now
         for last, count in since.items():
@@ -150,6 +150,7 @@ class RequestMeter:
         if record is None or index in record.ended:
             return
         record.ended.add(index)
+        record.last[index] = ENDED
         record.open -= 1
         if FINISHED_REASONS.index(reason) > FINISHED_REASONS.index(record.finished_reason):
             record.finished_reason = reason
