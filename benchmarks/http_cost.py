@@ -5,7 +5,8 @@
 Both get the same prompts (random token ids, seed 0) and generate --tokens tokens each, greedily; a fresh process for each run, taking
 turns. Speed is counted from the moment the requests are there to the last token. The client is one process that writes the requests
 and throws away what comes back; it shares the cores with the server, so that its own CPU time is told too. "front" is the CPU time
-of the server's HTTP process between the first request and the last byte, by token that was streamed.
+of the server's HTTP process between the first request and the last byte, by token that was streamed. What the requests themselves cost
+(connection, parsing, checks, the first and the last event) is measured with streams of one token, and told apart.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from statistics import median
 from serving_process import serving
 
 TICKS = os.sysconf("SC_CLK_TCK")
+REQUEST_ROUNDS = 4
 
 
 def prompts(args: argparse.Namespace) -> list[list[int]]:
@@ -50,21 +52,32 @@ def run_offline(args: argparse.Namespace) -> None:
     print(sum(len(output.outputs[0].token_ids) for output in done) / seconds)
 
 
-def cpu_seconds(pid: int) -> float:
+def cpu_times(pid: int) -> tuple[float, float]:
+    """Seconds: user, system."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    return int(fields[11]) / TICKS, int(fields[12]) / TICKS
 
 
-def served(args: argparse.Namespace) -> tuple[float, float, float]:
-    """Output tokens/s; microseconds of the front's CPU, and of the client's, for each token."""
+def served(args: argparse.Namespace) -> dict[str, float]:
+    """Output tokens/s; microseconds of CPU for each token: the front's user and system time, what of both are the requests, the
+    client's."""
     with serving(args.model, "--max-num-seqs", str(args.streams)) as server:
+        pid, tokens = server.process.pid, args.streams * args.tokens
+
+        def cpu_of(length: int, times: int = 1) -> tuple[float, float]:
+            before = cpu_times(pid)
+            for _ in range(times):
+                stream_all(server.port, prompts(args), length)
+            after = cpu_times(pid)
+            return (after[0] - before[0]) / times, (after[1] - before[1]) / times
+
         stream_all(server.port, [[1, 2, 3]], 2)
-        front, own = cpu_seconds(server.process.pid), time.process_time()
-        start = time.perf_counter()
-        stream_all(server.port, prompts(args), args.tokens)
-        seconds, tokens = time.perf_counter() - start, args.streams * args.tokens
-        front, own = cpu_seconds(server.process.pid) - front, time.process_time() - own
-    return tokens / seconds, front / tokens * 1e6, own / tokens * 1e6
+        own, start = time.process_time(), time.perf_counter()
+        user, system = cpu_of(args.tokens)
+        seconds, own = time.perf_counter() - start, time.process_time() - own
+        requests = sum(cpu_of(1, REQUEST_ROUNDS))  # the prompts are cached by now
+    made = {"front_us": user + system, "user_us": user, "system_us": system, "requests_us": requests, "client_us": own}
+    return {"http": tokens / seconds} | {name: value / tokens * 1e6 for name, value in made.items()}
 
 
 def stream_all(port: int, all_prompts: list[list[int]], tokens: int) -> None:
@@ -108,15 +121,19 @@ def main() -> None:
         return
     rounds = []
     for number in range(args.rounds):
-        alone, (through, front, client) = offline(args), served(args)
-        rounds.append({"offline": alone, "http": through, "ratio": through / alone, "front_us": front, "client_us": client})
+        alone, one = offline(args), served(args)
+        rounds.append({"offline": alone, "ratio": one["http"] / alone} | one)
         print(
-            f"round {number + 1}: offline {alone:,.0f} tokens/s, HTTP {through:,.0f} ({through / alone:.1%}), "
-            f"front {front:.1f} µs a token, client {client:.1f} µs",
+            f"round {number + 1}: offline {alone:,.0f} tokens/s, HTTP {one['http']:,.0f} ({one['http'] / alone:.1%}), "
+            f"front {one['front_us']:.1f} µs a token (user {one['user_us']:.1f}, system {one['system_us']:.1f}; "
+            f"{one['requests_us']:.1f} of it are the requests), client {one['client_us']:.1f} µs",
             flush=True,
         )
     middle = {name: median(r[name] for r in rounds) for name in rounds[0]}
-    print(f"median: HTTP / offline {middle['ratio']:.1%}, front {middle['front_us']:.1f} µs of CPU a token")
+    print(
+        f"median: HTTP / offline {middle['ratio']:.1%}, front {middle['front_us']:.1f} µs of CPU a token, "
+        f"{middle['requests_us']:.1f} of it are the requests"
+    )
     if args.json:
         Path(args.json).write_text(json.dumps({"model": args.model, "rounds": rounds, "median": middle}, indent=1))
 

@@ -101,3 +101,17 @@ class SequenceOutput:
     """The pooled hidden states of the prompt, where they were asked for. Not normalised."""
     preemptions: int | None = None
     """In the last output: how often sequences of the request were preempted."""
+
+    @property
+    def is_one_token(self) -> bool:
+        """It says nothing but the next token of its sequence."""
+        return (
+            len(self.token_ids) == 1
+            and self.finish_reason is None
+            and self.logprobs is None
+            and self.cached_tokens is None
+            and self.queued_s is None
+            and self.prompt_logprobs is None
+            and self.vector is None
+            and self.preemptions is None
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from contextlib import ExitStack
@@ -79,6 +80,8 @@ def load_model(start: Start) -> Serving:
 
     def ready() -> None:
         start.door.open(app, client.meter.refuse)
+        gc.collect()
+        gc.freeze()  # what is there now stays: collecting the garbage of requests need not look at it
         try:
             print(banner(start.url, start.model, loaded, engine_config, start.phases, since_process_start()), flush=True)
         except OSError as e:  # a full disk, a reader that has left: no reason not to serve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -16,6 +17,10 @@ import uvicorn
 
 from quire.server.http.protocol import LimitedProtocol
 from quire.server.loading import Serving
+
+TICK_S = 1.0
+DRAIN_TICK_S = 0.1
+"""While the server drains, which ends when nothing is in flight any more."""
 
 
 class EngineServer(uvicorn.Server):
@@ -45,6 +50,8 @@ class EngineServer(uvicorn.Server):
         self.failure: Exception | None = None
         """Why there is nothing to serve."""
         self._drain_s = drain_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._woken = asyncio.Event()
         self._drained_at: float | None = None
         """When what is in flight ends at the latest."""
 
@@ -58,6 +65,7 @@ class EngineServer(uvicorn.Server):
         except Exception as e:
             if not self.should_exit:
                 self.failure, self.should_exit = e, True
+                self._wake()
             return
         if not self.should_exit:
             serving.client.start(serving.link)
@@ -65,6 +73,20 @@ class EngineServer(uvicorn.Server):
             if serving.batches is not None:
                 await serving.batches.start()
             serving.ready()
+
+    async def main_loop(self) -> None:
+        """uvicorn looks ten times a second whether it is to end, which is more work than a slow model's tokens. Here it is told."""
+        self._loop = asyncio.get_running_loop()
+        while not await self.on_tick(0):  # which also sets the time in the headers
+            self._woken.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S if self._drained_at is None else DRAIN_TICK_S):
+                    await self._woken.wait()
+
+    def _wake(self) -> None:
+        """From any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._woken.set)
 
     async def on_tick(self, counter: int) -> bool:
         if self._drained_at is not None and self._serving is not None:
@@ -93,6 +115,7 @@ class EngineServer(uvicorn.Server):
         if sig == signal.SIGTERM and self._serving is not None and self._drained_at is None and not self.should_exit:
             self._serving.client.drain()
             self._drained_at = time.monotonic() + self._drain_s
-            return
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        else:
+            self.force_exit = self.should_exit
+            self.should_exit = True
+        self._wake()

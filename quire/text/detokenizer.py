@@ -23,7 +23,7 @@ class Detokenizer:
     Ids that the tokenizer does not know (a model may have more embedding rows than tokens) have no text.
     """
 
-    __slots__ = ("_skipped", "_started", "_strip_left", "_tokenizer", "_utf8")
+    __slots__ = ("_skipped", "_started", "_strip_left", "_tokenizer", "_utf8", "between")
 
     def __init__(
         self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt: Iterable[int] = (), shown: frozenset[int] = frozenset()
@@ -32,12 +32,15 @@ class Detokenizer:
         self._skipped = tokenizer.special_ids - shown if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.rules.errors)
         self._started = False
+        self.between = False
+        """Between two characters: a token that is text by itself (Tokenizer.json_texts) gives that text and changes nothing here."""
         self._strip_left = tokenizer.rules.strip_count
         for token_id in prompt:
             self.push(token_id)
             if self._started and not self._strip_left:
                 break
         self._utf8.reset()
+        self.between = False
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, possibly empty."""
@@ -50,7 +53,10 @@ class Detokenizer:
             self._started = True
             piece = self._tokenizer.head_piece(token_id)
         text = self._utf8.decode(piece)
-        return self._strip(text) if self._strip_left else text
+        if self._strip_left:
+            text = self._strip(text)
+        self.between = not self._strip_left and not self._utf8.getstate()[0]
+        return text
 
     def finish(self) -> str:
         """The rest: U+FFFD for a character that was never completed."""

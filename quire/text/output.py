@@ -102,6 +102,11 @@ class OutputAssembler:
         self._finish("stop", None)
 
     @property
+    def only_text(self) -> Detokenizer | None:
+        """What makes the text, where ``feed`` does nothing with a token that may not as well be done without it, but for ``choice``."""
+        return self._detokenizer if self._stop is None and self._logprobs is None else None
+
+    @property
     def mean_logprob(self) -> float:
         """Mean log-probability of the tokens, where the engine reports them; minus infinity for a sample that failed."""
         if self._finish_reason == "error" or not self.token_ids:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,22 @@ from quire.text.special import SpecialText
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+class JsonTexts(dict[int, bytes | None]):
+    """Token id → its text within a text, as a JSON string in UTF-8. None for tokens whose text depends on others, or on what is asked
+    for: parts of characters, special tokens, ids without a token. Filled as tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> bytes | None:
+        text = None
+        if token_id not in self._tokenizer.special_ids and (piece := self._tokenizer.piece(token_id)):
+            with contextlib.suppress(UnicodeDecodeError):
+                text = encode_basestring(piece.decode()).encode()
+        self[token_id] = text
+        return text
+
+
 class Tokenizer:
     """A model's tokenizer. Safe to use from several threads.
 
@@ -24,7 +42,7 @@ class Tokenizer:
     tokenizer.json alone decides which special tokens ``encode`` adds.
     """
 
-    __slots__ = ("_chat", "_pieces", "_special_text", "_tokenizer", "rules", "special_ids", "special_tokens")
+    __slots__ = ("_chat", "_pieces", "_special_text", "_tokenizer", "json_texts", "rules", "special_ids", "special_tokens")
 
     rules: PieceRules
     special_ids: frozenset[int]
@@ -53,6 +71,7 @@ class Tokenizer:
         self._chat = ChatTemplates(templates, self.special_tokens) if templates else None
         self._special_text = SpecialText(tokenizer)
         self._pieces: dict[int, bytes] = {}
+        self.json_texts = JsonTexts(self)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:

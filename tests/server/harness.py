@@ -133,7 +133,7 @@ class Server:
 
     def stop(self) -> None:
         self.backend.go.set()
-        self._server.should_exit = True
+        self._server.handle_exit(signal.SIGINT, None)
         self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive()
 

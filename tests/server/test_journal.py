@@ -47,6 +47,23 @@ def test_everything_is_sent_once_and_again_to_the_next_engine() -> None:
     assert [(e.request.request_id, e.resumed) for e in again] == [("a", [[7, 8]]), ("c", [])]
 
 
+def test_single_tokens_are_noted_as_outputs_are() -> None:
+    made, other = journal("a", "b"), journal("a", "b")
+    for one in (made, other):
+        one.due()
+        one.note(output("b", 1, reason="stop"))
+        for _ in range(CRASHES):
+            one.engine_died()
+            one.due()
+    assert made.num_suspects == 1
+    made.note(output("a", 7))
+    other.note_tokens([("a", 0, 7), ("b", 0, 8), ("gone", 0, 9)])
+    assert made.num_suspects == other.num_suspects == 0
+    for one in (made, other):
+        one.engine_died()
+        assert [(e.request.request_id, e.resumed, e.deaths) for e in one.due()] == [("a", [[7]], 1)]
+
+
 def test_sequences_that_have_ended_stay_ended() -> None:
     made = Journal()
     made.add(request("a", n=3))

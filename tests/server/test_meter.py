@@ -92,3 +92,28 @@ def test_histograms() -> None:
     assert histogram.buckets() == [("1.0", 6), ("2.5", 7), ("+Inf", 8)]
     assert (histogram.count, histogram.sum) == (8, 7.5)
     assert decades(0.001, 0.2, (1, 2.5, 5)) == [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1]
+
+
+def test_single_tokens_are_counted_as_outputs_are() -> None:
+    clock = Clock()
+    one, other = RequestMeter(clock), RequestMeter(clock)
+    for meter in (one, other):
+        clock.now = 100.0
+        meter.begin([ask("a", n=2), ask("b")])
+        meter.step([SequenceOutput("a", 0, [7], cached_tokens=0), SequenceOutput("b", 0, [7], cached_tokens=0)])
+        for now, made in ((101.0, [("a", 0, 1), ("b", 0, 2), ("gone", 0, 3)]), (103.0, [("a", 1, 1), ("a", 0, 1)]), (104.0, [("b", 0, 5)])):
+            clock.now = now
+            if meter is one:
+                meter.step([SequenceOutput(name, index, [token]) for name, index, token in made])
+            else:
+                meter.tokens(made)
+        meter.end("b", 0, "stop")
+        meter.tokens([("b", 0, 6)])
+        meter.end("a", 0, "abort")
+        meter.tokens([("a", 0, 6)])
+        meter.end("a", 1, "length")
+    assert one.generation_tokens == other.generation_tokens == 7
+    for name in ("inter_token_latency", "request_generation_tokens", "decode", "time_per_output_token"):
+        mine, its = getattr(one, name), getattr(other, name)
+        assert (mine.counts, mine.sum) == (its.counts, its.sum)
+    assert other.inter_token_latency.sum == 1 + 1 + 2 + 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from collections.abc import AsyncIterator
 from queue import SimpleQueue
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 from quire.core.sequence import Request
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
+from quire.server.calls.pusher import TokenPusher
 from quire.server.engine.client import EngineClient
 from quire.server.engine.loop import EngineLoop
-from quire.text.output import Delta, OutputAssembler
+from quire.server.http.protocol import _Push
+from quire.text.output import OutputAssembler
 from quire.text.tokenizer import Tokenizer
 from sample_tokenizers import sample
 from server.harness import DEADLINE_S, PacedBackend, Server, events, health, http, raw_request, wait_clean, wait_until
@@ -205,27 +208,71 @@ def test_requests_in_a_row_on_one_connection_get_each_its_own(fake: Server) -> N
         assert stream_text(events(dechunked(rest).decode())) == text
 
 
-def test_a_stream_that_fails_midway_says_so(fake: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", [(OutputAssembler, "feed"), (_Push, "write")], ids=["outputs", "single tokens"])
+def test_a_stream_that_fails_midway_says_so(fake: Server, monkeypatch: pytest.MonkeyPatch, where: tuple[type, str]) -> None:
     """In what is pushed past the application, too: the client is told, and the blocks come back."""
-    feed, fed = OutputAssembler.feed, 0
+    original, calls = getattr(*where), 0
 
-    def failing(self: OutputAssembler, output: SequenceOutput) -> Delta:
-        nonlocal fed
-        fed += 1
-        if fed == 20:
+    def failing(self: Any, argument: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
             raise RuntimeError("in /secret/path")
-        return feed(self, output)
+        return original(self, argument)
 
-    monkeypatch.setattr(OutputAssembler, "feed", failing)
+    monkeypatch.setattr(*where, failing)
     fake.backend.delay_s = 0.002
+    plain = where[0] is _Push
     try:
-        found = events(http.post(fake.url + COMPLETIONS, json=body(22, max_tokens=60, stream=True)).text)
+        found = events(
+            http.post(fake.url + COMPLETIONS, json=body(22, max_tokens=60, stream=True) | ({} if plain else {"logprobs": 0})).text
+        )
     finally:
         fake.backend.delay_s = 0.0
     assert found[-1] == "[DONE]"
     assert "internal error" in found[-2]["error"]["message"]
     assert 1 < len(found) < 60
     wait_clean(fake.url)
+
+
+def shapes(stream: bytes) -> set[bytes]:
+    """The events of a stream without what differs from one to the next."""
+    string = rb'"(?:[^"\\\\]|\\\\.)*"'
+    for key in (b"id", b"text", b"content"):
+        stream = re.sub(b'"' + key + b'":' + string, b'"' + key + b'":""', stream)
+    stream = re.sub(rb'"(timings|metrics)":{[^}]*}', b"", stream)
+    return set(re.sub(rb'"created":\d+', b"", stream).split(b"\n\n"))
+
+
+@pytest.mark.parametrize("usage", [None, {"include_usage": True}], ids=["plain", "usage"])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_single_tokens_that_go_past_everything_make_the_same_bytes(
+    fake: Server, monkeypatch: pytest.MonkeyPatch, path: str, usage: dict[str, bool] | None
+) -> None:
+    """The fake model says any token at all: parts of characters, special ones, quotes."""
+    asked: dict[str, Any] = {"prompt": "x"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "x"}]}
+    fields = asked | {"max_tokens": 400, "seed": 31, "ignore_eos": True, "stream": True, "stream_options": usage}
+    push, pushed = TokenPusher.push, [0, 0]
+
+    def counted(self: TokenPusher, token_id: int) -> bool:
+        done = push(self, token_id)
+        pushed[done] += 1
+        return done
+
+    monkeypatch.setattr(TokenPusher, "push", counted)
+    fake.backend.delay_s = 0.001
+    try:
+        http.post(fake.url + path, json=fields)  # from here on the prompt is cached
+        short = http.post(fake.url + path, json=fields).content
+        assert min(pushed) > 5, "some go past everything, some don't"
+        monkeypatch.setattr(TokenPusher, "push", lambda self, token_id: False)
+        long = http.post(fake.url + path, json=fields).content
+    finally:
+        fake.backend.delay_s = 0.0
+    assert stream_text(events(short.decode())) == stream_text(events(long.decode()))
+    assert shapes(short) == shapes(long)
+    if usage is not None:
+        assert events(short.decode())[-2]["usage"] == events(long.decode())[-2]["usage"]
 
 
 def dechunked(data: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -35,6 +36,31 @@ def test_pieces_joined_are_the_whole(kind_and_ids: tuple[str, list[int]], skip: 
     detokenizer = Detokenizer(TOKENIZERS[kind], skip)
     pieces = [detokenizer.push(i) for i in ids] + [detokenizer.finish()]
     assert "".join(pieces) == TOKENIZERS[kind].decode(ids, skip)
+
+
+@given(any_tokens, st.booleans(), st.text(max_size=3))
+def test_what_is_text_by_itself_may_go_past_the_detokenizer(kind_and_ids: tuple[str, list[int]], skip: bool, prompt: str) -> None:
+    kind, ids = kind_and_ids
+    tokenizer = TOKENIZERS[kind]
+    seen = tokenizer.encode(prompt)
+    told, asked = Detokenizer(tokenizer, skip, seen), Detokenizer(tokenizer, skip, seen)
+    for token_id in ids:
+        expected, text = told.push(token_id), tokenizer.json_texts[token_id]
+        if text is not None and asked.between:
+            assert json.loads(text) == expected
+        else:
+            assert asked.push(token_id) == expected
+    assert asked.finish() == told.finish()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_most_tokens_are_text_by_themselves(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    special = tokenizer.special_ids
+    assert all(tokenizer.json_texts[token_id] is None for token_id in (*special, -1, tokenizer.vocab_size, 2**40))
+    words = [i for i in range(tokenizer.vocab_size) if i not in special and tokenizer.token_bytes(i).isascii() and tokenizer.token_bytes(i)]
+    assert words
+    assert all(tokenizer.json_texts[i] == json.dumps(tokenizer.token_text(i)).replace("\\u007f", "\x7f").encode() for i in words)
 
 
 def mixes_valid_and_invalid(kind: str, ids: list[int], skip: bool) -> bool:

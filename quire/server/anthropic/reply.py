@@ -58,6 +58,9 @@ class Reply:
                     made.append(event("content_block_stop", index=block.index))
         return b"".join(made)
 
+    def frame(self) -> None:
+        """Blocks are opened and closed, and have to know their text."""
+
     def end(self) -> bytes:
         stop_reason, stop_sequence = self._stop()
         delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}

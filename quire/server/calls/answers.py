@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from fastapi import Request
@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from quire.errors import QuireError
 from quire.server.calls.generation import Generation, Piece
+from quire.server.calls.pusher import Pusher, TokenPusher
 from quire.server.http.errors import INTERNAL
 from quire.server.http.sse import PING_S, EventStream, Push, answer, push_of
 
@@ -31,6 +32,11 @@ class Writer(Protocol):
 
     def write(self, pieces: list[Piece]) -> bytes:
         """What has been generated now."""
+        ...
+
+    def frame(self) -> tuple[bytes, bytes] | None:
+        """What stands before and after a text as JSON, where ``write`` has nothing else to say of a token than its text, and does not
+        have to know of it either. None where there are no such events. Asked once, at the start."""
         ...
 
     def end(self) -> bytes:
@@ -61,40 +67,35 @@ async def events(generation: Generation, writer: Writer, push: Push | None = Non
     push: the way around this generator, for what comes while the client reads as fast as it is sent: the tokens of a step go out
     where they arrive, without waking anybody. The rest (the beginning and the end, errors, a client that is slow) comes from here.
     """
-    failures: list[Exception] = []
-    pushed = False
-
-    def listener() -> bool:
-        nonlocal pushed
-        assert push is not None
-        if not push.ready:
-            return False
-        try:
-            if made := writer.write(generation.take()):
-                push.write(made)
-        except Exception as e:
-            failures.append(e)
-        pushed = True
-        return not failures and not generation.finished
-
+    pusher = None if push is None else Pusher(generation, writer, push)
     try:
         with generation:
             if made := writer.start():
                 yield made
-            if push is not None:
-                generation.listen(listener)
+            if push is not None and pusher is not None:
+                generation.listen(pusher.push, _token_pusher(generation, writer, push, pusher))
             while not generation.finished:
+                if push is not None:
+                    push.resume()
                 pieces = await generation.next(PING_S)
-                if failures:
-                    raise failures[0]
+                if pusher is not None and pusher.failure is not None:
+                    raise pusher.failure
                 if made := writer.write(pieces):
                     yield made
-                elif not pieces and not pushed:
+                elif not pieces and not (pusher is not None and pusher.pushed):
                     yield writer.ping
-                pushed = False
+                if pusher is not None:
+                    pusher.pushed = False
         yield writer.end()
     except QuireError as e:
         yield writer.failed(e)
     except Exception:
         log.exception("a stream failed")
         yield writer.failed(QuireError(INTERNAL))
+
+
+def _token_pusher(generation: Generation, writer: Writer, push: Push, pusher: Pusher) -> Callable[[int], bool] | None:
+    frame, detokenizer = writer.frame(), generation.only_text
+    if frame is None or detokenizer is None:
+        return None
+    return TokenPusher(pusher, push, generation.usage, generation.tokenizer.json_texts, detokenizer, frame).push

@@ -25,9 +25,10 @@ from quire.server.calls.sampling import draw_seed
 from quire.server.calls.schemas import GenerationRequest
 from quire.server.calls.timings import Timings
 from quire.server.context import Context
-from quire.server.engine.client import Stream
+from quire.server.engine.stream import Stream
 from quire.server.http.errors import DeadlineError
 from quire.server.http.keys import Caller
+from quire.text.detokenizer import Detokenizer
 from quire.text.output import Delta, OutputAssembler, best_choices, prompt_positions
 from quire.text.tools import Message, MessageDelta, ToolParser
 
@@ -72,7 +73,7 @@ class Generation:
         self.n = prompts[0][1].n
         self._width = prompts[0][1].num_outputs
         """Samples of a prompt; the best ``n`` of them become choices."""
-        self._client, self._caller, self._tokenizer = context.client, caller, context.tokenizer
+        self._client, self._caller, self.tokenizer = context.client, caller, context.tokenizer
         self._compiler = context.compiler
         self._stream: Stream | None = None
         self._timeout = _timeout(body, 0 if caller.background else context.config.request_timeout)  # nobody waits for what waits
@@ -172,10 +173,15 @@ class Generation:
         assert self._stream is not None
         return self._read(self._stream.take())
 
-    def listen(self, listener: Callable[[], bool]) -> None:
+    def listen(self, listener: Callable[[], bool], express: Callable[[int], bool] | None = None) -> None:
         """See Stream. After ``submit``."""
         assert self._stream is not None
-        self._stream.listener = listener
+        self._stream.listener, self._stream.express = listener, express
+
+    @property
+    def only_text(self) -> Detokenizer | None:
+        """Of the only sequence, where nothing is wanted of it but its text, as it comes; else None."""
+        return self._assemblers[0].only_text if len(self._assemblers) == 1 and not self._parsers else None
 
     def _read(self, outputs: list[SequenceOutput]) -> list[Piece]:
         assert self._stream is not None
@@ -191,7 +197,7 @@ class Generation:
             index = self._first_sample[output.request_id] + output.index
             if output.prompt_logprobs is not None:
                 number = index // self._width
-                self.prompt_logprobs[number] = prompt_positions(self._tokenizer, self.prompts[number].token_ids, output.prompt_logprobs)
+                self.prompt_logprobs[number] = prompt_positions(self.tokenizer, self.prompts[number].token_ids, output.prompt_logprobs)
             assembler = self._assemblers[index]
             delta = assembler.feed(output)
             self.usage.completion_tokens += len(delta.token_ids)

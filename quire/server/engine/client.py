@@ -1,6 +1,6 @@
 """EngineClient: the engine as asyncio code sees it. What it has taken ends as if there were one engine that never dies.
 
-Everything here runs on the event loop's thread, but for ``_post``, which the link's thread calls once a step.
+Everything here runs on the event loop's thread, but for ``_post``, which a link's thread may call.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ from quire.server.engine.messages import (
     Unwatch,
     Up,
 )
+from quire.server.engine.stream import Stream
 from quire.server.http.errors import UnavailableError
 from quire.server.metrics.meter import RequestMeter
 from quire.server.metrics.totals import EngineTotals
@@ -49,107 +51,6 @@ class Link(Protocol):
     def start(self, receive: Callable[[FromEngine], None], has_work: Callable[[], bool]) -> None: ...
     def send(self, message: ToEngine) -> None: ...
     def stop(self, timeout: float) -> None: ...
-
-
-class Stream:
-    """What the engine makes of some requests. ``close`` ends all of them that have not ended.
-
-    Outputs that nobody has fetched wait here, and are fetched together: a slow reader gets fewer, larger pieces, and what
-    waits for it is bounded by the tokens that its requests may generate.
-
-    A reader that waits in ``fetch`` is woken by what arrives, which costs more than all the rest of a token's way. So it may leave a
-    ``listener``, which is called first: where that one takes what has arrived, the reader sleeps on.
-    """
-
-    def __init__(self, client: EngineClient, requests: Sequence[Request], background: bool) -> None:
-        self._client = client
-        self._background = background
-        self._requests = requests
-        self._open = {(r.request_id, i) for r in requests for i in range(r.params.num_outputs)}
-        self._arrived: list[SequenceOutput] = []
-        self._news = asyncio.Event()
-        self._failure: QuireError | None = None
-        self.listener: Callable[[], bool] | None = None
-        """Called after a step that brought something, while ``fetch`` waits. True: it has taken all of it, and there is more to come.
-        Must not raise."""
-        self._waiting = False
-
-    def close(self) -> None:
-        """Nothing more is wanted of any of the requests. May be called twice."""
-        self._client._leave(self._requests, {request_id for request_id, _ in self._open})
-        for request_id, index in self._open:
-            self._client.meter.end(request_id, index, "abort")
-        self._count(-len(self._open))
-        self._open.clear()
-
-    @property
-    def finished(self) -> bool:
-        """Every sequence has ended, and everything was fetched."""
-        return not self._open and not self._arrived and self._failure is None
-
-    def fail(self, error: QuireError) -> None:
-        """End what has not ended, and free its blocks now; ``fetch`` raises ``error`` after what has arrived."""
-        if self._open:
-            self._fail(error)
-            self.close()
-
-    def end(self, request_id: str, index: int) -> None:
-        """Nothing more is wanted of one sequence (a stop string was found in its text): free its blocks now."""
-        if (request_id, index) in self._open:
-            self._ended((request_id, index))
-            self._client.meter.end(request_id, index, "stop")
-            self._client._abort(request_id, index)
-
-    async def fetch(self, timeout: float | None = None) -> list[SequenceOutput]:
-        """All that has arrived since the last call, at least one output; empty after ``timeout`` seconds without any.
-
-        Raises UnavailableError where the engine died or the server is stopping, and what ``fail`` was told.
-        """
-        if not self._arrived and self._failure is None:
-            self._news.clear()
-            self._waiting = True
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._news.wait()
-            except TimeoutError:
-                return []
-            finally:
-                self._waiting = False
-        if not self._arrived and self._failure is not None:
-            raise self._failure
-        return self.take()
-
-    def take(self) -> list[SequenceOutput]:
-        """What has arrived since the last call, or nothing."""
-        arrived, self._arrived = self._arrived, []
-        return arrived
-
-    def _deliver(self, output: SequenceOutput) -> None:
-        key = (output.request_id, output.index)
-        if key not in self._open:  # ended by its reader
-            return
-        if output.finish_reason is not None:
-            self._ended(key)
-        self._arrived.append(output)
-
-    def _tell(self) -> None:
-        """A step has brought something."""
-        if not (self._waiting and self.listener is not None and self.listener()):
-            self._news.set()
-
-    def _ended(self, key: tuple[str, int]) -> None:
-        self._open.discard(key)
-        self._count(-1)
-
-    def _count(self, sequences: int) -> None:
-        self._client.in_flight += sequences
-        if self._background:
-            self._client.in_background += sequences
-
-    def _fail(self, error: QuireError) -> None:
-        if self._open:
-            self._failure = error
-            self._news.set()
 
 
 class EngineClient:
@@ -169,6 +70,7 @@ class EngineClient:
         self.in_background = 0
         """Those of them that nobody waits for: lines of batches."""
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
         self._link: Link | None = None
         self._journal = Journal()
         self._streams: dict[str, Stream] = {}
@@ -192,7 +94,7 @@ class EngineClient:
 
     def start(self, link: Link) -> None:
         """Begin to talk to the engine, which is ready. Call on the event loop."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._link, self.up = link, True
         link.start(self._post, lambda: len(self._journal) > 0)
 
@@ -312,8 +214,11 @@ class EngineClient:
                 self._link.send(Add(entry.request, entry.resumed))
 
     def _post(self, message: FromEngine) -> None:
-        """Called on the link's thread."""
+        """Called by the link, on any thread."""
         assert self._loop is not None
+        if threading.get_ident() == self._thread:
+            self._receive(message)
+            return
         with contextlib.suppress(RuntimeError):  # the event loop has closed: the process is ending
             self._loop.call_soon_threadsafe(self._receive, message)
 
@@ -322,9 +227,11 @@ class EngineClient:
         match message:
             case Stalled(seconds):
                 self.stalled = seconds
-            case Outputs(outputs):
+            case Outputs(outputs, tokens):
                 self.meter.step(outputs)
+                self.meter.tokens(tokens)
                 self._deliver(outputs)
+                self._deliver_tokens(tokens)
                 self._send_due()
             case Stats(ticket, stats, send_s):
                 self.totals.heard(stats, send_s)
@@ -358,10 +265,23 @@ class EngineClient:
         if (answer := self._asked.get(ticket)) is not None and not answer.done():
             answer.set_result(value)
 
+    def _deliver_tokens(self, tokens: list[tuple[str, int, int]]) -> None:
+        self._journal.note_tokens(tokens)
+        streams, others = self._streams, []
+        for request_id, index, token in tokens:
+            stream = streams.get(request_id)
+            if stream is not None and ((way := stream.way) is None or not way(token)):
+                others.append(SequenceOutput(request_id, index, [token]))
+        self._hand_out(others)
+
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
-        told: dict[Stream, None] = {}
         for output in outputs:
             self._journal.note(output)
+        self._hand_out(outputs)
+
+    def _hand_out(self, outputs: list[SequenceOutput]) -> None:
+        told: dict[Stream, None] = {}
+        for output in outputs:
             if (stream := self._streams.get(output.request_id)) is not None:
                 stream._deliver(output)
                 told[stream] = None

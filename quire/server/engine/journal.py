@@ -81,11 +81,20 @@ class Journal:
         if tokens is not None:
             tokens += output.token_ids
         if output.token_ids:
-            entry.deaths = entry.blame = 0
-            if entry is self._alone:
-                self._alone = None
+            self._acquit(entry)
         if output.finish_reason is not None:
             self.end(output.request_id, output.index)
+
+    def note_tokens(self, tokens: list[tuple[str, int, int]]) -> None:
+        """The same for sequences that have made a token, and nothing else: request id, index, token."""
+        entries = self._entries
+        for request_id, index, token in tokens:
+            entry = entries.get(request_id)
+            if entry is None or (emitted := entry.emitted[index]) is None:
+                continue
+            emitted.append(token)
+            if entry.deaths:
+                self._acquit(entry)
 
     def end(self, request_id: str, index: int | None = None) -> bool:
         """Nothing more is wanted of a request, or of one sequence of it. Whether the engine knows it."""
@@ -130,6 +139,11 @@ class Journal:
         self._suspects = deque(entry for entry in self._entries.values() if entry.blame >= SUSPECT_AT)
         self._unsent = deque(entry for entry in self._entries.values() if entry.blame < SUSPECT_AT)
         return failed
+
+    def _acquit(self, entry: Entry) -> None:
+        entry.deaths = entry.blame = 0
+        if entry is self._alone:
+            self._alone = None
 
     def _lives(self, entry: Entry) -> bool:
         return self._entries.get(entry.request.request_id) is entry

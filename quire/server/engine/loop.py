@@ -104,7 +104,7 @@ class EngineLoop:
             outputs += engine.step()
             self._stale = True
         if outputs:
-            self._say(Outputs(outputs))
+            self._say(Outputs.of(outputs))
         elif time.monotonic() - self._said > ALIVE_S:
             self._say(Alive(engine.stats().steps))
         if self._events is not None and (payload := self._events.take()):

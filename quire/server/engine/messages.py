@@ -119,9 +119,21 @@ class NotLoaded(Message, frozen=True):
 
 
 class Outputs(Message, frozen=True):
-    """All that one step added, for all requests: one message a step, not one a token."""
+    """All that one step added, for all requests: one message a step, not one a token. A sequence is in one of both lists."""
 
     outputs: list[SequenceOutput]
+    tokens: list[tuple[str, int, int]] = []
+    """Request id, index, token of those sequences of which there is nothing else to say: nearly all, at a tenth of the work."""
+
+    @staticmethod
+    def of(outputs: list[SequenceOutput]) -> Outputs:
+        tokens, others = [], []
+        for output in outputs:
+            if output.is_one_token:
+                tokens.append((output.request_id, output.index, output.token_ids[0]))
+            else:
+                others.append(output)
+        return Outputs(others, tokens)
 
 
 class Stats(Message, frozen=True):
@@ -194,6 +206,6 @@ def decode_to_engine(data: bytes) -> Load | ToEngine:
     return message
 
 
-def decode_from_engine(data: bytes) -> Loaded | NotLoaded | Outputs | Stats | KVEvents | Seen | Alive | Died:
+def decode_from_engine(data: bytes | bytearray) -> Loaded | NotLoaded | Outputs | Stats | KVEvents | Seen | Alive | Died:
     message: Loaded | NotLoaded | Outputs | Stats | KVEvents | Seen | Alive | Died = _from_engine.decode(data)
     return message

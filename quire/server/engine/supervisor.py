@@ -3,12 +3,15 @@
     front (asyncio)  --Add, Abort, ...-->  socket  -->  engine process
                      <--Outputs, Stats--   socket  <--
 
-One thread reads what the engine says, notices when it has gone, and brings up the next; another one writes, so that an engine
-that does not read can't hold up the front. What was in flight is the client's to send again (journal.py), once it hears Up.
+What the engine says is read on the event loop (reader.py). One thread waits until it has gone, and brings up the next; another one
+writes, so that an engine that does not read can't hold up the front. What was in flight is the client's to send again (journal.py),
+once it hears Up.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -35,19 +38,18 @@ from quire.server.engine.messages import (
     Load,
     Loaded,
     NotLoaded,
-    Stalled,
     Stop,
     ToEngine,
     Up,
     decode_from_engine,
     encode,
 )
+from quire.server.engine.reader import EngineReader
 
 STARTS = 3
 """So many times in a row an engine is started before it is given up."""
 PAUSE_S = 1.0
 """Before the second start, and twice that before the third."""
-POLL_S = 0.5
 
 log = logging.getLogger("quire.supervisor")
 
@@ -94,13 +96,9 @@ class EngineProcess:
     def send(self, message: ToEngine) -> None:
         self._outbox.put(encode(message))
 
-    def receive(self, timeout: float) -> FromEngine | None:
-        """The next message; None after ``timeout`` seconds. Raises EOFError or OSError where the engine has gone."""
-        if not self._connection.poll(timeout):
-            return None
-        message = decode_from_engine(self._connection.recv_bytes())
-        assert not isinstance(message, Loaded | NotLoaded)
-        return message
+    def fileno(self) -> int:
+        """Of the socket."""
+        return self._connection.fileno()
 
     def kill(self) -> None:
         self._process.kill()
@@ -150,13 +148,15 @@ class Supervisor:
         self._engine, self._config, self._timeout = first, config, timeout
         self._receive: Callable[[FromEngine], None] = lambda message: None
         self._has_work: Callable[[], bool] = lambda: False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._constrained = False
         """Some request had constraints."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="quire-supervisor", daemon=True)
 
     def start(self, receive: Callable[[FromEngine], None], has_work: Callable[[], bool]) -> None:
-        """``receive`` is called on the supervisor's thread. ``has_work``: whether anything is in flight."""
+        """On the event loop. ``receive`` is called there, and on the supervisor's thread. ``has_work``: whether anything is in flight."""
+        self._loop = asyncio.get_running_loop()
         self._receive, self._has_work = receive, has_work
         self._thread.start()
 
@@ -187,28 +187,16 @@ class Supervisor:
             self._receive(Up())
 
     def _relay(self) -> Down:
-        """Hand on what the engine says until it has gone. How it ended."""
-        heard, stalled, hung = time.monotonic(), False, False
-        while True:
-            try:
-                message = self._engine.receive(POLL_S)
-            except (EOFError, OSError):
-                how = self._engine.obituary()
-                if hung:
-                    return Down(f"the engine's process did not finish a step for {self._timeout:g} seconds and was killed")
-                return Down(f"the engine's process {how}", self._engine.was_killed)
-            now = time.monotonic()
-            if message is not None:
-                self._receive(message)
-                heard, stalled = now, False
-            elif not self._has_work():
-                heard, stalled = now, False
-            elif now - heard > self._timeout / 2 and not stalled:
-                stalled = True
-                self._receive(Stalled(now - heard))
-            elif now - heard > self._timeout:
-                hung = True
-                self._engine.kill()
+        """Have what the engine says handed on until it has gone. How it ended."""
+        assert self._loop is not None
+        reader = EngineReader(self._loop, self._engine, self._receive, self._has_work, self._timeout)
+        with contextlib.suppress(RuntimeError):  # the event loop has closed: the process is ending
+            self._loop.call_soon_threadsafe(reader.start)
+        reader.gone.wait()
+        how = self._engine.obituary()
+        if reader.hung:
+            return Down(f"the engine's process did not finish a step for {self._timeout:g} seconds and was killed")
+        return Down(f"the engine's process {how}", self._engine.was_killed)
 
     def _restart(self) -> bool:
         for attempt in range(1, STARTS + 1):

@@ -26,13 +26,17 @@ T = TypeVar("T")
 class Push(Protocol):
     """A way to send a part of a response without waiting: an ASGI extension of our own (protocol.py)."""
 
+    def resume(self) -> None:
+        """Call this before writing, when the response has begun, and again after each part of it that was sent otherwise."""
+        ...
+
     @property
     def ready(self) -> bool:
         """The response has begun, is not over, and the client reads it as fast as it is sent."""
         ...
 
-    def write(self, body: bytes) -> None:
-        """Only where it is ``ready``."""
+    def write(self, body: bytes) -> bool:
+        """False: it is not ``ready``, and nothing was written."""
         ...
 
 

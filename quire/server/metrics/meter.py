@@ -24,6 +24,7 @@ SECONDS = decades(0.001, 600, (1, 2.5, 5))
 TOKEN_SECONDS = decades(0.0001, 10, (1, 2.5, 5))
 TOKENS = decades(1, 1_000_000)
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+ENDED = -1.0
 PREEMPTIONS = (0, 1, 2, 5, 10, 20, 50)
 
 
@@ -36,7 +37,7 @@ class RequestRecord:
     open: int
     """Sequences that have not ended."""
     last: list[float] = field(default_factory=list)
-    """When each sequence last made a token; 0 before."""
+    """When each sequence last made a token; 0 before, and ENDED after its end."""
     first_output: float = 0.0
     """When its prompt was computed, and with it the first token, if any was wanted; 0 before."""
     last_output: float = 0.0
@@ -127,12 +128,29 @@ class RequestMeter:
                     record.preemptions = max(record.preemptions, output.preemptions)
                 self.end(output.request_id, output.index, output.finish_reason)
 
+    def tokens(self, tokens: Sequence[tuple[str, int, int]]) -> None:
+        """As ``step``, for sequences that have made a token, and nothing else: request id, index, token."""
+        now, live = self._clock(), self._live
+        since: dict[float, int] = {}  # when the token before was made → by how many sequences: most go in step
+        for request_id, index, _ in tokens:
+            record = live.get(request_id)
+            if record is None or (last := record.last[index]) == ENDED:
+                continue
+            record.generated += 1
+            since[last] = since.get(last, 0) + 1
+            record.last[index] = record.last_output = now
+        for last, count in since.items():
+            self.generation_tokens += count
+            if last > 0:
+                self.inter_token_latency.observe(now - last, count)
+
     def end(self, request_id: str, index: int, reason: str) -> None:
         """A sequence has ended, or nobody wants it any more. Once is enough, more is fine."""
         record = self._live.get(request_id)
         if record is None or index in record.ended:
             return
         record.ended.add(index)
+        record.last[index] = ENDED
         record.open -= 1
         if FINISHED_REASONS.index(reason) > FINISHED_REASONS.index(record.finished_reason):
             record.finished_reason = reason

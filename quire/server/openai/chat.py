@@ -113,6 +113,11 @@ class _Form:
             )
         return chunks
 
+    def frame(self) -> tuple[bytes, bytes] | None:
+        if self._token_ids or self._top is not None:
+            return None
+        return b'{"index":0,"delta":{"content":', b'},"logprobs":null,"finish_reason":null}'
+
     def _message_chunks(self, piece: Piece, message: MessageDelta) -> list[bytes]:
         """What is read as more than text: each part of it in a chunk of its own, and the end too."""
         delta, deltas = piece.delta, self._message.deltas(message)

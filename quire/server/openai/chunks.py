@@ -32,6 +32,10 @@ class Form(Protocol):
         """JSON objects that go into ``choices``, each in a chunk of its own; none where there is nothing to say."""
         ...
 
+    def frame(self) -> tuple[bytes, bytes] | None:
+        """What stands before and after the text in a choice that brings nothing but text; None where choices bring more."""
+        ...
+
     async def whole(self, generation: Generation) -> bytes:
         """The answer in one piece."""
         ...
@@ -65,6 +69,12 @@ class _Chunks:
         if chunks and self._generation.finished and not self._include_usage:
             chunks[-1] += self._timings()
         return b"".join([chunk + b"}\n\n" for chunk in chunks])
+
+    def frame(self) -> tuple[bytes, bytes] | None:
+        frame = self._form.frame()
+        if frame is None or self._continuous:
+            return None
+        return self._form.head + frame[0], frame[1] + self._tail + b"}\n\n"
 
     def end(self) -> bytes:
         if not self._include_usage:

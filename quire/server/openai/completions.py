@@ -73,6 +73,11 @@ class _Form:
             end += b',"prompt_token_ids":' + json_bytes(self._prompts[piece.index // self._n].token_ids)
         return [b'{"index":%d,"text":%b,"logprobs":%b,%b}' % (piece.index, text_json(text), logprobs, end)]
 
+    def frame(self) -> tuple[bytes, bytes] | None:
+        if self._token_ids or self._logprobs is not None:
+            return None
+        return b'{"index":0,"text":', b',"logprobs":null,"finish_reason":null}'
+
     async def whole(self, generation: Generation) -> bytes:
         choices = await generation.run()
         return json_bytes({

@@ -57,6 +57,9 @@ class Reply:
                     made += self._closed(block)
         return b"".join(made)
 
+    def frame(self) -> None:
+        """Blocks are opened and closed, and have to know their text."""
+
     def end(self) -> bytes:
         status = self._status
         return self._event(f"response.{status}", response=self._response(status))
