@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from quire.config import EngineConfig
 from quire.core.plan import StepPlan, StepResult
@@ -31,6 +31,8 @@ class Backend(Protocol):
     """How the weights are quantized; empty where they are not."""
     max_model_len: int
     """Most tokens of a sequence: the model's context or the user's smaller limit."""
+    overlaps: bool
+    """The engine is to ``launch`` and ``collect`` steps: this is an OverlappingBackend. Else it executes them one by one."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Blocks until its tokens are known. Raises EngineError only when the device is unusable."""
@@ -47,6 +49,31 @@ class Backend(Protocol):
 
     def head_bytes(self) -> int:
         """Of which only a step with a row of logits reads (lm_head)."""
+        ...
+
+
+class OverlappingBackend(Backend, Protocol):
+    """A backend whose device works beside the host: a step is launched before the tokens of the one before it are read.
+
+    The device does steps whole and in the order of their launches, copies included. So a plan may hand out blocks and rows that an
+    earlier step in flight still uses, and its rows may need tokens that an earlier step samples: those are on the device by then, and
+    the plan does not bring them. A step is launched while at most one is in flight, which is collected then.
+    """
+
+    def launch(self, plan: StepPlan) -> Any:
+        """Give the device one step. Returns, as soon as it has the work, what ``collect`` is to be called with.
+
+        The tables of rows are those after the step from here on (one token longer for each row that samples, what follows a draft
+        excepted), for the next plan may start another sequence in a row of this one. A row that fails goes on with any token of the
+        vocabulary until a plan starts another in it: its next step may be in flight. What is sampled under a mask, after a draft or
+        as candidates is collected before the row's next step is launched. The plan's lists of tokens grow after this returns.
+        Raises EngineError as ``execute`` does.
+        """
+        ...
+
+    def collect(self, pending: Any) -> StepResult:
+        """The result of a launched step; each is collected once, the oldest first. Blocks until its tokens are on the host. Changes
+        nothing that a later step reads. ``sample_s`` is 0: what the engine times is how long it waits."""
         ...
 
 

@@ -30,6 +30,8 @@ class NoModel:
     """A device of ``num_blocks`` blocks that computes nothing. Its tokens depend on the row's seed and the position, so that
     no two samples are alike."""
 
+    overlaps = False
+
     def __init__(self, num_blocks: int, block_size: int, max_model_len: int) -> None:
         self.spec = Words()
         self.num_blocks = num_blocks
@@ -53,6 +55,8 @@ class Forced:
     lengths: a sequence's seed → tokens that it generates. The requests must keep the model from ending them earlier
     (``min_tokens``). ``watch`` sees every plan after it was executed.
     """
+
+    overlaps = False
 
     def __init__(self, device: Executor, lengths: Mapping[int, int], eos: int) -> None:
         self.spec = device.spec

@@ -24,7 +24,9 @@ class StepCost:
 
 
 class Recorder:
-    """Stands between engine and backend. Changes nothing."""
+    """Stands between engine and backend. Changes nothing, but that steps do not overlap: each is timed."""
+
+    overlaps = False
 
     def __init__(self, backend: Executor, spec: TransformerSpec, weight_bytes: int, head_bytes: int, kv_dtype: str) -> None:
         """weight_bytes, head_bytes: what a step reads, as the Backend tells it. kv_dtype: the width in memory."""

@@ -187,7 +187,7 @@ class BlockManager:
         self._set_advance(child)
 
     def advance(self, seq: Sequence) -> None:
-        """``seq.num_computed`` has reached ``seq.publish_at``: publish what is whole, give back what left the window."""
+        """``seq.num_computed`` has reached ``seq.publish_at``: publish what is whole and known, give back what left the window."""
         self._publish(seq)
         if self.cache.window:
             table = seq.block_table
@@ -297,7 +297,8 @@ class BlockManager:
         for seq in sequences:
             table = seq.block_table
             assert len(table) >= self.blocks_for(seq.num_computed), f"{len(table)} blocks hold {seq.num_computed} computed positions"
-            assert len(table) <= self.blocks_for(seq.num_tokens), f"{len(table)} blocks for {seq.num_tokens} tokens"
+            tokens = seq.num_tokens + seq.in_flight
+            assert len(table) <= self.blocks_for(tokens), f"{len(table)} blocks for {tokens} tokens"
             assert all((block < 0) == (i < seq.num_trimmed) for i, block in enumerate(table)), "a hole in a block table"
             assert len(set(table[seq.num_trimmed :])) == len(table) - seq.num_trimmed, "a block is twice in a table"
             for block in table[seq.num_trimmed :]:
@@ -318,7 +319,7 @@ class BlockManager:
         assert len(places) == len(set(places)) == self.num_host_blocks, "a block of the swap pool is lost, or has two owners"
 
     def _publish(self, seq: Sequence) -> None:
-        size, computed = self.block_size, seq.num_computed
+        size, computed = self.block_size, min(seq.num_computed, len(seq.tokens))
         node = seq.node
         if node is not None:
             while (seq.num_published + 1) * size <= computed:
@@ -330,7 +331,7 @@ class BlockManager:
                 self._retain(seq, block)
                 seq.num_published += 1
             seq.node = node
-            if computed == seq.num_prompt:
+            if seq.num_computed == seq.num_prompt:
                 self._publish_tail(seq)
         else:
             seq.num_published = computed // size
@@ -338,13 +339,14 @@ class BlockManager:
 
     def _publish_tail(self, seq: Sequence) -> None:
         """Publish the partly filled last block, unless another owner may go on to write it."""
-        filled = seq.num_computed % self.block_size
-        if seq.node is None or not filled or seq.num_published != seq.num_computed // self.block_size:
+        computed = min(seq.num_computed, len(seq.tokens))
+        filled = computed % self.block_size
+        if seq.node is None or not filled or seq.num_published != computed // self.block_size:
             return
         block = seq.block_table[seq.num_published]
         if self.pool.ref_counts[block] == 1:
-            start = seq.num_computed - filled
-            self.cache.publish(seq.node, self.cache.key(seq.tokens[: seq.num_computed], start), block)
+            start = computed - filled
+            self.cache.publish(seq.node, self.cache.key(seq.tokens[:computed], start), block)
             self._retain(seq, block)
 
     def _set_advance(self, seq: Sequence) -> None:

@@ -6,6 +6,9 @@ One step:
     result  = backend.execute(plan)      # copies, write KV, attention, logits, sample
     outputs = scheduler.commit(plan, result)  # advance counters, publish full blocks, finish, free
 
+On a device that works beside the host, steps overlap: the next one is planned and launched before the tokens of the last are read,
+so that the device never waits for the host (flight.py).
+
 The engine knows nothing about text, tensors or sockets, and belongs to one thread.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from quire.config import EngineConfig
 from quire.core.admission import AdmissionPolicy, NoEvict, RequestLimits, Watermark
@@ -55,7 +58,19 @@ class Executor(Protocol):
     def max_model_len(self) -> int: ...
     @property
     def window(self) -> int: ...
+    @property
+    def overlaps(self) -> bool:
+        """Steps are launched and collected: it is an OverlappingExecutor."""
+        ...
+
     def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class OverlappingExecutor(Executor, Protocol):
+    """What the engine needs of a backend with steps that overlap; see quire.backends.base.OverlappingBackend."""
+
+    def launch(self, plan: StepPlan) -> Any: ...
+    def collect(self, pending: Any) -> StepResult: ...
 
 
 class Engine:
@@ -108,6 +123,9 @@ class Engine:
             speculation=speculation,
             clock=clock,
         )
+        self._overlapping = cast(OverlappingExecutor, backend) if backend.overlaps else None
+        self._in_flight: tuple[StepPlan, Any] | None = None
+        """A step that was launched and not collected."""
         self._live: dict[str, Group] = {}
         self._arrivals = 0
         self._extent = StepExtent()
@@ -117,7 +135,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        """``step`` has something to do. A step in flight is to be collected, though nobody may want its tokens any more."""
+        return bool(self._live) or self._in_flight is not None
 
     def add(self, request: Request, resumed: Seq[list[int] | None] = ()) -> None:
         """Queue a request. Raises InvalidRequestError, or QueueFullError where too many wait (nothing is changed then).
@@ -190,24 +209,57 @@ class Engine:
         return [SequenceOutput(request_id, i, [], None, "abort") for i in ended]
 
     def step(self) -> list[SequenceOutput]:
-        """Run one step; what it added to each sequence."""
-        clock, times = self._clock, self._times
-        began = clock()
-        plan = self.scheduler.schedule()
+        """Run one step; what it added to each sequence. Where steps overlap: launch one, and say what the one before it added."""
+        if self._overlapping is not None:
+            return self._step_ahead(self._overlapping)
+        plan = self._schedule()
         if not plan.work:
             return []
-        scheduled = clock()
+        began = self._clock()
         result = self.backend.execute(plan)
-        executed = clock()
+        self._times.execute += self._clock() - began
+        return self._commit(plan, result)
+
+    def _step_ahead(self, backend: OverlappingExecutor) -> list[SequenceOutput]:
+        outputs: list[SequenceOutput] = []
+        plan = self._schedule()
+        if not plan.work and self._in_flight is not None:  # nothing can run without the tokens in flight
+            outputs = self._collect(backend, self._in_flight)
+            self._in_flight = None
+            plan = self._schedule()
+        last, self._in_flight = self._in_flight, None
+        if plan.work:
+            began = self._clock()
+            self._in_flight = plan, backend.launch(plan)
+            self._times.execute += self._clock() - began
+            self.scheduler.launch(plan)
+        if last is not None:
+            outputs = self._collect(backend, last)
+        return outputs
+
+    def _schedule(self) -> StepPlan:
+        began = self._clock()
+        plan = self.scheduler.schedule()
+        self._times.schedule += self._clock() - began
+        return plan
+
+    def _collect(self, backend: OverlappingExecutor, in_flight: tuple[StepPlan, Any]) -> list[SequenceOutput]:
+        plan, pending = in_flight
+        began = self._clock()
+        result = backend.collect(pending)
+        self._times.execute += self._clock() - began
+        return self._commit(plan, result)
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
+        times, began = self._times, self._clock()
         outputs = self.scheduler.commit(plan, result)
         self._extent.add(plan.extent)
         for output in outputs:
             if output.finish_reason is not None and (group := self._live.get(output.request_id)) is not None:
                 self._forget(group)
-        times.schedule += scheduled - began
-        times.execute += executed - scheduled - result.sample_s
+        times.execute -= result.sample_s
         times.sample += result.sample_s
-        times.commit += clock() - executed
+        times.commit += self._clock() - began
         return outputs
 
     def reset_prefix_cache(self) -> None:
@@ -241,11 +293,12 @@ class Engine:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             steps=self._extent.steps,
-            tokens_computed=counters.tokens_computed,
+            tokens_computed=self._extent.positions,
             tokens_sampled=counters.tokens_sampled,
             kv=scheduler.manager.stats(scheduler.running),
             tokens_drafted=counters.tokens_drafted,
             tokens_accepted=counters.tokens_accepted,
+            positions_discarded=counters.positions_discarded,
             queue=scheduler.queue(),
             extent=replace(self._extent),
             times=replace(self._times),

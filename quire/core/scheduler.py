@@ -11,6 +11,9 @@ an equal prefix. It finds the blocks a step later.
 The head of the queue may start *early*, with the part of its prompt that memory is free for; it gives blocks back one by one
 before anybody is preempted, and is like any other as soon as all of it fits.
 
+Where steps overlap (flight.py), a sequence is planned while its newest token is still on the device. Left out are those that need that
+token to go on, those that it ends whatever it is, and those that were preempted meanwhile, until it is read.
+
 A running sequence that can't get a block preempts one that comes after it (or goes itself): the victim's blocks are freed,
 though still findable, or swapped out, and it waits at its place in the queue. Nobody is preempted by those behind, and the
 first alone always fits (the engine refuses what does not), so every sequence ends. One that waits preempts only those of a lower
@@ -20,22 +23,20 @@ priority, where it can't have a row or memory otherwise.
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from operator import attrgetter
 
-from quire.core import beams
 from quire.core.admission import AdmissionPolicy, expected_footprint, footprint
 from quire.core.block_manager import BlockManager
-from quire.core.constraint import follow
 from quire.core.events import Listener, Preempted, PreemptionCause
+from quire.core.flight import Flight, brings, commit, launch
 from quire.core.holding import Computing, is_held, sibling
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
 from quire.core.prefix_cache import NOTHING, Match
-from quire.core.sequence import Group, Sequence, Status
+from quire.core.sequence import Sequence, Status
 from quire.core.speculation import Speculation
 from quire.core.stats import Queue, StepCounters, WaitsFor
-from quire.errors import QuireError
 from quire.outputs import SequenceOutput
 
 MAX_PARTIAL_PROMPTS = 4
@@ -43,25 +44,20 @@ MAX_PARTIAL_PROMPTS = 4
 MAX_LOOKED_AT = 64
 """Waiting sequences that are looked at in a step; those that are known to wait for another's prompt do not count."""
 
+MOST_WAITING = 4
+"""Where more than one in so many running sequences needs what is in flight for its next step, no step is planned before that is read:
+without them it would cost nearly as much as with them, and they would run in every other step only."""
+
 _order = attrgetter("order")
 
 
 def _ask(work: RowWork, seq: Sequence) -> None:
     """What the step, as far as it goes, is to give back of ``seq``."""
     end = work.start + work.count
-    work.sample = end == len(seq.tokens) and seq.max_tokens > 0
+    work.sample = end == len(seq.tokens) + seq.in_flight and seq.max_tokens > 0
     if seq.unscored:
         work.score = range(seq.unscored.start, min(end, seq.unscored.stop))
         assert not work.score or work.score.start >= work.start, "positions were skipped that are to be scored"
-
-
-def _first(seq: Sequence, output: SequenceOutput) -> SequenceOutput:
-    """``output``, with what the first one of ``seq`` says of the request."""
-    seq.first_output = False
-    output.cached_tokens, output.queued_s = seq.group.cached_tokens, seq.group.queued_s
-    output.prompt_logprobs, seq.scores = seq.scores, None
-    output.vector = seq.vector
-    return output
 
 
 class Scheduler:
@@ -93,10 +89,12 @@ class Scheduler:
         self.listener: Listener | None = None
         self._swap = swap
         self._clock = clock
-        self._speculation = speculation
+        self.speculation = speculation
         self._rows = list(range(max_num_seqs - 1, -1, -1))
         self._planned: list[Sequence] = []
         """The sequences of the plan's work."""
+        self._flights: deque[Flight] = deque()
+        """Steps that were planned and not read, the oldest first: at most one when the next is planned."""
         self.early: Sequence | None = None
         """A running sequence that has not room for all of its prompt: it computes what it can in memory that nobody is expected
         to need soon, and gives it back, the last block first, before anybody is preempted. Nobody comes in before it fits."""
@@ -124,8 +122,10 @@ class Scheduler:
         seq.status = Status.FINISHED
 
     def schedule(self) -> StepPlan:
-        """The next step. Empty (no work) only where nothing is waiting or running."""
+        """The next step. Empty (no work) where nothing is waiting or running, or where what is in flight has to be read first."""
         plan = StepPlan()
+        if self._flights and self._should_read():
+            return plan
         self._planned = []
         self._make_way()
         self.short = False
@@ -135,85 +135,35 @@ class Scheduler:
         if self.manager.counters.preemptions == before:
             budget = self._admit(plan, prompts, budget)
             self._spend(plan, budget)
-            if self._speculation is not None:
-                self._speculation.extend(plan, self._planned, self.running)
+            if self.speculation is not None:
+                self.speculation.extend(plan, self._planned, self.running)
         else:
             self.short = True
         # Beams that wait for another beam hold memory without using it: they give way rather than block it.
-        while not plan.work and (self.waiting or self.early) and (idle := [s for s in self.running if s.candidates is not None]):
+        while not plan.work and not self._flights and (self.waiting or self.early) and (idle := self._idle_beams()):
             reason = "beams that wait for another beam of their search held the memory that it needs"
             self.preempt(self.running.index(idle[-1]), "beams", reason)
             self._admit(plan, [], self.max_num_batched_tokens)
         for work, seq in zip(plan.work, self._planned, strict=True):
             if seq.constraint is not None and work.sample and not work.draft:
                 work.masks = (seq.constraint.mask,)
-        plan.copies = self.manager.take_copies()
+        if plan.work:
+            plan.copies = self.manager.take_copies()
+            self._flights.append(Flight(plan, self._planned))
         return plan
 
+    def launch(self, plan: StepPlan) -> None:
+        """The step that was planned last is on its way to the device, and ``schedule`` may be called again before its ``commit``."""
+        flight = self._flights[-1]
+        assert flight.plan is plan, "the last plan is launched"
+        assert len(self._flights) <= 2, "one step is planned ahead"
+        launch(self, flight)
+
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
-        """Advance the planned sequences by the step's result; finished ones are freed. Outputs in the plan's order."""
-        outputs: list[SequenceOutput] = []
-        searches: list[Group] = []
-        advance = self.manager.advance
-        tokens, errors = iter(result.tokens), result.errors
-        logprobs = iter(result.logprobs)
-        for work, seq in zip(plan.work, self._planned, strict=True):
-            if seq.status is not Status.RUNNING:  # another row of its search failed
-                if work.sample:
-                    next(tokens), next(logprobs)
-                continue
-            computed = seq.num_computed = work.start + work.count - len(work.draft)
-            if computed >= seq.publish_at:
-                advance(seq)
-            if work.score:
-                seq.unscored = range(work.score.stop, seq.unscored.stop)
-                if seq.scores is not None:
-                    seq.scores += result.scores.get(work.row, ())
-                seq.vector = result.vectors.get(work.row)
-            if not work.sample:
-                if work.score and work.row in errors:
-                    outputs += beams.fail(self, seq, errors[work.row])
-                elif seq.max_tokens == 0 and computed == seq.num_tokens:  # all that was wanted is the prompt
-                    output = _first(seq, SequenceOutput(seq.request.request_id, seq.index, [], None, "length"))
-                    output.preemptions = seq.group.preemptions
-                    outputs.append(output)
-                    self.remove(seq)
-                continue
-            token, entry = next(tokens), next(logprobs)
-            drafted = [(next(tokens), next(logprobs)) for _ in work.draft]
-            if token < 0 or (work.score and work.row in errors):
-                outputs += beams.fail(self, seq, errors[work.row])
-                continue
-            if seq.group.search is not None:
-                assert entry is not None, "a beam's row reports its candidates"
-                seq.candidates = entry.top
-                searches.append(seq.group)
-                continue
-            seq.tokens.append(token)
-            output = SequenceOutput(seq.request.request_id, seq.index, [token], None if entry is None else [entry])
-            if seq.first_output:
-                _first(seq, output)
-            end = seq.end_reason()
-            if drafted and self._speculation is not None:
-                end = self._speculation.verify(work, seq, output, drafted, self.counters)
-            if seq.constraint is not None:
-                try:
-                    end = follow(seq, output)
-                except QuireError as e:
-                    outputs += beams.fail(self, seq, e.message)
-                    continue
-            if end is not None:
-                output.finish_reason, output.stop_reason = end
-                output.preemptions = seq.group.preemptions
-                self.policy.ended(seq.num_generated, end[0] == "stop")
-                self.remove(seq)
-            outputs.append(output)
-        self.counters.tokens_computed += plan.num_tokens
-        self.counters.tokens_sampled += len(result.tokens)  # verify() takes off those that do not count
-        for group in searches:
-            if group.sequences and all(beam.candidates is not None for beam in group.sequences):
-                outputs += beams.advance(self, group)
-        return outputs
+        """The oldest plan's step has given ``result``. What it added to each sequence, in the plan's order."""
+        flight = self._flights.popleft()
+        assert flight.plan is plan, "steps are read in the order in which they were launched"
+        return commit(self, flight, result)
 
     def check(self, live: list[Sequence]) -> None:
         """Prove the accounts of all ``live`` sequences. Raises AssertionError."""
@@ -224,6 +174,11 @@ class Scheduler:
         rows = [seq.row for seq in self.running]
         assert len(set(rows + self._rows)) == len(rows) + len(self._rows), "a row is used twice"
         assert self.early is None or self.early in self.running
+        in_flight: Counter[Sequence] = Counter()
+        for flight in self._flights:
+            in_flight.update({seq: brings(work, seq) for work, seq in zip(flight.plan.work, flight.sequences, strict=True)})
+        for seq in live:
+            assert seq.in_flight == in_flight[seq], f"{seq.in_flight} tokens in flight, and launched steps bring {in_flight[seq]}"
         for seq in self.running:
             assert seq.status is Status.RUNNING
             assert seq.row >= 0
@@ -247,6 +202,13 @@ class Scheduler:
 
     # Who runs.
 
+    def _should_read(self) -> bool:
+        """Too many of the running sequences can't go on before the step in flight is read."""
+        return sum(seq.waits for seq in self.running) * MOST_WAITING > len(self.running)
+
+    def _idle_beams(self) -> list[Sequence]:
+        return [seq for seq in self.running if seq.candidates is not None]
+
     def _continue(self, plan: StepPlan, prompts: list[Sequence]) -> int:
         """Plan the running sequences; returns what is left of the budget."""
         manager, size = self.manager, self.manager.block_size
@@ -259,11 +221,12 @@ class Scheduler:
         i = 0
         while i < len(running) and budget > 0:
             seq = running[i]
-            if seq is self.early:  # takes what the others leave
+            # The one that started early takes what the others leave.
+            if seq is self.early or (seq.in_flight and (seq.waits or seq.ends)):
                 i += 1
                 continue
             start = seq.num_computed
-            count = len(seq.tokens) - start
+            count = len(seq.tokens) + seq.in_flight - start
             if count > 1:
                 count = min(shares[seq.row], budget)
                 if count == 0:
@@ -372,7 +335,7 @@ class Scheduler:
             seq.held = None
             looked_at += 1
             parent, wait = sibling(manager, seq)
-            if seq.candidates is not None or wait:
+            if seq.candidates is not None or seq.in_flight or wait:
                 i += 1
                 continue
             fresh_fork = parent is not None and seq.num_tokens == seq.num_prompt
@@ -494,7 +457,8 @@ class Scheduler:
             return
         if self._refused is head or (self.short and (head is self.early or self.manager.cache.window)):
             self.preempt(len(running) - 1, "order", f"request {head.request.request_id} has a higher priority, and needs its memory")
-        for seq in [seq for seq in waiting[:MAX_LOOKED_AT] if seq.candidates is None and not is_held(seq)][len(self._rows) :]:
+        ready = [seq for seq in waiting[:MAX_LOOKED_AT] if seq.candidates is None and not seq.in_flight and not is_held(seq)]
+        for seq in ready[len(self._rows) :]:
             if not running or seq.order[0] >= running[-1].order[0]:
                 return
             self.preempt(len(running) - 1, "order", f"request {seq.request.request_id} has a higher priority, and needs its row")
@@ -516,6 +480,8 @@ class Scheduler:
         positions = seq.num_computed
         self.manager.counters.preempted[cause] += 1
         seq.group.preemptions += 1
+        if seq.in_flight > 1:  # a draft's blocks are not worth keeping
+            self.manager.trim(seq)
         pooled = seq.request.pooling is not None
         if pooled:  # the row's vector goes with the row
             seq.unscored = seq.request.scored()

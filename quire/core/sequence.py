@@ -141,6 +141,9 @@ class Sequence:
     """Of a beam: its most likely next tokens, until all beams have theirs."""
     held: tuple[Sequence, int] | None = None
     """While waiting: who computes the tokens that it would compute next, and how many positions they have in common."""
+    in_flight: int = 0
+    """Tokens that launched steps bring at most, and nobody has read yet. A beam's candidates, and the end of a prompt of which nothing
+    is generated, count as one."""
     first_output: bool = True
     """Nothing was put out yet."""
     num_lost: int = 0
@@ -185,6 +188,17 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def waits(self) -> bool:
+        """Its next step can't be planned before what is in flight is read: by that its next mask or its beams are decided, or how much
+        of a draft is right."""
+        return self.in_flight > 0 and (self.constraint is not None or self.group.search is not None or self.in_flight > 1)
+
+    @property
+    def ends(self) -> bool:
+        """What is in flight is the last of it, whatever it is."""
+        return self.in_flight > 0 and len(self.tokens) - self.num_prompt + self.in_flight >= self.max_tokens
 
     @property
     def findable(self) -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from quire.core.block_manager import BlockManager
 from quire.core.plan import RowWork, StepPlan, accepted
 from quire.core.prompt_lookup import PAIR, PromptLookup
-from quire.core.sequence import Sequence
+from quire.core.sequence import Sequence, Status
 from quire.core.stats import StepCounters
 from quire.outputs import SequenceOutput, TokenLogprobs
 
@@ -148,11 +148,13 @@ class Speculation:
         draft = work.draft
         right = accepted(draft, [seq.tokens[-1], *(token for token, _ in sampled)]) - 1
         end = seq.end_reason()
+        here = seq.status is Status.RUNNING  # else it was preempted meanwhile, and has lost what the step computed
         for token, entry in sampled[:right]:
             if end is not None:
                 break
             seq.tokens.append(token)
-            seq.num_computed += 1
+            if here:
+                seq.num_computed += 1
             output.token_ids.append(token)
             if output.logprobs is not None and entry is not None:
                 output.logprobs.append(entry)
@@ -190,9 +192,9 @@ class Speculation:
 
 
 def _may_draft(work: RowWork, seq: Sequence) -> bool:
-    """One position, to be written and sampled, of a sequence that has begun to generate, and whose last block is its own (a copy
-    would come too late in this step). Beams choose their tokens elsewhere."""
+    """One position, to be written and sampled, of a sequence that has begun to generate, whose tokens are all known, and whose last
+    block is its own (a copy would come too late in this step). Beams choose their tokens elsewhere."""
     return (
         work.count == 1 and work.sample and work.write and not seq.shared_tail and seq.group.search is None
-        and seq.num_generated > 0
+        and seq.num_generated > 0 and not seq.in_flight
     )  # fmt: skip

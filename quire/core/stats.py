@@ -13,10 +13,10 @@ from quire.core.plan import StepExtent
 class StepCounters:
     """Running totals since the start."""
 
-    tokens_computed: int = 0
     tokens_sampled: int = 0
     tokens_drafted: int = 0
     tokens_accepted: int = 0
+    positions_discarded: int = 0
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class StepTimes:
 
     schedule: float = 0.0
     execute: float = 0.0
-    """On the device, without sampling."""
+    """On the device, without sampling. Where steps overlap: what the engine waited for it."""
     sample: float = 0.0
     """From logits to tokens, where the backend tells it apart."""
     commit: float = 0.0
@@ -136,6 +136,8 @@ class EngineStats:
     """Tokens that were guessed, and verified (speculation.py)."""
     tokens_accepted: int = 0
     """Those that were right."""
+    positions_discarded: int = 0
+    """Positions that were computed for sequences that had ended: it was known only when their next step was in flight."""
     queue: Queue = field(default_factory=Queue)
     extent: StepExtent = field(default_factory=StepExtent)
     times: StepTimes = field(default_factory=StepTimes)

@@ -12,6 +12,7 @@ SPEC = TransformerSpec("Tiny", 50, 8, 2, 2, 1, 4, 16, 64, dtype="bfloat16")
 class Nothing:
     spec = SPEC
     num_blocks, num_host_blocks, block_size, max_model_len, window = 8, 0, 4, 32, 0
+    overlaps = False
 
     def execute(self, plan: StepPlan) -> StepResult:
         return StepResult([7])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult, accepted
 from quire.core.speculation import Drafter
@@ -31,7 +33,10 @@ class FakeBackend:
     What it writes for a position stands for the KV of a real model: it depends on every token up to there. The sampled token
     is a hash of it, so a wrong block table, a block with two writers, a wrong prefix or a skipped position changes the output.
     A window hides what is before it from every query, as in a model with sliding-window attention in all layers.
+    ``fails``: one in so many tokens can't be sampled, and it depends on those before it which.
     """
+
+    overlaps = False
 
     def __init__(
         self,
@@ -42,10 +47,11 @@ class FakeBackend:
         *,
         num_host_blocks: int = 0,
         window: int = 0,
+        fails: int = 0,
     ) -> None:
         self.spec = Vocab(vocab_size)
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
-        self.num_host_blocks, self.window = num_host_blocks, window
+        self.num_host_blocks, self.window, self.fails = num_host_blocks, window, fails
         self.pool: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks + num_host_blocks)]
         self.rows: dict[int, Row] = {}
         self.fail_rows: set[int] = set()
@@ -65,6 +71,7 @@ class FakeBackend:
             row.blocks[work.first_block :] = work.new_blocks
             assert work.sample or not work.draft
             known = [*row.tokens, *work.draft]
+            assert work.start + work.count <= len(known), "a token is computed that the row does not have"
             assert all(0 <= block < self.num_blocks or block == -1 for block in row.blocks), "a table holds a block of the swap pool"
             assert work.write or work.count == 1
             for position in range(work.start, work.start + work.count):
@@ -108,10 +115,11 @@ class FakeBackend:
             assert held == fingerprint(tokens[: position + 1]), "the row's blocks hold something else than its tokens"
 
     def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes | None], result: StepResult) -> None:
-        if number in self.fail_rows:
+        if number in self.fail_rows or self._fails(row.tokens):
             result.tokens += [-1] * (1 + len(draft))
             result.logprobs += [None] * (1 + len(draft))
             result.errors[number] = "logits are not finite"
+            row.tokens.append(0)  # its next step may be on the way, and be thrown away
             return
         if row.start.num_candidates:
             result.tokens.append(0)
@@ -122,9 +130,36 @@ class FakeBackend:
         if masks:
             assert len(masks) == len(tokens)
             tokens = [allowed_token(token, mask, self.spec.vocab_size) for token, mask in zip(tokens, masks, strict=True)]
+        tokens = [-1 if self._fails(before) else token for before, token in zip(seen, tokens, strict=True)]
         row.tokens += tokens[: accepted(draft, tokens)]
         result.tokens += tokens
         result.logprobs += [TokenLogprobs((-1.0, 1), []) if row.start.params.logprobs is not None else None for _ in tokens]
+
+    def _fails(self, tokens: list[int]) -> bool:
+        return self.fails > 0 and fingerprint(tokens) % self.fails == 0
+
+
+class LateBackend(FakeBackend):
+    """A fake device beside the host: a step's results are known when they are collected, and not before."""
+
+    overlaps = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        raise AssertionError("steps are launched here")
+
+    def launch(self, plan: StepPlan) -> StepPlan:
+        assert len(self.in_flight) < 2
+        self.in_flight.append((plan, super().execute(plan)))
+        return plan
+
+    def collect(self, pending: StepPlan) -> StepResult:
+        plan, result = self.in_flight.popleft()
+        assert plan is pending, "steps are collected in the order in which they were launched"
+        return result
 
 
 class ScriptedDrafter(Drafter):

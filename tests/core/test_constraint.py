@@ -42,7 +42,7 @@ class Rule:
 
     def foresee(self, tokens: Seq[int]) -> list[bytes | None]:
         masks: list[bytes | None] = [self.mask]
-        ahead = Rule(self.length, self.made, self.broken_at)
+        ahead = Rule(self.length, self.made, 1 << 30)  # it breaks when it gets there
         for token in tokens:
             if not ahead.mask[token >> 3] >> (token & 7) & 1:
                 break

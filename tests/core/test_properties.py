@@ -42,6 +42,8 @@ class CoreMachine(RuleBasedStateMachine):
     """add, step, abort, preempt, reset in any order; n, best_of, beams, scored and pooled prompts, salts, priorities, retention, swap,
     windows, and drafts that are right up to anywhere."""
 
+    device = FakeBackend
+
     @initialize(
         block_size=st.sampled_from([1, 2, 3, 4, 5, 7, 16]),
         blocks=st.integers(2, 14),
@@ -59,7 +61,7 @@ class CoreMachine(RuleBasedStateMachine):
         longest = max(2, min(24, blocks * block_size - block_size // 2))
         blocks = max(blocks, -(-longest // block_size))
         self.now = 0.0
-        self.backend = FakeBackend(blocks, block_size, longest, VOCAB, num_host_blocks=host, window=window)
+        self.backend = self.device(blocks, block_size, longest, VOCAB, num_host_blocks=host, window=window)
         config = EngineConfig(
             max_num_seqs=min(rows, blocks),
             max_num_batched_tokens=budget,
@@ -145,7 +147,7 @@ class CoreMachine(RuleBasedStateMachine):
             assert output.vector == (expected_vector(request.prompt_token_ids) if request.pooling else None)
         self.scored.add(key)
 
-    @precondition(lambda self: self.engine.has_work)
+    @precondition(lambda self: len(self.ended) < len(self.got))
     @rule(data=st.data(), whole=st.booleans())
     def abort(self, data: st.DataObject, whole: bool) -> None:
         live = sorted(key for key in self.got if key not in self.ended)

@@ -29,6 +29,8 @@ from quire.models.weights import load_model, resolve_model
 class CpuBackend:
     """Executes plans with a Decoder and a Sampler over a table of rows."""
 
+    overlaps = False  # the host is the device
+
     def __init__(
         self, spec: TransformerSpec, folder: Path, decoder: Decoder, config: EngineConfig, memory: KVMemory, max_model_len: int
     ) -> None:

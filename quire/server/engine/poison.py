@@ -22,6 +22,8 @@ VARIABLE = "QUIRE_TEST_CRASH_TOKEN"
 class PoisonedBackend:
     """A backend that kills its process where a prompt holds ``token``."""
 
+    overlaps = False
+
     def __init__(self, backend: Executor, token: int) -> None:
         self._backend, self._token = backend, token
         self.spec, self.window = backend.spec, backend.window

@@ -149,6 +149,11 @@ def _steps(counters: Counter[str]) -> Iterator[Metric]:
     yield counter("quire_steps", "steps of the engine", counters["extent_steps"])
     yield counter("quire_positions_computed", "positions computed, again or in vain included", counters["extent_positions"])
     yield counter("quire_positions_recomputed", "positions computed again after a preemption", counters["tokens_recomputed"])
+    yield counter(
+        "quire_positions_discarded",
+        "positions computed for sequences that had ended, which was known when their next step was in flight",
+        counters["positions_discarded"],
+    )
     yield counter("quire_tokens_drafted", "tokens that were guessed and verified", counters["tokens_drafted"])
     yield counter("quire_tokens_accepted", "guessed tokens that were right", counters["tokens_accepted"])
     phases = {phase: counters[f"seconds_{phase}"] for phase in ("schedule", "execute", "sample", "commit", "send")}

@@ -39,6 +39,7 @@ class EngineTotals:
                 "tokens_sampled": stats.tokens_sampled,
                 "tokens_drafted": stats.tokens_drafted,
                 "tokens_accepted": stats.tokens_accepted,
+                "positions_discarded": stats.positions_discarded,
                 "tokens_recomputed": counters.tokens_recomputed,
                 "blocks_copied": counters.blocks_copied,
                 "blocks_swapped_out": counters.blocks_swapped_out,
