@@ -158,10 +158,10 @@ class Answer(BaseModel):
 
 
 def test_the_answer_follows_a_schema(client: anthropic.Anthropic) -> None:
-    parsed = client.messages.parse(model="embedded", max_tokens=60, messages=HELLO, output_format=Answer)
+    parsed = client.messages.parse(model="embedded", max_tokens=1500, messages=HELLO, output_format=Answer)
     assert isinstance(parsed.parsed_output, Answer)
     assert parsed.stop_reason == "end_turn"
-    with client.messages.stream(model="embedded", max_tokens=60, messages=HELLO, output_format=Answer) as stream:
+    with client.messages.stream(model="embedded", max_tokens=1500, messages=HELLO, output_format=Answer) as stream:
         assert isinstance(stream.get_final_message().parsed_output, Answer)
     bad: Any = {"format": {"type": "json_schema", "schema": {"type": "banana"}}}
     with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema"):

@@ -136,10 +136,10 @@ class Answer(BaseModel):
 
 
 def test_the_answer_follows_a_schema(client: openai.OpenAI) -> None:
-    parsed = client.responses.parse(model="embedded", input="import os\n", text_format=Answer, max_output_tokens=60)
+    parsed = client.responses.parse(model="embedded", input="import os\n", text_format=Answer, max_output_tokens=1500)
     assert isinstance(parsed.output_parsed, Answer)
     assert parsed.status == "completed"
-    with client.responses.stream(model="embedded", input="import os\n", text_format=Answer, max_output_tokens=60) as stream:
+    with client.responses.stream(model="embedded", input="import os\n", text_format=Answer, max_output_tokens=1500) as stream:
         for _ in stream:
             pass
         assert isinstance(stream.get_final_response().output_parsed, Answer)
