@@ -18,7 +18,12 @@ from quire.errors import ConfigError
 EMBEDDED_MODEL = "embedded"
 """Name of the small model that ships with the package."""
 
-DEFAULT_NUM_SEQS = 64
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "cpu": {"block_size": 16, "kv_memory": "2GiB", "max_num_batched_tokens": 512, "speculation": "prompt-lookup"},
+    "gpu": {"block_size": 64, "kv_memory": "auto", "max_num_batched_tokens": 2048, "speculation": "off"},
+}
+"""What options are that nobody stated, where that depends on the device; "gpu": of the CUDA backend, wherever it runs."""
+DEFAULT_NUM_SEQS = {"cpu": 64, "gpu": 256}
 MAX_TIMEOUT_S = 86400
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
@@ -70,9 +75,18 @@ class EngineConfig(_Checked):
     """What an engine needs to know: the model, its memory, and the limits of a step."""
 
     model: str = field(default=EMBEDDED_MODEL, metadata={})
-    device: str = option("cpu", "where the model runs", choices=("cpu",))
+    device: str = option(
+        "cpu",
+        "where the model runs: cpu; cuda, an NVIDIA GPU (needs quire[cuda]); torch-cpu, the code of cuda in plain PyTorch on a CPU: slow, "
+        "for tests",
+        choices=("cpu", "cuda", "torch-cpu"),
+    )
     dtype: str = option("auto", "width of the weights; auto keeps the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
-    quantize: str | None = option(None, "quantize the linear layers at load; --dtype is the width of the rest", choices=("int8", "int4"))
+    quantize: str | None = option(
+        None,
+        "quantize the linear layers at load: int8; int4 (CPU); fp8 (GPU); --dtype is the width of the rest",
+        choices=("int8", "int4", "fp8"),
+    )
     group_size: int | None = option(
         None,
         "with --quantize: inputs of a layer that share a scale; 0, with int8, is one scale for each output (default: int8 0, int4 32)",
@@ -82,14 +96,20 @@ class EngineConfig(_Checked):
         None, "with --quantize: folder that keeps the packed weights, so that the next start maps them instead", metavar="DIR"
     )
     max_model_len: int | None = option(None, "longest sequence in tokens, prompt and output together (default: the model's context)", low=2)
-    block_size: int = option(16, "token positions in a block of KV memory", choices=(4, 8, 16, 32, 64, 128, 256))
+    block_size: int = option(
+        None, "token positions in a block of KV memory (default: 16; on a GPU 64)", choices=(4, 8, 16, 32, 64, 128, 256)
+    )
     kv_dtype: str = option(
-        "float16",
-        "width of the KV cache; int8 has a scale for each head's key and value of a token, and takes a little more than half of float16",
-        choices=("float16", "float32", "bfloat16", "int8"),
+        "auto",
+        "width of the KV cache; int8, and fp8 on a GPU, have a scale for each head's key and value of a token, and take a little more than "
+        "half of float16; auto is float16, on a GPU the width of the weights",
+        choices=("auto", "float16", "float32", "bfloat16", "int8", "fp8"),
     )
     kv_memory: str = option(
-        "2GiB", "memory for the KV cache, e.g. 2GiB or 512MiB; auto takes what the machine can spare, and says how much", metavar="SIZE"
+        None,
+        "memory for the KV cache, e.g. 2GiB or 512MiB; auto takes what the device can spare, and says how much (default: 2GiB; on a GPU "
+        "auto)",
+        metavar="SIZE",
     )
     prefix_caching: bool = option(True, "keep what was computed, so that prompts with an equal beginning find it")
     admission: str = option(
@@ -108,20 +128,34 @@ class EngineConfig(_Checked):
     swap_memory: str = option("0", "memory beside the KV cache that preempted requests are swapped to, e.g. 1GiB", metavar="SIZE")
     max_waiting: int = option(1024, "most samples that wait to be started; further requests are refused (HTTP 429)", low=1, high=1 << 20)
     max_num_batched_tokens: int = option(
-        512, "most token positions computed in a step; longer prompts are computed in chunks", low=1, high=1 << 20
+        None,
+        "most token positions computed in a step; longer prompts are computed in chunks (default: 512; on a GPU 2048)",
+        low=1,
+        high=1 << 20,
     )
     max_num_seqs: int | None = option(
-        None, f"most sequences that run at the same time (default: {DEFAULT_NUM_SEQS}, or one for each KV block)", low=1, high=4096
+        None,
+        f"most sequences that run at the same time (default: {DEFAULT_NUM_SEQS['cpu']}, on a GPU {DEFAULT_NUM_SEQS['gpu']}, or one for "
+        "each KV block)",
+        low=1,
+        high=4096,
     )
     speculation: str = option(
-        "prompt-lookup",
+        None,
         "guess tokens and verify them in the same step: prompt-lookup goes on as the text did where it stood before, as long as that pays; "
-        "outputs are the same with and without",
+        "outputs are the same with and without (default: prompt-lookup; on a GPU off)",
         choices=("prompt-lookup", "off"),
     )
     speculation_positions: int = option(
         8, "token positions up to which a step is filled up with guesses: about as many as take little longer than one", low=2, high=256
     )
+    tensor_parallel: int = option(1, "GPUs that share the model, each with a part of every layer", low=1, high=64)
+    deterministic: bool = option(
+        False,
+        "on a GPU: what a request gets does not depend on the requests beside it (docs/cuda.md says what else may differ); on the CPU that "
+        "is always so",
+    )
+    cuda_graphs: bool = option(True, "on a GPU: capture decode steps, and run them with one launch each")
     threads: int | None = option(None, "threads that compute (default: the cores that this process may use)", low=1, high=256)
     seed: int = option(0, "seeds the requests that bring no seed of their own (offline API)", low=0, high=(1 << 63) - 1)
     kv_debug: bool = field(
@@ -129,7 +163,11 @@ class EngineConfig(_Checked):
     )
 
     def __post_init__(self) -> None:
+        for name, value in DEFAULTS[self.device_kind].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _Checked.__post_init__(self)  # super() does not find its class where slots made a new one
+        self._check_device()
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
         if self.quantize is None and self.group_size is not None:
@@ -150,9 +188,44 @@ class EngineConfig(_Checked):
                 f"--swap-memory {self.swap_memory} is of no use with --preemption recompute: leave one of them out", param="swap_memory"
             )
 
+    def _check_device(self) -> None:
+        """Raises ConfigError for what only the other kind of device has."""
+        if self.device_kind == "cpu":
+            for name in ("quantize", "kv_dtype"):
+                if getattr(self, name) == "fp8":
+                    flag = "--" + name.replace("_", "-")
+                    raise ConfigError(f"{flag} fp8 needs a GPU (--device cuda): take {flag} int8", param=name)
+            if self.tensor_parallel > 1:
+                raise ConfigError(f"--tensor-parallel {self.tensor_parallel} is for GPUs: add --device cuda", param="tensor_parallel")
+            return
+        if self.quantize == "int4":
+            raise ConfigError(f"--quantize int4 is not there with --device {self.device}: take int8 or fp8", param="quantize")
+        if self.group_size:
+            raise ConfigError(
+                f"--group-size {self.group_size} is not there with --device {self.device}, where each output has one scale: leave it out",
+                param="group_size",
+            )
+        if self.cache_dir is not None:
+            raise ConfigError(f"--cache-dir is of no use with --device {self.device}: leave it out", param="cache_dir")
+
     def num_seqs(self, num_blocks: int) -> int:
         """Sequences that may run at the same time in a pool of ``num_blocks`` blocks."""
-        return self.max_num_seqs or min(DEFAULT_NUM_SEQS, num_blocks)
+        return self.max_num_seqs or min(DEFAULT_NUM_SEQS[self.device_kind], num_blocks)
+
+    def weight_width(self, stored: str) -> str:
+        """Of a model's weights that are not quantized, where the checkpoint's are ``stored``: on a GPU, of the activations too."""
+        return stored if self.dtype == "auto" else self.dtype
+
+    def kv_width(self, stored: str) -> str:
+        """Of the KV cache of such a model."""
+        if self.kv_dtype != "auto":
+            return self.kv_dtype
+        return "float16" if self.device == "cpu" else self.weight_width(stored)
+
+    @property
+    def device_kind(self) -> str:
+        """``cpu``, or ``gpu`` for the CUDA backend."""
+        return "cpu" if self.device == "cpu" else "gpu"
 
     @property
     def kv_bytes(self) -> int | None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.cpu.decoder import Decoder
-from quire.backends.cpu.rows import Rows
+from quire.backends.rows import Rows
 from quire.core.plan import RowStart, RowWork
 from quire.models.weights import Model
 from quire.sampling_params import SamplingParams

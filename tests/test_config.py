@@ -78,7 +78,7 @@ def test_every_field_is_a_flag_and_arrives_in_the_right_object() -> None:
     [
         ({"block_size": "12"}, "choose from: 4, 8, 16"),
         ({"block_size": "x"}, "must be an integer, got 'x'"),
-        ({"kv_dtype": "int3"}, "choose from: float16, float32, bfloat16, int8"),
+        ({"kv_dtype": "int3"}, "choose from: auto, float16, float32, bfloat16, int8, fp8"),
         ({"max_num_seqs": "0"}, "from 1 to 4096, got 0"),
         ({"kv_memory": "lots"}, "not a size"),
         ({"threads": "0"}, "from 1 to 256, got 0"),

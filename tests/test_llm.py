@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, SamplingParams
-from quire.backends.cpu import memory
+from quire.backends import memory
 from quire.config import EngineConfig, parse_bytes
 from quire.core.sequence import Request, Retention
 from quire.errors import CapacityError, ConfigError, ContextLengthError, InvalidRequestError, ModelLoadError
@@ -183,7 +183,7 @@ def test_the_remedy_for_a_machine_with_too_little_memory_works(monkeypatch: pyte
 def test_a_size_in_a_message_can_be_given_back() -> None:
     big = replace(LLM(kv_memory="6MiB").backend.spec, num_layers=4096, num_kv_heads=64)
     with pytest.raises(CapacityError) as caught:
-        memory.kv_memory(EngineConfig(), big, big.max_positions)
+        memory.kv_memory(EngineConfig(), big, big.max_positions, memory.host_room(EngineConfig(), big))
     found = re.search(r"at least (\S+),", caught.value.message)
     assert found is not None
     assert parse_bytes(found[1]) > 1 << 34

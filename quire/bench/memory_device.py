@@ -120,7 +120,8 @@ def open_device(load: Load, layout: Layout) -> Device:
 def _open_model(load: Load, model: str, config: EngineConfig, blocks: int) -> Device:
     from quire.llm import LLM
 
-    size = blocks * config.block_size * load_spec(resolve_model(model)).kv_bytes_per_token(config.kv_dtype)
+    spec = load_spec(resolve_model(model))
+    size = blocks * config.block_size * spec.kv_bytes_per_token(config.kv_width(spec.dtype))
     config = replace(config, model=model, kv_memory=str(size))
     llm = LLM.from_config(config)
     text = _text(llm.tokenizer)

@@ -88,7 +88,7 @@ def engine_config(load: Load, layout: Layout) -> EngineConfig:
     """All but the model and its memory. ConfigError for a value that no engine takes."""
     most = NUM_SEQS if load.model is None else NUM_SEQS_EXECUTED
     if any(request.prefix_ids for request in load.requests):
-        most = DEFAULT_NUM_SEQS  # with all at once, running sequences would hold what the cache is to keep
+        most = DEFAULT_NUM_SEQS["cpu"]  # with all at once, running sequences would hold what the cache is to keep
     config = EngineConfig(
         max_model_len=load.max_len,
         admission=load.admission,

@@ -95,7 +95,7 @@ def run(config: EngineConfig, num_requests: int, prompt: Lengths, output: Length
     llm = LLM.from_config(config)
     spec = llm.backend.spec
     workload = synthetic(num_requests, prompt, output, spec.vocab_size, config.seed)
-    recorder = Recorder(llm.backend, spec, llm.backend.weight_bytes(), llm.backend.head_bytes(), config.kv_dtype)
+    recorder = Recorder(llm.backend, spec, llm.backend.weight_bytes(), llm.backend.head_bytes(), config.kv_width(spec.dtype))
     engine = Engine(recorder, config)
     for request in (_request(0, WARM_UP), *(_request(i, w) for i, w in enumerate(workload))):
         engine.limits.check(request.prompt_token_ids, request.params)

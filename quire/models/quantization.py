@@ -15,7 +15,7 @@ from quire.config import EngineConfig
 from quire.errors import ConfigError
 from quire.models.spec import TransformerSpec
 
-GROUP_SIZES: Final = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128)}
+GROUP_SIZES: Final = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128), "fp8": (0,)}
 """Inputs that share a scale, 0 for all of an output's; the first is the default."""
 _SCALE_BYTES: Final = 2
 
@@ -56,7 +56,7 @@ class Quantization:
 
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of [n, k] weights and their scales, padding left out."""
-        return n * k * (8 if self.dtype == "int8" else 4) // 8 + _SCALE_BYTES * n * (k // self.group_size if self.group_size else 1)
+        return n * k * (4 if self.dtype == "int4" else 8) // 8 + _SCALE_BYTES * n * (k // self.group_size if self.group_size else 1)
 
     def weight_bytes(self, spec: TransformerSpec, dtype: str | None = None) -> int:
         """Bytes of all of a model's weights. dtype: the width of what is not quantized; None: the checkpoint's."""

@@ -21,9 +21,9 @@ from typing import Literal
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "fp8": 1}
 
-KV_SCALE_BYTES = {"int8": 2}
+KV_SCALE_BYTES = {"int8": 2, "fp8": 2}
 """Of the scale (float16) of one head's key, or value, of one token; KV types that are not here have none."""
 
 

@@ -70,7 +70,7 @@ def load_model(start: Start) -> Serving:
     start.observers.attach(client)
     compiler = Compiler(start.folder, loaded.limits.vocab_size, loaded.eos_token_ids)
     start.ends.callback(compiler.close)
-    machine = Machine(loaded.spec, engine_config.kv_dtype, loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
+    machine = Machine(loaded.spec, engine_config.kv_width(loaded.spec.dtype), loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
     batches = None if start.store is None else open_runner(start.store, client, config)
     app = create_app(Context(
         client, tokenizer, config, start.model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),

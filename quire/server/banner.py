@@ -34,7 +34,7 @@ def banner(
     """``phases``: what took how many seconds, in both processes."""
     num_blocks, block_size, max_model_len = engine.limits.num_blocks, engine.limits.block_size, engine.limits.max_model_len
     tokens = num_blocks * block_size
-    dtype = engine.dtype if config.dtype == "auto" else config.dtype
+    dtype = config.weight_width(engine.dtype)
     lengths = sorted({max_model_len, min(SHORT_REQUEST, max_model_len)}, reverse=True)
     pool = _bytes(tokens * engine.kv_bytes_per_token)
     fits = " or ".join(f"{num_blocks // -(-length // block_size):,} requests of {length:,} tokens" for length in lengths)
@@ -46,7 +46,7 @@ def banner(
         *([("weights", engine.weight_note)] if engine.weight_note else []),
         (
             "KV pool",
-            f"{num_blocks:,} blocks x {block_size} = {tokens:,} tokens ({pool}, {config.kv_dtype})",
+            f"{num_blocks:,} blocks x {block_size} = {tokens:,} tokens ({pool}, {config.kv_width(engine.dtype)})",
         ),
         *([("KV memory", engine.memory_note)] if engine.memory_note else []),
         ("fits", f"{fits} at once (at most {engine.limits.max_num_seqs:,} sequences run at a time; {config.max_waiting:,} more wait)"),

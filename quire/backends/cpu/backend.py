@@ -11,16 +11,16 @@ import numpy as np
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.decoder import Decoder
 from quire.backends.cpu.machine import use_threads
-from quire.backends.cpu.memory import KVMemory, kv_memory
 from quire.backends.cpu.packed_cache import PackedCache
 from quire.backends.cpu.packer import Packer
-from quire.backends.cpu.progress import Progress
-from quire.backends.cpu.rows import Rows
 from quire.backends.cpu.sampler import Sampler
 from quire.backends.cpu.scorer import Scorer
+from quire.backends.memory import KVMemory, context_length, host_room, kv_memory
+from quire.backends.parameters import sampled_masks
+from quire.backends.progress import Progress
+from quire.backends.rows import Rows, fresh_blocks
 from quire.config import EngineConfig
 from quire.core.plan import StepPlan, StepResult
-from quire.errors import ConfigError
 from quire.models.quantization import Quantization
 from quire.models.spec import TransformerSpec
 from quire.models.weights import load_model, resolve_model
@@ -61,8 +61,8 @@ class CpuBackend:
         quantization = Quantization.of(config)
         if quantization is not None:
             quantization.check(spec)
-        max_model_len = _context(config, spec)
-        memory = kv_memory(config, spec, max_model_len)
+        max_model_len = context_length(config, spec)
+        memory = kv_memory(config, spec, max_model_len, host_room(config, spec))
         tell("map weights", perf_counter() - start)
         start = perf_counter()
         cache = None
@@ -77,7 +77,7 @@ class CpuBackend:
                     model.tensors,
                     num_blocks=memory.num_blocks + memory.num_host_blocks,  # the swap pool is more of the same memory
                     block_size=config.block_size,
-                    kv_dtype=config.kv_dtype,
+                    kv_dtype=config.kv_width(spec.dtype),
                     max_tokens=config.max_num_batched_tokens,
                     max_rows=max(config.num_seqs(memory.num_blocks), config.speculation_positions),
                     max_model_len=max_model_len,
@@ -113,11 +113,7 @@ class CpuBackend:
             logits = self.decoder.logits(hidden[batch.scored.sampled_at])
         if len(sampled) == 0:
             return result
-        masks: list[bytes | None] = []
-        if any(mask is not None for work in plan.work for mask in work.masks):
-            for work in plan.work:
-                if work.sample:
-                    masks += work.masks or [None] * (1 + len(work.draft))
+        masks = sampled_masks(plan.work)
         began = perf_counter()
         self._sampler.sample(logits, sampled, batch.lengths, result, masks)
         result.sample_s = perf_counter() - began
@@ -132,13 +128,7 @@ class CpuBackend:
 
     def _poison_fresh(self, plan: StepPlan) -> None:
         """Fill blocks that this step begins to write with NaN: what reads them before they are written shows."""
-        copied = {destination for _, destination in plan.copies}
-        fresh = []
-        for work in plan.work:
-            first = -(-work.start // self.block_size)  # a block that holds earlier positions was written before
-            begin = max(0, first - work.first_block)
-            fresh += [block for block in work.new_blocks[begin:] if work.write and block not in copied]
-        if fresh:
+        if fresh := fresh_blocks(plan, self.block_size):
             self.decoder.poison_blocks(fresh)
 
     def limits(self) -> tuple[float, float]:
@@ -153,15 +143,3 @@ class CpuBackend:
     def head_bytes(self) -> int:
         """Of which only a step with a row of logits reads."""
         return self.decoder.head_bytes()
-
-
-def _context(config: EngineConfig, spec: TransformerSpec) -> int:
-    if config.max_model_len is None:
-        return spec.max_positions
-    if config.max_model_len > spec.max_positions:
-        raise ConfigError(
-            f"--max-model-len {config.max_model_len:,} > the model's context of {spec.max_positions:,} tokens: "
-            f"lower it to at most {spec.max_positions:,}",
-            param="max_model_len",
-        )
-    return config.max_model_len

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.replay import Replay
-from quire.backends.cpu.rows import Batch, Part
+from quire.backends.rows import Batch, Part
 from quire.models.spec import TransformerSpec
 
 MAX_SCORED_ROWS = 64

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.machine import last_level_cache
-from quire.backends.cpu.memory import available_bytes
+from quire.backends.memory import available_bytes
 
 Array = npt.NDArray[Any]
 Call = Callable[[], None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire.backends.cpu import _native as native
-from quire.backends.cpu.memory import available_bytes
+from quire.backends.memory import available_bytes
 from quire.errors import ConfigError
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

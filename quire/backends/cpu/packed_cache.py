@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from quire.backends.cpu import _native as native
-from quire.backends.cpu.progress import Progress
+from quire.backends.progress import Progress
 from quire.errors import ConfigError
 from quire.models.quantization import Quantization
 from quire.models.weights import content_digest, read_headers

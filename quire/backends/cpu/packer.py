@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.packed_cache import PackedCache
-from quire.backends.cpu.progress import Progress
+from quire.backends.progress import Progress
 from quire.models.quantization import Quantization
 
 Tensors = Mapping[str, npt.NDArray[Any]]

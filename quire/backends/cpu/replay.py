@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
-from quire.backends.cpu.rows import Batch
+from quire.backends.rows import Batch
 
 F32 = npt.NDArray[np.float32]
 _MOST = 16

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.decoder import MAX_SCORED_ROWS, Decoder
-from quire.backends.cpu.rows import Rows
-from quire.backends.cpu.sampler import FAILURES, Reported
+from quire.backends.cpu.sampler import Reported
+from quire.backends.parameters import FAILURES
+from quire.backends.pooling import Pooling
+from quire.backends.rows import Rows
 from quire.core.plan import RowStart, StepResult
 
 F32 = npt.NDArray[np.float32]
-
-_NOT_FINITE = "the model's hidden states are not finite numbers: the weights may be damaged, or too large for their width"
-
-
-@dataclass(slots=True)
-class _Pooled:
-    """Of a row: what its positions so far add up to."""
-
-    sum: npt.NDArray[np.float64]
-    count: int = 0
 
 
 class Scorer:
@@ -31,37 +21,24 @@ class Scorer:
         self._rows = rows
         self._decoder = decoder
         self._num_top = np.zeros(len(rows.starts), np.int32)
-        self._pooled: dict[int, _Pooled] = {}
+        self._pooling = Pooling(decoder.spec.embedding_size)
 
     def begin(self, start: RowStart) -> None:
         """A sequence takes a row."""
         self._num_top[start.row] = min(start.params.prompt_logprobs or 0, self._decoder.spec.vocab_size)
-        self._pooled.pop(start.row, None)
-        if start.pooling is not None:
-            self._pooled[start.row] = _Pooled(np.zeros(self._decoder.spec.embedding_size))
+        self._pooling.begin(start)
 
     def score(self, hidden: F32, rows: list[tuple[int, range, int]], result: StepResult) -> None:
         """Into ``result`` what comes of ``rows``: (row, positions, where ``hidden`` has the first of them)."""
         places, asked = [], []
         for row, positions, at in rows:
-            if (pooled := self._pooled.get(row)) is not None:
-                self._pool(row, pooled, hidden[at : at + len(positions)], positions.stop, result)
+            if self._pooling.has(row):
+                self._pooling.add(row, hidden[at : at + len(positions)], positions.stop, result)
             else:
                 places.append(np.arange(at, at + len(positions)))
                 asked.append((row, positions))
         if asked:
             self._report(hidden, np.concatenate(places), asked, result)
-
-    def _pool(self, row: int, pooled: _Pooled, hidden: F32, end: int, result: StepResult) -> None:
-        for state in hidden:  # one after the other: the sum must not depend on how the prompt was cut into steps
-            pooled.sum += state
-        pooled.count += len(hidden)
-        if end < self._rows.num_prompt[row]:
-            return
-        vector = (pooled.sum / pooled.count).astype(np.float32)
-        if not np.isfinite(vector).all():
-            result.errors[row] = _NOT_FINITE
-        result.vectors[row] = vector.tolist()
 
     def _report(self, hidden: F32, places: npt.NDArray[np.int64], asked: list[tuple[int, range]], result: StepResult) -> None:
         targets = np.concatenate([self._rows.tokens[row, p.start + 1 : p.stop + 1] for row, p in asked]).astype(np.int32)

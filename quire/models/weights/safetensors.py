@@ -87,10 +87,13 @@ def view(mapped: mmap.mmap, info: TensorInfo) -> npt.NDArray[Any]:
 
 
 def array_dtype(dtype: str) -> np.dtype[Any]:
-    """numpy dtype of a SUPPORTED dtype; ``ml_dtypes.bfloat16`` for BF16."""
+    """numpy dtype of a SUPPORTED dtype; ``ml_dtypes.bfloat16`` for BF16, or uint16 (its bits) where ml_dtypes is not installed: the CUDA
+    backend does without."""
     if dtype == "BF16":
-        import ml_dtypes  # where it is used, as the other formats need no second extension module
-
+        try:
+            import ml_dtypes  # where it is used, as the other formats need no second extension module
+        except ModuleNotFoundError:
+            return np.dtype("<u2")
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
     return np.dtype(SUPPORTED[dtype]).newbyteorder("<")

@@ -13,7 +13,7 @@ import pytest
 from quire.backends.cpu import _native as native
 from quire.backends.cpu import replay
 from quire.backends.cpu.decoder import Decoder
-from quire.backends.cpu.rows import Batch
+from quire.backends.rows import Batch
 from quire.models.weights import load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "golden"

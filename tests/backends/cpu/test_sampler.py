@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from quire.backends.cpu.rows import Rows
 from quire.backends.cpu.sampler import Sampler
+from quire.backends.rows import Rows
 from quire.core.plan import RowStart, StepResult
 from quire.sampling_params import SamplingParams
 

@@ -6,13 +6,14 @@ run in it, not to the lengths of their sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from quire.core.plan import RowStart, RowWork, accepted
+from quire.core.plan import RowStart, RowWork, StepPlan, accepted
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -157,18 +158,32 @@ class Rows:
         self.tokens[rows, self.lengths[rows]] = tokens
         self.lengths[rows] += 1
 
-    def append_accepted(self, work: list[RowWork], tokens: list[int], beams: npt.NDArray[np.bool_]) -> None:
-        """Each row that was sampled grew by what counts of its ``tokens``; beams by nothing."""
+    def append_accepted(
+        self, work: list[RowWork], tokens: list[int], beams: npt.NDArray[np.bool_], starts: Sequence[RowStart | None] = ()
+    ) -> None:
+        """Each row that was sampled grew by what counts of its ``tokens``; beams by nothing. ``starts``: of the work's rows when the step
+        was launched, where another sequence may have taken a row since."""
         at = 0
-        for w in work:
+        for i, w in enumerate(work):
             if not w.sample:
                 continue
             sampled = tokens[at : at + 1 + len(w.draft)]
             at += len(sampled)
-            if not beams[w.row]:
+            if not beams[w.row] and (not starts or starts[i] is self.starts[w.row]):
                 count, length = accepted(w.draft, sampled), self.lengths[w.row]
                 self.tokens[w.row, length : length + count] = np.maximum(sampled[:count], 0)
                 self.lengths[w.row] = length + count
+
+
+def fresh_blocks(plan: StepPlan, block_size: int) -> list[int]:
+    """Blocks that this step begins to write."""
+    copied = {destination for _, destination in plan.copies}
+    fresh = []
+    for work in plan.work:
+        first = -(-work.start // block_size)  # a block that holds earlier positions was written before
+        begin = max(0, first - work.first_block)
+        fresh += [block for block in work.new_blocks[begin:] if work.write and block not in copied]
+    return fresh
 
 
 def _num_asked(work: RowWork) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quire.backends.cpu import memory
+from quire.backends import memory
 from quire.backends.cpu.decoder import Decoder
 from quire.models.weights import load_model, resolve_model
 

@@ -26,26 +26,48 @@ class KVMemory:
     """The arithmetic, where the size was found and not stated."""
 
 
-def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int) -> KVMemory:
-    """What ``--kv-memory`` and ``--swap-memory`` hold.
+@dataclass(slots=True, frozen=True)
+class Room:
+    """Where the KV pool has to fit, in bytes."""
 
-    Raises CapacityError where one request does not fit, or the machine lacks the memory.
-    """
-    per_block = spec.kv_bytes_per_token(config.kv_dtype) * config.block_size
-    need = -(-max_model_len // config.block_size)
-    available = available_bytes()
+    available: int | None
+    """Free now; None where the system does not say."""
+    weights: int
+    """Of the available ones, what the weights are going to take."""
+    buffers: int
+    """And what a step takes."""
+    share: float = AUTO_SHARE
+    """Of what they leave: what ``--kv-memory auto`` takes at most."""
+    holds_swap: bool = True
+    """The swap pool has to fit too."""
+
+
+def host_room(config: EngineConfig, spec: TransformerSpec) -> Room:
+    """The machine's memory, before the weights are loaded."""
     dtype, quantization = None if config.dtype == "auto" else config.dtype, Quantization.of(config)
     weights = spec.weight_bytes(dtype) if quantization is None else quantization.weight_bytes(spec, dtype)
+    return Room(available_bytes(), weights, step_buffer_bytes(config, spec))
+
+
+def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int, room: Room) -> KVMemory:
+    """What ``--kv-memory`` and ``--swap-memory`` hold. spec: of what one device holds.
+
+    Raises CapacityError where one request does not fit, or the device lacks the memory.
+    """
+    per_block = spec.kv_bytes_per_token(config.kv_width(spec.dtype)) * config.block_size
+    need = -(-max_model_len // config.block_size)
     size, note = config.kv_bytes, ""
+    swap_bytes = config.swap_bytes if room.holds_swap else 0
     if size is None:
-        size, note = _auto(config, spec, max_model_len, per_block, available, weights)
+        size, note = _auto(config, max_model_len, per_block, room, swap_bytes)
     num_blocks = size // per_block
     num_host_blocks = config.swap_bytes // per_block
     if num_blocks < need:
         fits = num_blocks * config.block_size
         lower = f", or lower --max-model-len to at most {fits:,}" if fits > 1 else ""
+        found = "" if not note else f" ({note})"
         raise CapacityError(
-            f"--kv-memory {config.kv_memory} holds {fits:,} token positions ({num_blocks:,} blocks of {config.block_size}, "
+            f"--kv-memory {config.kv_memory}{found} holds {fits:,} token positions ({num_blocks:,} blocks of {config.block_size}, "
             f"{per_block:,} bytes each), but one request may need {max_model_len:,}: "
             f"raise --kv-memory to at least {_mib(need * per_block)}MiB{lower}"
         )
@@ -54,15 +76,15 @@ def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int) -
             f"--swap-memory {config.swap_memory} is less than one block of {per_block:,} bytes: raise it to at least {_mib(per_block)}MiB, "
             "or leave it out"
         )
-    total = size + config.swap_bytes
-    if available is not None and total + weights > available:
-        swap = f", --swap-memory {config.swap_memory}" if config.swap_bytes else ""
-        room = max(0, available - weights - config.swap_bytes) >> 20
-        fits = (room << 20) // per_block * config.block_size
+    available, weights = room.available, room.weights
+    if available is not None and size + swap_bytes + weights > available:
+        swap = f", --swap-memory {config.swap_memory}" if swap_bytes else ""
+        left = max(0, available - weights - swap_bytes) >> 20
+        fits = (left << 20) // per_block * config.block_size
         if fits >= max_model_len:
-            remedy = f"lower --kv-memory to at most {room}MiB"
+            remedy = f"lower --kv-memory to at most {left}MiB"
         elif fits > 1:
-            remedy = f"lower --kv-memory to at most {room}MiB, and --max-model-len to at most {fits:,}"
+            remedy = f"lower --kv-memory to at most {left}MiB, and --max-model-len to at most {fits:,}"
         else:
             remedy = "free some, or take a smaller model"
         raise CapacityError(
@@ -72,26 +94,36 @@ def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int) -
     return KVMemory(num_blocks, num_host_blocks, note)
 
 
-def _auto(
-    config: EngineConfig, spec: TransformerSpec, max_model_len: int, per_block: int, available: int | None, weights: int
-) -> tuple[int, str]:
+def _auto(config: EngineConfig, max_model_len: int, per_block: int, room: Room, swap_bytes: int) -> tuple[int, str]:
     """(bytes, arithmetic) of ``--kv-memory auto``: what can be spared, and no more than the sequences could ever fill."""
-    if available is None:
+    if room.available is None:
         raise ConfigError(
             "--kv-memory auto needs to know how much memory is free, and this system does not say: state a size", param="kv_memory"
         )
-    buffers = step_buffer_bytes(config, spec)
-    left = max(0, available - weights - buffers - config.swap_bytes)
-    share = int(left * AUTO_SHARE)
+    left = max(0, room.available - room.weights - room.buffers - swap_bytes)
+    share = int(left * room.share)
     sequences = config.num_seqs(1 << 30)
     most = sequences * -(-max_model_len // config.block_size) * per_block
-    swap = f" - {config.swap_bytes / 1e9:.2f} GB swap" if config.swap_bytes else ""
+    swap = f" - {swap_bytes / 1e9:.2f} GB swap" if swap_bytes else ""
+    weights = f" - {room.weights / 1e9:.2f} GB weights" if room.weights else ""
     note = (
-        f"{available / 1e9:.2f} GB free - {weights / 1e9:.2f} GB weights - {buffers / 1e9:.2f} GB step buffers{swap} "
-        f"= {left / 1e9:.2f} GB; "
-        f"{AUTO_SHARE:.0%} of it is {share / 1e9:.2f} GB; {sequences} sequences of {max_model_len:,} tokens fill {most / 1e9:.2f} GB"
+        f"{room.available / 1e9:.2f} GB free{weights} - {room.buffers / 1e9:.2f} GB step buffers{swap} = {left / 1e9:.2f} GB; "
+        f"{room.share:.0%} of it is {share / 1e9:.2f} GB; {sequences} sequences of {max_model_len:,} tokens fill {most / 1e9:.2f} GB"
     )
     return min(share, most), note
+
+
+def context_length(config: EngineConfig, spec: TransformerSpec) -> int:
+    """Most tokens of a sequence: the model's context, or --max-model-len. Raises ConfigError."""
+    if config.max_model_len is None:
+        return spec.max_positions
+    if config.max_model_len > spec.max_positions:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len:,} > the model's context of {spec.max_positions:,} tokens: "
+            f"lower it to at most {spec.max_positions:,}",
+            param="max_model_len",
+        )
+    return config.max_model_len
 
 
 def step_buffer_bytes(config: EngineConfig, spec: TransformerSpec) -> int:
