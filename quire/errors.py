@@ -71,3 +71,7 @@ class EngineError(QuireError):
     """The engine could not finish a request's work. The request is lost, the engine goes on."""
 
     code = "engine_error"
+
+
+class StepMemoryError(EngineError):
+    """The device has no memory left for a step as large as this one. Nothing of it counts; a smaller one may do."""

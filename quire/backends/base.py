@@ -35,7 +35,8 @@ class Backend(Protocol):
     """The engine is to ``launch`` and ``collect`` steps: this is an OverlappingBackend. Else it executes them one by one."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Blocks until its tokens are known. Raises EngineError only when the device is unusable."""
+        """Run one step. Blocks until its tokens are known. Raises EngineError only when the device is unusable, and StepMemoryError where
+        it has no memory for a step of this size: copies are done then, and all rows of the plan will be started anew."""
         ...
 
     def limits(self) -> tuple[float, float]:
@@ -101,4 +102,9 @@ def open_backend(config: EngineConfig, report: Report | None = None) -> Backend:
         with cpu_kernels():
             from quire.backends.cpu.backend import CpuBackend
         return CpuBackend.open(config, report)
-    raise ConfigError(f"device {config.device!r} is not supported; supported: cpu")
+    from quire.backends.cuda.device import open_device
+
+    open_device(config.device)  # says what is missing, before anything that needs it is imported
+    from quire.backends.cuda.opening import open_cuda
+
+    return open_cuda(config, report)

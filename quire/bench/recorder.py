@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 from quire.core.engine import Executor
 from quire.core.plan import StepPlan, StepResult
@@ -24,9 +25,8 @@ class StepCost:
 
 
 class Recorder:
-    """Stands between engine and backend. Changes nothing, but that steps do not overlap: each is timed."""
-
-    overlaps = False
+    """Stands between engine and backend, and changes nothing. Where steps overlap, a step takes from the end of the one before it to its
+    own."""
 
     def __init__(self, backend: Executor, spec: TransformerSpec, weight_bytes: int, head_bytes: int, kv_dtype: str) -> None:
         """weight_bytes, head_bytes: what a step reads, as the Backend tells it. kv_dtype: the width in memory."""
@@ -37,13 +37,26 @@ class Recorder:
         self.window = backend.window
         self.block_size = backend.block_size
         self.max_model_len = backend.max_model_len
-        self._backend = backend
+        self.overlaps = backend.overlaps
+        self._backend: Any = backend
+        self._last_end = 0.0
         self._weight_bytes, self._head_bytes, self._kv_dtype = weight_bytes, head_bytes, kv_dtype
 
     def execute(self, plan: StepPlan) -> StepResult:
         start = perf_counter()
-        result = self._backend.execute(plan)
+        result: StepResult = self._backend.execute(plan)
         self.steps.append(self._cost(plan, perf_counter() - start))
+        return result
+
+    def launch(self, plan: StepPlan) -> tuple[StepPlan, float, Any]:
+        return plan, perf_counter(), self._backend.launch(plan)
+
+    def collect(self, pending: tuple[StepPlan, float, Any]) -> StepResult:
+        plan, start, inner = pending
+        result: StepResult = self._backend.collect(inner)
+        end = perf_counter()
+        self.steps.append(self._cost(plan, end - max(start, self._last_end)))
+        self._last_end = end
         return result
 
     def _cost(self, plan: StepPlan, seconds: float) -> StepCost:

@@ -32,7 +32,7 @@ from quire.core.sequence import Group, Request, Sequence, derive_seed
 from quire.core.snapshot import Watch
 from quire.core.speculation import Speculation
 from quire.core.stats import EngineStats, StepTimes
-from quire.errors import CapacityError, InvalidRequestError, QueueFullError
+from quire.errors import CapacityError, InvalidRequestError, QueueFullError, StepMemoryError
 from quire.outputs import SequenceOutput
 
 
@@ -216,7 +216,11 @@ class Engine:
         if not plan.work:
             return []
         began = self._clock()
-        result = self.backend.execute(plan)
+        try:
+            result = self.backend.execute(plan)
+        except StepMemoryError:
+            self._retreat(plan)
+            return []
         self._times.execute += self._clock() - began
         return self._commit(plan, result)
 
@@ -230,12 +234,22 @@ class Engine:
         last, self._in_flight = self._in_flight, None
         if plan.work:
             began = self._clock()
-            self._in_flight = plan, backend.launch(plan)
-            self._times.execute += self._clock() - began
-            self.scheduler.launch(plan)
+            try:
+                self._in_flight = plan, backend.launch(plan)
+            except StepMemoryError:
+                self._retreat(plan)
+            else:
+                self._times.execute += self._clock() - began
+                self.scheduler.launch(plan)
         if last is not None:
             outputs = self._collect(backend, last)
         return outputs
+
+    def _retreat(self, plan: StepPlan) -> None:
+        """Try a smaller step; raises the device's error where there is none."""
+        if plan.num_tokens == 1:
+            raise
+        self.scheduler.retreat(plan)
 
     def _schedule(self) -> StepPlan:
         began = self._clock()

@@ -56,8 +56,9 @@ class BlockCopied:
     destination: int
 
 
-PreemptionCause = Literal["memory", "order", "beams"]
-"""No free block was left; somebody who comes before it arrived; beams that waited for another beam held what that one needs."""
+PreemptionCause = Literal["memory", "order", "beams", "device"]
+"""No free block was left; somebody who comes before it arrived; beams that waited for another beam held what that one needs;
+the device had no memory left to compute a step."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -60,6 +60,10 @@ def _ask(work: RowWork, seq: Sequence) -> None:
         assert not work.score or work.score.start >= work.start, "positions were skipped that are to be scored"
 
 
+TRUST = 64
+"""Steps that succeed before twice as many positions are tried again."""
+
+
 class Scheduler:
     """Plans steps over ``max_num_seqs`` rows and ``max_num_batched_tokens`` positions a step.
 
@@ -80,7 +84,10 @@ class Scheduler:
     ) -> None:
         self.manager = manager
         self.policy = policy
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_batched_tokens = self._most_tokens = max_num_batched_tokens
+        """Less than was asked for after a step for which the device had no memory."""
+        self._successes = 0
+        """Steps since then."""
         self.waiting: list[Sequence] = []
         """In order."""
         self.running: list[Sequence] = []
@@ -159,10 +166,26 @@ class Scheduler:
         assert len(self._flights) <= 2, "one step is planned ahead"
         launch(self, flight)
 
+    def retreat(self, plan: StepPlan) -> None:
+        """The device had no memory for the last plan's step. Its sequences make way and come again, a few at a time: steps compute at
+        most half as many positions from now on, until enough of them have succeeded to try twice as many."""
+        flight = self._flights.pop()
+        assert flight.plan is plan, "the last plan has failed"
+        self.max_num_batched_tokens = max(1, plan.num_tokens // 2)
+        self._successes = 0
+        reason = f"the device had no memory left for a step of {plan.num_tokens:,} positions"
+        for seq in flight.sequences:
+            if seq.status is Status.RUNNING:
+                self.preempt(self.running.index(seq), "device", reason)
+
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """The oldest plan's step has given ``result``. What it added to each sequence, in the plan's order."""
         flight = self._flights.popleft()
         assert flight.plan is plan, "steps are read in the order in which they were launched"
+        if self.max_num_batched_tokens < self._most_tokens:
+            self._successes += 1
+            if self._successes % TRUST == 0:
+                self.max_num_batched_tokens = min(2 * self.max_num_batched_tokens, self._most_tokens)
         return commit(self, flight, result)
 
     def check(self, live: list[Sequence]) -> None:
