@@ -1,0 +1,15 @@
+"""All of them, by the names that the decoder calls."""
+
+from quire.backends.cuda.kernels.adjustments import ban, bias, penalize, restrict
+from quire.backends.cuda.kernels.attention import decode, prefill
+from quire.backends.cuda.kernels.copies import copy_blocks, fill_blocks
+from quire.backends.cuda.kernels.kv_write import write_kv
+from quire.backends.cuda.kernels.layers import activate, layer_norm, rms_norm
+from quire.backends.cuda.kernels.logprobs import report
+from quire.backends.cuda.kernels.quantized import quantized_linear
+from quire.backends.cuda.kernels.sampling import sample
+
+__all__ = [
+    "activate", "ban", "bias", "copy_blocks", "decode", "fill_blocks", "layer_norm", "penalize", "prefill", "quantized_linear", "report",
+    "restrict", "rms_norm", "sample", "write_kv",
+]  # fmt: skip

@@ -1,0 +1,67 @@
+"""What the attention kernels share: a tile of keys, or values, of one head out of the blocks, and the product of two tiles.
+
+The block ids of a tile are loaded while the tile before it is computed, and carried through the loop. Loaded where they are used they
+would take pipeline stages of their own, and leave K and V without a second buffer.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_ids(table, start, t, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The blocks of the positions from ``start`` to ``last``: one id, or one for each position where a tile has several."""
+    if BLOCK_SIZE >= TILE:
+        ids = tl.load(table + tl.minimum(start, last) // BLOCK_SIZE)
+    else:
+        ids = tl.load(table + tl.minimum(start + t, last) // BLOCK_SIZE)
+    return tl.maximum(ids, 0).to(tl.int64)
+
+
+@triton.jit
+def load_tile(
+    numbers, ids, inner, start, t, d, there, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Keys or values of the positions from ``start`` on, [TILE, DIM_PAD]; those that are not ``there`` are 0.
+
+    ``inner``: the head's first position in a block. Offsets within a tile are of 32 bits where it is one stretch.
+    """
+    if BLOCK_SIZE >= TILE:
+        head = numbers + (ids * (KV_HEADS * BLOCK_SIZE) + inner) * HEAD_DIM
+        at = head + ((start % BLOCK_SIZE + t)[:, None] * HEAD_DIM + d[None, :])
+    else:
+        place = ids * (KV_HEADS * BLOCK_SIZE) + (inner + (start + t) % BLOCK_SIZE)
+        at = numbers + place[:, None] * HEAD_DIM + d[None, :]
+    return tl.load(at) if there is None else tl.load(at, mask=there, other=0.0)
+
+
+@triton.jit
+def load_scales(scales, ids, inner, start, t, there, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Of the positions of a tile, [TILE] float16; those that are not ``there`` are 0. A number that nobody uses where there are none."""
+    if scales is None:
+        found = 0
+    else:
+        inside = start % BLOCK_SIZE + t if BLOCK_SIZE >= TILE else (start + t) % BLOCK_SIZE
+        at = scales + ids * (KV_HEADS * BLOCK_SIZE) + (inner + inside)
+        found = tl.load(at) if there is None else tl.load(at, mask=there, other=0.0)
+    return found
+
+
+@triton.jit
+def product(a, b, acc, UPCAST: tl.constexpr):
+    """a · b (+ acc) in float32; b, keys or values as they are stored, is converted to a's type.
+
+    UPCAST: in the interpreter, which multiplies the bits of bfloat16 as whole numbers, and whose products of float32 are BLAS calls that
+    round a row according to its place in the tile.
+    """
+    if UPCAST:
+        b = b.to(tl.float32).to(a.dtype)
+        result = tl.dot(a.to(tl.float64), b.to(tl.float64))
+        if acc is not None:
+            result += acc
+        result = result.to(tl.float32)
+    else:
+        result = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+    return result

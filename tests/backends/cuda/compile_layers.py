@@ -1,0 +1,92 @@
+"""Compiles the kernels of the layers for shapes of models that people run, and writes down what they need, as JSON. A process of
+test_layers_compile.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from compiled_kernels import compile_calls
+from quire.backends.cuda.cache import DTYPES, KVPool
+from quire.backends.cuda.kernels.copies import copy_blocks
+from quire.backends.cuda.kernels.kv_write import write_kv
+from quire.backends.cuda.kernels.layers import activate, layer_norm, rms_norm
+from quire.backends.cuda.kernels.quantized import quantized_linear
+
+BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def rms(width: int, dtype: torch.dtype, added: bool) -> None:
+    rms_norm(empty(4, width, dtype=dtype), empty(width, dtype=dtype), 1e-5, empty(4, width, dtype=dtype) if added else None)
+
+
+def layer(width: int, dtype: torch.dtype) -> None:
+    layer_norm(empty(4, width, dtype=dtype), empty(width), empty(width), 1e-5, empty(4, width, dtype=dtype))
+
+
+def write(heads: int, kv_heads: int, head_dim: int, rotary_dim: int, kv_dtype: str, norm: bool = False, dtype: torch.dtype = BF16) -> None:
+    qkv = empty(4, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    pool = KVPool(1, 2, kv_heads, 64, head_dim, kv_dtype, torch.device("cpu"))
+    rope = (empty(64, rotary_dim // 2, dtype=F32), empty(64, rotary_dim // 2, dtype=F32)) if rotary_dim else None
+    weight = empty(head_dim, dtype=dtype) if norm else None
+    ids = empty(4, dtype=torch.int32)
+    write_kv(qkv, pool.layer(0), ids, ids, heads, rope, weight, weight)
+
+
+def copy(kv_dtype: str) -> None:
+    copy_blocks(KVPool(2, 3, 8, 64, 128, kv_dtype, torch.device("cpu")), empty(2, 2, dtype=torch.int32))
+
+
+def linear(tokens: int, kind: str, dtype: torch.dtype, depth: int = 4096, channels: int = 6144) -> None:
+    weight = empty(channels, depth, dtype=DTYPES[kind])
+    quantized_linear(empty(tokens, depth, dtype=dtype), weight, empty(channels, dtype=F32), empty(channels))
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "rms 1024 bf16": partial(rms, 1024, BF16, False),
+    "rms 4096 bf16 +residual": partial(rms, 4096, BF16, True),
+    "rms 8192 bf16 +residual": partial(rms, 8192, BF16, True),
+    "rms 4096 fp32": partial(rms, 4096, F32, False),
+    "layer 768 fp16 +residual": partial(layer, 768, FP16),
+    "layer 1000 bf16 +residual": partial(layer, 1000, BF16),
+    "silu gated 14336 bf16": lambda: activate(empty(4, 2 * 14336), "silu", True),
+    "gelu_tanh gated 3072 fp16": lambda: activate(empty(4, 6144, dtype=FP16), "gelu_tanh", True),
+    "gelu 3072 bf16": lambda: activate(empty(4, 3072), "gelu", False),
+    "write 32/8/128 bf16": partial(write, 32, 8, 128, 128, "bfloat16"),
+    "write 32/8/128 int8": partial(write, 32, 8, 128, 128, "int8"),
+    "write 32/8/128 fp8": partial(write, 32, 8, 128, 128, "fp8"),
+    "write 16/8/128 bf16 norms": partial(write, 16, 8, 128, 128, "bfloat16", True),
+    "write 16/8/128 int8 norms": partial(write, 16, 8, 128, 128, "int8", True),
+    "write 14/2/64 bf16": partial(write, 14, 2, 64, 64, "bfloat16"),
+    "write 12/12/64 fp16 no rotary": partial(write, 12, 12, 64, 0, "float16", dtype=FP16),
+    "write 32/32/80 bf16 rotary 32": partial(write, 32, 32, 80, 32, "bfloat16"),
+    "write 40/4/128 bf16": partial(write, 40, 4, 128, 128, "bfloat16"),
+    "write 8/1/256 bf16": partial(write, 8, 1, 256, 256, "bfloat16"),
+    "copy bf16": partial(copy, "bfloat16"),
+    "copy int8, scales": partial(copy, "int8"),
+    "linear int8 T=1 bf16": partial(linear, 1, "int8", BF16),
+    "linear int8 T=64 bf16": partial(linear, 64, "int8", BF16),
+    "linear int8 T=512 bf16": partial(linear, 512, "int8", BF16),
+    "linear int8 T=512 N=28672 bf16": partial(linear, 512, "int8", BF16, channels=28672),
+    "linear fp8 T=1 bf16": partial(linear, 1, "fp8", BF16),
+    "linear fp8 T=512 bf16": partial(linear, 512, "fp8", BF16),
+    "linear int8 T=1 K=1000 bf16": partial(linear, 1, "int8", BF16, 1000),
+    "linear int8 T=1 fp32": partial(linear, 1, "int8", F32),
+}
+
+if __name__ == "__main__":
+    found = [{"case": name, **asdict(kernel)} for name, call in CASES.items() for kernel in compile_calls(call)]
+    print(json.dumps(found))
