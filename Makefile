@@ -12,7 +12,7 @@ MODEL ?= embedded
 help:
 	@echo "make serve        install into $(VENV) and serve the embedded model on 127.0.0.1:8000 (MODEL=folder for another)"
 	@echo "make test         install what the tests need and run them"
-	@echo "make test-oracle  the checks against transformers and torch"
+	@echo "make test-oracle  the checks against transformers, and the CUDA backend without a GPU (installs PyTorch and Triton)"
 	@echo "make test-page    the page in headless Chromium (a part of make test, where Chromium is)"
 	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness, vllm-router (850 MB)"
 	@echo "make test-emulated the AVX-512 kernels' tests on any machine with AVX2; installs cmake, ninja and nanobind into $(VENV)"
@@ -77,7 +77,7 @@ test-page: $(VENV)/.tested
 	$(BIN)/pytest tests/server/page
 
 test-oracle: $(VENV)/.oracle
-	$(BIN)/pytest tests/oracle
+	$(BIN)/pytest tests/oracle tests/backends/cuda
 
 test-clients: $(VENV)/.clients
 	$(BIN)/pytest tests/clients

@@ -12,6 +12,8 @@ ROOT = Path(quire.__file__).parent
 BASE = {"errors", "config", "sampling_params", "structured", "outputs", "logs"}
 """Modules that everything may import. They import each other only."""
 
+SHARED = {"backends.rows", "backends.parameters", "backends.memory", "backends.pooling", "backends.progress"}
+
 # Room → rooms (or single modules) that it may import, besides itself and BASE.
 ALLOWED: dict[str, set[str]] = {
     "cli": {"server", "bench", "llm", "workload", "core", "text", "models", "backends.base", "backends.cpu"},
@@ -19,8 +21,13 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"workload", "core", "models.spec", "models.weights", "text", "llm"},
     "llm": {"core", "text", "grammar", "backends.base"},
     "backends": set(),
-    "backends.base": {"models", "core.plan", "backends.cpu"},
-    "backends.cpu": {"models", "core.plan", "backends.base"},
+    "backends.base": {"models", "core.plan", "backends.cpu", "backends.cuda"},
+    "backends.rows": {"core.plan"},
+    "backends.parameters": {"core.plan", "backends.rows"},
+    "backends.pooling": {"core.plan", "backends.parameters"},
+    "backends.memory": {"models"},
+    "backends.progress": set(),
+    **dict.fromkeys(("backends.cpu", "backends.cuda"), SHARED | {"models", "core.plan", "backends.base"}),
     "models": set(),
     "text": set(),
     "grammar": set(),

@@ -1,0 +1,224 @@
+"""A decoder-only transformer in PyTorch. The forward pass is one loop over layers; variants are fields of the spec.
+
+What stays on the device is here: weights, KV pool, tables. What a step computes is a Step of device tensors, so that a step can be
+captured in a CUDA graph and run again on other contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.backends.cuda.cache import KVPool, LayerKV
+from quire.backends.cuda.group import Group
+from quire.backends.cuda.tiles import DecodeTiles
+from quire.backends.cuda.weights import Linear, Loader
+from quire.models.spec import TransformerSpec
+
+
+@dataclass(slots=True)
+class Step:
+    """The positions that one step computes: first those of the sequences with one position, then those of the others."""
+
+    tokens: Tensor
+    """[rows, len] int32 tokens of all rows."""
+    rows: Tensor
+    """[T] int32 the row of each position."""
+    positions: Tensor
+    """[T] int32"""
+    slots: Tensor
+    """[T] int32 block * block_size + offset; -1 where the KV is in the blocks already."""
+    tables: Tensor
+    """[rows, blocks] int32 block tables of all rows."""
+    num_decoding: int
+    """D: sequences with one position."""
+    decode_rows: Tensor
+    """[D] int32"""
+    decode_lengths: Tensor
+    """[D] int32 keys that each sees."""
+    decode_tiles: Mapping[int, DecodeTiles]
+    """Of each window that layers have."""
+    prefill_rows: Tensor | None = None
+    """[P] int32 rows of the other sequences; None where there are none."""
+    prefill_start: Tensor | None = None
+    """[P + 1] int32 first position of each, counted behind the decoding ones."""
+    prefill_lengths: Tensor | None = None
+    """[P] int32 keys that the last position of each sees."""
+    prefill_tiles: Mapping[int, Tensor] = field(default_factory=dict)
+    """Of each window, [N, 2] int32, see tiles.prefill_tiles."""
+    asked: Tensor | None = None
+    """[A] int32 positions whose hidden states are wanted; None for all."""
+
+
+@dataclass(slots=True)
+class Norm:
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    ops: Any
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Of x [T, hidden], or of residual + x, which residual becomes."""
+        if self.bias is None:
+            normed: Tensor = self.ops.rms_norm(x, self.weight, self.eps, residual)
+        else:
+            normed = self.ops.layer_norm(x, self.weight, self.bias, self.eps, residual)
+        return normed
+
+
+@dataclass(slots=True)
+class Layer:
+    attn_norm: Norm
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    mlp_norm: Norm
+    up: Linear
+    """Gate beside up where gated."""
+    down: Linear
+    window: int
+    kv: LayerKV
+
+
+class Decoder:
+    """The model's weights, its KV pool, and the forward pass.
+
+    group: the devices that share the model, each with a part; None where it is on one.
+    """
+
+    def __init__(
+        self,
+        spec: TransformerSpec,
+        loader: Loader,
+        ops: Any,
+        device: torch.device,
+        max_model_len: int,
+        group: Group | None = None,
+    ) -> None:
+        self.spec, self._ops, self._group = spec, ops, group
+        self.embed = loader.tensor("embed.weight")
+        self.dtype = self.embed.dtype
+        self.positions = loader.tensor("positions.weight") if spec.rope is None else None
+        self._rope = None
+        if spec.rope is not None:
+            # Angles in float32, as the models were trained with.
+            frequencies = torch.tensor(spec.rope.inverse_frequencies(), dtype=torch.float32, device=device)
+            angles = torch.arange(max_model_len, dtype=torch.float32, device=device)[:, None] * frequencies
+            self._rope = (angles.cos(), angles.sin())
+        self._embed_in = self._embed_out = None
+        if spec.embedding_size != spec.hidden_size:
+            self._embed_in, self._embed_out = loader.linear("embed_in"), loader.linear("embed_out")
+
+        def norm(name: str) -> Norm:
+            bias = loader.tensor(f"{name}.bias") if spec.norm_bias else None
+            return Norm(loader.tensor(f"{name}.weight"), bias, spec.norm_eps, ops)
+
+        def head_norm(name: str) -> Tensor | None:
+            return loader.tensor(f"{name}.weight") if spec.head_norm else None
+
+        self.layers = []
+        for i in range(spec.num_layers):
+            at = f"layers.{i}"
+            self.layers.append(Layer(
+                norm(f"{at}.attn_norm"), loader.linear(f"{at}.q", f"{at}.k", f"{at}.v"), head_norm(f"{at}.q_norm"),
+                head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"),
+                loader.linear(*((f"{at}.gate", f"{at}.up") if spec.gated else (f"{at}.up",))), loader.linear(f"{at}.down"),
+                spec.window(i), LayerKV(self.embed, self.embed, None, None),
+            ))  # fmt: skip
+        self.final_norm = norm("final_norm") if spec.final_norm else None
+        own = loader.has("lm_head.weight")
+        self.lm_head = loader.linear("lm_head") if own else loader.linear("embed", share=self.embed)
+
+    def use(self, pool: KVPool) -> None:
+        """Keys and values are in ``pool`` from now on."""
+        for i, layer in enumerate(self.layers):
+            layer.kv = pool.layer(i)
+
+    def forward(self, step: Step) -> Tensor:
+        """Compute the step's positions: write their KV, attend. Returns logits [asked, vocab]."""
+        return self.logits(self.hidden(step))
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Of some rows of hidden states, [rows, vocab]; in ``out`` where that is given."""
+        head = self.lm_head
+        if out is not None and self._group is None and head.plain:
+            return torch.mm(hidden, head.weight.t(), out=out)
+        logits = head(hidden)
+        if self._group is not None:
+            logits = self._group.gather(logits, self.spec.vocab_size)
+        return logits if out is None else out.copy_(logits)
+
+    def hidden(self, step: Step) -> Tensor:
+        """``forward`` up to lm_head: what that reads, [asked, embedding_size]."""
+        x = self._embedded(step)
+        x = self._pre_norm(x, step) if self.spec.norm_first else self._post_norm(x, step)
+        if self._embed_out is not None:
+            x = self._embed_out(x)
+        return x
+
+    def weight_bytes(self) -> int:
+        """Bytes of all linears, lm_head included: what a step reads."""
+        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.up, layer.down)]
+        linears += [linear for linear in (self._embed_in, self._embed_out, self.lm_head) if linear is not None]
+        return sum(linear.nbytes for linear in linears)
+
+    def _embedded(self, step: Step) -> Tensor:
+        x = self.embed.index_select(0, step.tokens[step.rows, step.positions])
+        if self._embed_in is not None:
+            x = self._embed_in(x)
+        if self.positions is not None:
+            x = x + self.positions.index_select(0, step.positions + self.spec.position_offset)
+        return x
+
+    def _pre_norm(self, residual: Tensor, step: Step) -> Tensor:
+        x = self.layers[0].attn_norm(residual)
+        for i, layer in enumerate(self.layers):
+            x = layer.mlp_norm(self._attention(layer, x, step), residual)
+            x = self._feed_forward(layer, x)
+            if i + 1 < len(self.layers):
+                x = self.layers[i + 1].attn_norm(x, residual)
+        if step.asked is not None:
+            x, residual = x.index_select(0, step.asked), residual.index_select(0, step.asked)
+        return residual.add_(x) if self.final_norm is None else self.final_norm(x, residual)
+
+    def _post_norm(self, x: Tensor, step: Step) -> Tensor:
+        for layer in self.layers:
+            x = layer.attn_norm(self._attention(layer, x, step), x)
+            x = layer.mlp_norm(self._feed_forward(layer, x), x)
+        if step.asked is not None:
+            x = x.index_select(0, step.asked)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def _attention(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
+        """o(attention(x))"""
+        spec, count, ops = self.spec, len(x), self._ops
+        qkv = layer.qkv(x)
+        ops.write_kv(qkv, layer.kv, step.positions, step.slots, spec.num_heads, self._rope, layer.q_norm, layer.k_norm, spec.norm_eps)
+        queries = qkv.view(count, -1, spec.head_dim)[:, : spec.num_heads]
+        out = torch.empty((count, spec.num_heads, spec.head_dim), dtype=x.dtype, device=x.device)
+        decoding = step.num_decoding
+        if decoding:
+            ops.decode(
+                queries[:decoding], layer.kv, step.tables, step.decode_rows, step.decode_lengths, step.decode_tiles[layer.window],
+                spec.scale, layer.window, out[:decoding],
+            )  # fmt: skip
+        if step.prefill_rows is not None:
+            ops.prefill(
+                queries[decoding:], layer.kv, step.tables, step.prefill_rows, step.prefill_start, step.prefill_lengths,
+                step.prefill_tiles[layer.window], spec.scale, layer.window, out[decoding:],
+            )  # fmt: skip
+        return self._summed(layer.o(out.view(count, -1)))
+
+    def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
+        """down(act(up(x)))"""
+        return self._summed(layer.down(self._ops.activate(layer.up(x), self.spec.activation, self.spec.gated)))
+
+    def _summed(self, x: Tensor) -> Tensor:
+        if self._group is not None:
+            self._group.reduce(x)
+        return x

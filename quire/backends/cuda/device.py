@@ -1,0 +1,80 @@
+"""Which device the CUDA backend runs on, and whether this machine has it."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from quire.errors import ConfigError
+
+LEAST_CAPABILITY = (8, 0)
+"""bfloat16 products and asynchronous copies into shared memory: Ampere."""
+
+
+def make_deterministic() -> None:
+    """Matrix products whose sums do not depend on the number of rows: cuBLAS cuts a sum in parts where few rows leave it idle, for which it
+    needs a workspace; it gets none. Before the first product."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+    os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"
+    import torch
+
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def open_device(name: str, index: int = 0) -> Any:
+    """The torch.device of ``--device`` cuda or torch-cpu; index: which GPU.
+
+    Raises ConfigError where there is no GPU, its driver or itself is too old, or PyTorch or Triton is missing.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise _missing(name, "PyTorch is") from None
+    except (ImportError, OSError) as e:  # a build whose libraries are not all there
+        raise ConfigError(f"--device {name}: PyTorch can't be loaded: {_first_line(e)}", param="device") from None
+    if name == "torch-cpu":
+        return torch.device("cpu")
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"--device cuda: this PyTorch ({torch.__version__}) was built without CUDA: install one that was, or use --device cpu",
+            param="device",
+        )
+    try:
+        torch.cuda.init()
+        count = torch.cuda.device_count()
+    except (RuntimeError, AssertionError) as e:  # no driver, one that is too old, no GPU: PyTorch says which, with versions
+        raise ConfigError(f"--device cuda: {_first_line(e)}", param="device") from None
+    if index >= count:
+        raise ConfigError(f"--device cuda: {index + 1} GPUs are asked for, this machine shows {count}", param="device")
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        raise ConfigError(
+            f"--device cuda: {torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Ampere) is the least that the kernels run on: use --device cpu",
+            param="device",
+        )
+    if find_spec("triton") is None:
+        raise _missing(name, "Triton is")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def operations(device: Any) -> Any:
+    """What the decoder calls: the kernels on a GPU, their PyTorch counterparts elsewhere. Same names, same signatures."""
+    if device.type == "cuda":
+        from quire.backends.cuda.kernels import operations as kernels
+
+        return kernels
+    from quire.backends.cuda.reference import operations as reference
+
+    return reference
+
+
+def _missing(name: str, what: str) -> ConfigError:
+    return ConfigError(f"--device {name}: {what} not installed: pip install 'quire[cuda]', or use --device cpu", param="device")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

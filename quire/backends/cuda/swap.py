@@ -1,0 +1,96 @@
+"""Copies of blocks within the KV pool, and to and from the swap pool in host memory.
+
+A block that goes to the host is gathered on the device first, in order with the steps, so that its memory may be written again at
+once; the copy to the host then runs beside what follows. One that comes back is copied beside what runs, and put in its place in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.backends.cuda.cache import KVPool
+from quire.backends.cuda.hazards import hazard_free
+
+
+class SwapPool:
+    """Host memory for ``num_blocks`` blocks of a pool, each of them contiguous; pinned where there is a GPU."""
+
+    def __init__(self, pool: KVPool, num_blocks: int) -> None:
+        self._stores = [memory for memory in (pool.data, pool.scales) if memory is not None]
+        pinned = pool.data.device.type == "cuda"
+        self._hosts = [
+            torch.zeros((num_blocks, *memory.shape[:2], *memory.shape[3:]), dtype=memory.dtype, pin_memory=pinned)
+            for memory in self._stores
+        ]
+        self._stream = torch.cuda.Stream(pool.data.device) if pinned else None
+
+    def take(self, blocks: list[int], places: list[int]) -> None:
+        """Blocks of the pool to ``places`` here."""
+        for memory, host in zip(self._stores, self._hosts, strict=True):
+            gathered = memory[:, :, _index(blocks, memory)].movedim(2, 0).contiguous()
+            with _Beside(self._stream, gathered):
+                for i, place in enumerate(places):
+                    host[place].copy_(gathered[i], non_blocking=True)
+
+    def give(self, places: list[int], blocks: list[int]) -> None:
+        """Back to ``blocks`` of the pool."""
+        for memory, host in zip(self._stores, self._hosts, strict=True):
+            arrived = torch.empty((len(places), *host.shape[1:]), dtype=memory.dtype, device=memory.device)
+            with _Beside(self._stream, arrived) as beside:
+                for i, place in enumerate(places):
+                    arrived[i].copy_(host[place], non_blocking=True)
+            beside.wait()
+            memory[:, :, _index(blocks, memory)] = arrived.movedim(0, 2)
+
+
+class Copier:
+    """What a plan's ``copies`` say, in order."""
+
+    def __init__(self, pool: KVPool, num_blocks: int, num_host_blocks: int, ops: Any) -> None:
+        self._pool, self._num_blocks, self._ops = pool, num_blocks, ops
+        self._swap = SwapPool(pool, num_host_blocks) if num_host_blocks else None
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """(source, destination); ids from ``num_blocks`` on are blocks of the swap pool."""
+        here = self._num_blocks
+        for group in hazard_free(pairs):
+            within = [pair for pair in group if max(pair) < here]
+            if within:
+                self._ops.copy_blocks(self._pool, torch.tensor(within, dtype=torch.int32, device=self._pool.data.device))
+            if self._swap is not None:
+                if out := [(source, to - here) for source, to in group if to >= here]:
+                    self._swap.take([source for source, _ in out], [to for _, to in out])
+                if back := [(source - here, to) for source, to in group if source >= here]:
+                    self._swap.give([source for source, _ in back], [to for _, to in back])
+
+
+class _Beside:
+    """Work on another stream, after what the current one has queued so far. Without a stream: just here."""
+
+    def __init__(self, stream: Any, tensor: Tensor) -> None:
+        self._stream, self._tensor = stream, tensor
+        self._context: Any = None
+
+    def __enter__(self) -> _Beside:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            self._tensor.record_stream(self._stream)  # its memory is not reused before that is done
+            self._context = torch.cuda.stream(self._stream)
+            self._context.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._context is not None:
+            self._context.__exit__(*error)
+
+    def wait(self) -> None:
+        """What the current stream does from now on comes after it."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+def _index(blocks: list[int], memory: Tensor) -> Tensor:
+    return torch.tensor(blocks, device=memory.device)

@@ -1,0 +1,119 @@
+"""Weights on the device: streamed tensor by tensor out of the mapped files, fused where linears share an input, quantized if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire.backends.cuda.cache import DTYPES
+from quire.backends.cuda.quantize import quantize_weight
+from quire.backends.progress import Progress
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(slots=True)
+class Linear:
+    """out = x · Wᵀ + b"""
+
+    weight: Tensor
+    """[out, in]"""
+    bias: Tensor | None
+    scales: Tensor | None
+    """[out] float32 where the weight is int8 or fp8."""
+    quantized: Callable[..., Tensor]
+    """The product with such a weight."""
+    fixed_rows: int = 0
+    """Products have so many rows each, whatever T: libraries of a CPU sum in another order for another number. 0: T."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] → [T, out]"""
+        if self.scales is not None:
+            return self.quantized(x, self.weight, self.scales, self.bias)
+        if self.fixed_rows:
+            return self._in_parts(x)
+        return F.linear(x, self.weight, self.bias)
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        count, rows = len(x), self.fixed_rows
+        padded = F.pad(x, (0, 0, 0, -count % rows))
+        return torch.cat([F.linear(part, self.weight, self.bias) for part in padded.split(rows)])[:count]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one product, and nothing else."""
+        return self.scales is None and self.bias is None and not self.fixed_rows
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.weight, self.bias, self.scales) if tensor is not None)
+
+
+class Loader:
+    """Makes device tensors of a model's host tensors. What it has copied is given back to the system through ``release``."""
+
+    def __init__(
+        self, tensors: Tensors, device: torch.device, dtype: str, quantize: Literal["int8", "fp8"] | None,
+        quantized: Callable[..., Tensor], progress: Progress, release: Callable[[], None], fixed_rows: int = 0,
+    ) -> None:  # fmt: skip
+        """dtype: of the weights that are not quantized, and of the activations. fixed_rows: see Linear."""
+        self._tensors, self._device, self._dtype = tensors, device, DTYPES[dtype]
+        self._quantize, self._quantized = quantize, quantized
+        self._progress, self._release, self._fixed_rows = progress, release, fixed_rows
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in the dtype of the activations."""
+        there = torch.empty(self._tensors[name].shape, dtype=self._dtype, device=self._device)
+        self._copy(name, there)
+        return there
+
+    def linear(self, *names: str, share: Tensor | None = None) -> Linear:
+        """The linears ``names`` side by side, which share an input. share: a tensor that is the weight already (a tied lm_head)."""
+        sizes = [self._tensors[f"{name}.weight"].shape[0] for name in names]
+        weight, scales = share, None
+        if weight is None:
+            width = self._tensors[f"{names[0]}.weight"].shape[1]
+            weight = torch.empty((sum(sizes), width), dtype=self._dtype, device=self._device)
+            for name, part in zip(names, weight.split(sizes), strict=True):
+                self._copy(f"{name}.weight", part)
+        if self._quantize is not None:
+            weight, scales = quantize_weight(weight, self._quantize)
+        bias = None
+        if any(self.has(f"{name}.bias") for name in names):
+            bias = torch.zeros(sum(sizes), dtype=self._dtype, device=self._device)
+            for name, part in zip(names, bias.split(sizes), strict=True):
+                if self.has(f"{name}.bias"):
+                    self._copy(f"{name}.bias", part)
+        return Linear(weight, bias, scales, self._quantized, self._fixed_rows)
+
+    def _copy(self, name: str, there: Tensor) -> None:
+        array = self._tensors[name]
+        there.copy_(host_tensor(array))
+        self._progress.add(array.nbytes)
+        self._release()
+
+
+def host_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """A view of a host array that is only read; bfloat16 comes as ml_dtypes has it, or as its bits."""
+    if array.dtype.name in ("bfloat16", "uint16"):
+        return _view(array.view(np.uint16)).view(torch.bfloat16)
+    return _view(array)
+
+
+def _view(array: npt.NDArray[Any]) -> Tensor:
+    # PyTorch has no tensors that may only be read, and warns; these are not written.
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

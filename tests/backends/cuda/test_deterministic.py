@@ -1,0 +1,48 @@
+"""--deterministic on PyTorch operations: a request's bytes do not depend on its company, on chunks, cache hits or preemption."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import running
+from quire.core.sequence import Request
+from quire.sampling_params import SamplingParams
+
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, logprobs=0, prompt_logprobs=1),
+    SamplingParams(temperature=0.7, top_p=0.9, top_k=40, n=2, max_tokens=20, ignore_eos=True, logprobs=0),
+]
+
+
+def requests() -> list[Request]:
+    return [Request(f"{i}", list(range(50, 60 + 17 * i)), PARAMS[i % 3], seed=i, eos_token_ids=()) for i in range(6)]
+
+
+def outputs(run_alone: bool = False, preempt_every: int = 0, **options: Any) -> dict[tuple[str, int], running.Output]:
+    fixed = {"device": "torch-cpu", "dtype": "float32", "kv_dtype": "float32", "deterministic": True}
+    engine = running.open_engine("embedded", **fixed, **options)
+    groups = [[request] for request in requests()] if run_alone else [requests()]
+    return {key: output for group in groups for key, output in running.run(engine, group, preempt_every=preempt_every).outputs.items()}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[tuple[str, int], running.Output]:
+    return outputs()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"run_alone": True},
+        {"run_alone": True, "prefix_caching": False, "cuda_graphs": False},
+        {"max_num_batched_tokens": 13, "block_size": 8},
+        {"preempt_every": 6, "block_size": 16},
+        {"speculation": "prompt-lookup", "max_num_seqs": 2},
+    ],
+    ids=str,
+)
+def test_the_same_bytes(expected: dict[tuple[str, int], running.Output], options: dict[str, Any]) -> None:
+    assert outputs(**options) == expected

@@ -1,0 +1,125 @@
+"""A GPU that is not there, is too old, or lacks what it needs: a clear message each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import quire
+from quire.backends.base import open_backend
+from quire.backends.cuda import device
+from quire.config import EngineConfig
+from quire.errors import CapacityError, ConfigError
+
+CUDA = EngineConfig(device="cuda")
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """One of compute capability 7.5."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    return monkeypatch
+
+
+def test_pytorch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ConfigError, match=r"this PyTorch \(.+\) was built without CUDA: install one that was, or use --device cpu"):
+        open_backend(CUDA)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU.\nMore text",
+        "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver.",
+    ],
+)
+def test_no_driver_or_an_old_one(with_gpu: pytest.MonkeyPatch, message: str) -> None:
+    def init() -> None:
+        raise RuntimeError(message)
+
+    with_gpu.setattr(torch.cuda, "init", init)
+    with pytest.raises(ConfigError) as caught:
+        open_backend(CUDA)
+    assert caught.value.message == "--device cuda: " + message.splitlines()[0].rstrip(".")
+
+
+def test_an_old_gpu(with_gpu: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"Tesla T4 has compute capability 7\.5; 8\.0 \(Ampere\) is the least .*: use --device cpu"):
+        open_backend(CUDA)
+
+
+def test_fewer_gpus_than_asked_for(with_gpu: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="4 GPUs are asked for, this machine shows 1"):
+        device.open_device("cuda", 3)
+
+
+def test_no_triton(with_gpu: pytest.MonkeyPatch) -> None:
+    with_gpu.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with_gpu.setattr(device, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"Triton is not installed: pip install 'quire\[cuda\]', or use --device cpu"):
+        open_backend(CUDA)
+
+
+def quire_run(*arguments: str, without: str = "nothing") -> subprocess.CompletedProcess[str]:
+    """The command line, where a module can't be imported."""
+    script = f"import sys; sys.modules[{without!r}] = None; from quire.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, "run", "embedded", *arguments]
+    env = os.environ | {"PYTHONPATH": str(Path(quire.__file__).parent.parent)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "without", "says"),
+    [
+        (("--device", "cuda"), "torch", "--device cuda: PyTorch is not installed: pip install 'quire[cuda]', or use --device cpu"),
+        (("--device", "torch-cpu"), "torch", "--device torch-cpu: PyTorch is not installed"),
+        (("--device", "tpu"), "nothing", "--device 'tpu' is not supported; choose from: cpu, cuda, torch-cpu"),
+        (("--kv-dtype", "fp8"), "nothing", "--kv-dtype fp8 needs a GPU (--device cuda): take --kv-dtype int8"),
+        (("--quantize", "fp8"), "nothing", "--quantize fp8 needs a GPU"),
+        (
+            ("--device", "torch-cpu", "--quantize", "int4"),
+            "nothing",
+            "--quantize int4 is not there with --device torch-cpu: take int8 or fp8",
+        ),
+        (
+            ("--device", "torch-cpu", "--quantize", "int8", "--group-size", "64"),
+            "nothing",
+            "--group-size 64 is not there with --device torch-cpu",
+        ),
+        (
+            ("--device", "torch-cpu", "--quantize", "int8", "--cache-dir", "x"),
+            "nothing",
+            "--cache-dir is of no use with --device torch-cpu",
+        ),
+        (("--tensor-parallel", "2"), "nothing", "--tensor-parallel 2 is for GPUs: add --device cuda"),
+        (
+            ("--device", "torch-cpu", "--tensor-parallel", "3"),
+            "nothing",
+            "--tensor-parallel 3 does not divide the model's 8 attention heads",
+        ),
+    ],
+)
+def test_the_command_line_says_so(arguments: tuple[str, ...], without: str, says: str) -> None:
+    found = quire_run("--prompt", "x", *arguments, without=without)
+    assert found.returncode == 2, found.stderr
+    assert says in found.stderr
+    assert "Traceback" not in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_pool_that_holds_no_request() -> None:
+    with pytest.raises(CapacityError, match=r"--kv-memory 256KiB holds .* raise --kv-memory to at least .*, or lower --max-model-len"):
+        open_backend(EngineConfig(device="torch-cpu", kv_memory="256KiB"))
+    with pytest.raises(CapacityError, match=r"--kv-memory 900GiB .* need more than the .* GB of memory that are free: lower --kv-memory"):
+        open_backend(EngineConfig(device="torch-cpu", kv_memory="900GiB"))

@@ -1,0 +1,143 @@
+"""The whole engine on ``--device torch-cpu``, against what transformers and the CPU backend say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import running
+from quire.core.sequence import Request
+from quire.models.weights import load_spec
+from quire.sampling_params import SamplingParams
+
+GOLDEN = sorted(folder.parent for folder in (Path(__file__).parents[2] / "fixtures" / "golden").glob("*/golden.npz"))
+TORCH = {"device": "torch-cpu", "dtype": "float32", "kv_dtype": "float32", "block_size": 16, "kv_debug": True}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def golden(folder: Path) -> tuple[list[int], list[int]]:
+    with np.load(folder / "golden.npz") as arrays:
+        return arrays["prompt"].tolist(), arrays["tokens"].tolist()
+
+
+def greedy(name: str, prompt: list[int], count: int) -> Request:
+    return Request(name, prompt, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True), seed=0, eos_token_ids=())
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_num_batched_tokens": 5, "block_size": 4}, {"speculation": "prompt-lookup", "block_size": 64}, {"cuda_graphs": False}],
+    ids=str,
+)
+def test_greedy_tokens(folder: Path, options: dict[str, Any]) -> None:
+    """Chunks and prefix hits too: two more of the same prompt, and one that goes on where the answer ends."""
+    prompt, tokens = golden(folder)
+    engine = running.open_engine(folder, **{**TORCH, **options})
+    found = running.run(engine, [greedy(name, prompt, len(tokens)) for name in "abc"])
+    assert all(found.outputs[name, 0].token_ids == tokens for name in "abc")
+    half = len(tokens) // 2
+    found = running.run(engine, [greedy("d", prompt + tokens[:half], len(tokens) - half)])
+    assert found.outputs["d", 0].token_ids == tokens[half:]
+
+
+@pytest.mark.parametrize("swap", ["0", "1MiB"])
+@pytest.mark.parametrize("folder", GOLDEN[:1] + GOLDEN[4:5], ids=lambda folder: folder.name)
+def test_preemption(folder: Path, swap: str) -> None:
+    """Four copies in a pool that holds two of them at their full length."""
+    prompt, tokens = golden(folder)
+    length = len(prompt) + len(tokens)
+    memory = 2 * (-(-length // 8)) * 8 * load_spec(folder).kv_bytes_per_token("float32")
+    options = {**TORCH, "block_size": 8, "kv_memory": str(memory), "max_model_len": length, "swap_memory": swap, "admission": "watermark"}
+    engine = running.open_engine(folder, **options)
+    done = running.run(engine, [greedy(name, prompt, len(tokens)) for name in "abcd"], preempt_every=5)
+    assert done.stats.preemptions > 0
+    assert all(done.outputs[name, 0].token_ids == tokens for name in "abcd")
+
+
+SAMPLED = [
+    SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.02, n=3, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=0.0, use_beam_search=True, n=3, max_tokens=8),
+    SamplingParams(temperature=0.0, max_tokens=12, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.2, logprobs=3),
+    SamplingParams(temperature=1.0, max_tokens=6, min_tokens=5, logit_bias={3: 4.0, 7: -9.0}, stop_token_ids=[5, 6], prompt_logprobs=2),
+]
+CONSTRAINED = [SamplingParams(temperature=1.0, max_tokens=6, allowed_token_ids=[3, 4, 5, 20, 90], ignore_eos=True, logprobs=0)]
+
+
+@pytest.mark.parametrize("folder", [*GOLDEN, "embedded"], ids=lambda folder: getattr(folder, "name", folder))
+def test_every_parameter_as_on_the_cpu_backend(folder: Path | str) -> None:
+    """All at once, in chunks: the same tokens, and the same log-probabilities up to rounding."""
+    pytest.importorskip("quire.backends.cpu._native")
+    text = folder == "embedded"
+    prompt = list(range(100, 141)) if isinstance(folder, str) else golden(folder)[0]
+    each = SAMPLED + CONSTRAINED if text else SAMPLED
+    requests = [Request(f"{i}", prompt[i:], params, seed=i, eos_token_ids=(2,)) for i, params in enumerate(each)]
+    options = {"kv_dtype": "float32", "block_size": 8, "max_num_batched_tokens": 24, "constrained": text}
+    here = running.run(running.open_engine(folder, **{**TORCH, **options}), requests).outputs
+    there = running.run(running.open_engine(folder, dtype="float32", **options), requests).outputs
+    assert here.keys() == there.keys()
+    for key, expected in there.items():
+        found = here[key]
+        assert (found.token_ids, found.finish_reason) == (expected.token_ids, expected.finish_reason), key
+        assert_close(found.logprobs, expected.logprobs)
+        assert_close(found.prompt_logprobs or [], expected.prompt_logprobs or [])
+
+
+def assert_close(found: list[Any], expected: list[Any]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert np.allclose([value for _, value in flat(one)], [value for _, value in flat(other)], atol=1e-4)
+        assert [kind for kind, _ in flat(one)] == [kind for kind, _ in flat(other)]
+
+
+def flat(value: Any) -> list[tuple[Any, float]]:
+    """(what must be equal, what must be close) of nested tuples."""
+    if isinstance(value, float):
+        return [(None, value)]
+    if isinstance(value, int | None):
+        return [(value, 0.0)]
+    return [pair for each in value for pair in flat(each)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_dtype": "int8"}, {"kv_dtype": "fp8"}, {"quantize": "int8"}, {"quantize": "fp8"}, {"dtype": "bfloat16", "kv_dtype": "bfloat16"},
+        {"dtype": "float16", "kv_dtype": "fp8", "quantize": "int8", "swap_memory": "1MiB"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_narrower_numbers_are_close(options: dict[str, Any]) -> None:
+    """Log-probabilities of a prompt, by rounded weights and a rounded cache: no further off than rounding explains."""
+    prompt = list(range(100, 160))
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    exact, found = (
+        running.run(running.open_engine("embedded", **{**TORCH, **each}), [Request("a", prompt, params, 0, ())]).outputs["a", 0]
+        for each in ({}, options)
+    )
+    off = [abs(a[0] - b[0]) for a, b in zip(exact.prompt_logprobs or [], found.prompt_logprobs or [], strict=True)]
+    assert max(off) < 1.0
+    assert sum(off) / len(off) < (0.25 if "fp8" in options.values() else 0.12)  # e4m3 has 3 bits behind the point
+
+
+def test_vectors_as_on_the_cpu_backend() -> None:
+    pytest.importorskip("quire.backends.cpu._native")
+    prompt = list(range(100, 160))
+    for pooling in ("mean", "last"):
+        request = Request("a", prompt, SamplingParams(max_tokens=0), 0, (), pooling=pooling)
+        here, there = (
+            running.run(running.open_engine("embedded", **options), [request]).outputs["a", 0].vector
+            for options in ({**TORCH, "max_num_batched_tokens": 17}, {"dtype": "float32", "kv_dtype": "float32"})
+        )
+        assert here is not None
+        assert there is not None
+        assert np.allclose(here, there, atol=1e-4)

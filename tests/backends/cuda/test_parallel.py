@@ -1,0 +1,102 @@
+"""Tensor parallelism on gloo processes: the tokens of one device; a rank that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quire.backends.base import open_backend
+from quire.config import EngineConfig
+from quire.errors import ConfigError
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "golden"
+DEADLINE_S = 120
+
+RUN = """
+import sys
+import numpy as np
+import torch
+import running
+from quire.core.sequence import Request
+from quire.sampling_params import SamplingParams
+
+torch.set_num_threads(1)
+folder, size, speculation = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+prompt = list(range(20, 61))
+if folder != "embedded":
+    with np.load(folder + "/golden.npz") as arrays:
+        prompt = arrays["prompt"].tolist()
+engine = running.open_engine(folder, device="torch-cpu", dtype="float32", kv_dtype="float32", block_size=8, tensor_parallel=size, threads=1,
+                             max_num_batched_tokens=16, speculation=speculation)
+greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+other = SamplingParams(temperature=0.0, max_tokens=20, n=1, ignore_eos=True, frequency_penalty=0.5, logprobs=1, prompt_logprobs=1)
+search = SamplingParams(temperature=0.0, use_beam_search=True, n=2, max_tokens=6)
+requests = [Request(f"{i}", prompt[i:], params, 0, ()) for i, params in enumerate((greedy, other, search))]
+found = running.run(engine, requests, preempt_every=9).outputs
+print([output.token_ids for _, output in sorted(found.items())])
+"""
+
+SERVE = """
+import os, sys, threading, time
+from quire.llm import LLM
+from quire.sampling_params import SamplingParams
+
+llm = LLM("embedded", device="torch-cpu", tensor_parallel=2, threads=1, kv_memory="64MiB")
+print([p.pid for p in llm.backend._ranks._processes][0], flush=True)
+while True:
+    llm.generate(["import os"] * 4, SamplingParams(max_tokens=50), use_tqdm=False)
+"""
+
+
+def run(script: str, *arguments: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], env=os.environ | {"PYTHONPATH": path}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("embedded", (1, 2, 4)), ("qwen3-tied", (1, 2)), ("opt", (1, 2)), ("gpt2", (1, 3))])
+def test_the_tokens_of_one_device(name: str, sizes: tuple[int, ...]) -> None:
+    folder = name if name == "embedded" else str(FIXTURES / name)
+    processes = [run(RUN, folder, str(size), "prompt-lookup" if size == 2 else "off") for size in sizes]
+    found = [process.communicate(timeout=DEADLINE_S) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), found
+    assert len({out for out, _ in found}) == 1, found
+
+
+def test_a_dead_rank_ends_the_engine_with_a_reason() -> None:
+    engine = run(SERVE)
+    assert engine.stdout is not None
+    rank = int(engine.stdout.readline())
+    time.sleep(0.2)
+    os.kill(rank, signal.SIGKILL)
+    _, err = engine.communicate(timeout=DEADLINE_S)
+    assert engine.returncode == 70
+    assert "rank 1 of 2, process" in err
+    assert "was killed (SIGKILL)" in err
+
+
+def test_a_rank_ends_with_its_engine() -> None:
+    engine = run(SERVE)
+    assert engine.stdout is not None
+    rank = int(engine.stdout.readline())
+    engine.kill()
+    engine.communicate(timeout=DEADLINE_S)
+    end = time.monotonic() + DEADLINE_S
+    while Path(f"/proc/{rank}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_what_can_not_be_divided() -> None:
+    with pytest.raises(ConfigError, match="--tensor-parallel 5 does not divide the model's 4 attention heads: choose 2"):
+        open_backend(EngineConfig(model=str(FIXTURES / "qwen3-tied"), device="torch-cpu", tensor_parallel=5))
+    with pytest.raises(ConfigError, match="is for GPUs"):
+        EngineConfig(tensor_parallel=2)
