@@ -28,7 +28,7 @@ import numpy as np
 
 from quire.backends.cpu.decoder import Decoder
 from quire.backends.cpu.packer import Packer
-from quire.backends.cpu.rows import Rows
+from quire.backends.rows import Rows
 from quire.core.plan import RowStart, RowWork
 from quire.models.quantization import GROUP_SIZES, Quantization
 from quire.models.spec import TransformerSpec

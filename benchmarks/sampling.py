@@ -16,8 +16,8 @@ from time import perf_counter
 import numpy as np
 
 from quire.backends.cpu import _native as native
-from quire.backends.cpu.rows import Rows
 from quire.backends.cpu.sampler import Sampler
+from quire.backends.rows import Rows
 from quire.core.plan import RowStart
 from quire.sampling_params import SamplingParams
 

@@ -26,7 +26,7 @@ from quire.backends.cpu import _native as native
 from quire.backends.cpu import decoder as module
 from quire.backends.cpu.decoder import Decoder
 from quire.backends.cpu.packer import Packer
-from quire.backends.cpu.rows import Batch, Part
+from quire.backends.rows import Batch, Part
 from quire.models.quantization import Quantization
 from quire.models.weights import load_model, resolve_model
 
