@@ -161,7 +161,7 @@ class Gate:
         self._file.touch()
 
     def open(self) -> None:
-        self._file.unlink()
+        self._file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
@@ -206,6 +206,17 @@ class Process:
     def go_on(self) -> None:
         """Let the engine that stands still, or will before long, go on."""
         os.kill(self.wait_stopped(), signal.SIGCONT)
+
+    def go_on_until(self, done: Callable[[], bool]) -> None:
+        """Let engines go on that stand still, if any does."""
+
+        def look() -> bool:
+            for pid in engines_of(self.process.pid):
+                if state_of(pid) == "T":
+                    os.kill(pid, signal.SIGCONT)
+            return done()
+
+        wait_until(look, "it has ended")
 
     def ask_while_stopped(self, ask: Callable[[], None], sequences: int) -> None:
         """Have the engine meet so many sequences at once: they are all in flight before it sees the first of them."""

@@ -276,6 +276,7 @@ def test_a_restart_goes_on_and_a_window_ends(tokenizer: Tokenizer, tmp_path: Pat
     def answer_some(more_than: int) -> None:
         server.backend.go_for(100)  # of 20 tokens each, two at a time
         wait_until(lambda: counts(client.batches.retrieve(made.id))[1] > more_than, "some are answered")
+        server.backend.delay_s = 0.05  # while it stops
         assert server.client.in_background <= 2
 
     server, client = start()
