@@ -74,7 +74,8 @@ class PacedBackend(FakeBackend):
             if self._steps == 0:
                 self._steps = None
                 self.go.clear()
-        time.sleep(self.delay_s)
+        if self.delay_s:
+            time.sleep(self.delay_s)
         if self.broken:
             raise RuntimeError("the device is gone, says /secret/path")
         result = super().execute(plan)
