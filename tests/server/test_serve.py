@@ -13,7 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from server.harness import DEADLINE_S, EMBEDDED, Process, events, free_port, health, http, raw_request, start_process, wait_clean, wait_until
+from server.harness import (
+    DEADLINE_S,
+    EMBEDDED,
+    Process,
+    events,
+    free_port,
+    health,
+    http,
+    raw_request,
+    start_process,
+    wait_clean,
+    wait_until,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
