@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from sample_models import LLAMA, checkpoint, write_safetensors
+from server.harness import is_gone, state_of, wait_until
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # scripts, no package
@@ -163,26 +164,35 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         server(tmp_path, "import sys; print('no such model'); sys.exit(3)").start()
 
 
+def family(pid: int) -> list[int]:
+    """A process and its children."""
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
 def test_a_held_child_stands_still_and_a_stopped_one_is_gone(tmp_path: Path) -> None:
     # The child has one of its own: holding and stopping are for the whole family.
     code = "import os, sys, time; os.fork(); [print(i, flush=True) or time.sleep(0.01) for i in range(6000)]"
     child = Child([sys.executable, "-c", code], {}, tmp_path / "log")
     log = tmp_path / "log"
 
-    def grows() -> bool:
-        before = log.stat().st_size
-        time.sleep(0.3)
-        return log.stat().st_size > before
+    def size() -> int:
+        return log.stat().st_size
 
-    while not grows():
-        assert child.process.poll() is None
+    def wait_for_more() -> None:
+        before = size()
+        wait_until(lambda: size() > before, "it writes")
+
+    wait_for_more()
     child.signal(signal.SIGSTOP)
-    time.sleep(0.1)
-    assert not grows()
+    wait_until(lambda: [state_of(pid) for pid in family(child.process.pid)] == ["T", "T"], "both stand still")
+    stopped = size()
+    time.sleep(0.3)
+    assert size() == stopped
     child.signal(signal.SIGCONT)
-    assert grows()
+    wait_for_more()
+    members = family(child.process.pid)
     child.stop()
-    assert not grows()
+    wait_until(lambda: all(map(is_gone, members)), "both are gone")
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]], int]:

@@ -66,6 +66,10 @@ GUESSED: dict[str, dict[str, Any]] = {
 """With drafts made from the reference: right, or wrong from some token on."""
 
 
+POOL_TOKENS = 16_384
+"""Several times what all requests need together: ``check()`` after each step looks at every block."""
+
+
 def folder_of(model: str) -> Path:
     if model == "embedded":
         return resolve_model("embedded")
@@ -148,6 +152,7 @@ def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], s
     try:
         engine = running.open_engine(folder, max_num_seqs=3, prefix_caching=False, speculation="off", **base)
         spec, context = engine.backend.spec, engine.limits.max_model_len
+        base = base | {"kv_memory": str(min(16 << 20, POOL_TOKENS * spec.kv_bytes_per_token("float16")))}
         requests = requests_for(spec.vocab_size, context, spec.eos_token_ids)
         reference: dict[tuple[str, int], running.Output] = {}
         for request in requests:
@@ -186,7 +191,7 @@ def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], s
             options = {**base, **SQUEEZED[name]}
             tiny = -(-longest // 16) * 16 * spec.kv_bytes_per_token("float16")
             context = max(len(r.prompt_token_ids) + (r.params.max_tokens or 0) for r in requests)
-            engine = running.open_engine(folder, **{"kv_memory": str(tiny), "max_model_len": context, **options})
+            engine = running.open_engine(folder, **options | {"kv_memory": str(tiny), "max_model_len": context})
             run = running.run(engine, requests, preempt_every=5)
             assert run.outputs == reference, f"squeezed, {name}"
             assert run.stats.preemptions > 0

@@ -180,6 +180,7 @@ def _terminal() -> Iterator[Any]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would leave it half done
         sys.stdout.write("\x1b[?25h\x1b[?1049l")
         sys.stdout.flush()
         if keyboard is not None and before is not None:

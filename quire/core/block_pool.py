@@ -118,14 +118,20 @@ class BlockPool:
     def check(self) -> None:
         """Raises AssertionError unless the free blocks are exactly the empty, the never used and the idle ones."""
         empty, idle = set(self._empty), set(self.cache.idle())
+        owned = {block for block, count in enumerate(self.ref_counts) if count}
+        assert min(self.ref_counts, default=0) >= 0, "a block has fewer than no owners"
         assert len(empty) == len(self._empty), "a block is empty twice"
-        assert not empty & idle, "a block is both empty and idle"
         assert self._fresh <= self.num_blocks
-        for block, count in enumerate(self.ref_counts):
-            assert count >= 0, f"block {block} has {count} owners"
-            free = (block in empty) + (block in idle) + (block >= self._fresh)
-            assert free == (count == 0), f"block {block}: {count} owners, but it is in {free} places of the free list"
-            assert self.states[block] == (OWNED if count else IDLE if block in idle else EMPTY)
-        assert self.num_owned == sum(map(bool, self.ref_counts))
+        for one, other, both in (empty, idle, "empty and idle"), (empty, owned, "empty and owned"), (idle, owned, "idle and owned"):
+            assert one.isdisjoint(other), f"blocks {sorted(one & other)} are both {both}"
+        for blocks, what in (empty, "empty"), (idle, "idle"), (owned, "owned"):
+            assert max(blocks, default=-1) < self._fresh, f"blocks are {what} that were never used"
+        assert len(empty) + len(idle) + len(owned) == self._fresh, "a block is neither owned nor free"
+        states = bytearray(self.num_blocks)
+        for blocks, state in (owned, OWNED), (idle, IDLE):
+            for block in blocks:
+                states[block] = state
+        assert self.states == states, "states differ from the owners and the free list"
+        assert self.num_owned == len(owned)
         assert self.num_references == sum(self.ref_counts)
-        assert self.num_shared == sum(count > 1 for count in self.ref_counts)
+        assert self.num_shared == sum(self.ref_counts[block] > 1 for block in owned)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from quire.server.batches.store import Store
-from server.harness import DEADLINE_S, engine_pid, is_gone, wait_until
+from server.harness import DEADLINE_S, STOPPING, is_gone, stopped_engine, stops_after, wait_until
 
 COMMAND = [sys.executable, "-P", "-m", "quire.cli.main", "batch", "run"]
 
@@ -27,9 +27,9 @@ def read(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def start(source: Path, target: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(source: Path, target: Path, *arguments: str, **environ: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*COMMAND, str(source), str(target), "--kv-memory", "32MiB", *arguments],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environ})  # fmt: skip
 
 
 def run(source: Path, target: Path, *arguments: str) -> tuple[int, str]:
@@ -70,29 +70,29 @@ def test_whatever_ends_it_the_same_command_goes_on(tmp_path: Path) -> None:
         tmp_path / "in.jsonl", *({"prompt": f"def f{i}(", "max_tokens": 60, "ignore_eos": True, "seed": i} for i in range(count))
     )
     target, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.quire-batch"
-    few = ("--max-num-seqs", "2")
 
     def answered() -> int:
-        """While nobody has the store."""
-        with closing(Store(state)) as store:
-            (batch,) = store.batches("", None, 2)
-            return batch.completed
+        with closing(sqlite3.connect(f"file:{state / 'batches.db'}?mode=ro", uri=True)) as db:
+            (found,) = db.execute("SELECT completed FROM batches").fetchone()
+        return int(found)
 
-    def wait_for_answers(process: subprocess.Popen[str]) -> int:
-        """The engine's process, once something was kept."""
-        size = (state / "batches.db-wal").stat().st_size if (state / "batches.db-wal").exists() else 0
-        engine = engine_pid(process.pid)
-        wait_until(
-            lambda: (state / "batches.db-wal").exists() and (state / "batches.db-wal").stat().st_size > size + 8192, "lines are kept"
-        )
+    def begin() -> subprocess.Popen[str]:
+        """Its engine stands still when some lines have been answered: they take 60 steps each, two at a time."""
+        return start(source, target, "--max-num-seqs", "2", *STOPPING, **stops_after(100))
+
+    def wait_for_answers(process: subprocess.Popen[str], more_than: int) -> int:
+        """The engine's process, which stands still."""
+        engine = stopped_engine(process.pid)
+        wait_until(lambda: answered() > more_than, "lines are kept")
         return engine
 
-    process = start(source, target, *few)
-    wait_for_answers(process)
+    process = begin()
+    engine = wait_for_answers(process, 0)
     second = start(source, target)
     assert "in use by another process" in second.communicate(timeout=DEADLINE_S)[1]
     assert second.returncode == 2
     process.send_signal(signal.SIGINT)
+    os.kill(engine, signal.SIGCONT)
     err = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 130
     first = answered()
@@ -100,12 +100,14 @@ def test_whatever_ends_it_the_same_command_goes_on(tmp_path: Path) -> None:
     assert err.count("\n") == 1
     assert not target.exists()
 
-    process = start(source, target, *few)
-    engine = wait_for_answers(process)
+    process = begin()
+    engine = wait_for_answers(process, first)
     process.kill()
+    os.kill(engine, signal.SIGCONT)
     process.communicate()
     wait_until(lambda: is_gone(engine), "the engine ends with its front")
-    assert first < answered() < count
+    second_time = answered()
+    assert first < second_time < count
 
     other = write(tmp_path / "other.jsonl", {"prompt": "x"})
     code, err = run(other, target)
@@ -115,8 +117,11 @@ def test_whatever_ends_it_the_same_command_goes_on(tmp_path: Path) -> None:
     assert code == 2
     assert "answers of the model 'embedded'" in err
 
-    process = start(source, target, *few)
-    os.kill(wait_for_answers(process), signal.SIGKILL)
+    process = begin()
+    engine = wait_for_answers(process, second_time)
+    os.kill(engine, signal.SIGKILL)
+    wait_until(lambda: is_gone(engine), "it is dead")
+    os.kill(stopped_engine(process.pid), signal.SIGCONT)
     assert process.wait(2 * DEADLINE_S) == 0
     assert f"{count} lines, 0 of them failed" in process.communicate()[1]
     found = read(target)

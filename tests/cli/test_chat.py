@@ -95,7 +95,7 @@ def test_wrong_use(arguments: tuple[str, ...], words: str) -> None:
 
 def test_a_terminal(server: Server) -> None:
     """A paste of several lines is one message; Ctrl-C stops an answer and nothing else; Ctrl-D leaves."""
-    server.backend.delay_s = 0.02
+    server.backend.delay_s = 0.05
     master, slave = pty.openpty()
     process = subprocess.Popen([*COMMAND, "--url", server.url, "--temperature", "0"], stdin=slave, stdout=slave, stderr=slave,
                                start_new_session=True, env={**os.environ, "TERM": "xterm"},

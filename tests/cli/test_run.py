@@ -86,7 +86,7 @@ def reading() -> subprocess.Popen[str]:
 def test_ctrl_c_leaves_no_traceback() -> None:
     with reading() as process:
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (130, "")
 
 

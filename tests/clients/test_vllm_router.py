@@ -15,9 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.harness import Process, http, wait_until
+from server.harness import Process, free_port, http, wait_until
 from server.scraping import Scrape
-from server.test_kv_events import free_port
 
 ROUTER = shutil.which("vllm-router", path=f"{Path(sys.executable).parent}") or shutil.which("vllm-router")
 COMPLETIONS = "/v1/completions"

@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult, accepted
@@ -72,6 +73,7 @@ class FakeBackend:
             assert work.sample or not work.draft
             known = [*row.tokens, *work.draft]
             assert work.start + work.count <= len(known), "a token is computed that the row does not have"
+            prints = fingerprints(known)
             assert all(0 <= block < self.num_blocks or block == -1 for block in row.blocks), "a table holds a block of the swap pool"
             assert work.write or work.count == 1
             for position in range(work.start, work.start + work.count):
@@ -79,7 +81,7 @@ class FakeBackend:
                     place = (row.blocks[position // self.block_size], position % self.block_size)
                     assert place not in written, "a position of a block is written twice in one step"
                     written.add(place)
-                    self.pool[place[0]][place[1]] = fingerprint(known[: position + 1])
+                    self.pool[place[0]][place[1]] = prints[position]
         result = StepResult()
         for work in plan.work:  # read after every write of the step, so that a shared block shows
             row = self.rows[work.row]
@@ -108,11 +110,12 @@ class FakeBackend:
 
     def _look(self, row: Row, tokens: list[int], start: int, end: int) -> None:
         """What the queries at positions ``start`` to ``end`` see is what it should be."""
+        prints = fingerprints(tokens)
         for position in range(max(0, start + 1 - self.window) if self.window else 0, end):
             block = row.blocks[position // self.block_size]
             assert block >= 0, "a block was given back before it left the window"
             held = self.pool[block][position % self.block_size]
-            assert held == fingerprint(tokens[: position + 1]), "the row's blocks hold something else than its tokens"
+            assert held == prints[position], "the row's blocks hold something else than its tokens"
 
     def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes | None], result: StepResult) -> None:
         if number in self.fail_rows or self._fails(row.tokens):
@@ -184,10 +187,12 @@ _PRIME = (1 << 61) - 1
 
 def fingerprint(tokens: list[int]) -> int:
     """A number that stands for all of ``tokens``."""
-    value = 1
-    for token in tokens:
-        value = (value * 1_000_003 + token + 7) % _PRIME
-    return value
+    return fingerprints(tokens)[-1] if tokens else 1
+
+
+def fingerprints(tokens: list[int]) -> list[int]:
+    """Of the first token, the first two, ..., all of them."""
+    return list(accumulate(tokens, lambda value, token: (value * 1_000_003 + token + 7) % _PRIME, initial=1))[1:]
 
 
 def expected_token(tokens: list[int], seed: int, vocab_size: int) -> int:
@@ -197,7 +202,7 @@ def expected_token(tokens: list[int], seed: int, vocab_size: int) -> int:
 
 def expected_scores(prompt: list[int]) -> list[TokenLogprobs]:
     """What FakeBackend says of the prompt's tokens behind the first."""
-    values = [-(fingerprint(prompt[: i + 1]) % 1000) / 8 for i in range(1, len(prompt))]
+    values = [-(value % 1000) / 8 for value in fingerprints(prompt)[1:]]
     return [TokenLogprobs((value, 1 + i % 3), []) for i, value in enumerate(values)]
 
 

@@ -7,6 +7,7 @@ row's tokens; here every output is compared with what an undisturbed run gives, 
 
 from __future__ import annotations
 
+import os
 import random
 from functools import cache
 from typing import Any
@@ -24,6 +25,8 @@ from quire.errors import InvalidRequestError, QueueFullError
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
 
+DEPTH = int(os.environ.get("QUIRE_TEST_DEPTH", "1"))
+"""So many times 500 programs; each run makes up others."""
 VOCAB = 50
 SALTS = [b"", b"tenant"]
 
@@ -204,4 +207,4 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=1500, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+TestCore.settings = settings(max_examples=500 * DEPTH, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))

@@ -427,7 +427,7 @@ def test_a_prompt_that_does_not_fit_starts_early_and_gives_way() -> None:
         engine.check()
     assert outputs["urgent"] <= 2, "what comes before it does not wait for it"
     counters = engine.stats().kv.counters
-    assert counters.preempted == {"memory": 0, "order": 1, "beams": 0}
+    assert counters.preempted == {"memory": 0, "order": 1, "beams": 0, "device": 0}
     assert counters.preemptions == 1
     assert engine.stats().tokens_recomputed <= 2 * held
     (output, *_) = run(engine, ask("again", long, max_tokens=1))[("again", 0)]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -43,7 +44,7 @@ from quire.text.tokenizer import Tokenizer
 
 PACKAGE = Path(quire.__file__).resolve().parent
 EMBEDDED = PACKAGE / "models" / "embedded"
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 """Nothing here takes this long; a wait beyond it is a failure, and not a slow machine."""
 
 http = httpx.Client(timeout=DEADLINE_S, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
@@ -59,10 +60,22 @@ class PacedBackend(FakeBackend):
         self.go.set()
         self.delay_s = 0.0
         self.broken = False
+        self._steps: int | None = None
+
+    def go_for(self, steps: int) -> None:
+        """Go, and hold again after so many steps."""
+        self._steps = steps
+        self.go.set()
 
     def execute(self, plan: StepPlan) -> StepResult:
         assert self.go.wait(DEADLINE_S)
-        time.sleep(self.delay_s)
+        if self._steps is not None:
+            self._steps -= 1
+            if self._steps == 0:
+                self._steps = None
+                self.go.clear()
+        if self.delay_s:
+            time.sleep(self.delay_s)
         if self.broken:
             raise RuntimeError("the device is gone, says /secret/path")
         result = super().execute(plan)
@@ -138,10 +151,37 @@ class Server:
         assert not self._thread.is_alive()
 
 
-class Process:
-    """A real ``quire serve`` on the embedded model, or on another folder."""
+class Gate:
+    """While it is closed, no engine of a server that was started with it begins to load."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "gate"
+        self.environment = {"QUIRE_TESTS_GATE": str(self._file), "PYTHONPATH": str(Path(__file__).parent / "gate")}
+
+    def close(self) -> None:
+        self._file.touch()
+
+    def open(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        self.close()
+        try:
+            yield
+        finally:
+            self.open()
+
+
+class Process:
+    """A real ``quire serve`` on the embedded model, or on another folder.
+
+    stop_after: each of its engines stands still after so many steps, in the middle of whatever it does, until ``go_on``.
+    """
+
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, stop_after: int | None = None) -> None:
+        if stop_after is not None:
+            arguments, environment = (*arguments, *STOPPING), {**(environment or {}), **stops_after(stop_after)}
         self.process = start_process("--port", "0", *arguments, environment=environment)
         self.banner = ""
         assert self.process.stdout is not None
@@ -160,6 +200,33 @@ class Process:
         """Of the engine's process; waits until there is one."""
         return engine_pid(self.process.pid)
 
+    def wait_stopped(self) -> int:
+        """Until an engine stands still; its process id."""
+        return stopped_engine(self.process.pid)
+
+    def go_on(self) -> None:
+        """Let the engine that stands still, or will before long, go on."""
+        os.kill(self.wait_stopped(), signal.SIGCONT)
+
+    def go_on_until(self, done: Callable[[], bool]) -> None:
+        """Let engines go on that stand still, if any does."""
+
+        def look() -> bool:
+            for pid in engines_of(self.process.pid):
+                if state_of(pid) == "T":
+                    os.kill(pid, signal.SIGCONT)
+            return done()
+
+        wait_until(look, "it has ended")
+
+    def ask_while_stopped(self, ask: Callable[[], None], sequences: int) -> None:
+        """Have the engine meet so many sequences at once: they are all in flight before it sees the first of them."""
+        engine = self.engine_pid
+        os.kill(engine, signal.SIGSTOP)
+        ask()
+        wait_until(lambda: in_flight(self.url) == sequences, f"{sequences} sequences are in flight")
+        os.kill(engine, signal.SIGCONT)
+
     def stop(self, how: int = signal.SIGINT) -> tuple[int, str]:
         """(exit code, stderr)"""
         self.process.send_signal(how)
@@ -167,8 +234,12 @@ class Process:
         return self.process.returncode, stderr
 
     def kill(self) -> None:
+        engines = engines_of(self.process.pid)
         if self.process.poll() is None:
             self.process.kill()
+        for pid in engines:
+            with contextlib.suppress(ProcessLookupError):  # one that stands still would keep its end of our pipe open for ever
+                os.kill(pid, signal.SIGKILL)
         self.process.communicate()
 
 
@@ -181,19 +252,71 @@ def start_process(*arguments: str, stdout: Any = subprocess.PIPE, environment: d
     )  # fmt: skip
 
 
-def engine_pid(front: int) -> int:
-    """Of the engine's process of the server ``front``, which may have others; waits until there is one."""
+def engines_of(front: int) -> list[int]:
+    """The engine's process of the server ``front``, which has other children too; none while it is away."""
     found: list[int] = []
-
-    def look() -> bool:
-        found.clear()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for task in Path(f"/proc/{front}/task").iterdir():  # whichever thread has started it
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread, or the process, has ended
                 found.extend(int(pid) for pid in (task / "children").read_text().split() if is_engine(int(pid)) and not is_gone(int(pid)))
+    return found
+
+
+def engine_pid(front: int) -> int:
+    """Of the engine's process of the server ``front``; waits until there is one."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = engines_of(front)
         return bool(found)
 
     wait_until(look, "the server has an engine")
     return found[0]
+
+
+STOPPING = ("--kv-debug", "--speculation", "off")
+"""Options of a server whose engine stops: without guesses, a token of a sequence takes a step."""
+
+
+def stops_after(steps: int) -> dict[str, str]:
+    """The environment of such a server."""
+    return {"QUIRE_TEST_STOP_AFTER": str(steps)}
+
+
+def stopped_engine(front: int) -> int:
+    """Of the engine of ``front`` that stands still; waits until one does."""
+    found = 0
+
+    def look() -> bool:
+        nonlocal found
+        found = engine_pid(front)
+        return state_of(found) == "T"
+
+    wait_until(look, "the engine stands still")
+    return found
+
+
+def in_flight(url: str) -> int:
+    """Sequences, by the front's own count: no engine is asked."""
+    count: int = http.get(f"{url}/load").json()["server_load"]
+    return count
+
+
+def generated(url: str) -> float:
+    """Tokens that were generated so far, by the front's count; it never falls."""
+    found = re.search(r"^quire_generation_tokens_total(?:\{.*\})? (\S+)$", http.get(f"{url}/metrics").text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def free_port() -> int:
+    """Outside of the range from which connections get theirs: none of those may take it before a server does."""
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(min(low, 10_000), max(low, 11_000))))
+            port: int = probe.getsockname()[1]
+            return port
 
 
 def is_engine(pid: int) -> bool:
@@ -202,10 +325,15 @@ def is_engine(pid: int) -> bool:
 
 def is_gone(pid: int) -> bool:
     """The process has ended, whether its parent has noticed or not."""
+    return state_of(pid) in ("Z", "")
+
+
+def state_of(pid: int) -> str:
+    """As proc(5) has it: "T" is stopped, "Z" has ended; empty where there is no such process any more."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return True
+        return ""
 
 
 def health(url: str) -> dict[str, Any]:

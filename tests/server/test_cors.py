@@ -79,7 +79,7 @@ def test_what_is_no_origin(text: str) -> None:
 
 def test_a_wrong_origin_is_said_at_the_start() -> None:
     process = start_process("--port", "0", "--allowed-origins", "a.example")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
     assert err.startswith("quire: --allowed-origins: 'a.example' is no origin")
     assert err.count("\n") == 1

@@ -15,18 +15,11 @@ import zmq
 from quire.core.events import BlockEvicted, BlockRemoved, BlockShared, BlockStored
 from quire.server.metrics.kv_events import EventLog
 from quire.server.metrics.kv_publisher import KVPublisher
-from server.harness import DEADLINE_S, Process, Server, http, wait_clean, wait_until
+from server.harness import DEADLINE_S, Process, Server, free_port, http, wait_clean, wait_until
 from server.test_serve import one_line, run
 
 COMPLETIONS = "/v1/completions"
 END = (1 << 64) - 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Subscriber:

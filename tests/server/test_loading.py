@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,31 +13,19 @@ from typing import Any
 
 import httpx
 
-from server.harness import DEADLINE_S, Process, engine_pid, health, http, start_process, wait_until
+from server.harness import DEADLINE_S, Gate, Process, engine_pid, free_port, health, http, is_gone, start_process, wait_until
 
 KEY = "sk-alice-0123456789"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        assert isinstance(port, int)
-        return port
-
-
 @contextmanager
-def loading(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-    """A server whose engine is stopped in the middle of loading: the process, its URL, the engine's process id."""
-    port = free_port()
+def loading(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, Gate]]:
+    """A server whose engine can't begin to load before the gate opens: the process, its URL, the gate."""
+    port, gate = free_port(), Gate(folder)
     url = f"http://127.0.0.1:{port}"
-    process = start_process("--port", str(port), "--kv-memory", "16MiB", *arguments)
-    engine = None
+    gate.close()
+    process = start_process("--port", str(port), "--kv-memory", "16MiB", *arguments, environment=gate.environment)
     try:
-        engine = engine_pid(process.pid)
-        # The front waits in the middle of the fork for the program to be there.
-        wait_until(lambda: b"engine.process" in Path(f"/proc/{engine}/cmdline").read_bytes(), "the engine's program runs")
-        os.kill(engine, signal.SIGSTOP)
 
         def listens() -> bool:
             try:
@@ -48,20 +34,18 @@ def loading(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]
                 return False
 
         wait_until(listens, "it listens")
-        yield process, url, engine
+        yield process, url, gate
     finally:
         process.kill()
-        if engine is not None:
-            with contextlib.suppress(ProcessLookupError):  # stopped, it would keep its end of our pipe open for ever
-                os.kill(engine, signal.SIGKILL)
         process.communicate()
+        gate.open()
 
 
 def test_what_is_said_while_loading(tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text(f'[alice]\nkey = "{KEY}"\n')
     keys.chmod(0o600)
-    with loading("--api-keys", str(keys)) as (process, url, engine):
+    with loading(tmp_path, "--api-keys", str(keys)) as (process, url, gate):
         bearer = {"Authorization": f"Bearer {KEY}"}
         assert health(url)["status"] == "loading"
         assert http.get(url + "/metrics").status_code == 200
@@ -74,25 +58,26 @@ def test_what_is_said_while_loading(tmp_path: Path) -> None:
             assert re.search(r"is being loaded, for \d+ seconds", answer.json()["error"]["message"])
         for path in ("/v1/models", "/v1/completions", "/docs", "/nothing"):
             assert http.post(url + path, json={}).status_code == 401, "keys are asked for from the first moment"
-        os.kill(engine, signal.SIGCONT)
+        gate.open()
         wait_until(lambda: http.get(url + "/ready").status_code == 200, "it has loaded")
         assert http.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}, headers=bearer).status_code == 200
         assert process.stdout is not None
         assert process.stdout.readline().startswith("Quire "), "the banner comes when it is ready"
 
 
-def test_it_can_be_stopped_while_it_loads() -> None:
+def test_it_can_be_stopped_while_it_loads(tmp_path: Path) -> None:
     for how in (signal.SIGTERM, signal.SIGINT):
-        with loading() as (process, _, engine):
+        with loading(tmp_path) as (process, _, _):
+            engine = engine_pid(process.pid)
             process.send_signal(how)
             assert process.communicate(timeout=DEADLINE_S) == ("", "")
             assert process.returncode == 0
-            wait_until(lambda engine=engine: not Path(f"/proc/{engine}").exists(), "its engine has gone too")
+            wait_until(lambda engine=engine: is_gone(engine), "its engine has gone too")
 
 
-def test_an_engine_that_dies_after_somebody_has_asked() -> None:
-    with loading() as (process, _, engine):
-        os.kill(engine, signal.SIGKILL)
+def test_an_engine_that_dies_after_somebody_has_asked(tmp_path: Path) -> None:
+    with loading(tmp_path) as (process, _, _):
+        os.kill(engine_pid(process.pid), signal.SIGKILL)
         out, err = process.communicate(timeout=DEADLINE_S)
         assert (process.returncode, out) == (1, "")
         assert err.startswith("quire: the engine could not start: its process was killed by SIGKILL")

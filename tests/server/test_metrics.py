@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 
 from quire.server.http.keys import read_keys
 from quire.text.tokenizer import Tokenizer
-from server.harness import DEADLINE_S, PacedBackend, Process, Server, health, http, raw_request, wait_clean, wait_until
+from server.harness import DEADLINE_S, Gate, PacedBackend, Process, Server, http, raw_request, wait_clean, wait_until
 from server.scraping import OPENMETRICS, Scrape
 
 COMPLETIONS = "/v1/completions"
@@ -98,16 +98,23 @@ def test_what_runs_waits_and_shares(server: Server) -> None:
     """Two of one prompt run, two wait for a row; one more client hangs up."""
     server.backend.go.clear()
     with ThreadPoolExecutor() as clients:
-        two = clients.submit(complete, server.url, prompt=[7] * 40, n=2, max_tokens=30)
+        two = clients.submit(complete, server.url, prompt=[7] * 40, n=2, max_tokens=150)
         wait_until(lambda: server.client.in_flight == 2, "they are there")
         more = [clients.submit(complete, server.url, prompt=[i] * 8, max_tokens=2) for i in range(2)]
         wait_until(lambda: server.client.in_flight == 4, "they are there")
         with raw_request(server.port, COMPLETIONS, {"prompt": [9] * 8, "max_tokens": 2, "stream": True}):
             wait_until(lambda: server.client.in_flight == 5, "it is there")
-        server.backend.delay_s = 0.02
+        server.backend.delay_s = 0.05  # 7 seconds for the two
         server.backend.go.set()
-        wait_until(lambda: Scrape(server.url)("quire_sequences_running") == 2, "two run")
         seen = Scrape(server.url)
+
+        def two_run() -> bool:
+            nonlocal seen
+            seen = Scrape(server.url)
+            return seen("quire_sequences_running") == 2 and seen("quire_sequences_waiting") == 2
+
+        wait_until(two_run, "two run")
+        server.backend.delay_s = 0.0
         assert seen("quire_sequences_waiting_by_reason", reason="rows") == seen("quire_sequences_waiting") == 2
         assert seen("quire_kv_blocks_saved") >= 2, "two whole blocks of the prompt are shared"
         used, allocated, tail = (seen(f"quire_kv_positions_{name}") for name in ("used", "allocated", "empty_tail"))
@@ -230,8 +237,9 @@ def test_no_key_is_asked_for_and_nothing_of_anybodys_is_told(tokenizer: Tokenize
         server.stop()
 
 
-def test_counters_never_go_back_when_engines_die() -> None:
-    process = Process("--kv-memory", "32MiB", "--max-num-seqs", "8")
+def test_counters_never_go_back_when_engines_die(tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    process = Process("--kv-memory", "32MiB", "--max-num-seqs", "8", environment=gate.environment, stop_after=500)
     try:
         complete(process.url, prompt="import os\n", max_tokens=20)
         before = Scrape(process.url)
@@ -248,14 +256,18 @@ def test_counters_never_go_back_when_engines_die() -> None:
         watcher = threading.Thread(target=watch)
         watcher.start()
         with ThreadPoolExecutor() as clients:
-            streams = [clients.submit(complete, process.url, prompt=[i] * 30, max_tokens=300) for i in range(4)]
-            wait_until(lambda: health(process.url).get("running") == 4, "they run")
+            streams: list[Future[Any]] = []
+            process.ask_while_stopped(
+                lambda: streams.extend(clients.submit(complete, process.url, prompt=[i] * 30, max_tokens=600) for i in range(4)), 4
+            )
             steps = before("quire_steps_total")
             wait_until(lambda: scrapes[-1]("quire_steps_total") > steps, "its steps were seen")
-            os.kill(process.engine_pid, signal.SIGKILL)
-            wait_until(lambda: scrapes[-1]("quire_engine_up") == 0, "the death was seen")
+            with gate.closed():
+                os.kill(process.engine_pid, signal.SIGKILL)
+                wait_until(lambda: scrapes[-1]("quire_engine_up") == 0, "the death was seen")
+            process.go_on_until(lambda: all(stream.done() for stream in streams))
             for stream in streams:
-                assert stream.result(DEADLINE_S)["usage"]["completion_tokens"] == 300
+                assert stream.result(DEADLINE_S)["usage"]["completion_tokens"] == 600
         stop.set()
         watcher.join()
         scrapes.append(Scrape(process.url))
@@ -268,9 +280,9 @@ def test_counters_never_go_back_when_engines_die() -> None:
         assert away("quire_sequences_waiting_by_reason", reason="engine") == away("quire_sequences_waiting") == 4
         last = scrapes[-1]
         assert (last("quire_engine_restarts_total"), last("quire_requests_received_total")) == (1, 5)
-        assert last("quire_generation_tokens_total") == 20 + 4 * 300, "nothing is counted twice"
+        assert last("quire_generation_tokens_total") == 20 + 4 * 600, "nothing is counted twice"
         assert last("quire_prompt_tokens_total") == before("quire_prompt_tokens_total") + 4 * 30
         assert last("quire_time_to_first_token_seconds_count") == 5
-        assert last("quire_positions_computed_total") > 4 * 300
+        assert last("quire_positions_computed_total") > 4 * 600
     finally:
         process.kill()

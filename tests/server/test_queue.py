@@ -42,6 +42,10 @@ def in_flight(server: Server, count: int) -> None:
     wait_until(lambda: server.client.in_flight == count, f"{count} sequences are in flight")
 
 
+def refusals(server: Server) -> int:
+    return server.client.meter.rejections["queue_full"]
+
+
 def check_refusal(answer: httpx.Response) -> None:
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "1"
@@ -110,8 +114,16 @@ def test_the_official_client_tries_again(tokenizer: Tokenizer) -> None:
             with pytest.raises(openai.RateLimitError, match="2 sequences run or wait") as refused:
                 client.completions.create(model="fake", prompt="a")
             assert refused.value.code == "queue_full"
-            threading.Timer(0.3, server.backend.go.set).start()
-            assert client.with_options(max_retries=3).completions.create(model="fake", prompt="a").choices
+            refused_before = refusals(server)
+
+            def go() -> None:
+                wait_until(lambda: refusals(server) > refused_before, "it was refused once more")
+                server.backend.go.set()
+
+            thread = threading.Thread(target=go)
+            thread.start()
+            assert client.with_options(max_retries=20).completions.create(model="fake", prompt="a").choices
+            thread.join()
 
 
 def test_hang_ups_leave_no_trace_in_the_count(tokenizer: Tokenizer) -> None:

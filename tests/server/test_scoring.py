@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from server.harness import PacedBackend, Process, Server, events, http, wait_clean, wait_until
+from server.harness import PacedBackend, Process, Server, events, http, is_gone, wait_clean, wait_until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = "def fibonacci(n):\n    if n < 2:\n        return n\n"
@@ -144,40 +143,32 @@ def test_a_cached_prompt_is_scored_whole_and_found_by_others(real: Process) -> N
     assert plain["prompt_tokens_details"]["cached_tokens"] == plain["prompt_tokens"] - 1
 
 
-def test_scores_survive_the_engines_death() -> None:
+def test_scores_survive_the_engines_death(real: Process) -> None:
     """Prompts in small chunks, among streams, in an engine that is killed while it works on them: the same numbers."""
-    process = Process("--kv-memory", "16MiB", "--max-num-batched-tokens", "16", "--max-num-seqs", "8")
+    process = Process("--kv-memory", "16MiB", "--max-num-batched-tokens", "16", "--max-num-seqs", "8", stop_after=50)
     try:
         rng = random.Random(9)
         prompts = [[rng.randrange(300, 4000) for _ in range(400)] for _ in range(4)]
         bodies = [harness_request([prompt]) for prompt in prompts]
         bodies.append({"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "temperature": 0, "echo": True, "logprobs": 0})
-        alone = [post(process.url, COMPLETIONS, **body)["choices"] for body in bodies]
-        vector = post(process.url, "/v1/embeddings", input=[prompts[0]], pooling="mean")["data"]
-        done, killed = threading.Event(), []
-
-        def killer() -> None:
-            for _ in range(2):
-                before = http.get(process.url + "/load").json()["server_load"]
-                wait_until(lambda: done.is_set() or http.get(process.url + "/load").json()["server_load"] > 0, "there is work")
-                done.wait(0.1 + 0.001 * before)
-                if done.is_set():
-                    return
-                killed.append(process.engine_pid)
-                os.kill(killed[-1], signal.SIGKILL)
-                wait_until(lambda: http.get(process.url + "/ready").status_code == 200 and process.engine_pid not in killed, "the next")
-
-        thread = threading.Thread(target=killer)
-        thread.start()
+        alone = [post(real.url, COMPLETIONS, **body)["choices"] for body in bodies]
+        vector = post(real.url, "/v1/embeddings", input=[prompts[0]], pooling="mean")["data"]
         with ThreadPoolExecutor(16) as clients:
-            calls = [clients.submit(post, process.url, COMPLETIONS, **body) for body in bodies]
-            pooled = clients.submit(post, process.url, "/v1/embeddings", input=[prompts[0]], pooling="mean")
-            together = [call.result()["choices"] for call in calls]
-            done.set()
-            thread.join()
-        assert killed, "it was killed while it had work"
-        assert together == alone
-        assert pooled.result()["data"] == vector
+            calls: list[Future[Any]] = []
+
+            def ask() -> None:
+                calls.extend(clients.submit(post, process.url, COMPLETIONS, **body) for body in bodies)
+                calls.append(clients.submit(post, process.url, "/v1/embeddings", input=[prompts[0]], pooling="mean"))
+
+            process.ask_while_stopped(ask, len(bodies) + 1)
+            for _ in range(2):
+                engine = process.wait_stopped()
+                os.kill(engine, signal.SIGKILL)
+                wait_until(lambda engine=engine: is_gone(engine), "it is dead")
+            process.go_on()
+            *together, pooled = [call.result() for call in calls]
+        assert [answer["choices"] for answer in together] == alone
+        assert pooled["data"] == vector
         wait_clean(process.url)
     finally:
         process.kill()

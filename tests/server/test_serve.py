@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -12,7 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from server.harness import DEADLINE_S, EMBEDDED, Process, events, health, http, raw_request, start_process, wait_clean, wait_until
+from server.harness import (
+    DEADLINE_S,
+    EMBEDDED,
+    Process,
+    events,
+    free_port,
+    health,
+    http,
+    raw_request,
+    start_process,
+    wait_clean,
+    wait_until,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -91,14 +104,19 @@ def test_the_curl_line_works_when_pasted(real: Process) -> None:
 
 def test_ctrl_c_ends_it_cleanly() -> None:
     """With a stream in flight, which ends with an error instead of hanging. (SIGTERM drains: test_supervisor.)"""
-    process = Process("--kv-memory", "16MiB")
+    process = Process("--kv-memory", "16MiB", stop_after=50)
     try:
         with raw_request(
             process.port, "/v1/completions", {"prompt": "a", "max_tokens": 2000, "stream": True, "ignore_eos": True}
         ) as connection:
-            wait_until(lambda: health(process.url)["running"] == 1, "it runs")
-            code, err = process.stop(signal.SIGINT)
-            got = b""
+            engine, got = process.wait_stopped(), b""
+            process.process.send_signal(signal.SIGINT)
+            while b"shutting down" not in got:
+                part = connection.recv(65536)
+                assert part, "the connection was closed"
+                got += part
+            os.kill(engine, signal.SIGCONT)
+            code, err = process.process.wait(DEADLINE_S), process.process.communicate()[1]
             while part := connection.recv(65536):
                 got += part
         assert (code, err) == (0, "")
@@ -111,9 +129,7 @@ def test_ctrl_c_ends_it_cleanly() -> None:
 
 def test_ctrl_c_while_loading() -> None:
     """No traceback, and no crash of a thread that is busy in native code."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = start_process("--port", str(port))
 
     def listens() -> bool:
@@ -276,9 +292,7 @@ def test_many_clients_on_a_small_pool(real: Process) -> None:
 
 def test_a_connection_that_is_early() -> None:
     """The port is taken before the HTTP stack is imported; whoever connects then is answered when it is there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = start_process("--port", str(port), "--kv-memory", "16MiB")
     try:
 

@@ -89,7 +89,7 @@ def test_a_client_that_reads_nothing_is_cut_off(tokenizer: Tokenizer, monkeypatc
         asked = {**LONG, "stream": True}
         server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what the kernel takes is not read either
         with raw_request(server.port, COMPLETIONS, asked, receive_buffer=2048) as connection:
-            wait_until(lambda: server.client.in_flight == 10, "it runs")
+            wait_until(lambda: server.client.meter.received == 1, "it has begun")
             wait_until(lambda: len(connections(server)) == 0, "it was cut off")
             with contextlib.suppress(ConnectionResetError):
                 assert b"[DONE]" not in everything(connection)
@@ -101,7 +101,7 @@ def test_an_answer_that_nobody_reads_does_not_keep_its_connection(tokenizer: Tok
         server._server.config.timeout_keep_alive = 1
         server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with raw_request(server.port, COMPLETIONS, LONG, receive_buffer=2048):
-            wait_until(lambda: server.client.in_flight == 10, "it runs")
+            wait_until(lambda: server.client.meter.received == 1, "it has begun")
             wait_until(lambda: len(connections(server)) == 0, "it was cut off")
 
 

@@ -133,7 +133,7 @@ def test_a_hang_up_frees_the_blocks_at_once(fake: Server, stream: bool) -> None:
     try:
         steps = fake.engine.stats().steps
         with raw_request(fake.port, COMPLETIONS, body(max_tokens=500, stream=stream, n=2)):
-            wait_until(lambda: health(fake.url)["kv_blocks_used"] > 0, "the request runs")
+            wait_until(lambda: health(fake.url).get("kv_blocks_used", 0) > 0, "the request runs")
         wait_clean(fake.url)
         assert fake.engine.stats().steps - steps < 400, "it ended because the client left, not because it was done"
     finally:
@@ -151,7 +151,7 @@ def test_a_hang_up_before_anything_was_computed(held: Server) -> None:
 def test_hang_ups_of_waiting_requests(tokenizer: Tokenizer) -> None:
     """Two rows, ten clients: those that wait leave first."""
     server = Server(tokenizer, PacedBackend(vocab_size=tokenizer.vocab_size), max_num_seqs=2)
-    server.backend.delay_s = 0.01
+    server.backend.delay_s = 0.03  # 15 seconds for the first two
     from contextlib import ExitStack
 
     with ExitStack() as patient, ExitStack() as impatient:
@@ -159,9 +159,9 @@ def test_hang_ups_of_waiting_requests(tokenizer: Tokenizer) -> None:
             (patient if number < 2 else impatient).enter_context(
                 raw_request(server.port, COMPLETIONS, body(number, max_tokens=500, stream=True))
             )
-        wait_until(lambda: health(server.url)["waiting"] == 8, "eight wait")
+        wait_until(lambda: health(server.url).get("waiting") == 8, "eight wait")
         impatient.close()
-        wait_until(lambda: health(server.url)["waiting"] == 0, "nobody waits")
+        wait_until(lambda: health(server.url).get("waiting") == 0, "nobody waits")
         assert health(server.url)["running"] == 2
     wait_clean(server.url)
     server.stop()
@@ -215,8 +215,8 @@ def test_a_stream_that_fails_midway_says_so(fake: Server, monkeypatch: pytest.Mo
 
     def failing(self: Any, argument: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls == 20:
+        calls += len(getattr(argument, "token_ids", "1"))  # outputs may have several
+        if calls >= 20:
             raise RuntimeError("in /secret/path")
         return original(self, argument)
 
@@ -353,7 +353,7 @@ def test_the_engine_dies(tokenizer: Tokenizer) -> None:
         raw_request(server.port, COMPLETIONS, body(stream=True, max_tokens=400)) as streaming,
         raw_request(server.port, COMPLETIONS, body(max_tokens=400)) as waiting,
     ):
-        wait_until(lambda: health(server.url)["running"] == 2, "both run")
+        wait_until(lambda: health(server.url).get("running") == 2, "both run")
         server.backend.broken = True
         got = b""
         while not got.endswith(b"0\r\n\r\n"):
@@ -408,7 +408,7 @@ def test_shutdown_ends_streams_with_an_error(tokenizer: Tokenizer) -> None:
     server = Server(tokenizer, PacedBackend(vocab_size=tokenizer.vocab_size))
     server.backend.delay_s = 0.01
     with raw_request(server.port, COMPLETIONS, body(stream=True, max_tokens=400)) as connection:
-        wait_until(lambda: health(server.url)["running"] == 1, "it runs")
+        wait_until(lambda: health(server.url).get("running") == 1, "it runs")
         server.stop()
         got = b""
         while part := connection.recv(65536):

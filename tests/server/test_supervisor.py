@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,9 +25,11 @@ from quire.structured import Structured
 from server.harness import (
     DEADLINE_S,
     EMBEDDED,
+    Gate,
     Process,
     engine_pid,
     events,
+    generated,
     health,
     http,
     is_gone,
@@ -59,8 +60,8 @@ RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[Process]:
-    process = Process("--kv-memory", "32MiB", *arguments)
+def serving(*arguments: str, **more: Any) -> Iterator[Process]:
+    process = Process("--kv-memory", "32MiB", *arguments, **more)
     try:
         yield process
     finally:
@@ -115,7 +116,7 @@ def told(url: str, call: tuple[str, dict[str, Any]]) -> Any:
 
 
 def told_by_name(found: list[dict[str, Any]]) -> Any:
-    """Of a stream of named events; what comes in one event depends on the steps, and the ids are made up."""
+    """Of a stream of named events; what comes in one event depends on the steps, pings on the time, and the ids are made up."""
     found = [event for event in found if event["type"] != "ping"]
     end = "message_delta" if found[0]["type"] == "message_start" else "response.incomplete"
     assert [event["type"] for event in found].count(end) == 1, "one end for each"
@@ -130,27 +131,24 @@ def all_told(url: str) -> list[Any]:
 
 
 def test_killed_at_any_moment_every_stream_ends_with_the_same_bytes() -> None:
-    rng, done = random.Random(3), threading.Event()
+    rng = random.Random(3)
     with serving("--max-num-seqs", "24") as server:
         undisturbed = all_told(server.url)
         killed: list[int] = []
 
         def killer() -> None:
-            while len(killed) < 8 and not done.wait(rng.uniform(0.05, 1.5)):
+            for _ in range(4):  # after six of them, whoever has got nothing of any engine would be a suspect
+                time.sleep(rng.uniform(0.05, 1))
                 killed.append(server.engine_pid)
                 os.kill(killed[-1], signal.SIGKILL)
                 wait_until(lambda: server.engine_pid not in killed, "the death was noticed")
                 wait_until(lambda: http.get(server.url + "/ready").status_code == 200, "the next engine is there")
 
-        thread = threading.Thread(target=killer)
-        thread.start()
-        try:
-            disturbed = all_told(server.url)
-        finally:
-            done.set()
-            thread.join()
-        assert len(killed) >= 2
-        assert disturbed == undisturbed
+        with ThreadPoolExecutor(1) as side:
+            kills = side.submit(killer)
+            while not kills.done():  # all of them, however soon the calls are answered
+                assert all_told(server.url) == undisturbed
+            kills.result()
         wait_clean(server.url)
         assert health(server.url)["engine_restarts"] == len(killed)
         code, err = server.stop()
@@ -160,33 +158,39 @@ def test_killed_at_any_moment_every_stream_ends_with_the_same_bytes() -> None:
 
 
 def test_a_hung_engine_is_found_by_its_missing_steps() -> None:
-    with serving("--engine-timeout", "2") as server, ThreadPoolExecutor() as clients:
-        call = calls()[1]
+    call = calls()[1]
+    steps = call[1]["max_tokens"] * 3 // 2
+    with serving("--engine-timeout", "2", stop_after=steps) as server:
         expected = told(server.url, call)
-        answer = clients.submit(told, server.url, call)
-        wait_until(lambda: health(server.url).get("running") == 1, "it runs")
-        os.kill(server.engine_pid, signal.SIGSTOP)
-        assert answer.result(DEADLINE_S) == expected
+        assert told(server.url, call) == expected, "in the middle of it the engine stands still"
+        restarts = health(server.url)["engine_restarts"]
+        assert restarts >= 1
         time.sleep(3)  # idle for longer than the timeout: nothing is wrong with that
-        assert health(server.url)["engine_restarts"] == 1
+        assert health(server.url)["engine_restarts"] == restarts
         _, err = server.stop()
     assert "did not finish a step for 2 seconds and was killed" in err
 
 
 def test_a_request_that_kills_engines_fails_alone() -> None:
     """One whose first token is far away meets every death; the other one has made tokens in between."""
-    with serving("--max-num-batched-tokens", "2", "--max-num-seqs", "2", "--no-prefix-caching") as server, ThreadPoolExecutor() as clients:
-        streamed = COMPLETIONS, {"prompt": "import os\n", "max_tokens": 1000, "temperature": 0, "ignore_eos": True, "stream": True}
-        with ThreadPoolExecutor() as other:
-            long = other.submit(lambda: http.post(server.url + COMPLETIONS, json={"prompt": [7] * 1800, "max_tokens": 1}))
-            stream = clients.submit(told, server.url, streamed)
-            for runs in (2, 2, 1, 1):
-                wait_until(lambda: http.get(server.url + "/ready").status_code == 200, "an engine is there")
-                wait_until(lambda runs=runs: health(server.url).get("running", 0) >= runs, "it runs")
-                time.sleep(0.2)
-                os.kill(server.engine_pid, signal.SIGUSR1)  # anything but SIGKILL is a crash
-                wait_until(lambda: http.get(server.url + "/ready").status_code == 503, "the death was noticed")
-            failed = long.result(DEADLINE_S)
+    options = ("--max-num-batched-tokens", "2", "--max-num-seqs", "2", "--no-prefix-caching")
+    with serving(*options, stop_after=50) as server, ThreadPoolExecutor() as clients:
+        streamed = COMPLETIONS, {"prompt": "import os\n", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}
+        asked: list[Future[Any]] = []
+
+        def ask() -> None:
+            asked.append(clients.submit(http.post, server.url + COMPLETIONS, json={"prompt": [7] * 1800, "max_tokens": 1}))
+            asked.append(clients.submit(told, server.url, streamed))
+
+        server.ask_while_stopped(ask, 2)
+        long, stream = asked
+        for _ in range(4):
+            engine = server.wait_stopped()
+            os.kill(engine, signal.SIGUSR1)  # anything but SIGKILL is a crash
+            os.kill(engine, signal.SIGCONT)
+            wait_until(lambda engine=engine: is_gone(engine), "it is dead")
+        failed = long.result(DEADLINE_S)
+        server.go_on()
         assert failed.status_code == 500
         message = failed.json()["error"]["message"]
         assert "4 engines died while they worked on it" in message
@@ -201,8 +205,9 @@ def test_a_poisoned_request_fails_alone() -> None:
     try:
         undisturbed = all_told(process.url)
         with ThreadPoolExecutor() as clients:
+            before = generated(process.url)
             others = clients.submit(all_told, process.url)
-            wait_until(lambda: health(process.url).get("running", 0) >= 8, "the others run")
+            wait_until(lambda: generated(process.url) > before, "the others run")
             failed = http.post(process.url + COMPLETIONS, json={"prompt": [5, poison, 7], "max_tokens": 5})
             assert others.result(2 * DEADLINE_S) == undisturbed
         assert failed.status_code == 500
@@ -231,10 +236,12 @@ def test_a_front_that_dies_takes_its_engine_with_it() -> None:
         wait_until(lambda: is_gone(pid), "the engine has gone too")
 
 
-def test_an_engine_that_dies_while_it_loads() -> None:
-    process = start_process("--port", "0")
-    os.kill(engine_pid(process.pid), signal.SIGKILL)
-    out, err = process.communicate(timeout=DEADLINE_S)
+def test_an_engine_that_dies_while_it_loads(tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with gate.closed():
+        process = start_process("--port", "0", environment=gate.environment)
+        os.kill(engine_pid(process.pid), signal.SIGKILL)
+        out, err = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, out) == (1, "")
     assert err.startswith("quire: the engine could not start: its process was killed by SIGKILL"), err
     assert err.count("\n") == 1
@@ -243,11 +250,11 @@ def test_an_engine_that_dies_while_it_loads() -> None:
 def test_an_engine_that_can_not_be_started_again(tmp_path: Path) -> None:
     """Whoever waits learns why; whoever comes later too."""
     folder = shutil.copytree(EMBEDDED, tmp_path / "model")
-    with serving(str(folder)) as server, ThreadPoolExecutor() as clients:
-        stream = clients.submit(http.post, server.url + COMPLETIONS, json=calls()[0][1] | {"max_tokens": 2000})
-        wait_until(lambda: health(server.url).get("running") == 1, "it runs")
+    with serving(str(folder), stop_after=20) as server, ThreadPoolExecutor() as clients:
+        stream = clients.submit(http.post, server.url + COMPLETIONS, json=calls()[0][1])
+        engine = server.wait_stopped()
         (folder / "model.safetensors").unlink()
-        os.kill(server.engine_pid, signal.SIGKILL)
+        os.kill(engine, signal.SIGKILL)
         found = events(stream.result(DEADLINE_S).text)
         assert found[-1] == "[DONE]"
         assert "the engine could not be started again" in found[-2]["error"]["message"]
@@ -263,16 +270,16 @@ def test_an_engine_that_can_not_be_started_again(tmp_path: Path) -> None:
 
 @pytest.fixture
 def draining() -> Iterator[Callable[..., tuple[Process, Future[Any]]]]:
-    """Starts a server and a stream, and sends SIGTERM while it runs."""
+    """Starts a server and a stream, and sends SIGTERM in the middle of it; the engine stands still there."""
     with ThreadPoolExecutor() as clients:
         servers: list[Process] = []
 
-        def start(max_tokens: int, *arguments: str) -> tuple[Process, Future[Any]]:
-            server = Process("--kv-memory", "32MiB", *arguments)
+        def start(*arguments: str) -> tuple[Process, Future[Any]]:
+            server = Process("--kv-memory", "32MiB", *arguments, stop_after=50)
             servers.append(server)
-            fields = {"prompt": "import os\n", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+            fields = {"prompt": "import os\n", "max_tokens": 1000, "temperature": 0, "ignore_eos": True, "stream": True}
             stream = clients.submit(http.post, server.url + COMPLETIONS, json=fields)
-            wait_until(lambda: health(server.url).get("running") == 1, "it runs")
+            server.wait_stopped()
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: http.get(server.url + "/ready").status_code == 503, "it drains")
             return server, stream
@@ -286,12 +293,15 @@ Draining = Callable[..., tuple[Process, Future[Any]]]
 
 
 def test_sigterm_drains(draining: Draining) -> None:
-    server, stream = draining(1500)
+    server, stream = draining()
     os.kill(server.engine_pid, signal.SIGTERM)  # as service managers do, to all processes
-    assert health(server.url)["status"] == "draining"
-    refused = http.post(server.url + COMPLETIONS, json={"prompt": "a"})
-    assert refused.status_code == 503
-    assert "shutting down" in refused.json()["error"]["message"]
+    with ThreadPoolExecutor(1) as side:
+        said = side.submit(health, server.url)  # asks the engine, which answers after its next step
+        refused = http.post(server.url + COMPLETIONS, json={"prompt": "a"})
+        assert refused.status_code == 503
+        assert "shutting down" in refused.json()["error"]["message"]
+        server.go_on()
+        assert said.result(DEADLINE_S)["status"] == "draining"
     found = events(stream.result(DEADLINE_S).text)
     assert found[-2]["choices"][0]["finish_reason"] == "length"
     code, err = server.process.wait(DEADLINE_S), server.process.communicate()[1]
@@ -299,25 +309,31 @@ def test_sigterm_drains(draining: Draining) -> None:
 
 
 def test_an_engine_that_dies_while_the_server_drains(draining: Draining) -> None:
-    server, stream = draining(1500)
-    os.kill(server.engine_pid, signal.SIGKILL)
+    server, stream = draining()
+    first = server.engine_pid
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: server.engine_pid != first, "there is another engine")
+    server.go_on()
     found = events(stream.result(DEADLINE_S).text)
     assert found[-2]["choices"][0]["finish_reason"] == "length"
     assert server.process.wait(DEADLINE_S) == 0
 
 
 def test_what_does_not_end_in_time_ends_with_an_error(draining: Draining) -> None:
-    server, stream = draining(2000, "--drain-timeout", "1", "--max-num-batched-tokens", "1")
+    server, stream = draining("--drain-timeout", "1")
     found = events(stream.result(DEADLINE_S).text)
     assert "shutting down" in found[-2]["error"]["message"]
+    assert len(found) > 2, "what was made until then has arrived"
+    server.go_on()
     assert server.process.wait(DEADLINE_S) == 0
 
 
 def test_a_second_signal_does_not_wait(draining: Draining) -> None:
-    server, stream = draining(2000, "--drain-timeout", "3600")
-    code, err = server.stop(signal.SIGTERM)
-    assert (code, err) == (0, "")
+    server, stream = draining("--drain-timeout", "3600")
+    server.process.send_signal(signal.SIGTERM)
     assert "shutting down" in events(stream.result(DEADLINE_S).text)[-2]["error"]["message"]
+    server.go_on()
+    assert (server.process.wait(DEADLINE_S), server.process.communicate()[1]) == (0, "")
 
 
 def test_requests_cross_the_socket_as_they_are() -> None:

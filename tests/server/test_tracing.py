@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 import time
@@ -72,7 +74,7 @@ def collected() -> Iterator[Collector]:
 
 def test_a_span_for_each_request() -> None:
     with collected() as collector:
-        process = Process("--kv-memory", "16MiB", "--otlp-endpoint", collector.url)
+        process = Process("--kv-memory", "16MiB", "--otlp-endpoint", collector.url, stop_after=100)
         try:
             before = time.time_ns()
             headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
@@ -82,6 +84,8 @@ def test_a_span_for_each_request() -> None:
             assert http.post(process.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 2, "n": 2}).status_code == 200
             with raw_request(process.port, COMPLETIONS, {"prompt": "b", "max_tokens": 2000, "stream": True, "ignore_eos": True}) as gone:
                 assert gone.recv(1)
+                engine = process.wait_stopped()
+            os.kill(engine, signal.SIGCONT)
             wait_clean(process.url)
             code, err = process.stop()  # sends what it still has
             assert (code, err) == (0, "")

@@ -13,7 +13,7 @@ from quire.backends.cpu import _native as native
 
 def python(code, **environment):
     return subprocess.run([sys.executable, "-P", "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-                          capture_output=True, text=True, timeout=30, check=False)  # fmt: skip
+                          capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
 
 
 def test_instruction_sets():

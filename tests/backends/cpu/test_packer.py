@@ -16,7 +16,7 @@ def test_width_asked_for_in_a_fresh_process(name):
         "import numpy as np; from quire.backends.cpu.packer import Packer; "
         f"print(Packer({name!r}).linear({{'w.weight': np.ones((3, 4), np.float32)}}, ['w']).dtype)"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.stdout.strip(), done.stderr) == (name, "")
 
 

@@ -106,7 +106,7 @@ def test_dtype_is_the_width_of_what_is_not_quantized() -> None:
 )
 def test_wrong_options(args: list[str], says: str) -> None:
     for command in (["run", "-p", "x"], ["bench", "throughput"]):
-        done = subprocess.run([sys.executable, "-P", "-m", "quire.cli.main", *command, *args], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-P", "-m", "quire.cli.main", *command, *args], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2
         assert says in done.stderr
         assert done.stderr.count("\n") == 1
@@ -115,7 +115,7 @@ def test_wrong_options(args: list[str], says: str) -> None:
 def test_a_group_that_fits_no_layer_names_one() -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-m", "quire.cli.main", "run", str(FIXTURES / "opt"), "-p", "x", "--quantize", "int4"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2
     assert "--group-size 32 does not divide the 24 inputs of layers.0.q: no group size does for all of this model's layers" in done.stderr

@@ -232,7 +232,7 @@ def test_batches_that_are_refused(client: openai.OpenAI, server: Server) -> None
 
 def test_cancel_and_pages(client: openai.OpenAI, server: Server) -> None:
     """What runs is ended at once; every line is accounted for. The input can't go before."""
-    server.backend.delay_s = 0.01
+    server.backend.go_for(20)
     try:
         file = upload(client, *(line(str(i), max_tokens=200) for i in range(30)))
         made = client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h")
@@ -241,9 +241,10 @@ def test_cancel_and_pages(client: openai.OpenAI, server: Server) -> None:
         with pytest.raises(openai.BadRequestError, match="still reads the file"):
             client.files.delete(file)
         assert client.batches.cancel(made.id).status == "cancelling"
+        server.backend.go.set()
         batch = ended(client, made.id)
     finally:
-        server.backend.delay_s = 0
+        server.backend.go.set()
     assert batch.status == "cancelled"
     assert batch.cancelling_at
     assert batch.cancelled_at
@@ -273,9 +274,9 @@ def test_a_restart_goes_on_and_a_window_ends(tokenizer: Tokenizer, tmp_path: Pat
         return batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed
 
     def answer_some(more_than: int) -> None:
-        server.backend.go.set()
+        server.backend.go_for(100)  # of 20 tokens each, two at a time
         wait_until(lambda: counts(client.batches.retrieve(made.id))[1] > more_than, "some are answered")
-        server.backend.go.clear()
+        server.backend.delay_s = 0.05  # while it stops
         assert server.client.in_background <= 2
 
     server, client = start()
