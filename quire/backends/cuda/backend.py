@@ -186,7 +186,7 @@ class CudaBackend:
 
     def _compute(self, batch: Batch, arrays: Arrays, updates: Updates, masks: list[bytes | None], pending: Pending) -> None:
         """Send what the step needs, and queue it; into ``pending`` what comes of it."""
-        if batch.uniform and (size := self._captured_size(arrays)):
+        if batch.uniform and (size := self._captured_size(arrays, updates)):
             self._replay(size, batch, arrays, updates, masks, pending)
             return
         step, samples = self._steps.send(arrays, updates)
@@ -217,12 +217,13 @@ class CudaBackend:
         logits = self.decoder.logits(self.decoder.hidden(step), self._logits[: step.num_decoding])
         return logits, self._sampler.plain(logits, samples.rows, samples.lengths, truncates)
 
-    def _captured_size(self, arrays: Arrays) -> int | None:
+    def _captured_size(self, arrays: Arrays, updates: Updates) -> int | None:
         """Of the smallest captured step that the batch fits into; None where it fits into none."""
         at = bisect_left(self._sizes, len(arrays.rows))
-        if at == len(self._sizes) or not self._steps.fits(arrays.decode_lengths, self._sizes[at]):
+        if at == len(self._sizes):
             return None
-        return self._sizes[at]
+        size = self._sizes[at]
+        return size if self._steps.fits(arrays.decode_lengths, size) and self._steps.stays(updates, size) else None
 
     def _replay(self, size: int, batch: Batch, arrays: Arrays, updates: Updates, masks: list[bytes | None], pending: Pending) -> None:
         """``_compute`` by a captured step of ``size`` sequences."""

@@ -70,6 +70,9 @@ class Norm:
         return normed
 
 
+NO_KV = LayerKV(torch.empty(0), torch.empty(0), None, None)
+
+
 @dataclass(slots=True)
 class Layer:
     attn_norm: Norm
@@ -128,7 +131,7 @@ class Decoder:
                 norm(f"{at}.attn_norm"), loader.linear(f"{at}.q", f"{at}.k", f"{at}.v"), head_norm(f"{at}.q_norm"),
                 head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"),
                 loader.linear(*((f"{at}.gate", f"{at}.up") if spec.gated else (f"{at}.up",))), loader.linear(f"{at}.down"),
-                spec.window(i), LayerKV(self.embed, self.embed, None, None),
+                spec.window(i), NO_KV,
             ))  # fmt: skip
         self.final_norm = norm("final_norm") if spec.final_norm else None
         own = loader.has("lm_head.weight")
@@ -138,6 +141,11 @@ class Decoder:
         """Keys and values are in ``pool`` from now on."""
         for i, layer in enumerate(self.layers):
             layer.kv = pool.layer(i)
+
+    def forget_pool(self) -> None:
+        """Its memory can be given back."""
+        for layer in self.layers:
+            layer.kv = NO_KV
 
     def forward(self, step: Step) -> Tensor:
         """Compute the step's positions: write their KV, attend. Returns logits [asked, vocab]."""

@@ -26,6 +26,7 @@ def device_room(config: EngineConfig, decoder: Decoder, device: torch.device, ma
         room = host_room(config, decoder.spec)
         return Room(room.available, 0, room.buffers)
     buffers = _step_bytes(config, device, make)
+    decoder.forget_pool()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return Room(free, 0, buffers, SHARE, holds_swap=False)

@@ -17,38 +17,45 @@ _BUFFERS = 3
 
 
 class Staging:
-    """``send`` copies arrays to the device; what it returns is valid until the next call, for work queued on the same stream."""
+    """``send`` copies arrays to the device; what it returns is valid until the next call, for work queued on the same stream.
+
+    Arrays of the same sizes are at the same place each time, which captured steps count on; those behind them do not matter.
+    """
 
     def __init__(self, device: torch.device, capacity: int) -> None:
-        """capacity: most int32 of a step; more is taken where a step needs it."""
+        """capacity: int32 of a step that are at the same place each time. More of them go elsewhere."""
+        self.capacity = capacity
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._next = 0
-        self._grow(capacity)
+        self._there = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self._hosts: list[tuple[Tensor, npt.NDArray[np.int32], Any]] = []
+        for _ in range(_BUFFERS if self._on_gpu else 1):
+            host = self._host(capacity)
+            self._hosts.append((host, host.numpy(), torch.cuda.Event() if self._on_gpu else None))
 
     def send(self, arrays: Sequence[npt.NDArray[Any]]) -> list[Tensor]:
         """The arrays, of int32 (or float32, bit for bit, then to be viewed as that), as int32 tensors on the device."""
         offsets, end = layout([array.size for array in arrays])
-        if end > self._capacity:
-            self._grow(2 * end)
-        host, numbers, event = self._hosts[self._next]
-        self._next = (self._next + 1) % len(self._hosts)
-        if event is not None:
-            event.synchronize()  # its last copy is _BUFFERS steps old
+        there = self._there
+        if end > self.capacity:
+            host = self._host(end)
+            numbers, event = host.numpy(), None
+            there = torch.zeros(end, dtype=torch.int32, device=self._device)
+        else:
+            host, numbers, event = self._hosts[self._next]
+            self._next = (self._next + 1) % len(self._hosts)
+            if event is not None:
+                event.synchronize()  # its last copy is _BUFFERS steps old
         for array, offset in zip(arrays, offsets, strict=True):
             numbers[offset : offset + array.size] = array.reshape(-1).view(np.int32)
-        self._there[:end].copy_(host[:end], non_blocking=True)
+        there[:end].copy_(host[:end], non_blocking=True)
         if event is not None:
             event.record()
-        return [self._there[offset : offset + array.size] for array, offset in zip(arrays, offsets, strict=True)]
+        return [there[offset : offset + array.size] for array, offset in zip(arrays, offsets, strict=True)]
 
-    def _grow(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._there = torch.zeros(capacity, dtype=torch.int32, device=self._device)
-        self._hosts = []
-        for _ in range(_BUFFERS if self._on_gpu else 1):
-            host = torch.zeros(capacity, dtype=torch.int32, pin_memory=self._on_gpu)
-            self._hosts.append((host, host.numpy(), torch.cuda.Event() if self._on_gpu else None))
+    def _host(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)
 
 
 def layout(sizes: Sequence[int]) -> tuple[list[int], int]:

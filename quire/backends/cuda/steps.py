@@ -21,6 +21,8 @@ I32 = npt.NDArray[np.int32]
 STAGING = 1 << 20
 """int32 that a step sends to the device at most without taking more memory for it."""
 _NOTHING = np.zeros(0, np.int32)
+_PADDING = 256
+"""More than all arrays of a step take to be aligned."""
 
 
 @dataclass(slots=True)
@@ -65,6 +67,11 @@ class Steps:
     def fits(self, lengths: I32, sequences: int) -> bool:
         """Whether decoding sequences of these lengths fit into a captured step of ``sequences``."""
         return int((-(-lengths // SPLIT)).sum()) + sequences - len(lengths) <= self.capacity(sequences)
+
+    def stays(self, updates: Updates, sequences: int) -> bool:
+        """Whether what a captured step of ``sequences`` reads is at its place, however much a plan changes."""
+        lists = len(self._windows) * packed_size(sequences, self.capacity(sequences))
+        return updates.size + lists + 4 * sequences + _PADDING <= self._staging.capacity
 
     def send(self, arrays: Arrays, updates: Updates) -> tuple[Step, Samples]:
         """Any batch."""

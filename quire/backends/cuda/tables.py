@@ -63,6 +63,12 @@ class Updates:
                 self._blocks.append((w.row, w.first_block, w.new_blocks))
         self._starts, self._parameters = starts, parameters
 
+    @property
+    def size(self) -> int:
+        """At least the int32 of all ``arrays``."""
+        cells = sum(len(values) for _, _, values in self._tokens) + sum(len(values) for _, _, values in self._blocks)
+        return 3 * cells + (1 + _WIDTH) * len(self._starts)
+
     def arrays(self) -> list[I32]:
         """For one copy to the device, see Tables.apply."""
         return [*_cells(self._tokens), *_cells(self._blocks), *self._rows()]

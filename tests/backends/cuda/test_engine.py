@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import running
+from quire.backends.cuda import steps
 from quire.core.sequence import Request
 from quire.models.weights import load_spec
 from quire.sampling_params import SamplingParams
@@ -61,6 +62,15 @@ def test_preemption(folder: Path, swap: str) -> None:
     done = running.run(engine, [greedy(name, prompt, len(tokens)) for name in "abcd"], preempt_every=5)
     assert done.stats.preemptions > 0
     assert all(done.outputs[name, 0].token_ids == tokens for name in "abcd")
+
+
+def test_a_step_that_brings_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of many known tokens, of which one is computed: their cache is whole."""
+    monkeypatch.setattr(steps, "STAGING", 4096)
+    prompt = [7 + i % 50 for i in range(1500)]
+    engine = running.open_engine("embedded", **{**TORCH, "max_num_batched_tokens": 256, "max_num_seqs": 4})
+    found = [running.run(engine, [greedy(name, prompt, 6)]).outputs[name, 0].token_ids for name in "abc"]  # the others find all of it
+    assert found[0] == found[1] == found[2]
 
 
 SAMPLED = [
