@@ -56,10 +56,9 @@ while True:
 
 def run(script: str, *arguments: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("embedded", (1, 2, 4)), ("opt", (1, 2)), ("gpt2", (1, 3))])

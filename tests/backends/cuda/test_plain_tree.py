@@ -38,9 +38,8 @@ assert not set(sys.argv[1:]) & set(sys.modules)
 
 def test_it_needs_nothing_else(tmp_path: Path) -> None:
     shutil.copytree(Path(quire.__file__).parent, tmp_path / "quire", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *ABSENT], env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}, cwd=tmp_path, text=True,
-        capture_output=True, check=False,
-    )  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, *ABSENT]
+    found = subprocess.run(command, env=env, cwd=tmp_path, text=True, capture_output=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "import sys" in found.stdout
