@@ -32,6 +32,7 @@ from server.harness import (
     generated,
     health,
     http,
+    in_flight,
     is_gone,
     named_events,
     start_process,
@@ -173,17 +174,19 @@ def test_a_hung_engine_is_found_by_its_missing_steps() -> None:
 
 def test_a_request_that_kills_engines_fails_alone() -> None:
     """One whose first token is far away meets every death; the other one has made tokens in between."""
-    options = ("--max-num-batched-tokens", "2", "--max-num-seqs", "2", "--no-prefix-caching")
-    with serving(*options, stop_after=50) as server, ThreadPoolExecutor() as clients:
+    # In 50 steps of 16 tokens a stream is where it was and goes on, and a prompt of 1,800 is not done.
+    options = ("--max-num-batched-tokens", "16", "--max-num-seqs", "2", "--no-prefix-caching")
+    with ThreadPoolExecutor() as clients, serving(*options, stop_after=50) as server:  # should it fail, the server ends first
         streamed = COMPLETIONS, {"prompt": "import os\n", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}
         asked: list[Future[Any]] = []
 
         def ask() -> None:
-            asked.append(clients.submit(http.post, server.url + COMPLETIONS, json={"prompt": [7] * 1800, "max_tokens": 1}))
             asked.append(clients.submit(told, server.url, streamed))
+            wait_until(lambda: in_flight(server.url) == 1, "it is the first: the other one would take all of a step")
+            asked.append(clients.submit(http.post, server.url + COMPLETIONS, json={"prompt": [7] * 1800, "max_tokens": 1}))
 
         server.ask_while_stopped(ask, 2)
-        long, stream = asked
+        stream, long = asked
         for _ in range(4):
             engine = server.wait_stopped()
             os.kill(engine, signal.SIGUSR1)  # anything but SIGKILL is a crash
@@ -250,7 +253,7 @@ def test_an_engine_that_dies_while_it_loads(tmp_path: Path) -> None:
 def test_an_engine_that_can_not_be_started_again(tmp_path: Path) -> None:
     """Whoever waits learns why; whoever comes later too."""
     folder = shutil.copytree(EMBEDDED, tmp_path / "model")
-    with serving(str(folder), stop_after=20) as server, ThreadPoolExecutor() as clients:
+    with ThreadPoolExecutor() as clients, serving(str(folder), stop_after=20) as server:
         stream = clients.submit(http.post, server.url + COMPLETIONS, json=calls()[0][1])
         engine = server.wait_stopped()
         (folder / "model.safetensors").unlink()
