@@ -13,6 +13,10 @@ TIMEOUT = timedelta(minutes=10)
 """Of one operation. The largest part of a model may take long to load."""
 
 
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Its name since PyTorch 2.13, and before."""
+
+
 class Group:
     """``size`` processes, each with one device; this one is ``rank``. They meet through a file in ``folder``."""
 
@@ -31,7 +35,7 @@ class Group:
         """Each device's [rows, vocab / size, rounded up] side by side: [rows, vocab]."""
         rows, width = logits.shape
         parts = torch.empty((self.size * rows, width), dtype=logits.dtype, device=logits.device)
-        dist.all_gather_into_tensor(parts, logits.contiguous())
+        _gather(parts, logits.contiguous())
         return parts.view(self.size, rows, width).transpose(0, 1).reshape(rows, self.size * width)[:, :vocab_size].contiguous()
 
     def share(self, x: Tensor) -> None:

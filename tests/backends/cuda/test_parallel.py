@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -92,6 +93,31 @@ def test_a_rank_ends_with_its_engine() -> None:
     while Path(f"/proc/{rank}").exists():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_stream_goes_on_when_a_rank_dies() -> None:
+    """The supervisor starts another engine, with all of its ranks, and the bytes are those of an undisturbed run."""
+    harness = pytest.importorskip("server.harness", exc_type=ImportError)  # the server's libraries
+    server = harness.Process("--device", "torch-cpu", "--tensor-parallel", "2", "--threads", "1", "--dtype", "float32")
+    try:
+        body = {"prompt": "import os", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+        with harness.http.stream("POST", server.url + "/v1/completions", json=body | {"stream": True}) as answer:
+            lines = answer.iter_lines()
+            found = [next(lines) for _ in range(6)]
+            os.kill(rank_of(server.engine_pid), signal.SIGKILL)
+            found += lines
+        text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in found if line.startswith("data: {"))
+        calm = harness.http.post(server.url + "/v1/completions", json=body).json()["choices"][0]["text"]
+        assert text == calm
+        assert harness.http.get(server.url + "/health").json()["engine_restarts"] == 1
+    finally:
+        server.kill()
+
+
+def rank_of(engine: int) -> int:
+    """The process of the other rank."""
+    (child,) = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()
+    return int(child)
 
 
 def test_what_can_not_be_divided() -> None:
