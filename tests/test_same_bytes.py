@@ -141,7 +141,8 @@ def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
     ("model", "isa", "options"), QUANTIZED, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value
 )
 def test_nor_do_those_of_quantized_weights(model: str, isa: str, options: dict[str, Any]) -> None:
-    whole = isa == native.available_isas()[0]
+    # Blocks, caches and admission don't know what linears are made of: with int8 they are varied in full, on the best instruction set.
+    whole = isa == native.available_isas()[0] and options == {"quantize": "int8"}
     compare(folder_of(model), isa, options, list(VARIANTS) if whole else QUICK, list(SQUEEZED) if whole else ["swap"])
 
 

@@ -128,7 +128,9 @@ def test_what_runs_waits_and_shares(server: Server) -> None:
 
 def test_a_full_queue_a_stop_string_and_an_error_are_counted(server: Server) -> None:
     text = complete(server.url, prompt="def", max_tokens=20, seed=1)["choices"][0]["text"]
-    stopped = complete(server.url, prompt="def", max_tokens=20, seed=1, stop=text[3:6])
+    server.backend.delay_s = 0.02  # the engine would be done before the string was seen
+    stopped = complete(server.url, prompt="def", max_tokens=400, seed=1, stop=text[3:6])
+    server.backend.delay_s = 0.0
     assert stopped["choices"][0]["finish_reason"] == "stop"
     server.backend.go.clear()
     with ThreadPoolExecutor() as clients:
