@@ -1,7 +1,8 @@
 """Compiles the attention kernels for an H100 or H200, prints a table, and fails where they spill, or lack tensor cores, loads that run
 ahead, or the room that their configuration promises.
 
-python compile_attention.py [all | decode | prefill]: all configurations, or those of one kernel; else a few that stand for them.
+PYTHONPATH=.:tests python tests/backends/cuda/compile_attention.py [all | decode | prefill]: all configurations, or those of one kernel;
+else a few that stand for them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from attention_cases import TOLERANCE, Batch, relative_error
+from backends.cuda.attention_cases import TOLERANCE, Batch, relative_error
 from quire.backends.cuda.kernels import attention as kernels
 from quire.backends.cuda.reference import attention as reference
 from quire.backends.cuda.tiles import SPLIT, DecodeScratch, DecodeTiles, count_splits, packed_size, prefill_tiles, write_decode_tiles
