@@ -1,21 +1,17 @@
-"""Compiles the kernels of the layers for shapes of models that people run, and writes down what they need, as JSON. A process of
-test_layers_compile.py."""
+"""Compiles the kernels of the layers for an H100 or H200, for shapes of models that people run, prints a table, and fails where they
+spill, or do not read and write memory 128 bits at a time."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from compiled_kernels import compile_calls
+from compiled_kernels import MAX_SHARED, Case, Compiled, report
 from quire.backends.cuda.cache import DTYPES, KVPool
 from quire.backends.cuda.kernels.copies import copy_blocks
 from quire.backends.cuda.kernels.kv_write import write_kv
@@ -55,7 +51,7 @@ def linear(tokens: int, kind: str, dtype: torch.dtype, depth: int = 4096, channe
     quantized_linear(empty(tokens, depth, dtype=dtype), weight, empty(channels, dtype=F32), empty(channels))
 
 
-CASES: dict[str, Callable[[], Any]] = {
+CALLS: dict[str, Callable[[], Any]] = {
     "rms 1024 bf16": partial(rms, 1024, BF16, False),
     "rms 4096 bf16 +residual": partial(rms, 4096, BF16, True),
     "rms 8192 bf16 +residual": partial(rms, 8192, BF16, True),
@@ -87,6 +83,37 @@ CASES: dict[str, Callable[[], Any]] = {
     "linear int8 T=1 fp32": partial(linear, 1, "int8", F32),
 }
 
+
+def faults(case: str, kernels: list[Compiled]) -> Iterator[str]:
+    launches = 2 if case == "copy int8, scales" or (case.startswith("linear") and "T=512" not in case) else 1
+    if len(kernels) != launches:
+        yield f"{len(kernels)} launches instead of {launches}"
+    for each in kernels:
+        if each.registers > (232 if each.kernel == "_linear" else 64):
+            yield f"{each.kernel}: too many registers"
+        if each.shared > MAX_SHARED // 2:
+            yield f"{each.kernel}: too much shared memory"
+    if case.startswith(("rms", "silu", "gelu", "copy")) or case == "layer 768 fp16 +residual":
+        yield from faults_of_rows(kernels[0], other_loads=2 if case.startswith("copy") else 0)  # the copy's pair
+    if case.startswith("linear") and "fp32" not in case:
+        yield from faults_of_products(kernels[0])
+
+
+def faults_of_rows(kernel: Compiled, other_loads: int) -> Iterator[str]:
+    """Rows are read and written 128 bits at a time."""
+    if not kernel.count("LDG.128") or kernel.count("LDG.32", "LDG.64") != other_loads:
+        yield "loads that are not of 128 bits"
+    if not kernel.count("STG.128") or kernel.count("STG.32", "STG.64"):
+        yield "stores that are not of 128 bits"
+
+
+def faults_of_products(kernel: Compiled) -> Iterator[str]:
+    """Weights go to shared memory while others are multiplied, and from there through registers into the tensor cores."""
+    if not kernel.count("HGMMA") or kernel.count("HMMA"):
+        yield "not wgmma"
+    if not kernel.count("LDGSTS.64"):
+        yield "no asynchronous loads of weights"
+
+
 if __name__ == "__main__":
-    found = [{"case": name, **asdict(kernel)} for name, call in CASES.items() for kernel in compile_calls(call)]
-    print(json.dumps(found))
+    sys.exit(report([Case(name, calls, partial(faults, name)) for name, calls in CALLS.items()]) > 0)

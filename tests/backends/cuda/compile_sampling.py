@@ -1,79 +1,81 @@
-"""Compiles the sampler's kernels for sm_90, without a GPU, and prints what each needs as JSON. Run in a process without the interpreter."""
+"""Compiles the kernels of the sampler for an H100 or H200, prints a table, and fails where they spill, or where rows of a vocabulary that
+is a multiple of 16 are not read 128 bits at a time."""
 
-import json
-import os
-import re
-import subprocess
+from __future__ import annotations
+
 import sys
-import tempfile
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from torch import Tensor
 
-from quire.backends.cuda.kernels import adjustments, candidates, logprobs, sampling, selection
+from compiled_kernels import Case, Compiled, report
+from quire.backends.cuda.kernels import adjustments, logprobs, sampling
+from quire.backends.cuda.sampling_tensors import SamplingTensors
 
-ROWS = {
-    "logits": "*fp32", "stride": "i32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32", "seed": "*i64",
-    "position": "*i64", "maxima": "*fp32", "tops": "*fp32", "masses": "*fp64", "token": "*i32", "status": "*i32", "top": "*fp32",
-    "total": "*fp64", "listed": "*i32", "number": "*i32", "bound": "*i32", "floor": "*fp32", "vocab": "i32", "chunks": "i32", "runs": "i32",
-    "mask_words": "*i32", "mask_stride": "i32", "mask_index": "*i32", "start": "*i32", "ids": "*i32", "values": "*fp32", "tokens": "*i32",
-    "tokens_stride": "i32", "rows": "*i32", "num_prompt": "*i32", "lengths": "*i32", "repetition": "*fp32", "frequency": "*fp32",
-    "presence": "*fp32", "greater": "*i32", "logprob": "*fp32", "rank": "*i32", "log_sum": "*fp64", "width": "i32", "ids_stride": "i32",
-    "count": "i32", "top_ids": "*i32", "top_logprobs": "*fp32",
-}  # fmt: skip
-"""The types of all arguments, by name."""
-UNALIGNED = {"chunks", "width", "ids_stride", "count"}
-KERNELS = {
-    "scan": (selection.scan, 4, {}, {}),
-    "scan bf16": (selection.scan, 4, {"logits": "*bf16"}, {}),
-    "_draw": (sampling._draw, 8, {}, {"CHUNKS": 64}),
-    "_draw bf16": (sampling._draw, 8, {"logits": "*bf16"}, {"CHUNKS": 64}),
-    "_list_wanted": (candidates._list_wanted, 8, {}, {}),
-    "_draw_truncated": (sampling._draw_truncated, 8, {}, {}),
-    "scan small": (selection.scan, 4, {}, {"chunks": 1, "temperature": None}),
-    "_draw small": (sampling._draw, 8, {}, {"chunks": 1, "CHUNKS": 1}),
-    "_place sorted": (logprobs._place, 4, {}, {"SORTED": True}),
-    "_restrict": (adjustments._restrict, 4, {}, {}),
-    "_edit ban": (adjustments._edit, 4, {}, {"values": None}),
-    "_edit bias": (adjustments._edit, 4, {}, {}),
-    "_count": (adjustments._count, 4, {"counts": "*i32"}, {}),
-    "_penalize": (adjustments._penalize, 4, {"counts": "*i32"}, {}),
-    "_count_greater": (logprobs._count_greater, 4, {}, {}),
-    "_report": (logprobs._report, 1, {}, {"CHUNKS": 64}),
-    "_pick": (logprobs._pick, 8, {}, {}),
-    "_place": (logprobs._place, 4, {}, {"SORTED": False}),
-    "_draw_truncated bf16": (sampling._draw_truncated, 8, {"logits": "*bf16"}, {}),
+ROWS = 2
+LARGE, SMALL = 151936, 4096
+"""Vocabularies: of many chunks, and of one."""
+MAX_REGISTERS = {"scan": 64, "_draw": 128, "_list_wanted": 128, "_draw_truncated": 128, "_pick": 128, "_place": 128, "_restrict": 80}
+"""Of the others: 48."""
+MAX_SHARED = 32 * 1024
+WIDE = {"scan", "_draw", "_list_wanted", "_draw_truncated", "_count_greater"}
+
+
+def floats() -> Tensor:
+    return torch.ones(ROWS)
+
+
+def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(shape or (ROWS,), dtype=dtype)
+
+
+def logits(vocab: int = LARGE, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros((ROWS, vocab), dtype=dtype)
+
+
+def draw(vocab: int, dtype: torch.dtype, truncates: bool) -> None:
+    counters = ints(dtype=torch.int64), ints(dtype=torch.int64)
+    sampling.sample(logits(vocab, dtype), SamplingTensors(floats(), ints(), floats(), floats(), *counters, truncates))
+
+
+def logprobs_of(vocab: int, width: int) -> None:
+    logprobs.report(logits(vocab), ints(), width)
+
+
+DRAW, TRUNCATED = ["scan", "_draw"], ["_list_wanted", "_draw_truncated"]
+REPORT = ["scan", "_count_greater", "_report"]
+CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "draw fp32": (partial(draw, LARGE, torch.float32, True), [*DRAW, *TRUNCATED]),
+    "draw bf16": (partial(draw, LARGE, torch.bfloat16, True), [*DRAW, *TRUNCATED]),
+    "draw, one chunk": (partial(draw, SMALL, torch.float32, False), DRAW),
+    "logprobs, 20": (partial(logprobs_of, LARGE, 20), [*REPORT, "_list_wanted", "_pick", "_place"]),
+    "logprobs, all of one chunk": (partial(logprobs_of, SMALL, SMALL), [*REPORT, "_place"]),
+    "restrict": (lambda: adjustments.restrict(logits(), ints(ROWS, LARGE // 32), ints()), ["_restrict"]),
+    "ban": (lambda: adjustments.ban(logits(), ints(ROWS + 1), ints(16)), ["_edit"]),
+    "bias": (lambda: adjustments.bias(logits(), ints(ROWS + 1), ints(16), torch.zeros(16)), ["_edit"]),
+    "penalize": (
+        lambda: adjustments.penalize(logits(), ints(ROWS, 4096), ints(), ints(), ints(), floats(), floats(), floats()),
+        ["_count", "_penalize"],
+    ),
 }
-"""Name → (kernel, warps, types that differ, constants). Triton makes a constant of a number that is 1."""
-SEARCHES = ("_draw_truncated", "_pick")
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+"""Case → (calls, the kernels that they launch)."""
 
 
-def build(name):
-    kernel, warps, types, constants = KERNELS[name]
-    names = list(kernel.arg_names)
-    signature = {n: "constexpr" if n in constants else types.get(n) or ROWS[n] for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in UNALIGNED}
-    source = ASTSource(kernel, signature, constexprs={(names.index(n),): value for n, value in constants.items()}, attrs=aligned)
-    begin = time.time()
-    limit = {"maxnreg": selection.MAX_REGISTERS} if name.split()[0] in SEARCHES else {}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps} | limit)
-    seconds = time.time() - begin
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = dict(part.split(":") for part in usage.split() if part.count(":") == 1 and part.split(":")[1].isdigit())
-    # What is spilled is on the stack.
-    return {
-        "warps": warps, "registers": int(found["REG"]), "stack": int(found["STACK"]), "shared": compiled.metadata.shared,
-        "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4", compiled.asm["ptx"])), "seconds": round(seconds, 1),
-    }  # fmt: skip
+def faults(launches: list[str], kernels: list[Compiled]) -> Iterator[str]:
+    found = [each.kernel for each in kernels]
+    if found != launches:
+        yield f"launches {found} instead of {launches}"
+    for each in kernels:
+        if each.registers > MAX_REGISTERS.get(each.kernel, 48):
+            yield f"{each.kernel}: too many registers"
+        if each.shared > MAX_SHARED:
+            yield f"{each.kernel}: too much shared memory"
+        if each.kernel in WIDE and not each.count("LDG.128"):
+            yield f"{each.kernel}: no loads of 128 bits"
 
 
 if __name__ == "__main__":
-    assert "TRITON_INTERPRET" not in os.environ
-    print(json.dumps({name: build(name) for name in sys.argv[1:] or KERNELS}))
+    sys.exit(report([Case(name, calls, partial(faults, launches)) for name, (calls, launches) in CALLS.items()]) > 0)

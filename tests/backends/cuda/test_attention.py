@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from attention_cases import TOLERANCE, Batch, relative_error
+from backends.cuda.attention_cases import TOLERANCE, Batch, relative_error
 from quire.backends.cuda.kernels import attention as kernels
 from quire.backends.cuda.reference import attention as reference
 from quire.backends.cuda.tiles import SPLIT, DecodeScratch, DecodeTiles, count_splits, packed_size, prefill_tiles, write_decode_tiles
@@ -21,13 +19,6 @@ DTYPES = [(torch.float32, "float32"), (torch.float16, "float16"), (torch.bfloat1
           (torch.bfloat16, "fp8")]  # fmt: skip
 RAGGED = [1, 15, 16, 17, 64, 65, 255, 256, 257, 530]
 """Around the edges of blocks, tiles and splits."""
-
-
-def test_the_same_functions() -> None:
-    public = [{name: inspect.signature(f) for name, f in inspect.getmembers(module, inspect.isfunction)
-               if f.__module__ == module.__name__ and not name.startswith("_")} for module in (reference, kernels)]  # fmt: skip
-    assert public[0] == public[1]
-    assert set(public[0]) == {"decode", "prefill"}
 
 
 @OPS

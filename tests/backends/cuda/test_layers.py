@@ -1,6 +1,5 @@
 """Norms, activations, the write of keys and values, block copies, weights of 8 bits: in PyTorch and in Triton, against float64."""
 
-import inspect
 import math
 from functools import partial
 
@@ -53,26 +52,6 @@ def same(a, b):
 def assert_close(got, expected, dtype):
     error = np.linalg.norm(exact(got) - expected) / np.linalg.norm(expected)
     assert error < TOLERANCE[dtype], error
-
-
-@pytest.mark.parametrize(
-    ("reference", "kernels"),
-    [
-        (reference_layers, kernel_layers),
-        (reference_kv_write, kernel_kv_write),
-        (reference_copies, kernel_copies),
-        (reference_quantized, kernel_quantized),
-    ],
-)
-def test_kernels_have_the_functions_of_the_reference(reference, kernels):
-    def public(module):
-        room = module.__name__.rpartition(".")[0]
-        functions = inspect.getmembers(module, inspect.isfunction)
-        here = [(n, f) for n, f in functions if not n.startswith("_") and f.__module__.startswith("quire.backends.cuda.")]
-        assert here, room
-        return {name: str(inspect.signature(function)) for name, function in here if name != "hazard_free"}
-
-    assert public(reference) == public(kernels)
 
 
 def norms(x, weight, bias, eps):

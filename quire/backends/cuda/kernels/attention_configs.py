@@ -1,6 +1,6 @@
 """Tile sizes, warps and pipeline stages of the attention kernels: one table for each, so that a tuning run can change them.
 
-Chosen by what the compiler makes of them for sm_90 (tests/backends/cuda/test_attention_compiles.py prints it): no spills, a second
+Chosen by what the compiler makes of them for sm_90 (tests/backends/cuda/compile_attention.py prints it): no spills, a second
 buffer for K and V, and room for several programs on a multiprocessor. A tile of keys is a part of the arithmetic, the rest is not.
 """
 
