@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quire.backends.cuda.cache import KVPool
 from quire.backends.cuda.hazards import hazard_free
+from quire.backends.cuda.staging import to_device
+
+AT_ONCE = 64 << 20
+"""Bytes that are gathered at a time: where a step has no memory, its copies still find it."""
 
 
 class SwapPool:
-    """Host memory for ``num_blocks`` blocks of a pool, each of them contiguous; pinned where there is a GPU."""
+    """Host memory for ``num_blocks`` blocks of a pool, as bytes, each of them contiguous; pinned where there is a GPU."""
 
     def __init__(self, pool: KVPool, num_blocks: int) -> None:
-        self._stores = [memory for memory in (pool.data, pool.scales) if memory is not None]
+        self._stores = [memory.view(torch.uint8) for memory in (pool.data, pool.scales) if memory is not None]
         pinned = pool.data.device.type == "cuda"
         self._hosts = [
             torch.zeros((num_blocks, *memory.shape[:2], *memory.shape[3:]), dtype=memory.dtype, pin_memory=pinned)
@@ -30,20 +35,22 @@ class SwapPool:
     def take(self, blocks: list[int], places: list[int]) -> None:
         """Blocks of the pool to ``places`` here."""
         for memory, host in zip(self._stores, self._hosts, strict=True):
-            gathered = memory[:, :, _index(blocks, memory)].movedim(2, 0).contiguous()
-            with _Beside(self._stream, gathered):
-                for i, place in enumerate(places):
-                    host[place].copy_(gathered[i], non_blocking=True)
+            for part in _parts(len(blocks), host):
+                gathered = memory[:, :, _index(blocks[part], memory)].movedim(2, 0).contiguous()
+                with _Beside(self._stream, gathered):
+                    for i, place in enumerate(places[part]):
+                        host[place].copy_(gathered[i], non_blocking=True)
 
     def give(self, places: list[int], blocks: list[int]) -> None:
         """Back to ``blocks`` of the pool."""
         for memory, host in zip(self._stores, self._hosts, strict=True):
-            arrived = torch.empty((len(places), *host.shape[1:]), dtype=memory.dtype, device=memory.device)
-            with _Beside(self._stream, arrived) as beside:
-                for i, place in enumerate(places):
-                    arrived[i].copy_(host[place], non_blocking=True)
-            beside.wait()
-            memory[:, :, _index(blocks, memory)] = arrived.movedim(0, 2)
+            for part in _parts(len(blocks), host):
+                arrived = torch.empty((len(places[part]), *host.shape[1:]), dtype=memory.dtype, device=memory.device)
+                with _Beside(self._stream, arrived) as beside:
+                    for i, place in enumerate(places[part]):
+                        arrived[i].copy_(host[place], non_blocking=True)
+                beside.wait()
+                memory[:, :, _index(blocks[part], memory)] = arrived.movedim(0, 2)
 
 
 class Copier:
@@ -59,7 +66,7 @@ class Copier:
         for group in hazard_free(pairs):
             within = [pair for pair in group if max(pair) < here]
             if within:
-                self._ops.copy_blocks(self._pool, torch.tensor(within, dtype=torch.int32, device=self._pool.data.device))
+                self._ops.copy_blocks(self._pool, to_device(np.array(within, np.int32), self._pool.data.device))
             if self._swap is not None:
                 if out := [(source, to - here) for source, to in group if to >= here]:
                     self._swap.take([source for source, _ in out], [to for _, to in out])
@@ -92,5 +99,11 @@ class _Beside:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
+def _parts(count: int, host: Tensor) -> list[slice]:
+    """Of ``count`` blocks, as many as may be gathered at a time."""
+    each = max(1, AT_ONCE // host[0].nbytes)
+    return [slice(begin, begin + each) for begin in range(0, count, each)]
+
+
 def _index(blocks: list[int], memory: Tensor) -> Tensor:
-    return torch.tensor(blocks, device=memory.device)
+    return to_device(np.array(blocks, np.int64), memory.device)
