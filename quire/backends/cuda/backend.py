@@ -178,7 +178,10 @@ class CudaBackend:
 
     def limits(self) -> tuple[float, float]:
         """Measured limits of the device: bytes/s that a copy reads and writes, operations/s of a product. See Backend."""
-        return limits.copy_bandwidth(self.device), limits.matmul_peak(self.device, self.decoder.dtype)
+        found = limits.copy_bandwidth(self.device), limits.matmul_peak(self.device, self.decoder.dtype)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # there is little beside the KV pool
+        return found
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads."""

@@ -17,10 +17,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written a second by a copy within the device's memory: the best of some."""
     source = torch.empty(min(_COPY_BYTES[device.type], _spare(device) // 2), dtype=torch.uint8, device=device)
     destination = torch.empty_like(source)
-    found = 2 * source.nbytes / _best(device, lambda: destination.copy_(source))
-    del source, destination
-    _give_back(device)
-    return found
+    return 2 * source.nbytes / _best(device, lambda: destination.copy_(source))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -29,23 +26,16 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     while n > _LEAST_SIZE and 5 * n * n * 4 > _spare(device):
         n //= 2
     a, b = (torch.randn((n, n), device=device).to(dtype) for _ in range(2))
-    found = 2 * n**3 / _best(device, lambda: a @ b)
-    del a, b
-    _give_back(device)
-    return found
+    return 2 * n**3 / _best(device, lambda: a @ b)
 
 
 def _spare(device: torch.device) -> int:
     """Bytes that measuring may take: the KV pool is there already, and has nearly all of the device."""
     if device.type != "cuda":
         return 1 << 40
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return free // 2
-
-
-def _give_back(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _best(device: torch.device, work: Callable[[], object]) -> float:
