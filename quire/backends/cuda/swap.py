@@ -6,6 +6,7 @@ once; the copy to the host then runs beside what follows. One that comes back is
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,21 @@ from quire.backends.cuda.staging import to_device
 
 AT_ONCE = 64 << 20
 """Bytes that are gathered at a time: where a step has no memory, its copies still find it."""
+PIECE = 256 << 20
+"""Bytes of host memory that are taken at a time."""
+
+
+class HostBlocks:
+    """Memory for blocks of ``shape`` bytes. In pieces: pinned memory comes in powers of two, so that one of 33 GiB would take 64."""
+
+    def __init__(self, count: int, shape: tuple[int, ...], pinned: bool) -> None:
+        self.shape, self.nbytes = shape, prod(shape)
+        self._each = max(1, PIECE // self.nbytes)
+        counts = [min(self._each, count - begin) for begin in range(0, count, self._each)]
+        self._pieces = [torch.empty((n, *shape), dtype=torch.uint8, pin_memory=pinned) for n in counts]
+
+    def __getitem__(self, block: int) -> Tensor:
+        return self._pieces[block // self._each][block % self._each]
 
 
 class SwapPool:
@@ -26,10 +42,7 @@ class SwapPool:
     def __init__(self, pool: KVPool, num_blocks: int) -> None:
         self._stores = [memory.view(torch.uint8) for memory in (pool.data, pool.scales) if memory is not None]
         pinned = pool.data.device.type == "cuda"
-        self._hosts = [
-            torch.zeros((num_blocks, *memory.shape[:2], *memory.shape[3:]), dtype=memory.dtype, pin_memory=pinned)
-            for memory in self._stores
-        ]
+        self._hosts = [HostBlocks(num_blocks, (*memory.shape[:2], *memory.shape[3:]), pinned) for memory in self._stores]
         self._stream = torch.cuda.Stream(pool.data.device) if pinned else None
 
     def take(self, blocks: list[int], places: list[int]) -> None:
@@ -45,7 +58,7 @@ class SwapPool:
         """Back to ``blocks`` of the pool."""
         for memory, host in zip(self._stores, self._hosts, strict=True):
             for part in _parts(len(blocks), host):
-                arrived = torch.empty((len(places[part]), *host.shape[1:]), dtype=memory.dtype, device=memory.device)
+                arrived = torch.empty((len(places[part]), *host.shape), dtype=memory.dtype, device=memory.device)
                 with _Beside(self._stream, arrived) as beside:
                     for i, place in enumerate(places[part]):
                         arrived[i].copy_(host[place], non_blocking=True)
@@ -99,9 +112,9 @@ class _Beside:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
-def _parts(count: int, host: Tensor) -> list[slice]:
+def _parts(count: int, host: HostBlocks) -> list[slice]:
     """Of ``count`` blocks, as many as may be gathered at a time."""
-    each = max(1, AT_ONCE // host[0].nbytes)
+    each = max(1, AT_ONCE // host.nbytes)
     return [slice(begin, begin + each) for begin in range(0, count, each)]
 
 
