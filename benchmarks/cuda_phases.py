@@ -6,6 +6,7 @@ import gc
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -252,9 +253,20 @@ def steps(session: Session, name: str) -> dict[str, Any]:
     options: dict[str, Any] = {"max_num_seqs": max(batches), "max_num_batched_tokens": 64 if session.tiny else 2048}
     if session.tiny:
         options["kv_memory"] = "8MiB"
+    captured = True
     for graphs in (True, False):
+        decoder.forget_pool()
+        free()
         start = time.perf_counter()
-        backend = make_backend(decoder, session.device, session.ops, cuda_graphs=graphs, **options)
+        try:
+            backend = make_backend(decoder, session.device, session.ops, cuda_graphs=graphs, **options)
+        except Exception as error:
+            if not graphs:
+                raise
+            captured = False
+            session.note(f"{name}: capture", f"FAILED: {type(error).__name__}: {str(error)[:300]}")
+            found["capture"] = {"error": traceback.format_exc()}
+            continue
         found[f"open graphs={graphs}"] = {"s": time.perf_counter() - start, "blocks": backend.num_blocks, "note": backend.memory_note}
         for batch in batches if graphs else batches[:3]:
             for overlap in (True, False) if graphs else (False,):
@@ -264,13 +276,13 @@ def steps(session: Session, name: str) -> dict[str, Any]:
                     session.note(
                         f"{name} step, batch {batch}, context {context:,}", f"{took * 1e3:.2f} ms", f"<= {floor[1]} ms, floor {floor[0]}"
                     )
-        if graphs:
+        if graphs or not captured:
             found |= _prefill(session, backend, name)
             found |= _drain(session, backend, name, options)
             found |= _same(session, backend, name, options)
         del backend
-        decoder.forget_pool()
-        free()
+    if not captured:
+        return found
     ratio = found[f"step {batches[0]} graphs=False overlap=False"] / found[f"step {batches[0]} graphs=True overlap=False"]
     middle = batches[len(batches) // 2]
     gain = found[f"step {middle} graphs=True overlap=False"] / found[f"step {middle} graphs=True overlap=True"]

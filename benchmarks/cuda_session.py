@@ -4,7 +4,8 @@
 
 Probes the device (copy bandwidth, bf16 products); checks every operation against float64 with fresh random inputs and poisoned outputs;
 sweeps paged attention; times steps of models with random weights, with and without CUDA graphs and overlap; drains 256 requests; does
-the same through transformers; looks whether results depend on the batch. A phase that fails says why, and the others go on. The full
+the same through transformers; looks whether results depend on the batch. Each phase has a process of its own: one
+that fails, or hangs, says so, and the others go on. The full
 figures are in session.json, the table comes last. --tiny: small sizes, to try the script itself without a GPU.
 """
 
@@ -33,13 +34,10 @@ import cuda_phases as phases  # noqa: E402
 from quire.backends.cuda import limits  # noqa: E402
 from quire.backends.cuda.device import make_deterministic, open_device, operations  # noqa: E402
 
-WORKSPACE = ":16:8"
-"""What ``make_deterministic`` gives cuBLAS."""
-
 
 @dataclass
 class Session:
-    device: torch.device
+    device: Any
     ops: Any
     tiny: bool
     out: Path
@@ -85,30 +83,12 @@ def probe(session: Session) -> dict[str, Any]:
     return found
 
 
-def deterministic(session: Session) -> dict[str, Any]:
-    """In a process of its own: cuBLAS asks for its workspace once."""
-    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") == WORKSPACE:
-        return phases.deterministic(session)
-    out = session.out / "deterministic"
-    command = [sys.executable, __file__, "--only", "deterministic", "--out", str(out), "--minutes", str(session.left_s / 60)]
-    command += ["--device", "cuda" if session.device.type == "cuda" else "torch-cpu", *(["--tiny"] if session.tiny else [])]
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": WORKSPACE}
-    done = subprocess.run(command, env=environment, timeout=session.left_s, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError((done.stdout + done.stderr)[-300:])
-    found = json.loads((out / "session.json").read_text())
-    for row in found["table"]:
-        session.note(*row)
-    result: dict[str, Any] = found["deterministic"]
-    return result
-
-
-def give_up(session: Session) -> None:
+def give_up(session: Session, name: str) -> None:
     """Something hangs, or takes longer than there is time: what is known is kept."""
-    session.note("time", "is up")
+    session.note(name, "FAILED: its time is up")
+    session.results[name] = session.found | {"error": "time"}
     faulthandler.dump_traceback(all_threads=True)
     session.save()
-    session.table()
     os._exit(1)
 
 
@@ -119,11 +99,52 @@ PHASES: dict[str, Callable[[Session], Any]] = {
     "steps-0.6B": lambda session: phases.steps(session, "Qwen3-0.6B"),
     "steps-8B": lambda session: phases.steps(session, "Llama-3.1-8B"),
     "steps-1B": lambda session: phases.steps(session, "Llama-3.2-1B"),
-    "deterministic": deterministic,
+    "deterministic": phases.deterministic,
     "transformers": phases.transformers,
 }
 NEEDS_S = {"attention": 40, "steps-0.6B": 60, "steps-8B": 75, "steps-1B": 60, "deterministic": 50, "transformers": 60}
 """Seconds without which a phase is not begun, generously."""
+MOST_S = {"check": 120, "attention": 120, "steps-0.6B": 150, "steps-8B": 150, "steps-1B": 120, "deterministic": 90, "transformers": 240}
+"""After which it ends: what hangs should not take the others' time."""
+
+
+def here(session: Session, name: str) -> int:
+    """One phase, in this process."""
+    timer = threading.Timer(max(1.0, session.left_s), give_up, [session, name])
+    timer.daemon = True
+    timer.start()
+    try:
+        session.results[name] = PHASES[name](session)
+        code = 0
+    except Exception as error:
+        session.results[name] = session.found | {"error": traceback.format_exc()}
+        session.note(name, f"FAILED: {type(error).__name__}: {str(error)[:300]}")
+        code = 1
+    timer.cancel()
+    session.save()
+    return code
+
+
+def apart(session: Session, name: str, options: list[str]) -> bool:
+    """One phase, in a process of its own: a kernel that reads where it may not leaves a process without its device."""
+    limit = min(MOST_S.get(name, 60), session.left_s - 5)
+    out = session.out / name
+    (out / "session.json").unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--here", "--only", name, "--out", str(out), "--minutes", str(limit / 60), *options]
+    how = "its time is up"
+    try:
+        done = subprocess.run(command, timeout=limit + 4, check=False)
+        how = f"it ended with status {done.returncode}"
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        found = json.loads((out / "session.json").read_text())
+    except (OSError, ValueError):
+        session.note(name, f"FAILED: {how}")
+        return False
+    session.results[name] = found[name]
+    session.rows += map(tuple, found["table"])
+    return "error" not in found[name]
 
 
 def main() -> int:
@@ -133,34 +154,28 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(PHASES), help=f"phases, of {', '.join(PHASES)}")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--here", action="store_true", help="one phase, in this process")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") == WORKSPACE:
-        make_deterministic()
-    device = open_device(args.device)
-    session = Session(device, operations(device), args.tiny, args.out, began + 60 * args.minutes)
-    timer = threading.Timer(max(0.0, session.left_s - 5), give_up, [session])
-    timer.daemon = True
-    timer.start()
+    end = began + 60 * args.minutes
+    if args.here:
+        if args.only == "deterministic":
+            make_deterministic()
+        device = open_device(args.device)
+        return here(Session(device, operations(device), args.tiny, args.out, end), args.only)
+    session = Session(None, None, args.tiny, args.out, end)
     failed = []
     for name in args.only.split(","):
         start = time.monotonic()
         if not args.tiny and session.left_s < NEEDS_S.get(name, 0):
             session.note(name, f"left out: {session.left_s:.0f} s are left")
             continue
-        session.found = {}
         print(f"{name} ({session.left_s:.0f} s left)", flush=True)
-        try:
-            session.results[name] = PHASES[name](session)
-        except Exception as error:
+        if not apart(session, name, ["--device", args.device, *(["--tiny"] if args.tiny else [])]):
             failed.append(name)
-            session.results[name] = session.found | {"error": traceback.format_exc()}
-            session.note(name, f"FAILED: {type(error).__name__}: {str(error)[:300]}")
-        phases.free()  # what a failed phase held, its frames among them, is garbage now
         session.results.setdefault("seconds", {})[name] = time.monotonic() - start
         session.save()
-    timer.cancel()
     print(f"\n{time.monotonic() - began:.0f} s")
     session.table()
     return 1 if failed else 0
