@@ -20,6 +20,10 @@ from quire.backends.cuda.backend import CudaBackend, Pending
 from quire.backends.cuda.cache import KVPool
 from quire.backends.cuda.kernels.attention_configs import decode_config, prefill_config
 from quire.backends.cuda.limits import copy_bandwidth
+from quire.backends.cuda.quantize import quantize_weight
+from quire.backends.cuda.reference import operations as reference
+from quire.backends.cuda.sampling_tensors import SamplingTensors
+from quire.backends.cuda.swap import Copier
 from quire.backends.cuda.tiles import SPLIT, DecodeScratch, DecodeTiles, packed_size, prefill_tiles, write_decode_tiles
 from quire.config import EngineConfig
 from quire.core.engine import Engine
@@ -114,7 +118,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def check(session: Session) -> dict[str, Any]:
-    """Every operation against float64; the bound is 1e-2, of bfloat16."""
+    """Norm, activation and attention against float64; the bound is 1e-2, of bfloat16."""
     torch.manual_seed(time.time_ns() % (1 << 31))
     ops, device, found = session.ops, session.device, session.found
     bf16 = torch.bfloat16
@@ -156,6 +160,88 @@ def _check_prefill(session: Session, kv: str, block: int) -> float:
     session.ops.prefill(q, case["kv"], case["tables"], case["rows"], there, case["lengths"], tiles, 128**-0.5, 0, out)
     exact = [_exact(q[start[i] : start[i + 1]], case["kv"], case["tables"][i], n) for i, n in enumerate(lengths)]
     return _error(out, torch.cat(exact))
+
+
+def others(session: Session) -> dict[str, Any]:
+    """The other operations against their reference on the CPU; the sampler's draws, and copies through the host, have to be the same."""
+    torch.manual_seed(time.time_ns() % (1 << 31))
+    found, device, bf16 = session.found, session.device, torch.bfloat16
+
+    def compare(name: str, work: Callable[..., Any], expected: Callable[..., Any], *arguments: Any, exact: bool = False) -> None:
+        """Of what both return, or of their first argument where that is nothing."""
+        try:
+            there = _moved(arguments, device)
+            ours, theirs = work(*there), expected(*(arguments := _moved(arguments, "cpu")))
+            ours, theirs = (there[0], arguments[0]) if theirs is None else (ours, theirs)
+            pairs = list(zip(ours, theirs, strict=True)) if isinstance(theirs, tuple) else [(ours, theirs)]
+            if exact:
+                found[name] = max(float((a.cpu() != b).float().mean()) for a, b in pairs)
+            else:
+                found[name] = max(_error(a.cpu()[b.isfinite()], b[b.isfinite()]) for a, b in pairs)
+        except Exception as error:
+            found[name] = float("nan")
+            session.note(name, f"FAILED: {type(error).__name__}: {str(error)[:200]}")
+
+    ops = session.ops
+    x, up = torch.randn(37, 1000, dtype=bf16), torch.randn(37, 2048, dtype=bf16)
+    weight, bias = torch.rand(1000, dtype=bf16), torch.rand(1000, dtype=bf16)
+    compare("layer_norm", ops.layer_norm, reference.layer_norm, x, weight, bias, 1e-5)
+    for kind in ("gelu", "gelu_tanh", "relu"):
+        compare(kind, ops.activate, reference.activate, up, kind, False)
+    for kind in ("int8", "fp8"):
+        stored, scales = quantize_weight(torch.randn(3072, 2048), kind)  # type: ignore[arg-type]
+        for tokens in (1, 17, 64, 300):
+            compare(f"linear {kind} {tokens}", ops.quantized_linear, reference.quantized_linear, torch.randn(tokens, 2048, dtype=bf16),
+                    stored, scales)  # fmt: skip
+    angles = torch.rand(500, 64)
+    for kv in ("bfloat16", "int8", "fp8"):
+        pools = KVPool(1, 12, 8, 16, 128, kv, device), KVPool(1, 12, 8, 16, 128, kv, torch.device("cpu"))
+        qkv, slots = torch.randn(50, 32 * 128, dtype=bf16), torch.randperm(192)[:50].int()
+        norms = torch.rand(128, dtype=bf16), torch.rand(128, dtype=bf16)
+        rest = (torch.arange(100, 150).int(), slots, 16, (angles.cos(), angles.sin()), *norms)
+
+        def write(operations: Any, pool: KVPool, *arguments: Any) -> tuple[Tensor, ...]:
+            operations.write_kv(arguments[0], pool.layer(0), *arguments[1:])
+            scales = 1.0 if pool.scales is None else pool.scales[..., None].float()
+            return arguments[0], pool.data.float() * scales
+
+        compare(f"write_kv {kv}", partial(write, ops, pools[0]), partial(write, reference, pools[1]), qkv, *rest)
+        before = pools[0].data.view(torch.uint8).clone()
+        copier = Copier(pools[0], 12, 12, ops)
+        copier.copy([(i, 12 + (i + 5) % 12) for i in range(12)])
+        copier.copy([(0, 1), (1, 2)])
+        copier.copy([(12 + (i + 5) % 12, i) for i in range(12)])
+        found[f"swap {kv}"] = float(not torch.equal(pools[0].data.view(torch.uint8), before))
+    for rows, vocab in [(7, 500)] if session.tiny else [(7, 500), (64, 128256)]:
+        for dtype in (torch.float32, bf16):
+            logits = (torch.randn(rows, vocab) * 3).to(dtype)
+            cuts = SamplingTensors(
+                torch.rand(rows) + 0.5, torch.randint(1, 50, (rows,)).int(), torch.rand(rows), torch.rand(rows) / 10,
+                torch.randint(0, 1 << 60, (rows,)), torch.randint(0, 1000, (rows,)),
+            )  # fmt: skip
+            compare(f"sample {rows} x {vocab} {dtype}", ops.sample, reference.sample, logits, cuts, exact=True)
+            tokens = logits.argsort(1)[:, -3].int().contiguous()
+            compare(f"report {rows} x {vocab} {dtype}", ops.report, reference.report, logits, tokens, 5)
+        history = torch.randint(0, vocab, (rows, 800)).int()
+        values = [torch.full((rows,), value) for value in (1.2, 0.3, 0.1)]
+        numbers = [torch.arange(rows).int(), torch.full((rows,), 300).int(), torch.full((rows,), 700).int()]
+        compare(f"penalize {rows} x {vocab}", ops.penalize, reference.penalize, torch.randn(rows, vocab), history, *numbers, *values)
+    wrong = {name: error for name, error in found.items() if not error < 1e-2}
+    session.note("other operations against their reference", f"{len(wrong)} of {len(found)} differ {sorted(wrong)}", "0")
+    if wrong:
+        raise AssertionError(wrong)
+    return found
+
+
+def _moved(value: Any, device: Any) -> Any:
+    """Copies of all tensors in ``value``."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, tuple):
+        return tuple(_moved(each, device) for each in value)
+    if isinstance(value, SamplingTensors):
+        return SamplingTensors(**{name: _moved(getattr(value, name), device) for name in value.__slots__})
+    return value
 
 
 def attention(session: Session) -> dict[str, Any]:
