@@ -6,7 +6,9 @@ import gc
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,11 @@ from cuda_models import SHAPES, canonical, make_backend, make_decoder
 from quire.backends.cuda.backend import CudaBackend, Pending
 from quire.backends.cuda.cache import KVPool
 from quire.backends.cuda.kernels.attention_configs import decode_config, prefill_config
+from quire.backends.cuda.limits import copy_bandwidth
+from quire.backends.cuda.quantize import quantize_weight
+from quire.backends.cuda.reference import operations as reference
+from quire.backends.cuda.sampling_tensors import SamplingTensors
+from quire.backends.cuda.swap import Copier
 from quire.backends.cuda.tiles import SPLIT, DecodeScratch, DecodeTiles, packed_size, prefill_tiles, write_decode_tiles
 from quire.config import EngineConfig
 from quire.core.engine import Engine
@@ -34,10 +41,13 @@ FLOORS_MS = {
 """(model, batch) → (what an H200 allows, what is wanted) for a step at a context of 1,024."""
 DRAIN = {"Qwen3-0.6B": 22_000, "Llama-3.1-8B": 10_000}
 """Output tokens/s that are wanted of 256 requests."""
+PEER_S = 75
+"""Room that a run of transformers wants."""
 
 
 def seconds(session: Session, work: Callable[[], object], repeats: int = 20) -> float:
-    """The median of some runs, by the device's clock; each begins with another cache."""
+    """The median of some runs, by the device's clock; each begins with another cache, and with the device busy until the host has queued
+    it: a launch may take the host longer than the device."""
     if session.device.type != "cuda":
         start = time.perf_counter()
         work()
@@ -46,6 +56,7 @@ def seconds(session: Session, work: Callable[[], object], repeats: int = 20) -> 
     times = []
     for i in range(repeats + 3):
         flush.zero_()
+        torch.cuda._sleep(1_000_000)  # cycles
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         work()
@@ -107,9 +118,9 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def check(session: Session) -> dict[str, Any]:
-    """Every operation against float64; the bound is 1e-2, of bfloat16."""
+    """Norm, activation and attention against float64; the bound is 1e-2, of bfloat16."""
     torch.manual_seed(time.time_ns() % (1 << 31))
-    ops, device, found = session.ops, session.device, {}
+    ops, device, found = session.ops, session.device, session.found
     bf16 = torch.bfloat16
     x = torch.randn(37, 1024, device=device, dtype=bf16)
     weight = torch.rand(1024, device=device, dtype=bf16)
@@ -131,10 +142,9 @@ def check(session: Session) -> dict[str, Any]:
             ops.decode(q[5:], *one.values(), 128**-0.5, 0, alone)
             found[f"decode {kv} block {block}: a row alone differs"] = float(not torch.equal(alone[0], out[5]))
             found[f"prefill {kv} block {block}"] = _check_prefill(session, kv, block)
-    worst = max(found.values())
-    session.note("operations against float64", f"{worst:.1e} at worst, of {len(found)} cases", "1e-2")
-    if not worst < 1e-2:  # NaN too
-        raise AssertionError({name: error for name, error in found.items() if not error < 1e-2})
+    session.note("operations against float64", f"{max(found.values()):.1e} at worst, of {len(found)} cases", "1e-2")
+    if wrong := {name: error for name, error in found.items() if not error < 1e-2}:  # NaN too
+        raise AssertionError(wrong)
     return found
 
 
@@ -152,10 +162,93 @@ def _check_prefill(session: Session, kv: str, block: int) -> float:
     return _error(out, torch.cat(exact))
 
 
+def others(session: Session) -> dict[str, Any]:
+    """The other operations against their reference on the CPU; the sampler's draws, and copies through the host, have to be the same."""
+    torch.manual_seed(time.time_ns() % (1 << 31))
+    found, device, bf16 = session.found, session.device, torch.bfloat16
+
+    def compare(name: str, work: Callable[..., Any], expected: Callable[..., Any], *arguments: Any, exact: bool = False) -> None:
+        """Of what both return, or of their first argument where that is nothing."""
+        try:
+            there = _moved(arguments, device)
+            ours, theirs = work(*there), expected(*(arguments := _moved(arguments, "cpu")))
+            ours, theirs = (there[0], arguments[0]) if theirs is None else (ours, theirs)
+            pairs = list(zip(ours, theirs, strict=True)) if isinstance(theirs, tuple) else [(ours, theirs)]
+            if exact:
+                found[name] = max(float((a.cpu() != b).float().mean()) for a, b in pairs)
+            else:
+                found[name] = max(_error(a.cpu()[b.isfinite()], b[b.isfinite()]) for a, b in pairs)
+        except Exception as error:
+            found[name] = float("nan")
+            session.note(name, f"FAILED: {type(error).__name__}: {str(error)[:200]}")
+
+    ops = session.ops
+    x, up = torch.randn(37, 1000, dtype=bf16), torch.randn(37, 2048, dtype=bf16)
+    weight, bias = torch.rand(1000, dtype=bf16), torch.rand(1000, dtype=bf16)
+    compare("layer_norm", ops.layer_norm, reference.layer_norm, x, weight, bias, 1e-5)
+    for kind in ("gelu", "gelu_tanh", "relu"):
+        compare(kind, ops.activate, reference.activate, up, kind, False)
+    channels, depth = (96, 1000) if session.tiny else (3072, 2048)
+    for kind in ("int8", "fp8"):
+        stored, scales = quantize_weight(torch.randn(channels, depth), kind)  # type: ignore[arg-type]
+        for tokens in (1, 17) if session.tiny else (1, 17, 64, 300):
+            compare(f"linear {kind} {tokens}", ops.quantized_linear, reference.quantized_linear, torch.randn(tokens, depth, dtype=bf16),
+                    stored, scales)  # fmt: skip
+    angles = torch.rand(500, 64)
+    for kv in ("bfloat16", "int8", "fp8"):
+        pools = KVPool(1, 12, 8, 16, 128, kv, device), KVPool(1, 12, 8, 16, 128, kv, torch.device("cpu"))
+        qkv, slots = torch.randn(50, 32 * 128, dtype=bf16), torch.randperm(192)[:50].int()
+        norms = torch.rand(128, dtype=bf16), torch.rand(128, dtype=bf16)
+        rest = (torch.arange(100, 150).int(), slots, 16, (angles.cos(), angles.sin()), *norms)
+
+        def write(operations: Any, pool: KVPool, *arguments: Any) -> tuple[Tensor, ...]:
+            operations.write_kv(arguments[0], pool.layer(0), *arguments[1:])
+            scales = 1.0 if pool.scales is None else pool.scales[..., None].float()
+            return arguments[0], pool.data.float() * scales
+
+        compare(f"write_kv {kv}", partial(write, ops, pools[0]), partial(write, reference, pools[1]), qkv, *rest)
+        before = pools[0].data.view(torch.uint8).clone()
+        copier = Copier(pools[0], 12, 12, ops)
+        copier.copy([(i, 12 + (i + 5) % 12) for i in range(12)])
+        copier.copy([(0, 1), (1, 2)])
+        copier.copy([(12 + (i + 5) % 12, i) for i in range(12)])
+        found[f"swap {kv}"] = float(not torch.equal(pools[0].data.view(torch.uint8), before))
+    for rows, vocab in [(7, 500)] if session.tiny else [(7, 500), (64, 128256)]:
+        for dtype in (torch.float32, bf16):
+            logits = (torch.randn(rows, vocab) * 3).to(dtype)
+            cuts = SamplingTensors(
+                torch.rand(rows) + 0.5, torch.randint(1, 50, (rows,)).int(), torch.rand(rows), torch.rand(rows) / 10,
+                torch.randint(0, 1 << 60, (rows,)), torch.randint(0, 1000, (rows,)),
+            )  # fmt: skip
+            compare(f"sample {rows} x {vocab} {dtype}", ops.sample, reference.sample, logits, cuts, exact=True)
+            tokens = logits.argsort(1)[:, -3].int().contiguous()
+            compare(f"report {rows} x {vocab} {dtype}", ops.report, reference.report, logits, tokens, 5)
+        history = torch.randint(0, vocab, (rows, 800)).int()
+        values = [torch.full((rows,), value) for value in (1.2, 0.3, 0.1)]
+        numbers = [torch.arange(rows).int(), torch.full((rows,), 300).int(), torch.full((rows,), 700).int()]
+        compare(f"penalize {rows} x {vocab}", ops.penalize, reference.penalize, torch.randn(rows, vocab), history, *numbers, *values)
+    wrong = {name: error for name, error in found.items() if not error < 1e-2}
+    session.note("other operations against their reference", f"{len(wrong)} of {len(found)} differ {sorted(wrong)}", "0")
+    if wrong:
+        raise AssertionError(wrong)
+    return found
+
+
+def _moved(value: Any, device: Any) -> Any:
+    """Copies of all tensors in ``value``."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, tuple):
+        return tuple(_moved(each, device) for each in value)
+    if isinstance(value, SamplingTensors):
+        return SamplingTensors(**{name: _moved(getattr(value, name), device) for name in value.__slots__})
+    return value
+
+
 def attention(session: Session) -> dict[str, Any]:
     """Decode by batch and context, and a prefill of 8,192 tokens."""
-    found: dict[str, Any] = {}
-    bandwidth = session.results["probe"]["copy_bandwidth"]
+    found = session.found
+    bandwidth = session.results.get("probe", {}).get("copy_bandwidth") or copy_bandwidth(session.device)
     sweep = [(1, 8192), (1, 32768), (8, 4096), (32, 1024), (32, 8192), (128, 1024), (256, 1024), (256, 2048)]
     for kv in ("bfloat16", "fp8", "int8"):
         for block in (16, 32, 64):
@@ -238,7 +331,7 @@ def _step_seconds(backend: CudaBackend, batch: int, context: int, overlap: bool,
 def steps(session: Session, name: str) -> dict[str, Any]:
     """Times of decode steps, of prefill, of a drain; and whether results depend on the batch."""
     shape = "tiny" if session.tiny else name
-    found: dict[str, Any] = {}
+    found = session.found
     start = time.perf_counter()
     decoder = make_decoder(shape, session.device, session.ops)
     _synchronize(session)
@@ -247,9 +340,20 @@ def steps(session: Session, name: str) -> dict[str, Any]:
     options: dict[str, Any] = {"max_num_seqs": max(batches), "max_num_batched_tokens": 64 if session.tiny else 2048}
     if session.tiny:
         options["kv_memory"] = "8MiB"
+    captured = True
     for graphs in (True, False):
+        decoder.forget_pool()
+        free()
         start = time.perf_counter()
-        backend = make_backend(decoder, session.device, session.ops, cuda_graphs=graphs, **options)
+        try:
+            backend = make_backend(decoder, session.device, session.ops, cuda_graphs=graphs, **options)
+        except Exception as error:
+            if not graphs:
+                raise
+            captured = False
+            session.note(f"{name}: capture", f"FAILED: {type(error).__name__}: {str(error)[:300]}")
+            found["capture"] = {"error": traceback.format_exc()}
+            continue
         found[f"open graphs={graphs}"] = {"s": time.perf_counter() - start, "blocks": backend.num_blocks, "note": backend.memory_note}
         for batch in batches if graphs else batches[:3]:
             for overlap in (True, False) if graphs else (False,):
@@ -259,12 +363,13 @@ def steps(session: Session, name: str) -> dict[str, Any]:
                     session.note(
                         f"{name} step, batch {batch}, context {context:,}", f"{took * 1e3:.2f} ms", f"<= {floor[1]} ms, floor {floor[0]}"
                     )
-        if graphs:
+        if graphs or not captured:
             found |= _prefill(session, backend, name)
             found |= _drain(session, backend, name, options)
             found |= _same(session, backend, name, options)
         del backend
-        _free()
+    if not captured:
+        return found
     ratio = found[f"step {batches[0]} graphs=False overlap=False"] / found[f"step {batches[0]} graphs=True overlap=False"]
     middle = batches[len(batches) // 2]
     gain = found[f"step {middle} graphs=True overlap=False"] / found[f"step {middle} graphs=True overlap=True"]
@@ -344,9 +449,19 @@ def _same(session: Session, backend: CudaBackend, name: str, options: dict[str, 
     return {"differ_alone": differ}
 
 
+def deterministic(session: Session) -> dict[str, Any]:
+    """What depends on the batch with --deterministic, which is to be set before a process's first product."""
+    name = "tiny" if session.tiny else "Qwen3-0.6B"
+    options: dict[str, Any] = {"max_num_seqs": 64, "max_num_batched_tokens": 64 if session.tiny else 2048, "deterministic": True}
+    if session.tiny:
+        options["kv_memory"] = "8MiB"
+    backend = make_backend(make_decoder(name, session.device, session.ops), session.device, session.ops, **options)
+    return _same(session, backend, f"{name} --deterministic", options)
+
+
 def transformers(session: Session) -> dict[str, Any]:
     """The same weights and requests through transformers: static batches, and its continuous batching."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     name = "tiny" if session.tiny else "Qwen3-0.6B"
     values = SHAPES[name]
@@ -354,28 +469,11 @@ def transformers(session: Session) -> dict[str, Any]:
     dtype = getattr(torch, values["torch_dtype"])
     with torch.device(session.device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    found: dict[str, Any] = {}
+    found = session.found
     requests = _requests(session, values["vocab_size"])[: 5 if session.tiny else 64]
     total = sum(request.params.max_tokens or 0 for request in requests)
-    with torch.inference_mode():
-        for size in [2] if session.tiny else [16, 64]:
-            ordered = sorted(requests, key=lambda request: request.params.max_tokens or 0)  # which favours static batches
-            start = time.perf_counter()
-            for i in range(0, len(ordered), size):
-                _static(model, ordered[i : i + size], session.device)
-            _synchronize(session)
-            found[f"static {size}"] = total / (time.perf_counter() - start)
-        if hasattr(model, "generate_batch"):
-            most = max(request.params.max_tokens or 0 for request in requests)
-            generation = GenerationConfig(max_new_tokens=most, do_sample=True, eos_token_id=-1, pad_token_id=0)
-            start = time.perf_counter()
-            outputs = model.generate_batch([request.prompt_token_ids for request in requests], generation_config=generation)
-            made = sum(len(output.generated_tokens) for output in outputs.values())
-            found["continuous"] = made / (time.perf_counter() - start)
     state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     decoder = make_decoder(name, session.device, session.ops, canonical(name, state))
-    del model, state
-    _free()
     options: dict[str, Any] = {"max_num_seqs": 64, "max_num_batched_tokens": 64 if session.tiny else 2048}
     if session.tiny:
         options["kv_memory"] = "8MiB"
@@ -384,11 +482,46 @@ def transformers(session: Session) -> dict[str, Any]:
     start = time.perf_counter()
     run(backend, options, requests)
     found["quire"] = total / (time.perf_counter() - start)
+    del backend, decoder
+    free()
+    peers: dict[str, Callable[[], int]] = {
+        f"static {size}": partial(_static_batches, session, model, requests, size) for size in ([2] if session.tiny else [64, 16])
+    }
+    if hasattr(model, "generate_batch"):
+        peers["continuous"] = partial(_continuous, model, requests)
+    for peer, work in peers.items():
+        if session.left_s < PEER_S:
+            session.note(f"transformers {peer}", f"left out: {session.left_s:.0f} s are left")
+            continue
+        try:
+            start = time.perf_counter()
+            with torch.inference_mode():
+                made = work()
+            found[peer] = made / (time.perf_counter() - start)
+        except Exception as error:  # its affair
+            session.note(f"transformers {peer}", f"FAILED: {type(error).__name__}: {str(error)[:200]}")
     for peer, rate in found.items():
         if peer != "quire":
             session.note(f"{name}, {len(requests)} requests: Quire against transformers {peer}", f"{found['quire'] / rate:.1f}x "
                          f"({found['quire']:,.0f} against {rate:,.0f} output tokens/s)", ">= 5x continuous, >= 8x static")  # fmt: skip
     return found
+
+
+def _static_batches(session: Session, model: Any, requests: list[Request], size: int) -> int:
+    ordered = sorted(requests, key=lambda request: request.params.max_tokens or 0)  # which favours static batches
+    for i in range(0, len(ordered), size):
+        _static(model, ordered[i : i + size], session.device)
+    _synchronize(session)
+    return sum(request.params.max_tokens or 0 for request in requests)
+
+
+def _continuous(model: Any, requests: list[Request]) -> int:
+    from transformers import GenerationConfig
+
+    most = max(request.params.max_tokens or 0 for request in requests)
+    generation = GenerationConfig(max_new_tokens=most, do_sample=True, eos_token_id=-1, pad_token_id=0)
+    outputs = model.generate_batch([request.prompt_token_ids for request in requests], generation_config=generation)
+    return sum(len(output.generated_tokens) for output in outputs.values())
 
 
 def _static(model: Any, batch: list[Request], device: torch.device) -> None:
@@ -407,7 +540,7 @@ def _synchronize(session: Session) -> None:
         torch.cuda.synchronize()
 
 
-def _free() -> None:
+def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -22,6 +22,7 @@ from quire.backends.cuda.group import Group
 from quire.backends.cuda.ranks import Ranks
 from quire.backends.cuda.sampler import Sampled, Sampler, read
 from quire.backends.cuda.scorer import Scorer, Scores
+from quire.backends.cuda.staging import to_device
 from quire.backends.cuda.steps import Samples, Steps
 from quire.backends.cuda.swap import Copier
 from quire.backends.cuda.tables import Tables, Updates
@@ -31,7 +32,7 @@ from quire.backends.progress import Progress
 from quire.backends.rows import Batch, Rows, fresh_blocks
 from quire.config import EngineConfig
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
-from quire.errors import StepMemoryError
+from quire.errors import EngineError, StepMemoryError
 from quire.models.spec import TransformerSpec
 
 
@@ -123,7 +124,7 @@ class CudaBackend:
             self._parameters.begin(start)
             self._scorer.begin(start)
         if plan.copies:
-            self._copier.copy(plan.copies)
+            self._copy(plan.copies)
         if self._poison:
             self._poison_fresh(plan)
         work, order = decoding_first(plan.work)
@@ -135,6 +136,13 @@ class CudaBackend:
             rows = batch.sampled[~self._parameters.beams[batch.sampled]]
             self._rows.append(rows, np.zeros(len(rows), np.int32))
         return pending
+
+    def _copy(self, pairs: list[tuple[int, int]]) -> None:
+        """They count even where there is no memory for the step: without them the engine can't go on."""
+        try:
+            self._copier.copy(pairs)
+        except torch.OutOfMemoryError as e:
+            raise EngineError(f"the device has no memory left to copy blocks: {str(e).splitlines()[0]}") from None
 
     def lead(self, ranks: Ranks) -> None:
         """``ranks`` compute their parts of every step from now on."""
@@ -170,7 +178,10 @@ class CudaBackend:
 
     def limits(self) -> tuple[float, float]:
         """Measured limits of the device: bytes/s that a copy reads and writes, operations/s of a product. See Backend."""
-        return limits.copy_bandwidth(self.device), limits.matmul_peak(self.device, self.decoder.dtype)
+        found = limits.copy_bandwidth(self.device), limits.matmul_peak(self.device, self.decoder.dtype)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # there is little beside the KV pool
+        return found
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads."""
@@ -255,4 +266,4 @@ class CudaBackend:
     def _poison_fresh(self, plan: StepPlan) -> None:
         """Fill blocks that this step begins to write with NaN: what reads them before they are written shows."""
         if fresh := fresh_blocks(plan, self.block_size):
-            self._ops.fill_blocks(self._pool, torch.tensor(fresh, dtype=torch.int32, device=self.device), float("nan"))
+            self._ops.fill_blocks(self._pool, to_device(np.array(fresh, np.int32), self.device), float("nan"))

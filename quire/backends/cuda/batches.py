@@ -17,6 +17,8 @@ I32 = npt.NDArray[np.int32]
 def decoding_first(work: Sequence[RowWork]) -> tuple[list[RowWork], npt.NDArray[np.int64] | None]:
     """The work with that of one position first; and where in its samples the plan's i-th is, None where nothing has moved."""
     first = [w for w in work if w.count == 1]
+    if len(first) == len(work):
+        return first, None
     ordered = first + [w for w in work if w.count != 1]
     if all(a is b for a, b in zip(ordered, work, strict=True)):
         return ordered, None

@@ -6,10 +6,14 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+from quire.config import EngineConfig
 from quire.errors import ConfigError
 
 LEAST_CAPABILITY = (8, 0)
 """bfloat16 products and asynchronous copies into shared memory: Ampere."""
+
+FP8_CAPABILITY = (8, 9)
+"""Instructions that convert e4m3."""
 
 
 def make_deterministic() -> None:
@@ -59,6 +63,20 @@ def open_device(name: str, index: int = 0) -> Any:
         raise _missing(name, "Triton is")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def check_fp8(config: EngineConfig, index: int) -> None:
+    """Raises ConfigError where GPU ``index`` is to convert numbers that it has no instructions for."""
+    import torch
+
+    capability = torch.cuda.get_device_capability(index)
+    for option, value in (("kv_dtype", config.kv_dtype), ("quantize", config.quantize)):
+        if value == "fp8" and capability < FP8_CAPABILITY:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} fp8: {torch.cuda.get_device_name(index)} has compute capability "
+                f"{capability[0]}.{capability[1]}; {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} (Ada) is the least: take int8",
+                param=option,
+            )
 
 
 def operations(device: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from quire.backends.cuda import parallel
 from quire.backends.cuda.backend import CudaBackend
 from quire.backends.cuda.decoder import Decoder
-from quire.backends.cuda.device import make_deterministic, open_device, operations
+from quire.backends.cuda.device import check_fp8, make_deterministic, open_device, operations
 from quire.backends.cuda.group import Group
 from quire.backends.cuda.memory import device_room
 from quire.backends.cuda.ranks import Ranks
@@ -21,6 +21,7 @@ from quire.backends.cuda.weights import Loader
 from quire.backends.memory import KVMemory, context_length, kv_memory
 from quire.backends.progress import Progress
 from quire.config import EngineConfig
+from quire.errors import CapacityError
 from quire.models.weights import load_model, load_spec, resolve_model
 
 FIXED_ROWS = 8
@@ -47,11 +48,23 @@ def open_cuda(config: EngineConfig, report: Report | None = None) -> CudaBackend
 
 def open_rank(config: EngineConfig, rank: int = 0, folder: Path | None = None, report: Report | None = None) -> CudaBackend:
     """The part of ``rank`` of the devices that share the model. folder: where they meet."""
+    try:
+        return _open_rank(config, rank, folder, report)
+    except torch.OutOfMemoryError as e:
+        raise CapacityError(
+            f"the device has no memory left while the model is loaded ({str(e).splitlines()[0]}): free some, lower --max-num-seqs, "
+            "--max-num-batched-tokens or a stated --kv-memory, or take a smaller model"
+        ) from None
+
+
+def _open_rank(config: EngineConfig, rank: int, folder: Path | None, report: Report | None) -> CudaBackend:
     tell = report or (lambda phase, seconds: None)
     start = perf_counter()
     if config.deterministic:
         make_deterministic()
     device = open_device(config.device, rank)
+    if device.type == "cuda":
+        check_fp8(config, rank)
     if device.type == "cpu" and config.threads is not None:
         torch.set_num_threads(config.threads)
     ops = operations(device)

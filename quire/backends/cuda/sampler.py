@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.backends.cuda.sampling_tensors import SamplingTensors
+from quire.backends.cuda.staging import to_device
 from quire.backends.cuda.tables import FIRST_FLOAT, PROMPT, SEED, TOP_K, Tables
 from quire.backends.parameters import COUNTS, FLOATS, REPEATS, USES, Parameters, entry, failure
 from quire.core.plan import StepResult
@@ -76,7 +77,7 @@ class Sampler:
         uses = self._parameters.used(rows)
         changed = logits
         if masks or uses & ~_TRUNCATES & ~USES["logprobs"]:
-            changed = self._changed(logits.float().clone(), there, uses, rows, lengths, masks)
+            changed = self._changed(logits.to(torch.float32, copy=True), there, uses, rows, lengths, masks)
         found = self.plain(changed, *there, bool(uses & _TRUNCATES))
         sampled = Sampled(found, rows, [mask is not None for mask in masks] or [False] * len(rows))
         if uses & USES["logprobs"]:
@@ -91,7 +92,7 @@ class Sampler:
         ops, parameters = self._ops, self._parameters
 
         def on_device(array: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(logits.device)
+            return to_device(array, logits.device)
 
         if masks:
             index, words = parameters.mask_words(masks)

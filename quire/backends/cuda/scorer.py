@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from quire.backends.cuda.decoder import Decoder
+from quire.backends.cuda.staging import to_device
 from quire.backends.parameters import FAILURES, entry
 from quire.backends.pooling import Pooling
 from quire.backends.rows import Rows
@@ -55,7 +55,7 @@ class Scorer:
         return Scores([states.float()], read)
 
     def _reported(self, row: int, positions: range, states: Tensor) -> Scores:
-        targets = torch.from_numpy(self._rows.tokens[row, positions.start + 1 : positions.stop + 1].copy()).to(states.device)
+        targets = to_device(self._rows.tokens[row, positions.start + 1 : positions.stop + 1], states.device)
         width = int(self._num_top[row])
         tensors: list[Tensor] = []
         for begin in range(0, len(states), MAX_SCORED_ROWS):

@@ -58,6 +58,12 @@ class Staging:
         return torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)
 
 
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of ``array``, from pinned memory: from elsewhere the host would wait for all that is queued before it."""
+    host = torch.from_numpy(np.array(array, order="C"))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
 def layout(sizes: Sequence[int]) -> tuple[list[int], int]:
     """Where arrays of ``sizes`` start, and where the last one ends."""
     offsets, at = [], 0

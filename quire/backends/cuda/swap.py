@@ -6,44 +6,64 @@ once; the copy to the host then runs beside what follows. One that comes back is
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quire.backends.cuda.cache import KVPool
 from quire.backends.cuda.hazards import hazard_free
+from quire.backends.cuda.staging import to_device
+
+AT_ONCE = 64 << 20
+"""Bytes that are gathered at a time: where a step has no memory, its copies still find it."""
+PIECE = 256 << 20
+"""Bytes of host memory that are taken at a time."""
+
+
+class HostBlocks:
+    """Memory for blocks of ``shape`` bytes. In pieces: pinned memory comes in powers of two, so that one of 33 GiB would take 64."""
+
+    def __init__(self, count: int, shape: tuple[int, ...], pinned: bool) -> None:
+        self.shape, self.nbytes = shape, prod(shape)
+        self._each = max(1, PIECE // self.nbytes)
+        counts = [min(self._each, count - begin) for begin in range(0, count, self._each)]
+        self._pieces = [torch.empty((n, *shape), dtype=torch.uint8, pin_memory=pinned) for n in counts]
+
+    def __getitem__(self, block: int) -> Tensor:
+        return self._pieces[block // self._each][block % self._each]
 
 
 class SwapPool:
-    """Host memory for ``num_blocks`` blocks of a pool, each of them contiguous; pinned where there is a GPU."""
+    """Host memory for ``num_blocks`` blocks of a pool, as bytes, each of them contiguous; pinned where there is a GPU."""
 
     def __init__(self, pool: KVPool, num_blocks: int) -> None:
-        self._stores = [memory for memory in (pool.data, pool.scales) if memory is not None]
+        self._stores = [memory.view(torch.uint8) for memory in (pool.data, pool.scales) if memory is not None]
         pinned = pool.data.device.type == "cuda"
-        self._hosts = [
-            torch.zeros((num_blocks, *memory.shape[:2], *memory.shape[3:]), dtype=memory.dtype, pin_memory=pinned)
-            for memory in self._stores
-        ]
+        self._hosts = [HostBlocks(num_blocks, (*memory.shape[:2], *memory.shape[3:]), pinned) for memory in self._stores]
         self._stream = torch.cuda.Stream(pool.data.device) if pinned else None
 
     def take(self, blocks: list[int], places: list[int]) -> None:
         """Blocks of the pool to ``places`` here."""
         for memory, host in zip(self._stores, self._hosts, strict=True):
-            gathered = memory[:, :, _index(blocks, memory)].movedim(2, 0).contiguous()
-            with _Beside(self._stream, gathered):
-                for i, place in enumerate(places):
-                    host[place].copy_(gathered[i], non_blocking=True)
+            for part in _parts(len(blocks), host):
+                gathered = memory[:, :, _index(blocks[part], memory)].movedim(2, 0).contiguous()
+                with _Beside(self._stream, gathered):
+                    for i, place in enumerate(places[part]):
+                        host[place].copy_(gathered[i], non_blocking=True)
 
     def give(self, places: list[int], blocks: list[int]) -> None:
         """Back to ``blocks`` of the pool."""
         for memory, host in zip(self._stores, self._hosts, strict=True):
-            arrived = torch.empty((len(places), *host.shape[1:]), dtype=memory.dtype, device=memory.device)
-            with _Beside(self._stream, arrived) as beside:
-                for i, place in enumerate(places):
-                    arrived[i].copy_(host[place], non_blocking=True)
-            beside.wait()
-            memory[:, :, _index(blocks, memory)] = arrived.movedim(0, 2)
+            for part in _parts(len(blocks), host):
+                arrived = torch.empty((len(places[part]), *host.shape), dtype=memory.dtype, device=memory.device)
+                with _Beside(self._stream, arrived) as beside:
+                    for i, place in enumerate(places[part]):
+                        arrived[i].copy_(host[place], non_blocking=True)
+                beside.wait()
+                memory[:, :, _index(blocks[part], memory)] = arrived.movedim(0, 2)
 
 
 class Copier:
@@ -59,7 +79,7 @@ class Copier:
         for group in hazard_free(pairs):
             within = [pair for pair in group if max(pair) < here]
             if within:
-                self._ops.copy_blocks(self._pool, torch.tensor(within, dtype=torch.int32, device=self._pool.data.device))
+                self._ops.copy_blocks(self._pool, to_device(np.array(within, np.int32), self._pool.data.device))
             if self._swap is not None:
                 if out := [(source, to - here) for source, to in group if to >= here]:
                     self._swap.take([source for source, _ in out], [to for _, to in out])
@@ -92,5 +112,11 @@ class _Beside:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
+def _parts(count: int, host: HostBlocks) -> list[slice]:
+    """Of ``count`` blocks, as many as may be gathered at a time."""
+    each = max(1, AT_ONCE // host.nbytes)
+    return [slice(begin, begin + each) for begin in range(0, count, each)]
+
+
 def _index(blocks: list[int], memory: Tensor) -> Tensor:
-    return torch.tensor(blocks, device=memory.device)
+    return to_device(np.array(blocks, np.int64), memory.device)

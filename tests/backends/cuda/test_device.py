@@ -123,3 +123,10 @@ def test_a_pool_that_holds_no_request() -> None:
         open_backend(EngineConfig(device="torch-cpu", kv_memory="256KiB"))
     with pytest.raises(CapacityError, match=r"--kv-memory 900GiB .* need more than the .* GB of memory that are free: lower --kv-memory"):
         open_backend(EngineConfig(device="torch-cpu", kv_memory="900GiB"))
+
+
+@pytest.mark.parametrize("options", [{"kv_dtype": "fp8"}, {"quantize": "fp8"}], ids=str)
+def test_a_gpu_without_fp8(with_gpu: pytest.MonkeyPatch, options: dict[str, str]) -> None:
+    with_gpu.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    with pytest.raises(ConfigError, match=r"fp8: Tesla T4 has compute capability 8\.0; 8\.9 \(Ada\) is the least: take int8"):
+        open_backend(EngineConfig(model="m", device="cuda", **options))

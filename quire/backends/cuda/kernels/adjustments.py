@@ -92,7 +92,7 @@ def _history(rows, num_prompt, lengths, repetition, frequency, presence, row):
     return tl.load(rows + row).to(tl.int64), prompt, tl.where(repeats, 0, prompt), tl.where(penalized, tl.load(lengths + row), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["repetition", "frequency", "presence"])
 def _count(counts, tokens, tokens_stride, rows, num_prompt, lengths, repetition, frequency, presence, vocab):
     """How often each token is in the output, and whether it is in the prompt."""
     row = tl.program_id(0).to(tl.int64)
@@ -106,7 +106,7 @@ def _count(counts, tokens, tokens_stride, rows, num_prompt, lengths, repetition,
         tl.atomic_or(here, _IN_PROMPT, mask=known & (at < prompt), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["repetition", "frequency", "presence"])
 def _penalize(
     logits, stride, counts, tokens, tokens_stride, rows, num_prompt, lengths, repetition, frequency, presence, vocab
 ):  # fmt: skip

@@ -57,7 +57,7 @@ def list_wanted(
     return listed, number, bound, floor
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["top_p", "min_p", "status", "top", "bound"])
 def _list_wanted(temperature, top_k, top_p, min_p, status, top, total, maxima, listed, number, bound, floor, vocab, runs):
     row = tl.program_id(0).to(tl.int64)
     heat, p, least = tl.load(temperature + row), tl.load(top_p + row), tl.load(min_p + row)

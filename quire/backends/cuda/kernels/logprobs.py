@@ -99,7 +99,7 @@ def _count_greater(logits, stride, tokens, maxima, greater, vocab, chunks):
     tl.store(greater + row * chunks + chunk, tl.sum(tl.sum((z > own).to(tl.int32), 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["status", "top"])
 def _report(
     logits, stride, tokens, tops, masses, greater, logprob, rank, status, top, log_sum, chunks, CHUNKS: tl.constexpr
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def _report(
     tl.store(log_sum + row, sum_)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["top", "bound"])
 def _pick(logits, stride, top, listed, number, bound, ids, width, vocab, runs):
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(number + row)
@@ -142,7 +142,7 @@ def _pick(logits, stride, top, listed, number, bound, ids, width, vocab, runs):
             written += tl.sum(kept.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "count", "ids_stride"], do_not_specialize_on_alignment=["status", "top"])
 def _place(logits, stride, ids, ids_stride, count, status, top, log_sum, top_ids, top_logprobs, width, SORTED: tl.constexpr):
     """Where each of a row's ``count`` tokens comes, unless they are sorted already: after those that are likelier."""
     row = tl.program_id(0).to(tl.int64)

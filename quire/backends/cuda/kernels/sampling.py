@@ -58,7 +58,7 @@ def sample(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
     return token, status
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["status"])  # parts of one tensor: where they start hangs on the number of rows
 def _draw(logits, stride, temperature, seed, position, tops, masses, token, status, top, total, vocab, chunks, CHUNKS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row)
@@ -84,7 +84,7 @@ def _draw(logits, stride, temperature, seed, position, tops, masses, token, stat
     tl.store(token + row, tl.where(state == 0, found, -1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["top_p", "min_p", "bound"])
 def _draw_truncated(
     logits, stride, temperature, top_k, top_p, min_p, seed, position, top, total, listed, number, bound, floor, token, vocab, runs
 ):
