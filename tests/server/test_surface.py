@@ -31,8 +31,9 @@ def check_timings(answer: dict[str, Any], predicted: int) -> None:
     assert all(value >= 0 for value in [*timings.values(), *metrics.values()])
     assert metrics["time_to_first_token_ms"] == pytest.approx(timings["queue_ms"] + timings["prompt_ms"], abs=0.01)
     if predicted > 10:
-        assert metrics["tokens_per_second"] == timings["predicted_per_second"] > 0
-        assert metrics["mean_itl_ms"] > 0
+        assert metrics["tokens_per_second"] == timings["predicted_per_second"]
+        took = timings["predicted_ms"] > 0  # else a busy front has read all tokens at once
+        assert (metrics["tokens_per_second"] > 0, metrics["mean_itl_ms"] > 0) == (took, took)
 
 
 @pytest.mark.parametrize(("path", "fields"), REQUESTS, ids=["completions", "chat"])
