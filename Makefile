@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find quire -type f -not -name '*.pyc' -not -name '*.so')
 MODEL ?= embedded
 
-.PHONY: help serve test test-oracle test-page test-clients test-emulated lint clean preflight
+.PHONY: help serve test test-again test-oracle test-page test-clients test-emulated lint clean preflight
 
 help:
 	@echo "make serve        install into $(VENV) and serve the embedded model on 127.0.0.1:8000 (MODEL=folder for another)"
 	@echo "make test         install what the tests need and run them"
+	@echo "make test-again   what failed in make test, by itself"
 	@echo "make test-oracle  the checks against transformers, and the CUDA backend without a GPU (installs PyTorch and Triton)"
 	@echo "make test-page    the page in headless Chromium (a part of make test, where Chromium is)"
 	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness, vllm-router (850 MB)"
@@ -72,6 +73,9 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	$(BIN)/pytest --ignore=tests/oracle --ignore=tests/clients
+
+test-again: $(VENV)/.tested
+	$(BIN)/pytest --last-failed --last-failed-no-failures none --ignore=tests/oracle --ignore=tests/clients
 
 test-page: $(VENV)/.tested
 	$(BIN)/pytest tests/server/page
