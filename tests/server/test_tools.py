@@ -161,17 +161,22 @@ def test_the_stream_says_what_the_whole_answer_says(family: tuple[str, Server]) 
 def test_one_call_at_most(family: tuple[str, Server]) -> None:
     """What comes after the first call is not even generated."""
     name, server = family
-    tokens = len(says(server, TWO[name] * 20).script)
-    for options in ({"parallel_tool_calls": False}, {"parallel_tool_calls": False, "n": 2}):
-        answer = ask(server, max_tokens=3000, **options)
-        for choice in answer["choices"]:
-            assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == [COLOGNE]
-            assert choice["finish_reason"] == "tool_calls"
-        assert answer["usage"]["completion_tokens"] < tokens / 5 * options.get("n", 1)
-        whole, _ = streamed(server, max_tokens=3000, **options)
-        assert [call[1:] for call in whole["calls"]] == [["get_weather", COLOGNE]]
-        assert whole["finish_reason"] == "tool_calls"
-    wait_clean(server.url)
+    backend = says(server, TWO[name] * 20)
+    tokens = len(backend.script)
+    backend.delay_s = 0.004  # a step takes time; without it all of them are over before anybody has read the first call
+    try:
+        for options in ({"parallel_tool_calls": False}, {"parallel_tool_calls": False, "n": 2}):
+            answer = ask(server, max_tokens=3000, **options)
+            for choice in answer["choices"]:
+                assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == [COLOGNE]
+                assert choice["finish_reason"] == "tool_calls"
+            assert answer["usage"]["completion_tokens"] < tokens / 5 * options.get("n", 1)
+            whole, _ = streamed(server, max_tokens=3000, **options)
+            assert [call[1:] for call in whole["calls"]] == [["get_weather", COLOGNE]]
+            assert whole["finish_reason"] == "tool_calls"
+        wait_clean(server.url)
+    finally:
+        backend.delay_s = 0.0
 
 
 def test_cut_off(family: tuple[str, Server]) -> None:
