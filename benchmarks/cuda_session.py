@@ -31,7 +31,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 
-import cuda_phases as phases  # noqa: E402
+import cuda_kernels  # noqa: E402
+import cuda_steps  # noqa: E402
 from quire.backends.cuda import limits  # noqa: E402
 from quire.backends.cuda.device import make_deterministic, open_device, operations  # noqa: E402
 
@@ -95,14 +96,14 @@ def give_up(session: Session, name: str) -> None:
 
 PHASES: dict[str, Callable[[Session], Any]] = {
     "probe": probe,
-    "check": phases.check,
-    "others": phases.others,
-    "attention": phases.attention,
-    "steps-0.6B": lambda session: phases.steps(session, "Qwen3-0.6B"),
-    "steps-8B": lambda session: phases.steps(session, "Llama-3.1-8B"),
-    "steps-1B": lambda session: phases.steps(session, "Llama-3.2-1B"),
-    "deterministic": phases.deterministic,
-    "transformers": phases.transformers,
+    "check": cuda_kernels.check,
+    "others": cuda_kernels.others,
+    "attention": cuda_kernels.attention,
+    "steps-0.6B": lambda session: cuda_steps.steps(session, "Qwen3-0.6B"),
+    "steps-8B": lambda session: cuda_steps.steps(session, "Llama-3.1-8B"),
+    "steps-1B": lambda session: cuda_steps.steps(session, "Llama-3.2-1B"),
+    "deterministic": cuda_steps.deterministic,
+    "transformers": cuda_steps.transformers,
 }
 NEEDS_S = {"attention": 40, "steps-0.6B": 60, "steps-8B": 75, "steps-1B": 60, "deterministic": 50, "transformers": 60}
 """Seconds without which a phase is not begun, generously."""
