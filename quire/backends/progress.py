@@ -1,4 +1,4 @@
-"""A bar on the terminal for work in bytes that takes longer than a second."""
+"""A bar on the terminal for work that takes longer than a second."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ PROGRESS_AFTER_S = 1.0
 class Progress:
     """Use as a context. tqdm is imported when the bar is first shown."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+    def __init__(self, what: str, total: int, unit: str = "B") -> None:
+        """total: in ``unit``."""
+        self._what, self._total, self._unit, self._done = what, total, unit, 0
         self._start = perf_counter()
         self._bar: Any = None
 
@@ -24,12 +25,12 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def add(self, nbytes: int) -> None:
+    def add(self, count: int) -> None:
         """So many more are done."""
-        self._done += nbytes
+        self._done += count
         if self._bar is not None:
-            self._bar.update(nbytes)
+            self._bar.update(count)
         elif perf_counter() - self._start > PROGRESS_AFTER_S and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self._total, initial=self._done, desc=self._what, unit="B", unit_scale=True, leave=False)
+            self._bar = tqdm(total=self._total, initial=self._done, desc=self._what, unit=self._unit, unit_scale=True, leave=False)

@@ -217,7 +217,7 @@ class CudaBackend:
         self._graphs, self._sizes = Graphs(self.device), sizes(rows)
         self._logits = torch.empty((rows, self.spec.vocab_size), dtype=dtype, device=self.device)
         nobody = Updates([], [], self._rows.lengths, self._parameters)
-        with Progress("capturing steps", len(self._sizes)) as progress, torch.inference_mode():
+        with Progress("capturing steps", len(self._sizes), "size") as progress, torch.inference_mode():
             for size in reversed(self._sizes):  # the largest first: the others find their memory there
                 step, samples = self._steps.send_padded(no_arrays(), nobody, size)
                 for truncates in (False, True):
