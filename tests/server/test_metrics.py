@@ -152,8 +152,13 @@ def test_preemptions_have_a_cause_and_requests_count_theirs(tokenizer: Tokenizer
     backend = PacedBackend(num_blocks=12, max_model_len=128, vocab_size=tokenizer.vocab_size)
     server = Server(tokenizer, backend, admission="watermark", max_num_seqs=6)
     try:
+        backend.go.clear()
         with ThreadPoolExecutor() as clients:
-            list(clients.map(lambda i: complete(server.url, prompt=[i] * 20, max_tokens=100), range(6)))
+            asked = [clients.submit(complete, server.url, prompt=[i] * 20, max_tokens=100) for i in range(6)]
+            wait_until(lambda: server.client.in_flight == 6, "all are there")  # one after the other, each would have room
+            backend.go.set()
+            for each in asked:
+                each.result(DEADLINE_S)
         wait_clean(server.url)
         seen = Scrape(server.url)
         preempted = server.engine.stats().preemptions
