@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.harness import Process, Server, events, http
+from server.harness import Process, Server, events, http, named_events
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = "def fibonacci(n):\n    if n < 2:\n        return n\n"
@@ -54,6 +54,24 @@ def test_timings_and_cached_tokens(real: Process, path: str, fields: dict[str, A
         assert (chunks[-1]["choices"] == []) == (last == "usage")
         if last == "reason":
             assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_timings_of_responses_and_messages(real: Process) -> None:
+    """At the end of the answer, and of the stream: where the usage is."""
+    ask = {"input": "Once upon a time", "max_output_tokens": 24, "temperature": 0}
+    answer = post(real.url, "/v1/responses", **ask)
+    check_timings(answer, answer["usage"]["output_tokens"])
+    last = named_events(http.post(real.url + "/v1/responses", json=ask | {"stream": True}).text)[-1]["response"]
+    check_timings(last, last["usage"]["output_tokens"])
+    assert last["timings"]["cache_n"] == last["usage"]["input_tokens_details"]["cached_tokens"] > 0
+
+    ask = {"messages": [{"role": "user", "content": "Once upon a time"}], "max_tokens": 24, "temperature": 0, "model": answer["model"]}
+    message = post(real.url, "/v1/messages", **ask)
+    check_timings(message, message["usage"]["output_tokens"])
+    assert message["timings"]["prompt_n"] == message["usage"]["input_tokens"]
+    found = named_events(http.post(real.url + "/v1/messages", json=ask | {"stream": True}).text)
+    assert [event["type"] for event in found if "timings" in event] == ["message_delta"]
+    check_timings(found[-2], found[-2]["usage"]["output_tokens"])
 
 
 @pytest.mark.parametrize(("path", "fields"), REQUESTS, ids=["completions", "chat"])

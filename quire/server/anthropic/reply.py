@@ -64,14 +64,15 @@ class Reply:
     def end(self) -> bytes:
         stop_reason, stop_sequence = self._stop()
         delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
-        return event("message_delta", delta=delta, usage=self._usage()) + event("message_stop")
+        return event("message_delta", delta=delta, usage=self._usage(), **self._timings()) + event("message_stop")
 
     def failed(self, error: QuireError) -> bytes:
         return b"event: error\ndata: " + anthropic_error_bytes(error) + b"\n\n"
 
     async def whole(self, generation: Generation) -> bytes:
         await self._turn.read(generation)
-        return json_bytes(self._message([_content(block, whole=True) for block in self._turn.blocks], *self._stop()))
+        content = [_content(block, whole=True) for block in self._turn.blocks]
+        return json_bytes(self._message(content, *self._stop()) | self._timings())
 
     def _message(self, content: list[dict[str, Any]], stop_reason: str | None, stop_sequence: str | None) -> dict[str, Any]:
         return {
@@ -89,6 +90,9 @@ class Reply:
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
         }
+
+    def _timings(self) -> dict[str, Any]:
+        return self._generation.timings.describe(self._generation.usage)
 
     def _stop(self) -> tuple[str, str | None]:
         """stop_reason, and the stop sequence where it is one."""

@@ -6,10 +6,10 @@ Text is made here and not in the engine: detokenizing, stop strings and log-prob
 from __future__ import annotations
 
 import asyncio
-import binascii
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from time import monotonic
 from types import TracebackType
 
@@ -33,8 +33,12 @@ from quire.text.output import Delta, OutputAssembler, best_choices, prompt_posit
 from quire.text.tools import Message, MessageDelta, ToolParser
 
 
+_ids = Random(os.urandom(32))
+
+
 def new_id(prefix: str, separator: str = "-") -> str:
-    return f"{prefix}{separator}{binascii.hexlify(os.urandom(12)).decode()}"
+    """An id that no other has, of any server. Not a secret: a call to the system for each costs more than all else about it."""
+    return f"{prefix}{separator}{_ids.getrandbits(96):024x}"
 
 
 @dataclass(slots=True)

@@ -155,6 +155,7 @@ class Reply:
         if ended:
             made["output"] = [self._item(block, self._item_status(block)) for block in self._turn.blocks]
             made["usage"] = self._usage()
+            made |= self._generation.timings.describe(self._generation.usage)
         if status == "completed":
             made["completed_at"] = int(time.time())
         if status == "incomplete":
