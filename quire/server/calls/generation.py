@@ -32,7 +32,6 @@ from quire.text.detokenizer import Detokenizer
 from quire.text.output import Delta, OutputAssembler, best_choices, prompt_positions
 from quire.text.tools import Message, MessageDelta, ToolParser
 
-
 _ids = Random(os.urandom(32))
 
 
