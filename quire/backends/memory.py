@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,12 @@ from quire.models.spec import TransformerSpec
 AUTO_SHARE = 0.8
 """Of the memory that weights and step buffers leave: what ``--kv-memory auto`` takes at most."""
 
-_CGROUP = Path("/sys/fs/cgroup")
+_ROOT = Path("/")
+_GROUP_FILES = (
+    ("memory.max", "memory.current", "active_file", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_active_file", "total_inactive_file"),
+)
+"""What a control group may use, what it uses, and of that what goes when memory is needed: versions 2 and 1."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -140,16 +146,42 @@ def _mib(size: int) -> int:
 def available_bytes() -> int | None:
     """Bytes that can still be taken without swapping, or None where the system does not say (no /proc)."""
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        fields = dict(line.split(":", 1) for line in (_ROOT / "proc/meminfo").read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError, IndexError):
         return None
-    try:  # a container's limit (cgroup v2); "max" where there is none
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        # Cached files count as used, the model's own among them, but go when memory is needed.
-        used -= int(stat["active_file"]) + int(stat["inactive_file"])
-    except (OSError, KeyError, ValueError):
-        return available
-    return min(available, max(0, limit - used))
+    return min([available, *(left for group in _groups() if (left := _left(group)) is not None)])
+
+
+def _groups() -> Iterator[Path]:
+    """Folders of the control groups whose limit binds this process: its own, and all above it. native/cpus.cpp looks for a quota of
+    CPUs in the same way. Where a container sees only its own part of the tree, the path may be one of the host, and lead nowhere: what
+    is left is the mount itself, which is the container's group then."""
+    top = _ROOT / "sys/fs/cgroup"
+    try:
+        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:  # number:controllers:path; version 2 has no controllers, and may be mounted beside version 1
+        _, _, rest = line.partition(":")
+        controllers, colon, path = rest.partition(":")
+        if not colon or (controllers and "memory" not in controllers.split(",")):
+            continue
+        names = [name for name in path.split("/") if name]
+        for mount in (top / controllers, top / "memory") if controllers else (top, top / "unified"):
+            for depth in range(len(names), -1, -1):
+                if ".." not in names[:depth]:
+                    yield mount.joinpath(*names[:depth])
+
+
+def _left(group: Path) -> int | None:
+    """Bytes of a control group's limit that are not in use; None where it has none."""
+    for limit, current, *cached in _GROUP_FILES:
+        try:
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # Cached files count as used, the model's own among them, but go when memory is needed.
+            used = int((group / current).read_text()) - sum(int(stat[name]) for name in cached)
+            return max(0, int((group / limit).read_text()) - used)  # "max" is no number
+        except (OSError, KeyError, ValueError):
+            continue
+    return None
