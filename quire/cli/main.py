@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Ctrl-C ends the process on the spot (a server takes the signal over once it serves). A KeyboardInterrupt could be
     # swallowed by an import that it hits, and Python aborts when it finalizes while a thread is in native code.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if os.getpid() == 1:
+        # The first process of a container is not ended by a signal that it has no handler for: `docker stop`, before the server
+        # takes SIGTERM over, would wait in vain.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     args = build_parser().parse_args(argv)
     try:
         code: int = args.run(args)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -243,11 +243,14 @@ class Process:
         self.process.communicate()
 
 
-def start_process(*arguments: str, stdout: Any = subprocess.PIPE, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start_process(
+    *arguments: str, stdout: Any = subprocess.PIPE, environment: dict[str, str] | None = None, under: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """under: a command that starts it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")} | (environment or {})
     environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments],
+        [*under, sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments],
         stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 

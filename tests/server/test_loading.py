@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from server.harness import DEADLINE_S, Gate, Process, engine_pid, free_port, health, http, is_gone, start_process, wait_until
 
@@ -73,6 +75,36 @@ def test_it_can_be_stopped_while_it_loads(tmp_path: Path) -> None:
             assert process.communicate(timeout=DEADLINE_S) == ("", "")
             assert process.returncode == 0
             wait_until(lambda engine=engine: is_gone(engine), "its engine has gone too")
+
+
+def test_the_first_process_of_a_container_can_be_stopped_before_it_serves(tmp_path: Path) -> None:
+    """Nothing ends it but what it has a handler for."""
+    first = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*first, "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs namespaces of processes")
+    config = tmp_path / "quire.toml"
+    os.mkfifo(config)
+    process = start_process("--config", str(config), under=first)
+    writer: list[int] = []
+
+    def reads() -> bool:
+        try:
+            writer.append(os.open(config, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # nobody reads
+            return False
+        return True
+
+    try:
+        wait_until(reads, "it reads its configuration")
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGTERM)
+        assert process.communicate(timeout=DEADLINE_S) == ("", "")
+        assert process.returncode == 128 + signal.SIGTERM
+    finally:
+        for descriptor in writer:
+            os.close(descriptor)
+        process.kill()
+        process.communicate()
 
 
 def test_an_engine_that_dies_after_somebody_has_asked(tmp_path: Path) -> None:
