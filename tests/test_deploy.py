@@ -75,13 +75,17 @@ def test_the_image(deploy: Path, root: Path, server: Server) -> None:
         assert http.get(server.url + path).status_code == 200
     assert asked_paths(last["HEALTHCHECK"]) == {"/health"}
     ignored = (deploy / "Dockerfile.dockerignore").read_text().splitlines()
+    copied = set()
     for name, rest in lines:
         if name == "COPY" and not rest.startswith("--from"):
             for source in rest.split()[:-1]:
                 assert (root / source).exists(), source
                 assert f"!{source}" in ignored, f"{source} is not sent to the builder"
-    project = toml((root / "pyproject.toml").read_text())["project"]
-    assert {"README.md", "LICENSE"} <= {f.removeprefix("!") for f in ignored}
+                copied.add(source)
+    pyproject = toml((root / "pyproject.toml").read_text())
+    project = pyproject["project"]
+    packages = pyproject["tool"]["scikit-build"]["wheel"]["packages"]
+    assert copied == {"pyproject.toml", "CMakeLists.txt", project["readme"], *project["license-files"], *packages}, "what the build reads"
     assert project["scripts"]["quire"]
 
 
@@ -160,3 +164,6 @@ def test_the_words_say_what_the_files_do(deploy: Path) -> None:
         assert found is not None
         assert f"`{found[0]}`" in text
     assert f"`drain-timeout` seconds ({ServerConfig().drain_timeout})" in text
+    waits = re.findall(r"docker run .*--stop-timeout (\d+)", text)
+    assert waits
+    assert all(int(wait) > waits_for(ServerConfig()) for wait in waits)
