@@ -15,7 +15,7 @@ help:
 	@echo "make test-again   what failed in make test, by itself"
 	@echo "make test-oracle  the checks against transformers, and the CUDA backend without a GPU (installs PyTorch and Triton)"
 	@echo "make test-page    the page in headless Chromium (a part of make test, where Chromium is)"
-	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness, vllm-router (850 MB)"
+	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness, vllm-router (850 MB); Claude Code, Codex and opencode where they are on the PATH"
 	@echo "make test-emulated the AVX-512 kernels' tests on any machine with AVX2; installs cmake, ninja and nanobind into $(VENV)"
 	@echo "make test-fuzz    20,000 requests made up from the OpenAPI document; make test-chaos: engines killed under 300 streams"
 	@echo "make lint         ruff and mypy"

@@ -6,6 +6,9 @@ that carries ``message``, ``param`` and ``code``. Nothing else of an exception e
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Self
+
 
 class QuireError(Exception):
     """Base of all errors meant for users. ``message`` is a whole sentence that can be shown as it is."""
@@ -19,6 +22,12 @@ class QuireError(Exception):
         self.message = message
         self.param = param
 
+    def said(self, message: str, param: str | None) -> Self:
+        """The same error in other words."""
+        made = copy(self)
+        made.args, made.message, made.param = (message,), message, param
+        return made
+
 
 class InvalidRequestError(QuireError):
     """A request that can't be served as it is asked: a parameter, a prompt, a body."""
@@ -31,6 +40,12 @@ class ContextLengthError(InvalidRequestError):
     """Prompt and output together are longer than the context (or than the KV pool)."""
 
     code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, param: str | None = None, prompt: int | None = None, most: int | None = None) -> None:
+        """prompt: its tokens, where it is too long by itself. most: how many it may have."""
+        super().__init__(message, param=param)
+        self.prompt = prompt
+        self.most = most
 
 
 class ModelNotFoundError(QuireError):

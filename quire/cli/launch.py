@@ -75,6 +75,12 @@ def run(args: argparse.Namespace) -> int:
             "first word, and will hardly work with less than 32,768",
             file=sys.stderr,
         )
+    if args.tool == "claude" and server.model.startswith("claude-"):
+        print(
+            f"quire: Claude Code takes {server.model} for a model of Anthropic's and ignores the server's context: serve it under another "
+            "name too (--served-model-name NAME,NAME), and choose that one with --model",
+            file=sys.stderr,
+        )
     if not args.write:
         print(tool.shown(server))
         return 0
@@ -114,9 +120,11 @@ def claude_variables(server: Server) -> dict[str, str]:
         "ANTHROPIC_BASE_URL": server.url,
         "ANTHROPIC_AUTH_TOKEN": server.api_key or NO_KEY,
         "ANTHROPIC_MODEL": server.model,
+        "ANTHROPIC_DEFAULT_FABLE_MODEL": server.model,
         "ANTHROPIC_DEFAULT_OPUS_MODEL": server.model,
         "ANTHROPIC_DEFAULT_SONNET_MODEL": server.model,
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": server.model,
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(server.context),  # else it takes 200,000 or a million, and never shortens in time
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(server.output),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }

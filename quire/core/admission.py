@@ -58,8 +58,8 @@ class RequestLimits:
             raise ContextLengthError(
                 f"the prompt has {prompt:,} tokens, but the context is {context:,}, output included: shorten the prompt to at most "
                 f"{most:,} tokens, or serve with a longer --max-model-len if the model allows it",
-                param="prompt",
-            )
+                param="prompt", prompt=prompt, most=most,
+            )  # fmt: skip
         room = context - prompt
         if params.max_tokens is not None and params.max_tokens > room:
             raise ContextLengthError(

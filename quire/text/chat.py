@@ -26,9 +26,14 @@ MAX_RENDERED_CHARS = 16 << 20
 MAX_DEPTH = 100
 """Levels of lists and objects in a message or in a template's variables; Python's own limit is met soon after."""
 
+_SYSTEM = ("system", "developer")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CONTINUE_HERE = "\x02continue\x03 "
 """Marks the end of the last message while it is rendered; ends in a space, to see whether the template trims."""
+
+
+class _RefusedError(InvalidRequestError):
+    """A template does not accept a conversation."""
 
 
 class ChatTemplates:
@@ -51,6 +56,9 @@ class ChatTemplates:
                variables: Mapping[str, Any], plain: Callable[[Any], Any] | None = None) -> str:  # fmt: skip
         """The prompt. plain: what is done to all that is not the template's own.
 
+        Where the template refuses the conversation, it is asked again with system messages at the beginning only and no two users'
+        messages in a row: clients send both, and many templates know neither.
+
         Raises InvalidRequestError (messages, or the template for them), ModelLoadError (syntax of the template)."""
         if continue_final_message and add_generation_prompt:
             raise InvalidRequestError(
@@ -63,14 +71,29 @@ class ChatTemplates:
         chat = [_message(i, m, self._sources[name]) for i, m in enumerate(messages)]
         more = _plain(variables, "chat_template_kwargs")
         if plain is not None:
-            chat, more = plain(chat), plain(more)
-        if continue_final_message:
-            if not isinstance(chat[-1].get("content"), str):
-                raise InvalidRequestError("continue_final_message needs text content in the last message", param="continue_final_message")
-            chat[-1]["content"] += _CONTINUE_HERE
-        known = {"tools": None, "documents": None, **self._variables, **more}
-        text = self._render(name, {**known, "messages": chat, "add_generation_prompt": add_generation_prompt})
-        return _cut(text) if continue_final_message else text
+            more = plain(more)
+        if continue_final_message and not isinstance(chat[-1].get("content"), str):
+            raise InvalidRequestError("continue_final_message needs text content in the last message", param="continue_final_message")
+        known = {"tools": None, "documents": None, **self._variables, **more, "add_generation_prompt": add_generation_prompt}
+
+        def prompt(chat: list[dict[str, Any]]) -> str:
+            if plain is not None:
+                chat = plain(chat)
+            if continue_final_message:
+                chat = [*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + _CONTINUE_HERE}]
+            text = self._render(name, {**known, "messages": chat})
+            return _cut(text) if continue_final_message else text
+
+        try:
+            return prompt(chat)
+        except _RefusedError as refused:
+            plainer = _in_turns(chat)
+            if plainer == chat:
+                raise
+            try:
+                return prompt(plainer)
+            except _RefusedError:
+                raise refused from None
 
     @property
     def default(self) -> str:
@@ -103,7 +126,7 @@ class ChatTemplates:
         except InvalidRequestError:
             raise
         except Exception as e:  # a template is a program: it can fail in any way
-            raise InvalidRequestError(f"the model's chat template does not accept this conversation: {e}", param="messages") from None
+            raise _RefusedError(f"the model's chat template does not accept this conversation: {e}", param="messages") from None
         return "".join(parts)
 
 
@@ -144,6 +167,27 @@ def _message(index: int, message: object, template: str) -> dict[str, Any]:
     if calls := made.get("tool_calls"):
         made["tool_calls"] = _tool_calls(f"{at}.tool_calls", calls)
         made.setdefault("content", "")  # there are templates that add it to other text
+    return made
+
+
+def _in_turns(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same conversation with one system message at most, the first, and with a user's messages in a row as one.
+
+    A later system message becomes part of what the user says, or of the tool's result before it.
+    """
+    made: list[dict[str, Any]] = []
+    for message in chat:
+        role, content = message["role"], message.get("content")
+        before = made[-1]["role"] if made else None
+        if role in _SYSTEM and before is not None and before not in _SYSTEM:
+            role, content = "user", f"<system>\n{content}\n</system>"
+            joins = before in ("user", "tool")
+        else:
+            joins = role == before == "user" or (role in _SYSTEM and before is not None)
+        if joins:
+            made[-1] = made[-1] | {"content": f"{made[-1]['content']}\n{content}"}
+        else:
+            made.append(message | {"role": role, "content": content} if role != message["role"] else message)
     return made
 
 

@@ -16,7 +16,7 @@ import pytest
 from quire.cli.settings_files import change_json, change_toml, write
 from quire.errors import ConfigError
 from quire.text.tokenizer import Tokenizer
-from server.harness import DEADLINE_S, EMBEDDED, PacedBackend, Server
+from server.harness import DEADLINE_S, EMBEDDED, PacedBackend, Process, Server
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,9 @@ def test_claude(server: Server, tmp_path: Path) -> None:
     assert variables["ANTHROPIC_BASE_URL"] == server.url, "claude adds /v1/messages itself"
     assert variables["ANTHROPIC_MODEL"] == variables["ANTHROPIC_DEFAULT_HAIKU_MODEL"] == "fake"
     assert variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "128"
+    assert variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "512", (
+        "without it Claude Code takes a model that it does not know for a large one"
+    )
     assert list(tmp_path.iterdir()) == [], "nothing is written unless asked"
     settings = tmp_path / ".claude" / "settings.json"
     assert launch(tmp_path, "claude", "--url", server.url, "--write")[0] == 0
@@ -61,6 +64,19 @@ def test_claude(server: Server, tmp_path: Path) -> None:
     assert made["env"].items() >= {"ANTHROPIC_BASE_URL": server.url, "ANTHROPIC_AUTH_TOKEN": "sk-secret", "MINE": "é"}.items()
     assert made["permissions"] == own["permissions"]
     assert json.loads((tmp_path / ".claude" / "settings.json.before-quire").read_text()) == own
+
+
+def test_a_name_of_anthropics(tmp_path: Path) -> None:
+    """Claude Code then goes by what it knows of that model, whatever it is told."""
+    server = Process("--kv-memory", "32MiB", "--served-model-name", "mine,claude-sonnet-4-5")
+    try:
+        for arguments, warned in ((("--model", "claude-sonnet-4-5"), True), ((), False)):
+            code, out, err = launch(tmp_path, "claude", "--url", server.url, *arguments)
+            assert (code, "takes claude-sonnet-4-5 for a model of Anthropic's" in err) == (0, warned)
+            assert f"ANTHROPIC_MODEL={arguments[1] if arguments else 'mine'}\n" in out
+        assert "Anthropic's" not in launch(tmp_path, "opencode", "--url", server.url, "--model", "claude-sonnet-4-5")[2]
+    finally:
+        server.stop()
 
 
 def test_codex(server: Server, tmp_path: Path) -> None:

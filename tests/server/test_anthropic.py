@@ -199,7 +199,7 @@ def test_more_tokens_than_the_context_has_room_for(client: anthropic.Anthropic, 
         == answer.stop_reason
     )
     assert client.messages.create(**fields(messages=long, max_tokens=2048 - prompt)).stop_reason == "max_tokens"
-    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: the prompt has"):
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 2047 maximum: the prompt has"):
         client.messages.create(**fields(messages=[{"role": "user", "content": "word " * 4000}]))
 
 
@@ -234,6 +234,7 @@ def test_more_tokens_than_the_context_has_room_for(client: anthropic.Anthropic, 
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, r"tools\[0\] is of type"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type must be"),
         ({"container": "c"}, "container is not supported"),
+        ({"safeguards": [{"type": "dangerous_tool_use"}]}, "safeguards is not supported"),
         ({"max_token": 5}, "did you mean max_tokens"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 from quire.server.anthropic.conversation import chat_request as from_messages
 from quire.server.anthropic.reply import Reply as MessagesReply
 from quire.server.anthropic.schemas import CountTokensRequest
+from quire.server.anthropic.tools import GivenTools as GivenMessagesTools
 from quire.server.responses.conversation import chat_request as from_responses
 from quire.server.responses.reply import Reply as ResponsesReply
 from quire.server.responses.schemas import ResponsesRequest
@@ -274,7 +275,7 @@ def test_pings_are_events_that_clients_skip() -> None:
 
 def test_conversations_of_anthropic_become_those_of_openai() -> None:
     def messages(*turns: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
-        return from_messages(CountTokensRequest(messages=list(turns), **fields)).messages
+        return from_messages(CountTokensRequest(messages=list(turns), **fields), GivenMessagesTools([])).messages
 
     def text(*texts: str) -> list[dict[str, str]]:
         return [{"type": "text", "text": text} for text in texts]

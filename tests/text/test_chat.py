@@ -150,3 +150,39 @@ def test_continue_final_message() -> None:
         render("{{ messages[0].content }}", messages, generation=False, final=True)
     with pytest.raises(InvalidRequestError, match="needs text"):
         render(CHATML, [{"role": "assistant"}], generation=False, final=True)
+
+
+ALTERNATING = """{%- for m in messages %}
+{%- if m.role == 'system' and not loop.first %}{{ raise_exception('System message must be at the beginning.') }}{% endif %}
+{%- if not loop.first and m.role == loop.previtem.role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}
+{%- if fails %}{{ raise_exception('never') }}{% endif %}[{{ m.role }}]{{ m.content }}
+{%- endfor %}"""
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    """ "user: hello" → a message."""
+    return [{"role": role, "content": content} for role, _, content in (turn.partition(": ") for turn in turns)]
+
+
+@pytest.mark.parametrize(("turns", "prompt"), [
+    (["system: a", "user: b", "assistant: c", "user: d"], "[system]a[user]b[assistant]c[user]d"),
+    (["system: a", "system: b", "user: c"], "[system]a\nb[user]c"),
+    (["user: a", "user: b", "assistant: c"], "[user]a\nb[assistant]c"),
+    (["system: a", "user: b", "developer: c", "user: d"], "[system]a[user]b\n<system>\nc\n</system>\nd"),
+    (["user: a", "assistant: b", "tool: c", "system: d", "assistant: e"], "[user]a[assistant]b[tool]c\n<system>\nd\n</system>[assistant]e"),
+    (["user: a", "assistant: b", "system: c"], "[user]a[assistant]b[user]<system>\nc\n</system>"),
+])  # fmt: skip
+def test_templates_that_insist_on_turns_are_given_turns(turns: list[str], prompt: str) -> None:
+    assert render(ALTERNATING, said(*turns)) == prompt
+
+
+def test_a_template_that_takes_a_conversation_as_it_is_is_given_it() -> None:
+    plain = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    assert render(plain, said("user: a", "system: b", "user: c", "user: d")) == "[user]a[system]b[user]c[user]d"
+
+
+def test_what_a_template_says_first_is_told() -> None:
+    with pytest.raises(InvalidRequestError, match="must be at the beginning"):
+        render(ALTERNATING.replace("{%- if fails", "{%- if '</system>' in m.content"), said("user: a", "system: b"))
+    with pytest.raises(InvalidRequestError, match="never"):
+        render(ALTERNATING, said("user: a"), fails=True)

@@ -12,30 +12,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from quire.errors import InvalidRequestError
+from quire.server.anthropic.blocks import blocks_of, string_in, text_of, texts_of
 from quire.server.anthropic.schemas import SAME_NAME, CountTokensRequest, MessagesRequest
+from quire.server.anthropic.tools import GivenTools, tool_choice
 from quire.server.calls.fields import parse, shown
 from quire.server.calls.schemas import ChatCompletionRequest
+from quire.server.calls.tools import unreadable
 
 BILLING_LINE = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n?")
 """What Claude Code puts first into the system prompt, different in each request: it is for Anthropic's accounting and no part of the
 prompt, and would keep everything after it from being found in the prefix cache."""
 
+UNREADABLE = ("image", "document")
 
-def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
-    """Raises InvalidRequestError, naming the block."""
+
+def chat_request(body: CountTokensRequest, tools: GivenTools) -> ChatCompletionRequest:
+    """Raises InvalidRequestError, naming the block. tools: are told what the messages say of them."""
     messages: list[dict[str, Any]] = []
     if system := _system(body.system):
         messages.append({"role": "system", "content": system})
     for i, message in enumerate(body.messages):
-        _add(messages, f"messages[{i}]", message)
+        _add(messages, f"messages[{i}]", message, tools)
     fields: dict[str, Any] = {"messages": messages, "continue_final_message": _continues(messages)}
     if isinstance(body, MessagesRequest):
         fields |= {name: getattr(body, name) for name in SAME_NAME}
         fields["stop"] = body.stop_sequences
-    if body.tools:
-        fields["tools"] = [_tool(f"tools[{i}]", tool) for i, tool in enumerate(body.tools)]
+    if tools.functions:
+        fields["tools"] = tools.functions
     if body.tool_choice is not None:
-        fields |= _tool_choice(body.tool_choice)
+        fields |= tool_choice(body.tool_choice)
     if (format := (body.output_config or {}).get("format")) is not None:
         fields["response_format"] = _response_format(format)
     fields["chat_template_kwargs"] = _thinking(body.thinking) | (body.chat_template_kwargs or {}) or None
@@ -48,7 +53,7 @@ def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
 def _system(system: object) -> list[dict[str, Any]]:
     """Its blocks; of those that come first, without the line that is Claude Code's for Anthropic's accounting."""
     blocks, first = [], True
-    for block in [] if system is None else _texts("system", system):
+    for block in [] if system is None else texts_of("system", system):
         text = block["text"]
         if first and (line := BILLING_LINE.match(text)) is not None:
             text = text[line.end() :]
@@ -59,21 +64,29 @@ def _system(system: object) -> list[dict[str, Any]]:
     return blocks
 
 
-def _add(messages: list[dict[str, Any]], at: str, message: Mapping[str, Any]) -> None:
+def _add(messages: list[dict[str, Any]], at: str, message: Mapping[str, Any], tools: GivenTools) -> None:
     role, content = message.get("role"), message.get("content")
     if role == "user":
-        for i, block in enumerate(_blocks(f"{at}.content", content)):
-            where = f"{at}.content[{i}]"
-            if block.get("type") == "tool_result":
-                messages.append(_tool_result(where, block))
+        blocks = blocks_of(f"{at}.content", content)
+        answers = any(block.get("type") == "tool_result" for block in blocks)
+        for i, block in enumerate(blocks):
+            where, kind = f"{at}.content[{i}]", block.get("type")
+            if kind == "tool_result":
+                messages.append(_tool_result(where, block, tools))
+            elif answers and kind in UNREADABLE:  # some tools' results have them beside the text
+                _turn(messages, "user")["content"].append({"type": "text", "text": unreadable(kind)})
             else:
-                _turn(messages, "user")["content"].append(_text(where, block, "text and tool_result"))
+                _turn(messages, "user")["content"].append(text_of(where, block, "text and tool_result"))
     elif role == "assistant":
         turn = _turn(messages, "assistant")
-        for i, block in enumerate(_blocks(f"{at}.content", content)):
+        for i, block in enumerate(blocks_of(f"{at}.content", content)):
             _add_to_assistant(turn, f"{at}.content[{i}]", block)
     elif role == "system":
-        _turn(messages, "system")["content"] += _texts(f"{at}.content", content)
+        turn = _turn(messages, "system")
+        for i, block in enumerate(blocks_of(f"{at}.content", content)):
+            where = f"{at}.content[{i}]"
+            change = tools.changed(where, block)
+            turn["content"].append(text_of(where, block, "text, tool_addition and tool_removal") if change is None else change)
     else:
         raise InvalidRequestError(f"{at}.role must be user, assistant or system, got {shown(role)}", param=f"{at}.role")
 
@@ -88,53 +101,33 @@ def _turn(messages: list[dict[str, Any]], role: str) -> dict[str, Any]:
 def _add_to_assistant(turn: dict[str, Any], at: str, block: dict[str, Any]) -> None:
     match block.get("type"):
         case "thinking":
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + _string(at, block, "thinking")
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + string_in(at, block, "thinking")
         case "redacted_thinking":  # encrypted, by another server
             pass
         case "tool_use":
             arguments = block.get("input")
             if not isinstance(arguments, dict):
                 raise InvalidRequestError(f"{at}.input must be an object, got {shown(arguments)}", param=f"{at}.input")
-            function = {"name": _string(at, block, "name"), "arguments": json.dumps(arguments, ensure_ascii=False)}
-            turn.setdefault("tool_calls", []).append({"id": _string(at, block, "id"), "type": "function", "function": function})
+            function = {"name": string_in(at, block, "name"), "arguments": json.dumps(arguments, ensure_ascii=False)}
+            turn.setdefault("tool_calls", []).append({"id": string_in(at, block, "id"), "type": "function", "function": function})
         case _:
-            turn["content"].append(_text(at, block, "text, thinking and tool_use"))
+            turn["content"].append(text_of(at, block, "text, thinking and tool_use"))
 
 
-def _tool_result(at: str, block: dict[str, Any]) -> dict[str, Any]:
-    content = block.get("content")
-    text = "\n".join(part["text"] for part in _texts(f"{at}.content", "" if content is None else content))
+def _tool_result(at: str, block: dict[str, Any], tools: GivenTools) -> dict[str, Any]:
+    content, parts = block.get("content"), []
+    for i, part in enumerate(blocks_of(f"{at}.content", "" if content is None else content)):
+        where, kind = f"{at}.content[{i}]", part.get("type")
+        if kind == "tool_reference":
+            parts.append(tools.tell(where, string_in(where, part, "tool_name")))
+        elif kind in UNREADABLE:
+            parts.append(unreadable(kind))
+        else:
+            parts.append(text_of(where, part, "text and tool_reference")["text"])
+    text = "\n".join(parts)
     if block.get("is_error"):  # templates have no other place for it
         text = f"Error: {text}"
-    return {"role": "tool", "tool_call_id": _string(at, block, "tool_use_id"), "content": text}
-
-
-def _blocks(at: str, content: object) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if isinstance(content, list) and all(isinstance(block, dict) for block in content):
-        return content
-    raise InvalidRequestError(f"{at} must be a string or a list of blocks, got {shown(content)}", param=at)
-
-
-def _texts(at: str, content: object) -> list[dict[str, Any]]:
-    return [_text(f"{at}[{i}]", block) for i, block in enumerate(_blocks(at, content))]
-
-
-def _text(at: str, block: dict[str, Any], known: str = "text") -> dict[str, Any]:
-    """known: types of blocks that may stand here."""
-    if block.get("type") != "text":
-        raise InvalidRequestError(
-            f"{at} is of type {shown(block.get('type'))}: this model reads text only, so blocks here may be of type {known}", param=at
-        )
-    return {"type": "text", "text": _string(at, block, "text")}
-
-
-def _string(at: str, block: dict[str, Any], name: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise InvalidRequestError(f"{at}.{name} must be a string, got {shown(value)}", param=f"{at}.{name}")
-    return value
+    return {"role": "tool", "tool_call_id": string_in(at, block, "tool_use_id"), "content": text}
 
 
 def _continues(messages: list[dict[str, Any]]) -> bool:
@@ -144,30 +137,6 @@ def _continues(messages: list[dict[str, Any]]) -> bool:
     if messages[-1].get("tool_calls"):
         raise InvalidRequestError("the last message uses tools: add a user's message with their tool_result blocks", param="messages")
     return True
-
-
-def _tool(at: str, tool: dict[str, Any]) -> dict[str, Any]:
-    if tool.get("type") not in (None, "custom"):
-        raise InvalidRequestError(
-            f"{at} is of type {shown(tool['type'])}, which only Anthropic's models know: leave it out, or describe it with an input_schema",
-            param=at,
-        )
-    function = {"name": _string(at, tool, "name"), "description": tool.get("description"), "parameters": tool.get("input_schema")}
-    function |= {"strict": tool.get("strict")}
-    return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
-
-
-def _tool_choice(choice: dict[str, Any]) -> dict[str, Any]:
-    match kind := choice.get("type"):
-        case "auto" | "none":
-            made: object = kind
-        case "any":
-            made = "required"
-        case "tool":
-            made = {"type": "function", "function": {"name": _string("tool_choice", choice, "name")}}
-        case _:
-            raise InvalidRequestError(f"tool_choice.type must be auto, any, tool or none, got {shown(kind)}", param="tool_choice")
-    return {"tool_choice": made, "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None}
 
 
 def _response_format(format: object) -> dict[str, Any]:

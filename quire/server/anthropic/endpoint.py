@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from quire.server.anthropic.conversation import chat_request
 from quire.server.anthropic.reply import Reply
 from quire.server.anthropic.schemas import IGNORED, REFUSED, CountTokensRequest, MessagesRequest
+from quire.server.anthropic.tools import GivenTools
 from quire.server.calls.answers import deliver
 from quire.server.calls.fields import parse
 from quire.server.calls.generation import new_id
@@ -33,8 +34,9 @@ async def messages(request: Request) -> Response:
     context.check_model(body.model)
     message_id = new_id("msg", "_")
     with names(_NAMES):
-        chat = chat_request(body)
-        call = await chat_call(context, chat)
+        tools = GivenTools(body.tools or [])
+        chat = chat_request(body, tools)
+        call = await chat_call(context, chat, tools.availability)
         # As with Anthropic, who asks for more than the context has room for gets what there is, and is told at the end.
         room = context.max_model_len - len(call.prompt.token_ids)
         if capped := max(1, call.params.min_tokens) <= room < body.max_tokens:
@@ -49,5 +51,7 @@ async def count_tokens(request: Request) -> Response:
     body = parse(CountTokensRequest, await read_json(request, context.config.max_body_bytes), IGNORED, REFUSED)
     context.check_model(body.model)
     with names(_NAMES):
-        call = await chat_call(context, chat_request(body))
+        tools = GivenTools(body.tools or [])
+        chat = chat_request(body, tools)
+        call = await chat_call(context, chat, tools.availability)
     return Response(json_bytes({"input_tokens": len(call.prompt.token_ids)}), media_type="application/json")

@@ -28,8 +28,11 @@ IGNORED = frozenset((
 ))  # fmt: skip
 """Sent by clients; without influence on the tokens that come back."""
 
-REFUSED: dict[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],)}
-"""Known to clients, not supported → values that ask for nothing, besides null."""
+REFUSED: dict[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],), "safeguards": ([],)}
+"""Known to clients, not supported → values that ask for nothing, besides null.
+
+Safeguards judge the calls of tools, on the server: whoever asks for them has to know that nobody does. Claude Code asks its user then.
+"""
 
 
 class CountTokensRequest(BaseModel):

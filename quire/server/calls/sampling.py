@@ -66,7 +66,7 @@ def names(theirs: Mapping[str, str]) -> Iterator[None]:
             if part.startswith(".") and name is not None:
                 name = name.replace(part, theirs[part])
         message = e.message if e.param in (None, "prompt") else e.message.replace(e.param or "", name or "")
-        raise type(e)(message, param=name) from None
+        raise e.said(message, name) from None
 
 
 def _params(

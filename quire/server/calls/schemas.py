@@ -53,7 +53,7 @@ _FUNCTION = {
     "type": "object",
     "required": ["name"],
     "properties": {
-        "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+        "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,128}$"},
         "description": {"type": "string"},
         "parameters": {"type": "object"},
         "strict": {"type": "boolean"},

@@ -20,13 +20,25 @@ MAX_TOOLS_CHARS = 256 << 10
 MAX_TOOLS_DEPTH = 64
 """Levels of lists and objects in a tool."""
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+@dataclass(slots=True, frozen=True)
+class Availability:
+    """Of functions of which the model is not told in the prompt's list of them, but perhaps by a message."""
+
+    later: frozenset[str] = frozenset()
+    """Their names."""
+    gone: frozenset[str] = frozenset()
+    """Those that may not be called, since no message speaks of them yet, or one has taken them away; others may be among them."""
 
 
 @dataclass(slots=True, frozen=True)
 class Tools:
     given: list[dict[str, Any]]
     """As chat templates expect them: ``{"type": "function", "function": {"name", "description", "parameters"}}``."""
+    listed: list[dict[str, Any]]
+    """Those that the template is given."""
     names: tuple[str, ...]
     """Functions that may be called."""
     must: bool
@@ -40,7 +52,11 @@ class Tools:
         return [tool["function"] for tool in self.given if tool["function"]["name"] in self.names]
 
 
-def read_tools(body: ChatCompletionRequest) -> Tools | None:
+ALWAYS = Availability()
+"""The template is given all of them."""
+
+
+def read_tools(body: ChatCompletionRequest, availability: Availability = ALWAYS) -> Tools | None:
     """None where there are none to call. Raises InvalidRequestError."""
     field, given, choice = "tools", body.tools, body.tool_choice
     choice_field = "tool_choice"
@@ -61,15 +77,22 @@ def read_tools(body: ChatCompletionRequest) -> Tools | None:
             )
         return None
     tools = check_tools(given, field)
-    names = tuple(tool["function"]["name"] for tool in tools)
+    names = tuple(name for tool in tools if (name := tool["function"]["name"]) not in availability.gone)
+    if not names:
+        if choice in (None, "none", "auto"):
+            return None
+        raise InvalidRequestError(f"{choice_field} asks for a tool, and no message has spoken of one yet", param=choice_field)
+    listed = [tool for tool in tools if tool["function"]["name"] not in availability.later]
+    if not listed:  # a template that is given no function does not tell the model how to call one
+        listed = [tool for tool in tools if tool["function"]["name"] in names]
     parallel = body.parallel_tool_calls is not False and field == "tools"  # the older form has room for one call
     if choice == "none":
         return None
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         names, choice = _allowed(choice, names)
     if choice in (None, "auto", "required"):
-        return Tools(tools, names, choice == "required", parallel)
-    return Tools(tools, (_chosen(choice, names, choice_field),), True, False)
+        return Tools(tools, listed, names, choice == "required", parallel)
+    return Tools(tools, listed, (_chosen(choice, names, choice_field),), True, False)
 
 
 def _chosen(choice: object, names: Sequence[str], field: str) -> str:
@@ -129,7 +152,7 @@ def _name(tool: dict[str, Any], at: str) -> str:
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidRequestError(
-            f"{at}.function.name must be 1 to 64 letters, digits, dots, dashes or underscores, got {shown(name)}",
+            f"{at}.function.name must be 1 to 128 letters, digits, dots, dashes or underscores, got {shown(name)}",
             param=f"{at}.function.name",
         )
     for key, kind, said in (("description", str, "a string"), ("parameters", dict, "an object"), ("strict", bool, "true or false")):
@@ -183,6 +206,12 @@ def history(messages: list[dict[str, Any]], *, short_ids: bool) -> list[dict[str
                 message["tool_calls"] = [_with_short_id(call) for call in calls]
         made.append(message)
     return made
+
+
+def unreadable(kind: str) -> str:
+    """What stands for an image or a document in a tool's result. The model has asked for it, and can do something else; whoever sends
+    the conversation can't."""
+    return f"[{kind}: this model reads text only]"
 
 
 def _with_short_id(call: object) -> object:

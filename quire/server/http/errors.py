@@ -107,7 +107,8 @@ def anthropic_error_bytes(error: QuireError) -> bytes:
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     message = error.message
     if isinstance(error, ContextLengthError):  # clients know by these words that it is time to shorten the conversation
-        message = f"prompt is too long: {message}"
+        numbers = "" if error.prompt is None else f"{error.prompt} tokens > {error.most} maximum: "  # as Anthropic writes them
+        message = f"prompt is too long: {numbers}{message}"
     return json.dumps({"type": "error", "error": {"type": kind, "message": message}}, ensure_ascii=False).encode("utf-8", "replace")
 
 

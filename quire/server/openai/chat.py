@@ -18,7 +18,7 @@ from quire.server.calls.prompts import Prompt, chat_prompt
 from quire.server.calls.reading import Reading, check_format, must_call, reading_for
 from quire.server.calls.sampling import chat_names, chat_params
 from quire.server.calls.schemas import ChatCompletionRequest
-from quire.server.calls.tools import history, read_tools
+from quire.server.calls.tools import ALWAYS, Availability, history, read_tools
 from quire.server.calls.truncation import truncated
 from quire.server.context import Context, caller_of, context_of
 from quire.server.http.ids import call_id
@@ -50,10 +50,10 @@ class ChatCall:
     reading: Reading | None
 
 
-async def chat_call(context: Context, body: ChatCompletionRequest) -> ChatCall:
+async def chat_call(context: Context, body: ChatCompletionRequest, availability: Availability = ALWAYS) -> ChatCall:
     """Raises InvalidRequestError or ContextLengthError."""
     params = chat_params(body, context.sampling_defaults)
-    tools = read_tools(body)
+    tools = read_tools(body, availability)
     if tools is not None:
         check_format(context)
     with chat_names(body):
@@ -65,7 +65,7 @@ async def chat_call(context: Context, body: ChatCompletionRequest) -> ChatCall:
             template_kwargs=body.chat_template_kwargs,
             add_special_tokens=body.add_special_tokens,
             max_bytes=max_text_bytes(context.max_model_len),
-            tools=None if tools is None else tools.given,
+            tools=None if tools is None else tools.listed,
         )
         output = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
         (prompt,) = truncated([prompt], body, context.max_model_len, output)

@@ -114,4 +114,4 @@ def _input_names() -> Iterator[None]:
         yield
     except InvalidRequestError as e:
         message = "input" + e.message.removeprefix("prompt") if e.message.startswith("prompt ") else e.message
-        raise type(e)(message, param="input" if e.param == "prompt" else e.param) from None
+        raise e.said(message, "input" if e.param == "prompt" else e.param) from None

@@ -12,6 +12,7 @@ from typing import Any
 from quire.errors import InvalidRequestError
 from quire.server.calls.fields import parse, shown
 from quire.server.calls.schemas import ChatCompletionRequest
+from quire.server.calls.tools import unreadable
 from quire.server.responses.schemas import SAME_NAME, ResponsesRequest
 from quire.server.responses.tools import GivenTools
 
@@ -72,7 +73,7 @@ class _Messages:
                 call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
                 self._assistant().setdefault("tool_calls", []).append(call)
             case "function_call_output":
-                content = _parts(f"{at}.output", item.get("output"))
+                content = _parts(f"{at}.output", _readable(item.get("output")))
                 self.messages.append({"role": "tool", "tool_call_id": _string(f"{at}.call_id", item.get("call_id")), "content": content})
             case "reasoning":  # what other servers have encrypted, or summed up, nobody can give the model back
                 for part in item.get("content") or ():
@@ -119,6 +120,17 @@ def _parts(at: str, content: object) -> list[dict[str, Any]]:
         text = part.get("refusal" if kind == "refusal" else "text")
         made.append({"type": "text", "text": _string(f"{at}[{i}].text", text)})
     return made
+
+
+def _readable(output: object) -> object:
+    """A function's output with a word in place of what can't be read."""
+    if not isinstance(output, list):
+        return output
+    kinds = {"input_image": "image", "input_file": "document"}
+    return [
+        {"type": "input_text", "text": unreadable(kinds[part["type"]])} if isinstance(part, dict) and part.get("type") in kinds else part
+        for part in output
+    ]
 
 
 def _string(at: str, value: object) -> str:
