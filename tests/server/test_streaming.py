@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import socket
 from collections.abc import AsyncIterator
 from queue import SimpleQueue
 from typing import Any
@@ -16,15 +17,16 @@ import pytest
 from quire.core.sequence import Request
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
-from quire.server.calls.pusher import TokenPusher
+from quire.server.engine import client
 from quire.server.engine.client import EngineClient
 from quire.server.engine.loop import EngineLoop
-from quire.server.http.protocol import _Push
+from quire.server.http.protocol import LimitedProtocol
 from quire.text.output import OutputAssembler
 from quire.text.tokenizer import Tokenizer
 from sample_tokenizers import sample
 from server.harness import DEADLINE_S, PacedBackend, Server, events, health, http, raw_request, wait_clean, wait_until
 
+Tokens = list[tuple[str, int, int]]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -167,9 +169,25 @@ def test_hang_ups_of_waiting_requests(tokenizer: Tokenizer) -> None:
     server.stop()
 
 
-def test_slow_reader_gets_everything(fake: Server) -> None:
-    """It stops reading while the engine goes on and finishes; what it missed comes in fewer, larger pieces."""
-    fields = body(9, max_tokens=480, logprobs=20)
+@pytest.mark.parametrize("logprobs", [20, None], ids=["outputs", "single tokens"])
+def test_slow_reader_gets_everything(fake: Server, monkeypatch: pytest.MonkeyPatch, logprobs: int | None) -> None:
+    """It stops reading while the engine goes on and finishes; what it missed comes in fewer, larger pieces. A socket takes what it has
+    room for, which may end within an event."""
+    carry, connected, unsent = client.carry, LimitedProtocol.connection_made, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal unsent
+        carried = carry(*arguments)
+        unsent += len(carried[2])
+        return carried
+
+    def with_little_room(self: LimitedProtocol, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connected(self, transport)
+
+    monkeypatch.setattr(client, "carry", counted)
+    monkeypatch.setattr(LimitedProtocol, "connection_made", with_little_room)
+    fields = body(9, max_tokens=480, logprobs=logprobs)
     whole = http.post(fake.url + COMPLETIONS, json=fields).json()["choices"][0]
     with raw_request(fake.port, COMPLETIONS, fields | {"stream": True}, receive_buffer=4096) as connection:
         first = connection.recv(100)
@@ -182,6 +200,7 @@ def test_slow_reader_gets_everything(fake: Server) -> None:
     found = events(dechunked(rest).decode())
     assert found[-1] == "[DONE]"
     assert stream_text(found) == whole["text"]
+    assert (unsent > 0) == (logprobs is None)
 
 
 def test_requests_in_a_row_on_one_connection_get_each_its_own(fake: Server) -> None:
@@ -208,7 +227,7 @@ def test_requests_in_a_row_on_one_connection_get_each_its_own(fake: Server) -> N
         assert stream_text(events(dechunked(rest).decode())) == text
 
 
-@pytest.mark.parametrize("where", [(OutputAssembler, "feed"), (_Push, "write")], ids=["outputs", "single tokens"])
+@pytest.mark.parametrize("where", [(OutputAssembler, "feed"), (Tokenizer, "piece")], ids=["outputs", "single tokens"])
 def test_a_stream_that_fails_midway_says_so(fake: Server, monkeypatch: pytest.MonkeyPatch, where: tuple[type, str]) -> None:
     """In what is pushed past the application, too: the client is told, and the blocks come back."""
     original, calls = getattr(*where), 0
@@ -222,7 +241,9 @@ def test_a_stream_that_fails_midway_says_so(fake: Server, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(*where, failing)
     fake.backend.delay_s = 0.002
-    plain = where[0] is _Push
+    plain = where[0] is Tokenizer
+    if plain:
+        monkeypatch.setattr(fake.tokenizer, "json_texts", type(fake.tokenizer.json_texts)(fake.tokenizer))  # which asks again
     try:
         found = events(
             http.post(fake.url + COMPLETIONS, json=body(22, max_tokens=60, stream=True) | ({} if plain else {"logprobs": 0})).text
@@ -252,20 +273,21 @@ def test_single_tokens_that_go_past_everything_make_the_same_bytes(
     """The fake model says any token at all: parts of characters, special ones, quotes."""
     asked: dict[str, Any] = {"prompt": "x"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "x"}]}
     fields = asked | {"max_tokens": 400, "seed": 31, "ignore_eos": True, "stream": True, "stream_options": usage}
-    push, pushed = TokenPusher.push, [0, 0]
+    carry, went = client.carry, [0, 0]
 
-    def counted(self: TokenPusher, token_id: int) -> bool:
-        done = push(self, token_id)
-        pushed[done] += 1
-        return done
+    def counted(tokens: Tokens, *rest: Any) -> Any:
+        carried = carry(tokens, *rest)
+        left = len(carried[0])
+        went[0], went[1] = went[0] + left, went[1] + len(tokens) - left
+        return carried
 
-    monkeypatch.setattr(TokenPusher, "push", counted)
+    monkeypatch.setattr(client, "carry", counted)
     fake.backend.delay_s = 0.001
     try:
         http.post(fake.url + path, json=fields)  # from here on the prompt is cached
         short = http.post(fake.url + path, json=fields).content
-        assert min(pushed) > 5, "some go past everything, some don't"
-        monkeypatch.setattr(TokenPusher, "push", lambda self, token_id: False)
+        assert min(went) > 5, "some go past everything, some don't"
+        monkeypatch.setattr(client, "carry", lambda tokens, ways, now: (tokens, [], []))
         long = http.post(fake.url + path, json=fields).content
     finally:
         fake.backend.delay_s = 0.0

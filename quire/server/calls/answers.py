@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 from fastapi import Request
@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from quire.errors import QuireError
 from quire.server.calls.generation import Generation, Piece
-from quire.server.calls.pusher import Pusher, TokenPusher
+from quire.server.calls.pusher import Pusher
 from quire.server.http.errors import INTERNAL
 from quire.server.http.sse import PING_S, EventStream, Push, answer, push_of
 
@@ -67,16 +67,14 @@ async def events(generation: Generation, writer: Writer, push: Push | None = Non
     push: the way around this generator, for what comes while the client reads as fast as it is sent: the tokens of a step go out
     where they arrive, without waking anybody. The rest (the beginning and the end, errors, a client that is slow) comes from here.
     """
-    pusher = None if push is None else Pusher(generation, writer, push)
     try:
         with generation:
             if made := writer.start():
                 yield made
-            if push is not None and pusher is not None:
-                generation.listen(pusher.push, _token_pusher(generation, writer, push, pusher))
+            pusher = None if push is None else Pusher(generation, writer, push)
             while not generation.finished:
-                if push is not None:
-                    push.resume()
+                if pusher is not None:
+                    pusher.resume()
                 pieces = await generation.next(PING_S)
                 if pusher is not None and pusher.failure is not None:
                     raise pusher.failure
@@ -92,10 +90,3 @@ async def events(generation: Generation, writer: Writer, push: Push | None = Non
     except Exception:
         log.exception("a stream failed")
         yield writer.failed(QuireError(INTERNAL))
-
-
-def _token_pusher(generation: Generation, writer: Writer, push: Push, pusher: Pusher) -> Callable[[int], bool] | None:
-    frame, detokenizer = writer.frame(), generation.only_text
-    if frame is None or detokenizer is None:
-        return None
-    return TokenPusher(pusher, push, generation.usage, generation.tokenizer.json_texts, detokenizer, frame).push

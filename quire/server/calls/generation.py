@@ -25,7 +25,7 @@ from quire.server.calls.sampling import draw_seed
 from quire.server.calls.schemas import GenerationRequest
 from quire.server.calls.timings import Timings
 from quire.server.context import Context
-from quire.server.engine.stream import Stream
+from quire.server.engine.stream import Shortcut, Stream
 from quire.server.http.errors import DeadlineError
 from quire.server.http.keys import Caller
 from quire.text.detokenizer import Detokenizer
@@ -176,10 +176,16 @@ class Generation:
         assert self._stream is not None
         return self._read(self._stream.take())
 
-    def listen(self, listener: Callable[[], bool], express: Callable[[int], bool] | None = None) -> None:
+    def listen(self, listener: Callable[[], bool], shortcut: Shortcut | None = None) -> None:
         """See Stream. After ``submit``."""
         assert self._stream is not None
-        self._stream.listener, self._stream.express = listener, express
+        self._stream.listener, self._stream.shortcut = listener, shortcut
+
+    def emitted(self) -> tuple[str, list[int]] | None:
+        """The only request, and the tokens of its only sequence, a list that goes on growing; None where there are others, or it ended."""
+        request_id = self._requests[0].request_id
+        emitted = self._client.emitted(request_id) if len(self._assemblers) == 1 else None
+        return None if emitted is None else (request_id, emitted)
 
     @property
     def only_text(self) -> Detokenizer | None:

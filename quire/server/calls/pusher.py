@@ -1,19 +1,18 @@
 """What a step has made of a stream goes to its client's socket where it arrives, and nobody is woken for it. There are two ways.
 
-Outputs of all kinds are read and written as the stream's own generator would do it (Pusher). A token with nothing else to it, in a
-stream that wants nothing but text, is most of what is ever sent; its text as JSON is made when the tokenizer first meets it, and what
-stands around it when the stream begins (TokenPusher). The bytes are the same, and what one way refuses goes the other.
+Outputs of all kinds are read and written as the stream's own generator would do it. A token with nothing else to it, in a stream that
+wants nothing but text, is most of what is ever sent: its text as JSON is made when the tokenizer first meets it, and what stands around
+it when the stream begins (Express). The bytes are the same, and what goes one way may go the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
-from quire.outputs import Usage
 from quire.server.calls.generation import Generation, Piece
+from quire.server.engine._express import Express
+from quire.server.engine.stream import Shortcut
 from quire.server.http.sse import Push
-from quire.text.detokenizer import Detokenizer
 
 
 class PieceWriter(Protocol):
@@ -21,56 +20,53 @@ class PieceWriter(Protocol):
 
     def write(self, pieces: list[Piece]) -> bytes: ...
 
+    def frame(self) -> tuple[bytes, bytes] | None: ...
+
 
 class Pusher:
-    """Pushes outputs of one stream, whose response has begun."""
+    """Pushes what there is of one stream, whose response has begun, until ``failure``."""
 
     def __init__(self, generation: Generation, writer: PieceWriter, push: Push) -> None:
         self._generation, self._writer, self._push = generation, writer, push
+        self._detokenizer = generation.only_text
         self.pushed = False
         """Something was sent since somebody has set this to False."""
         self.failure: Exception | None = None
         """Nothing is pushed any more; the stream's generator is to raise this."""
+        generation.listen(self._push_outputs, self._shortcut())
 
-    def push(self) -> bool:
+    def resume(self) -> None:
+        """Call this when the response has begun, and after each part of it that was sent otherwise."""
+        self._push.resume()
+        self._look()
+
+    def _push_outputs(self) -> bool:
         """See Stream.listener."""
         if self.failure is not None or not self._push.ready:
             return False
         try:
             if made := self._writer.write(self._generation.take()):
                 self._push.write(made)
+            self._look()
         except Exception as e:
             self.failure = e
         self.pushed = True
         return self.failure is None and not self._generation.finished
 
+    def _shortcut(self) -> Shortcut | None:
+        """For the tokens of the stream's only sequence. Generation and OutputAssembler learn nothing of those but the usage, and the
+        detokenizer is as it would be after them."""
+        frame, sequence = self._writer.frame(), self._generation.emitted()
+        if frame is None or sequence is None or self._detokenizer is None:
+            return None
+        request_id, emitted = sequence
+        express = self._push.express = Express(emitted, self._generation.tokenizer.json_texts, *frame)
+        return Shortcut(request_id, express, self._push.write_rest, self._count)
 
-class TokenPusher:
-    """Pushes single tokens, past Generation and OutputAssembler, who learn nothing of them but the detokenizer's state, which they do
-    not change, and the usage.
+    def _look(self) -> None:
+        if self._push.express is not None and self._detokenizer is not None:
+            self._push.express.between = self._detokenizer.between
 
-    texts, detokenizer: of the stream's only sequence. frame: see Writer.
-    """
-
-    __slots__ = ("_after", "_before", "_detokenizer", "_push", "_pusher", "_texts", "_usage")
-
-    def __init__(
-        self, pusher: Pusher, push: Push, usage: Usage, texts: Mapping[int, bytes | None], detokenizer: Detokenizer,
-        frame: tuple[bytes, bytes],
-    ) -> None:  # fmt: skip
-        self._pusher, self._push, self._usage = pusher, push, usage
-        self._texts, self._detokenizer = texts, detokenizer
-        self._before, self._after = frame
-
-    def push(self, token_id: int) -> bool:
-        """See Stream.express."""
-        try:
-            text = self._texts[token_id]
-            if text is None or not self._detokenizer.between or not self._push.write(self._before + text + self._after):
-                return False
-        except Exception as e:
-            self._pusher.failure = e
-            return False
-        self._usage.completion_tokens += 1
-        self._pusher.pushed = True
-        return True
+    def _count(self, tokens: int) -> None:
+        self._generation.usage.completion_tokens += tokens
+        self.pushed = True

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from quire.core.admission import RequestLimits
@@ -17,6 +17,7 @@ from quire.core.sequence import Request
 from quire.core.stats import EngineStats
 from quire.errors import EngineError, QueueFullError, QuireError
 from quire.outputs import SequenceOutput
+from quire.server.engine._express import Express, carry
 from quire.server.engine.journal import Journal
 from quire.server.engine.messages import (
     Abort,
@@ -35,7 +36,7 @@ from quire.server.engine.messages import (
     Unwatch,
     Up,
 )
-from quire.server.engine.stream import Stream
+from quire.server.engine.stream import Shortcut, Stream
 from quire.server.http.errors import UnavailableError
 from quire.server.metrics.meter import RequestMeter
 from quire.server.metrics.totals import EngineTotals
@@ -74,6 +75,8 @@ class EngineClient:
         self._link: Link | None = None
         self._journal = Journal()
         self._streams: dict[str, Stream] = {}
+        self._ways: dict[str, Express] = {}
+        """Those of streams with a shortcut, from when it is first open, by request id."""
         self._tickets = itertools.count()
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self.dead: str | None = None
@@ -132,6 +135,10 @@ class EngineClient:
             self._journal.add(request)
         self._send_due()
         return stream
+
+    def emitted(self, request_id: str) -> list[int] | None:
+        """The tokens of a request's first sequence, a list that goes on growing; None where it has ended."""
+        return self._journal.emitted(request_id)
 
     @property
     def num_suspects(self) -> int:
@@ -201,6 +208,7 @@ class EngineClient:
     def _leave(self, requests: Sequence[Request], unfinished: set[str]) -> None:
         for request in requests:
             self._streams.pop(request.request_id, None)
+            self._ways.pop(request.request_id, None)
         for request_id in unfinished:
             self._abort(request_id, None)
 
@@ -228,6 +236,9 @@ class EngineClient:
             case Stalled(seconds):
                 self.stalled = seconds
             case Outputs(outputs, tokens):
+                if self._ways:
+                    tokens = self._carry(tokens)
+                    self._count_carried(output.request_id for output in outputs)
                 self.meter.step(outputs)
                 self.meter.tokens(tokens)
                 self._deliver(outputs)
@@ -243,6 +254,8 @@ class EngineClient:
                     self.on_kv_events(payload)
             case Down(reason, killed):
                 self.up, self.last_death = False, reason
+                for way in self._ways.values():
+                    way.waits = False  # the journal wants to see the next token
                 self.totals.died()
                 if self.on_kv_events is not None:
                     self.on_kv_events(None)
@@ -267,12 +280,36 @@ class EngineClient:
 
     def _deliver_tokens(self, tokens: list[tuple[str, int, int]]) -> None:
         self._journal.note_tokens(tokens)
-        streams, others = self._streams, []
-        for request_id, index, token in tokens:
-            stream = streams.get(request_id)
-            if stream is not None and ((way := stream.way) is None or not way(token)):
-                others.append(SequenceOutput(request_id, index, [token]))
-        self._hand_out(others)
+        self._hand_out([SequenceOutput(request_id, index, [token]) for request_id, index, token in tokens])
+
+    def _carry(self, tokens: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+        """Send the tokens that take a shortcut; the others."""
+        now = self.meter.now()
+        left, intervals, unsent = carry(tokens, self._ways, now)
+        self.meter.carried(intervals, now)
+        for request_id, rest in unsent:
+            if (shortcut := self._streams[request_id].shortcut) is not None:
+                shortcut.unsent(rest)
+        self._count_carried(request_id for request_id, _, _ in left)
+        return left
+
+    def _count_carried(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            if request_id in self._ways and (shortcut := self._streams[request_id].shortcut) is not None:
+                self._shut_way(shortcut)
+
+    def _open_way(self, shortcut: Shortcut) -> None:
+        way = self._ways.setdefault(shortcut.request_id, shortcut.express)
+        way.last, way.waits = self.meter.last(shortcut.request_id), self._journal.is_clear(shortcut.request_id)
+
+    def _shut_way(self, shortcut: Shortcut) -> None:
+        """What went that way counts now."""
+        way = shortcut.express
+        way.waits = False
+        if taken := way.taken:
+            way.taken = 0
+            self.meter.count(shortcut.request_id, taken, way.last)
+            shortcut.taken(taken)
 
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:

@@ -96,6 +96,17 @@ class Journal:
             if entry.deaths:
                 self._acquit(entry)
 
+    def emitted(self, request_id: str) -> list[int] | None:
+        """The tokens of a request's first sequence, while it has not ended. Whoever hears of another may put it there itself while the
+        request ``is_clear``."""
+        entry = self._entries.get(request_id)
+        return None if entry is None else entry.emitted[0]
+
+    def is_clear(self, request_id: str) -> bool:
+        """No engine has died under it since it made a token."""
+        entry = self._entries.get(request_id)
+        return entry is not None and entry.deaths == 0
+
     def end(self, request_id: str, index: int | None = None) -> bool:
         """Nothing more is wanted of a request, or of one sequence of it. Whether the engine knows it."""
         entry = self._entries.get(request_id)

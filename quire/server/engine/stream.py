@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quire.core.sequence import Request
@@ -11,7 +12,20 @@ from quire.errors import QuireError
 from quire.outputs import SequenceOutput
 
 if TYPE_CHECKING:
+    from quire.server.engine._express import Express
     from quire.server.engine.client import EngineClient
+
+
+@dataclass(slots=True, frozen=True)
+class Shortcut:
+    """The way of a sequence's tokens past its stream."""
+
+    request_id: str
+    express: Express
+    unsent: Callable[[bytes], None]
+    """Told what the socket did not take: it is to be sent some other way, before anything else."""
+    taken: Callable[[int], None]
+    """Told how many tokens have gone this way, before anything else is read of the stream."""
 
 
 class Stream:
@@ -21,7 +35,8 @@ class Stream:
     waits for it is bounded by the tokens that its requests may generate.
 
     A reader that waits in ``fetch`` is woken by what arrives, which costs more than all the rest of a token's way. So it may leave a
-    ``listener``, which is called first: where that one takes what has arrived, the reader sleeps on.
+    ``listener``, which is called first: where that one takes what has arrived, the reader sleeps on. And a ``shortcut``, for tokens
+    with nothing else to them.
     """
 
     def __init__(self, client: EngineClient, requests: Sequence[Request], background: bool) -> None:
@@ -35,20 +50,18 @@ class Stream:
         self.listener: Callable[[], bool] | None = None
         """Called after a step that brought something, while ``fetch`` waits. True: it has taken all of it, and there is more to come.
         Must not raise."""
-        self.express: Callable[[int], bool] | None = None
-        """The same for a token with nothing else to it, where there is but one sequence: before it has arrived. Must not raise."""
+        self.shortcut: Shortcut | None = None
+        """Only where there is but one sequence."""
         self._waiting = False
-        self.way: Callable[[int], bool] | None = None
-        """``express`` while it may be called: ``fetch`` waits, nothing else has arrived, and the sequence is open."""
 
     def close(self) -> None:
         """Nothing more is wanted of any of the requests. May be called twice."""
+        self._pause()
         self._client._leave(self._requests, {request_id for request_id, _ in self._open})
         for request_id, index in self._open:
             self._client.meter.end(request_id, index, "abort")
         self._count(-len(self._open))
         self._open.clear()
-        self.way = None
 
     @property
     def finished(self) -> bool:
@@ -75,14 +88,14 @@ class Stream:
         """
         if not self._arrived and self._failure is None:
             self._news.clear()
-            self._waiting, self.way = True, self.express
+            self._wait()
             try:
                 async with asyncio.timeout(timeout):
                     await self._news.wait()
             except TimeoutError:
                 return []
             finally:
-                self._waiting, self.way = False, None
+                self._pause()
         if not self._arrived and self._failure is not None:
             raise self._failure
         return self.take()
@@ -99,18 +112,18 @@ class Stream:
         if output.finish_reason is not None:
             self._ended(key)
         self._arrived.append(output)
-        self.way = None
+        self._shut()
 
     def _tell(self) -> None:
         """A step has brought something."""
         if self._waiting and self.listener is not None and self.listener():
-            self.way = self.express
+            self._wait()
         else:
             self._news.set()
 
     def _ended(self, key: tuple[str, int]) -> None:
         self._open.discard(key)
-        self.way = None
+        self._shut()
         self._count(-1)
 
     def _count(self, sequences: int) -> None:
@@ -120,5 +133,20 @@ class Stream:
 
     def _fail(self, error: QuireError) -> None:
         if self._open:
-            self._failure, self.way = error, None
+            self._failure = error
+            self._shut()
             self._news.set()
+
+    def _wait(self) -> None:
+        """All that has arrived was read; whoever reads it waits."""
+        self._waiting = True
+        if self.shortcut is not None and self._open:
+            self._client._open_way(self.shortcut)
+
+    def _pause(self) -> None:
+        self._waiting = False
+        self._shut()
+
+    def _shut(self) -> None:
+        if self.shortcut is not None:
+            self._client._shut_way(self.shortcut)

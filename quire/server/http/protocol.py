@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from quire.errors import InvalidRequestError, QuireError
 from quire.server.http.errors import HeadersTooLargeError, TimedOutError, UnavailableError, error_bytes
 from quire.server.http.sse import PUSH
+
+if TYPE_CHECKING:
+    from quire.server.engine._express import Express
 
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADERS = 256
@@ -37,20 +40,27 @@ class _Push:
     ``resume`` looks at the transport, and ``write`` at nothing but this object.
     """
 
-    __slots__ = ("_cycle", "_direct", "_fd", "_transport")
+    __slots__ = ("_cycle", "_direct", "_fd", "_transport", "express")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle, self._transport = cycle, cycle.transport
         self._direct = False
+        self.express: Express | None = None
         encrypted = self._transport.get_extra_info("sslcontext") is not None
         self._fd: int = -1 if encrypted else self._transport.get_extra_info("socket").fileno()
 
     def resume(self) -> None:
-        self._direct = self._fd >= 0 and self.ready and not self._transport.get_write_buffer_size()
+        self._go(self._fd >= 0 and self.ready and not self._transport.get_write_buffer_size())
 
     def close(self) -> None:
         """The connection closes, and its file descriptor will be another's."""
-        self._direct, self._fd = False, -1
+        self._go(False)
+        self._fd = -1
+
+    def _go(self, direct: bool) -> None:
+        self._direct = direct
+        if self.express is not None:
+            self.express.fd = self._fd if direct else -1
 
     @property
     def over(self) -> bool:
@@ -77,9 +87,12 @@ class _Push:
         except OSError:  # the transport will meet it too, and knows what to do
             sent = 0
         if sent < len(chunk):
-            self._direct = False
-            self._transport.write(chunk[sent:])
+            self.write_rest(chunk[sent:])
         return True
+
+    def write_rest(self, rest: bytes) -> None:
+        self._go(False)
+        self._transport.write(rest)
 
 
 class LimitedProtocol(HttpToolsProtocol):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from quire.server.http.errors import ClientGoneError
+
+if TYPE_CHECKING:
+    from quire.server.engine._express import Express
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -38,6 +41,13 @@ class Push(Protocol):
     def write(self, body: bytes) -> bool:
         """False: it is not ``ready``, and nothing was written."""
         ...
+
+    def write_rest(self, rest: bytes) -> None:
+        """What the socket did not take of a part that was sent through ``express``."""
+        ...
+
+    express: Express | None
+    """Is told which socket may be written to, while nothing else is on its way there."""
 
 
 PUSH = "quire.push"

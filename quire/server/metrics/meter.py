@@ -128,6 +128,28 @@ class RequestMeter:
                     record.preemptions = max(record.preemptions, output.preemptions)
                 self.end(output.request_id, output.index, output.finish_reason)
 
+    def now(self) -> float:
+        return self._clock()
+
+    def last(self, request_id: str) -> float:
+        """When a request of one sequence last made a token; 0 before."""
+        record = self._live.get(request_id)
+        return 0.0 if record is None else max(0.0, record.last[0])
+
+    def carried(self, intervals: Sequence[tuple[float, int]], now: float) -> None:
+        """Sequences have made a token each that nothing else is told of: since when they were awaited, and by how many. ``count`` follows
+        for each of the requests."""
+        for since, count in intervals:
+            self.generation_tokens += count
+            if since > 0:
+                self.inter_token_latency.observe(now - since, count)
+
+    def count(self, request_id: str, tokens: int, last: float) -> None:
+        """So many were ``carried`` of a request of one sequence, the last one then."""
+        if (record := self._live.get(request_id)) is not None and record.last[0] != ENDED:
+            record.generated += tokens
+            record.last[0] = record.last_output = last
+
     def tokens(self, tokens: Sequence[tuple[str, int, int]]) -> None:
         """As ``step``, for sequences that have made a token, and nothing else: request id, index, token."""
         now, live = self._clock(), self._live
