@@ -36,10 +36,10 @@ DECODE: dict[tuple[str, int] | tuple[str, int, int], Config] = {
     ("same", 64): Config(128, 4, 3, 3),
     ("same", 128): Config(64, 4, 3, 3),
     ("same", 256): Config(32, 4, 3, 2, registers=255),
-    ("converted", 64): Config(64, 4, 3, 3),
+    ("converted", 64): Config(64, 4, 3, 3, registers=168),
     ("converted", 128): Config(32, 4, 4, 3, registers=168),
     ("converted", 256): Config(32, 4, 3, 2, registers=255),
-    ("float32", 64): Config(32, 8, 3, 3),
+    ("float32", 64): Config(32, 8, 3, 3, registers=80),
     ("float32", 128): Config(32, 8, 3, 3),
     ("float32", 256): Config(16, 8, 3, 2),
     ("float32 converted", 64): Config(16, 8, 1, 2),
@@ -54,6 +54,7 @@ PREFILL: dict[tuple[str, int] | tuple[str, int, int], Config] = {
     ("converted", 128): Config(32, 8, 2, 1, 128),
     ("converted", 256): Config(32, 8, 2, 1, 64),
     ("converted", 128, 64): Config(64, 8, 2, 1, 128),
+    ("converted", 256, 16): Config(16, 8, 2, 1, 64),
     ("float32", 64): Config(16, 4, 3, 4, 16),
     ("float32", 128): Config(16, 4, 3, 4, 16),
     ("float32", 256): Config(16, 4, 3, 2, 16),
@@ -78,8 +79,10 @@ def decode_config(head_dim: int, block_size: int, dtype: torch.dtype, kv_dtype: 
     """``dtype``: of queries. ``group``: query heads of a KV head, all in one tile; many of them take more warps."""
     name, size = kind(dtype, kv_dtype), max(64, padded(head_dim))
     config = DECODE.get((name, size, block_size)) or DECODE[name, size]
-    if group > 16:
-        config = replace(config, warps=8 if group > 32 else config.warps, programs_per_sm=1 if group > 32 else 2)
+    if group > 32:
+        config = replace(config, warps=8, programs_per_sm=1, registers=None)
+    elif group > 16:
+        config = replace(config, programs_per_sm=2)
     return config
 
 
