@@ -34,10 +34,10 @@ $(BIN)/pip: | preflight
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(SOURCES) | preflight $(BIN)/pip
-	@echo "Installing Quire into $(VENV) (compiles one module, about a minute) ..."
+	@echo "Installing Quire into $(VENV) (compiles its native code, about a minute) ..."
 	@$(PIP) .
 	@$(BIN)/python -m pip uninstall --quiet --yes setuptools 2>/dev/null || true
-	@$(BIN)/python -c 'import quire.llm, quire.server.launch, quire.server.uvicorn_server, quire.server.app'
+	@$(BIN)/python -P -c 'import quire.llm, quire.server.launch, quire.server.uvicorn_server, quire.server.app'
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
