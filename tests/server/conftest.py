@@ -6,6 +6,7 @@ import pytest
 
 from quire.text.tokenizer import Tokenizer
 from server.harness import EMBEDDED, PacedBackend, Process, Server
+from server.scripted import ScriptedBackend
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,10 @@ def real() -> Iterator[Process]:
     process = Process("--kv-memory", "32MiB", "--max-num-seqs", "32")
     yield process
     process.kill()
+
+
+@pytest.fixture
+def backend(server: Server) -> ScriptedBackend:
+    """Of the module's own ``server``."""
+    assert isinstance(server.backend, ScriptedBackend)
+    return server.backend

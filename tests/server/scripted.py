@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 
@@ -10,7 +11,7 @@ from core.fake_backend import Row
 from quire.core.plan import StepResult, accepted
 from quire.outputs import TokenLogprobs
 from quire.text.tokenizer import Tokenizer
-from server.harness import EMBEDDED, PacedBackend
+from server.harness import EMBEDDED, PacedBackend, Server
 
 END = "<|end|>"
 
@@ -100,3 +101,10 @@ class ScriptedBackend(PacedBackend):
         row.tokens += tokens[: accepted(draft, tokens)]
         result.tokens += tokens
         result.logprobs += [TokenLogprobs((-1.0, 1), []) if row.start.params.logprobs is not None else None for _ in tokens]
+
+
+def serve_scripted(template: str, *, template_end: str = "", **options: Any) -> Server:
+    """A server of a model that says what ``server.backend.says`` is; see chat_tokenizer and Server."""
+    tokenizer = chat_tokenizer(template, template_end)
+    backend = ScriptedBackend(tokenizer)
+    return Server(tokenizer, backend, eos=(backend.end,), **options)

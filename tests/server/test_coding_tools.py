@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from server.harness import Server, http, named_events
-from server.scripted import ScriptedBackend, chat_tokenizer
+from server.scripted import ScriptedBackend, serve_scripted
 from server.sdk_types import check_messages, check_responses
 
 STRICT = """{%- for message in messages %}
@@ -31,17 +31,9 @@ def call(name: str, **arguments: Any) -> str:
 @pytest.fixture(scope="module", params=["", STRICT], ids=["any-order", "strict"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """With a template that takes messages in any order, as Qwen3's does, and with one that is strict, as many are."""
-    tokenizer = chat_tokenizer("thinking", request.param)
-    backend = ScriptedBackend(tokenizer)
-    made = Server(tokenizer, backend, eos=(backend.end,))
+    made = serve_scripted("thinking", template_end=request.param)
     yield made
     made.stop()
-
-
-@pytest.fixture
-def backend(server: Server) -> ScriptedBackend:
-    assert isinstance(server.backend, ScriptedBackend)
-    return server.backend
 
 
 def claude(server: Server, *turns: dict[str, Any], tools: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from server.harness import DEADLINE_S, Server, events, http, wait_clean
-from server.scripted import ScriptedBackend, chat_tokenizer
+from server.scripted import ScriptedBackend, serve_scripted
 
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "What is the weather in Köln?"}
@@ -35,9 +35,7 @@ TWO = {
 
 
 def serve(template: str, *, template_end: str = "", **options: Any) -> Server:
-    tokenizer = chat_tokenizer(template, template_end)
-    backend = ScriptedBackend(tokenizer)
-    return Server(tokenizer, backend, eos=(backend.end,), max_body_bytes=2_000_000, **options)
+    return serve_scripted(template, template_end=template_end, max_body_bytes=2_000_000, **options)
 
 
 @pytest.fixture(scope="module", params=ONE)

@@ -19,7 +19,7 @@ from quire.server.responses.reply import Reply as ResponsesReply
 from quire.server.responses.schemas import ResponsesRequest
 from quire.server.responses.tools import GivenTools
 from server.harness import DEADLINE_S, Server, http, named_events
-from server.scripted import ScriptedBackend, chat_tokenizer
+from server.scripted import ScriptedBackend, serve_scripted
 from server.sdk_types import check_messages, check_responses
 
 USER: Any = {"role": "user", "content": "What is the weather in Köln?"}
@@ -49,17 +49,9 @@ RESPONSES_TOOLS: Any = [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    tokenizer = chat_tokenizer("thinking")
-    backend = ScriptedBackend(tokenizer)
-    made = Server(tokenizer, backend, eos=(backend.end,))
+    made = serve_scripted("thinking")
     yield made
     made.stop()
-
-
-@pytest.fixture
-def backend(server: Server) -> ScriptedBackend:
-    assert isinstance(server.backend, ScriptedBackend)
-    return server.backend
 
 
 @pytest.fixture

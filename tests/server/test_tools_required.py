@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from server.harness import DEADLINE_S, Process, Server, http, wait_clean
-from server.scripted import TEMPLATES, ScriptedBackend, chat_tokenizer
+from server.scripted import TEMPLATES, serve_scripted
 from server.test_tools import CHAT, USER, ask, streamed
 
 CITY = {
@@ -33,9 +33,7 @@ NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 @pytest.fixture(scope="module", params=TEMPLATES)
 def family(request: pytest.FixtureRequest) -> Iterator[Server]:
     """On a fake backend, which says anything that is allowed."""
-    tokenizer = chat_tokenizer(request.param)
-    backend = ScriptedBackend(tokenizer)
-    server = Server(tokenizer, backend, eos=(backend.end,))
+    server = serve_scripted(request.param)
     yield server
     server.stop()
 
