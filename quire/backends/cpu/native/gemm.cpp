@@ -5,7 +5,8 @@
 //
 // A task is a block of rows against one panel of columns. The panel goes by in slices that fit L2 with room for the
 // slice after it, which is prefetched meanwhile: at few rows the product is bound by how fast weights arrive. The last
-// tasks prefetch the first panels of the linear that follows.
+// tasks prefetch the first panels of the linear that follows. On AVX2 a handful of rows goes against three panels at once,
+// since a core reads faster where it reads in several places.
 #include "epilogue.h"
 #include "gemm_prefetch.h"
 #include "threads.h"
@@ -115,7 +116,9 @@ void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t k
 // prefetches can. But these streams end with every 4 KiB: one line for each K position starts those of the next slice, or
 // (16 bits wide) of this one a little later. All lines, prefetched, would take 20 % longer.
 // Several tiles read the slice once from memory and then from L2, and the streams sleep meanwhile: all lines of the next slice
-// are prefetched, spread evenly, since at 10 to 30 rows reading takes nearly as long as multiplying.
+// are prefetched, since at 10 to 30 rows reading takes nearly as long as multiplying. Spread evenly over all steps, be it a
+// quarter of a line with each: lines on their way from memory hold buffers that those from L2 need, and so many at once that
+// the tile stalls would only move the waiting.
 // On AVX2, 2 or 3 rows alone are slower than their weights arrive, and the streams fall behind: all of their own lines, a little ahead.
 template <class T> QUIRE_INLINE Ahead prefetch_with(bool alone, int64_t rows, const T* w, int64_t kn, int64_t passes, const Coming& next) {
     constexpr int64_t kStep = kPanel * static_cast<int64_t>(sizeof(T)), kSoon = 4096;
@@ -123,7 +126,7 @@ template <class T> QUIRE_INLINE Ahead prefetch_with(bool alone, int64_t rows, co
     if (alone && kWidth == 8 && rows > 1) return {own + kSoon / 2, kStep};
     if (alone) return {sizeof(T) < sizeof(float) || next.lines <= 0 ? own + kSoon : next.at, kStep};
     if (next.lines <= 0) return {own, 0};
-    return {next.at, next.lines > kn * passes ? 128 : 64};
+    return {next.at, (next.lines * 64 + kn * passes - 1) / (kn * passes)};
 }
 
 // All tiles of a block of rows against one slice of a panel.
@@ -139,7 +142,7 @@ void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t k
         u.part += row * kPanel;
         for (int j = 0; j < kVecs; j += vecs) {
             const Ahead ahead = prefetch_with(alone, rows, w, kn, (tiles - i) * (kVecs / vecs) - j / vecs, next);
-            const auto run = ahead.step == 128 && (!alone || (kWidth == 8 && rows > 1)) ? tile_rows<T, 2> : tile_rows<T, 1>;
+            const auto run = ahead.step > 64 && (!alone || (kWidth == 8 && rows > 1)) ? tile_rows<T, 2> : tile_rows<T, 1>;
             run(mt, x + row * x_stride, x_stride, w, kn, ahead, u, j * kWidth);
             next.at += kn * ahead.step;
             next.lines -= kn * ahead.step / 64;
@@ -190,6 +193,71 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     }
 }
 
+// So many rows go against kBeside panels at a time.
+template <class T> constexpr int kRowsBeside = kWidth != 8 ? 0 : kNarrow<T> ? 1 : 6;
+constexpr int kBeside = 3;
+
+// kn steps of the chains of one row and the columns of S panels, `stride` weights apart.
+template <int S, class T> QUIRE_INLINE void beside(const float* x, const T* w, int64_t stride, int64_t kn, Ahead ahead, float* sums) {
+    vf acc[S][kVecs];
+#pragma GCC unroll 3
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) acc[s][j] = load(sums + s * kPanel + j * kWidth);
+    for (int64_t k = 0; k < kn; ++k, w += kPanel) {
+        const vf xv = set1(x[k]);
+        if (ahead.step) prefetch_l2(ahead.at + k * ahead.step);
+#pragma GCC unroll 3
+        for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+            for (int j = 0; j < kVecs; ++j) acc[s][j] = fma(xv, load(w + s * stride + j * kWidth), acc[s][j]);
+    }
+#pragma GCC unroll 3
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) store(sums + s * kPanel + j * kWidth, acc[s][j]);
+}
+
+// All rows against kBeside panels. The first row waits for the weights, on as many of the hardware's streams as there are panels;
+// the others find them in L1, and prefetch a quarter of a line of what comes next with each step, so that memory is not idle.
+template <class T> void task_beside(const void* context, int64_t task, int64_t) {
+    constexpr int64_t kPart = 128 / sizeof(T), kQuarter = 16;
+    const LinearArgs& a = static_cast<const Plan*>(context)->args;
+    const int64_t panel = task * kBeside, left = panel_count(a.w) - panel, stride = a.w.k * kPanel;
+    const int panels = static_cast<int>(left < kBeside ? left : kBeside);
+    const T* w = static_cast<const T*>(a.w.data) + panel * stride;
+    alignas(64) float sums[kRowsBeside<T> + 1][kBeside * kPanel];
+    std::memset(sums, 0, static_cast<size_t>(a.m) * sizeof(sums[0]));
+    const int64_t part = a.m == 1 ? a.w.k : kPart;
+    for (int64_t k = 0; k < a.w.k; k += part, w += part * kPanel) {
+        const int64_t kn = a.w.k - k < part ? a.w.k - k : part;
+        for (int m = 0; m < a.m; ++m) {
+            const float* x = a.x + m * a.x_stride + k;
+            const char* next = reinterpret_cast<const char*>(w + kn * kPanel + m % kBeside * stride) + m / kBeside * kn * kQuarter;
+            const Ahead ahead{next, m == 0 ? 0 : kQuarter};
+            if (panels == kBeside) beside<kBeside>(x, w, stride, kn, ahead, sums[m]);
+            else
+                for (int i = 0; i < panels; ++i) beside<1>(x, w + i * stride, stride, kn, ahead, sums[m] + i * kPanel);
+        }
+    }
+    for (int i = 0; i < panels; ++i) {
+        const Output out = output_of(a, panel + i, 0);
+        for (int m = 0; m < a.m; ++m) finish_rows(out, sums[m] + i * kPanel, nullptr, m, 1);
+    }
+}
+
+// Whether there are so few rows, and enough panels for every thread.
+template <class T> bool run_beside(const Plan& plan) {
+    const int64_t panels = panel_count(plan.args.w);
+    if (plan.args.m > kRowsBeside<T> || panels < 8 * num_threads()) return false;
+    run_tasks((panels + kBeside - 1) / kBeside, task_beside<T>, &plan);
+    return true;
+}
+
+template <class T> void run(const Plan& plan) {
+    if (!run_beside<T>(plan)) run_tasks(plan.grid.tasks, task<T>, &plan);
+}
+
 }  // namespace
 
 void linear(const LinearArgs& args) {
@@ -206,9 +274,9 @@ void linear(const LinearArgs& args) {
     const int64_t panel_bytes = args.w.k * kPanel * (args.w.dtype == DType::f32 ? 4 : 2);
     const Plan plan{args, {row_blocks, rows_per_block, panels * row_blocks, panel_bytes}};
     switch (args.w.dtype) {
-        case DType::f32: return run_tasks(plan.grid.tasks, task<float>, &plan);
-        case DType::f16: return run_tasks(plan.grid.tasks, task<f16>, &plan);
-        case DType::bf16: return run_tasks(plan.grid.tasks, task<bf16>, &plan);
+        case DType::f32: return run<float>(plan);
+        case DType::f16: return run<f16>(plan);
+        case DType::bf16: return run<bf16>(plan);
     }
 }
 

@@ -113,16 +113,17 @@ struct Prefetch {
 };
 
 // Several tiles read a slice once from memory and then from L2: all lines of the next slice are prefetched meanwhile, spread
-// evenly. Alone, a tile of AVX2, whose slices are small, is 15 % faster if it prefetches its own weights a little ahead. Not a
-// line in two, as gemm.cpp does: in 4 bits that takes twice as long.
+// evenly (gemm.cpp says why), but no thinner than half a line a step, since here instructions count too. Alone, a tile of AVX2,
+// whose slices are small, is 15 % faster if it prefetches its own weights a little ahead. Not a line in two, as gemm.cpp does: in
+// 4 bits that takes twice as long.
 QUIRE_INLINE Prefetch prefetch_with(bool alone, const uint8_t* w, int64_t steps, int64_t passes, const Coming& next) {
     constexpr int64_t kSoon = 2048;
     const char* own = reinterpret_cast<const char*>(w);
     if (alone && kWidth < 16) return {kStepBytes / 64, {own + kSoon, kStepBytes}};
     if (next.lines <= 0) return {0, {own, 0}};
-    const int64_t each = (next.lines + steps * passes - 1) / (steps * passes);
-    const int lines = each <= 1 ? 1 : each <= 2 ? 2 : 4;
-    return {lines, {next.at, 64 * lines}};
+    constexpr int64_t kLeast = 32;
+    const int64_t even = (next.lines * 64 + steps * passes - 1) / (steps * passes), step = even < kLeast ? kLeast : even;
+    return {step <= 64 ? 1 : step <= 128 ? 2 : 4, {next.at, step}};
 }
 
 // All tiles of a block of rows against one slice of a panel. then: what comes next is another linear's.
@@ -142,7 +143,7 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
             const Prefetch p = prefetch_with(tiles * halves == 1 && !then, s.weights, steps, (tiles - i) * halves - half, next);
             tile_rows<Bits>(mt, halves == 2, p.lines, s, t, p.ahead);
             next.at += steps * p.ahead.step;
-            next.lines -= steps * p.lines;
+            next.lines -= steps * p.ahead.step / 64;
             t.column += kPanel / 2;
             t.sums += kPanel / 2;
         }
