@@ -191,7 +191,7 @@ struct Kernels {
     int64_t (*find_equal)(const float* z, int64_t n, float value);   // first index, or -1
     void (*run_maxima)(const float* z, int64_t n, float* maxima);    // of each run of kMaxRun values
     // Limits of the machine.
-    double (*read_sum)(const float* p, int64_t n);
+    double (*read_sum)(const float* p, int64_t n, bool apart);       // apart: in several places at once
     int64_t (*fma_loop)(int64_t iterations);         // returns the float32 operations that it did
     int64_t (*int8_loop)(int64_t iterations);        // likewise, of int8
 };

@@ -24,7 +24,7 @@ constexpr int kRegions = 501;                         // odd, for the median; as
 constexpr auto kAlone = std::chrono::milliseconds(2);
 constexpr auto kUntilAsleep = std::chrono::milliseconds(1);   // far longer than a thread waits awake for the next region
 
-struct ReadJob { const Kernels& kernels; float* data; int64_t floats, chunk; };
+struct ReadJob { const Kernels& kernels; float* data; int64_t floats, chunk; bool apart; };
 
 int64_t chunks(const ReadJob& job) { return (job.floats + job.chunk - 1) / job.chunk; }
 
@@ -39,7 +39,7 @@ volatile double sink;
 void read_task(const void* context, int64_t task, int64_t) {
     const auto& job = *static_cast<const ReadJob*>(context);
     const int64_t begin = task * job.chunk;
-    sink = job.kernels.read_sum(job.data + begin, std::min(job.chunk, job.floats - begin));
+    sink = job.kernels.read_sum(job.data + begin, std::min(job.chunk, job.floats - begin), job.apart);
 }
 
 // G operations/s of `loop`, which returns how many it did, on all threads.
@@ -61,14 +61,15 @@ double measure_peak(int64_t (*loop)(int64_t)) {
 }  // namespace
 
 double measure_read_bandwidth(const Kernels& kernels, int64_t bytes, double seconds) {
-    ReadJob job{kernels, nullptr, bytes / static_cast<int64_t>(sizeof(float)), 0};
+    ReadJob job{kernels, nullptr, bytes / static_cast<int64_t>(sizeof(float)), 0, false};
     // A megabyte at a time, or less where that would leave threads without work.
     job.chunk = std::clamp<int64_t>(job.floats / (8 * num_threads()) / 1024 * 1024, 1024, int64_t{1} << 18);
     job.data = static_cast<float*>(allocate_large(static_cast<size_t>(bytes)));
     run_tasks(chunks(job), fill_task, &job);
     double best = 0;
     const auto begin = Clock::now();
-    for (int pass = 0; pass < 3 || seconds_since(begin) < seconds; ++pass) {
+    for (int pass = 0; pass < 4 || seconds_since(begin) < seconds; ++pass) {
+        job.apart = pass % 2;
         const auto start = Clock::now();
         run_tasks(chunks(job), read_task, &job);
         best = std::max(best, static_cast<double>(bytes) / seconds_since(start) / 1e9);

@@ -16,17 +16,27 @@ template <class T> QUIRE_INLINE void keep(T& v) { asm volatile("" : "+m"(v)); }
 
 }  // namespace
 
-// Prefetching 4 KiB ahead reads 2 to 4 % more than what the hardware prefetches by itself; several streams, other
-// distances and non-temporal hints read less.
-double read_sum(const float* p, int64_t n) {
-    constexpr int64_t kAhead = 1024;
-    vf sum[8];
+// In one place with prefetches 4 KiB ahead, or in four places at once as the hardware prefetches by itself. Which is faster depends
+// on the machine: the first by 2 to 4 % on Zen 4, the second by 20 to 50 % on Zen 3. Other distances and non-temporal hints read less.
+double read_sum(const float* p, int64_t n, bool apart) {
+    constexpr int64_t kAhead = 1024, kStep = 4 * kWidth;
+    const int64_t part = n / 4 / kStep * kStep;
+    vf sum[4];
     for (vf& s : sum) s = zero();
-    for (int64_t i = 0; i + 8 * kWidth <= n; i += 8 * kWidth)
-        for (int j = 0; j < 8; ++j) {
-            if (j * kWidth % 16 == 0) prefetch_l2(p + i + j * kWidth + kAhead);
-            sum[j] = add(sum[j], load(p + i + j * kWidth));
+    const auto take = [&](const float* from) QUIRE_LAMBDA {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sum[j] = add(sum[j], load(from + j * kWidth));
+    };
+    if (apart) {
+        for (int64_t i = 0; i < part; i += kStep)
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; ++s) take(p + s * part + i);
+    } else {
+        for (int64_t i = 0; i < 4 * part; i += kStep) {
+            for (int j = 0; j < kStep; j += 16) prefetch_l2(p + i + j + kAhead);
+            take(p + i);
         }
+    }
     double total = 0;
     for (vf& s : sum) total += reduce_add(s);
     return total;

@@ -21,7 +21,7 @@ int64_t count_greater(const float*, int64_t, float);
 int64_t select_at_least(const float*, int64_t, float, int32_t*);
 int64_t find_equal(const float*, int64_t, float);
 void run_maxima(const float*, int64_t, float*);
-double read_sum(const float*, int64_t);
+double read_sum(const float*, int64_t, bool);
 int64_t fma_loop(int64_t);
 int64_t int8_loop(int64_t);
 
