@@ -157,9 +157,10 @@ def test_the_extremes_are_exact(kind):
     assert np.array_equal(run(native.pack_linear(weight, quantize, group), x), exact.astype(np.float32))
 
 
-def test_one_chain_whatever_the_number_of_rows(kind):
+@pytest.mark.parametrize("n", [150, 600])  # the second: so many panels that one row may go against two at once, and one is left
+def test_one_chain_whatever_the_number_of_rows(kind, n):
     quantize, group = kind
-    weight, x, bias = make(2, 400, 150, 1152)
+    weight, x, bias = make(2, 400, n, 1152)
     packed = native.pack_linear(weight, quantize, group)
     whole = run(packed, x, bias)
     alone = np.concatenate([run(packed, x[i : i + 1], bias) for i in range(len(x))])
@@ -167,8 +168,8 @@ def test_one_chain_whatever_the_number_of_rows(kind):
     for m in [*range(1, 21), 23, 24, 25, 30, 64, 193, 200]:
         first = (m * 37) % (len(x) - m + 1)
         assert np.array_equal(run(packed, x[first : first + m], bias), whole[first : first + m]), m
-    for n in [1, 2, 3]:
-        native.set_num_threads(n)
+    for threads in [1, 2, 3]:
+        native.set_num_threads(threads)
         assert np.array_equal(run(packed, x, bias), whole)
         assert np.array_equal(run(packed, x[:1], bias), whole[:1])
         assert np.array_equal(native.pack_linear(weight, quantize, group).data, packed.data)

@@ -246,16 +246,11 @@ template <class T> void task_beside(const void* context, int64_t task, int64_t) 
     }
 }
 
-// Whether there are so few rows, and enough panels for every thread.
-template <class T> bool run_beside(const Plan& plan) {
-    const int64_t panels = panel_count(plan.args.w);
-    if (plan.args.m > kRowsBeside<T> || panels < 8 * num_threads()) return false;
-    run_tasks((panels + kBeside - 1) / kBeside, task_beside<T>, &plan);
-    return true;
-}
-
 template <class T> void run(const Plan& plan) {
-    if (!run_beside<T>(plan)) run_tasks(plan.grid.tasks, task<T>, &plan);
+    const int64_t panels = panel_count(plan.args.w);
+    if (plan.args.m <= kRowsBeside<T> && panels >= 8 * num_threads())   // or there would be too few tasks for every thread
+        return run_tasks((panels + kBeside - 1) / kBeside, task_beside<T>, &plan);
+    run_tasks(plan.grid.tasks, task<T>, &plan);
 }
 
 }  // namespace

@@ -42,8 +42,15 @@ template <int PF> QUIRE_INLINE void prefetch_lines(Ahead& ahead) {
 template <int MT, int NV, class Work> QUIRE_INLINE void each(Work work) {
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) work(m, j);
+}
+
+// Where the vector j of a panel is, or of the panel beside it, which is `beside` bytes further; a vector takes `size` bytes.
+template <int NV> QUIRE_INLINE int64_t vector_at(int j, int64_t size, int64_t beside) {
+    constexpr int kVecs = kStepBytes / (4 * kWidth);
+    if constexpr (NV > kVecs) return j / kVecs * beside + j % kVecs * size;
+    return j * size;
 }
 
 // The compiler no longer knows where p points: it loads again what it would else keep, in registers that the sums need.
@@ -51,13 +58,13 @@ template <class T> QUIRE_INLINE void reload(T*& p) { asm volatile("" : "+r"(p));
 
 #if defined(QUIRE_ISA_avx512vnni)
 template <int Bits, int MT, int NV>
-QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][NV]) {
+QUIRE_INLINE void step(const uint8_t* w, int64_t beside, const int8_t* a, int64_t stride, vi (&acc)[MT][NV]) {
 #pragma GCC unroll 2
     for (int half = 0; half < 8 / Bits; ++half) {
         vi v[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {
-            v[j] = load_i(w + j * 64);
+            v[j] = load_i(w + vector_at<NV>(j, 64, beside));
             if constexpr (Bits == 4) v[j] = half ? high_nibbles(v[j]) : low_nibbles(v[j]);
         }
 #pragma GCC unroll 6
@@ -70,13 +77,13 @@ QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&a
 }
 #else
 template <int Bits, int MT, int NV>
-QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&acc)[MT][NV]) {
+QUIRE_INLINE void step(const uint8_t* w, int64_t beside, const int8_t* a, int64_t stride, vi (&acc)[MT][NV]) {
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m) {
         const vi magnitude = broadcast4(a + m * stride), flip = broadcast4(a + m * stride + 4);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) {
-            const vi v = xor_i(flip, load_i(w + j * 4 * kWidth));
+            const vi v = xor_i(flip, load_i(w + vector_at<NV>(j, 4 * kWidth, beside)));
             acc[m][j] = add_i(acc[m][j], add_pairs(maddubs(magnitude, v)));
         }
         reload(w);
@@ -84,10 +91,11 @@ QUIRE_INLINE void step(const uint8_t* w, const int8_t* a, int64_t stride, vi (&a
 }
 
 // A step of 4-bit weights, two vectors of columns at a time, so that their halves fit beside the sums.
-template <int MT, int NV> QUIRE_INLINE void step16(const uint8_t* w, const int8_t* a, int64_t stride, vh (&sum)[MT][NV]) {
-#pragma GCC unroll 2
+template <int MT, int NV>
+QUIRE_INLINE void step16(const uint8_t* w, int64_t beside, const int8_t* a, int64_t stride, vh (&sum)[MT][NV]) {
+#pragma GCC unroll 4
     for (int j = 0; j < NV; j += 2) {
-        const vi v = load_i(w + j * 4 * kWidth), u = load_i(w + (j + 1) * 4 * kWidth);
+        const vi v = load_i(w + vector_at<NV>(j, 4 * kWidth, beside)), u = load_i(w + vector_at<NV>(j + 1, 4 * kWidth, beside));
         const vi v0 = low_nibbles(v), v1 = high_nibbles(v), u0 = low_nibbles(u), u1 = high_nibbles(u);
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m) {
@@ -104,7 +112,7 @@ template <int MT, int NV> QUIRE_INLINE void step16(const uint8_t* w, const int8_
 
 // The sums of a segment of `positions`, which are one or two spans; PF cache lines are prefetched with each step.
 template <int Bits, int MT, int NV, int PF, int Spans>
-QUIRE_INLINE void segment_sums(const uint8_t* w, const Rows& rows, int64_t positions, Ahead& ahead, vi (&acc)[MT][NV]) {
+QUIRE_INLINE void segment_sums(const uint8_t* w, int64_t beside, const Rows& rows, int64_t positions, Ahead& ahead, vi (&acc)[MT][NV]) {
     const int8_t* a = rows.a;
     const int64_t steps = (positions + kStepK<Bits> - 1) / kStepK<Bits>;
 #if !defined(QUIRE_ISA_avx512vnni)
@@ -117,7 +125,7 @@ QUIRE_INLINE void segment_sums(const uint8_t* w, const Rows& rows, int64_t posit
 #pragma GCC unroll 4
                 for (int u = 0; u < 4; ++u) {
                     prefetch_lines<PF>(ahead);
-                    step16(w, a, rows.stride, sum);
+                    step16(w, beside, a, rows.stride, sum);
                     w += kStepBytes;
                     a += kStepK<4>;
                 }
@@ -137,7 +145,7 @@ QUIRE_INLINE void segment_sums(const uint8_t* w, const Rows& rows, int64_t posit
     each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { acc[m][j] = set1_i(rows.start[m * rows.start_stride]); });
     for (int64_t i = 0; i < steps; ++i) {
         prefetch_lines<PF>(ahead);
-        step<Bits>(w, a, rows.stride, acc);
+        step<Bits>(w, beside, a, rows.stride, acc);
         w += kStepBytes;
         a += kStepK<Bits> * kActivationBytes<Bits>;
     }
