@@ -5,8 +5,8 @@
 //
 // A task is a block of rows against one panel of columns. The panel goes by in slices that fit L2 with room for the
 // slice after it, which is prefetched meanwhile: at few rows the product is bound by how fast weights arrive. The last
-// tasks prefetch the first panels of the linear that follows. On AVX2 a handful of rows goes against three panels at once,
-// since a core reads faster where it reads in several places.
+// tasks prefetch the first panels of the linear that follows. A handful of rows can also go against three panels at once, since
+// some machines read faster in several places: a core of Zen 3 28 GB/s in three and 20 in one.
 #include "epilogue.h"
 #include "gemm_prefetch.h"
 #include "threads.h"
@@ -193,9 +193,7 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     }
 }
 
-// So many rows go against kBeside panels at a time.
-template <class T> constexpr int kRowsBeside = kWidth != 8 ? 0 : kNarrow<T> ? 1 : 6;
-constexpr int kBeside = 3;
+constexpr int kBeside = 3;   // panels that are read at once
 
 // kn steps of the chains of one row and the columns of S panels, `stride` weights apart.
 template <int S, class T> QUIRE_INLINE void beside(const float* x, const T* w, int64_t stride, int64_t kn, Ahead ahead, float* sums) {
@@ -226,7 +224,7 @@ template <class T> void task_beside(const void* context, int64_t task, int64_t) 
     const int64_t panel = task * kBeside, left = panel_count(a.w) - panel, stride = a.w.k * kPanel;
     const int panels = static_cast<int>(left < kBeside ? left : kBeside);
     const T* w = static_cast<const T*>(a.w.data) + panel * stride;
-    alignas(64) float sums[kRowsBeside<T> + 1][kBeside * kPanel];
+    alignas(64) float sums[kRowsBeside][kBeside * kPanel];
     std::memset(sums, 0, static_cast<size_t>(a.m) * sizeof(sums[0]));
     const int64_t part = a.m == 1 ? a.w.k : kPart;
     for (int64_t k = 0; k < a.w.k; k += part, w += part * kPanel) {
@@ -248,7 +246,7 @@ template <class T> void task_beside(const void* context, int64_t task, int64_t) 
 
 template <class T> void run(const Plan& plan) {
     const int64_t panels = panel_count(plan.args.w);
-    if (plan.args.m <= kRowsBeside<T> && panels >= 8 * num_threads())   // or there would be too few tasks for every thread
+    if (plan.args.beside && plan.args.m <= kRowsBeside && panels >= 8 * num_threads())   // or there would be too few tasks
         return run_tasks((panels + kBeside - 1) / kBeside, task_beside<T>, &plan);
     run_tasks(plan.grid.tasks, task<T>, &plan);
 }

@@ -178,7 +178,7 @@ template <int Bits> void task(const void* context, int64_t task, int64_t next) {
     }
 }
 
-// One row against two panels side by side, which a core of AVX2 reads faster than one (gemm.cpp). In 4 bits arithmetic binds it.
+// One row against two panels side by side: gemm.cpp says why.
 constexpr int kBeside = 2;
 
 template <int Bits> void task_beside(const void* context, int64_t task, int64_t) {
@@ -198,9 +198,8 @@ template <int Bits> void task_beside(const void* context, int64_t task, int64_t)
 
 template <int Bits> void run(const Plan& plan) {
     const int64_t panels = panel_count(plan.args.w);
-    if constexpr (Bits == 8 && kWidth == 8)
-        if (plan.args.m == 1 && panels >= 8 * num_threads())
-            return run_tasks((panels + kBeside - 1) / kBeside, task_beside<Bits>, &plan);
+    if (plan.args.beside && plan.args.m == 1 && panels >= 8 * num_threads())
+        return run_tasks((panels + kBeside - 1) / kBeside, task_beside<Bits>, &plan);
     run_tasks(plan.grid.tasks, task<Bits>, &plan);
 }
 

@@ -57,7 +57,10 @@ struct LinearArgs {
     Activation activation;
     const void* then;    // the panels that will be read after these, to prefetch; or null
     int64_t then_panels, then_panel_bytes;
+    bool beside;         // up to kRowsBeside rows: read several panels at once, where that can be
 };
+
+constexpr int kRowsBeside = 6;
 
 // Rows are [m][heads][dim], with strides in floats; heads is 1 for a plain matrix.
 struct NormArgs {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "trial.h"
 
 namespace quire {
 
@@ -22,6 +23,7 @@ public:
     Panels panels;
     int64_t nbytes;
     const PackedLinear* then = nullptr;   // what is read after it; must outlive it
+    mutable Trial ways[kRowsBeside];      // of reading it, for each number of rows that has two
     int64_t count() const { return panel_count(panels); }
 
 private:
