@@ -47,6 +47,11 @@ class KVPool:
         if DTYPES[dtype] in LARGEST:
             self.scales = torch.zeros(shape, dtype=torch.float16, device=device, pin_memory=pinned)
 
+    @property
+    def memories(self) -> list[Tensor]:
+        """All that a block is copied in."""
+        return [self.data] if self.scales is None else [self.data, self.scales]
+
     def layer(self, index: int) -> LayerKV:
         scales = (None, None) if self.scales is None else (self.scales[index, 0], self.scales[index, 1])
         return LayerKV(self.data[index, 0], self.data[index, 1], *scales)

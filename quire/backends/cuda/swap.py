@@ -6,6 +6,8 @@ once; the copy to the host then runs beside what follows. One that comes back is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import count
 from math import prod
 from typing import Any
 
@@ -39,8 +41,9 @@ class HostBlocks:
 class SwapPool:
     """Host memory for ``num_blocks`` blocks of a pool, as bytes, each of them contiguous; pinned where there is a GPU."""
 
-    def __init__(self, pool: KVPool, num_blocks: int) -> None:
-        self._stores = [memory.view(torch.uint8) for memory in (pool.data, pool.scales) if memory is not None]
+    def __init__(self, pool: KVPool, num_blocks: int, ops: Any) -> None:
+        self._ops = ops
+        self._stores = [memory.view(torch.uint8) for memory in pool.memories]
         pinned = pool.data.device.type == "cuda"
         self._hosts = [HostBlocks(num_blocks, (*memory.shape[:2], *memory.shape[3:]), pinned) for memory in self._stores]
         self._stream = torch.cuda.Stream(pool.data.device) if pinned else None
@@ -49,7 +52,8 @@ class SwapPool:
         """Blocks of the pool to ``places`` here."""
         for memory, host in zip(self._stores, self._hosts, strict=True):
             for part in _parts(len(blocks), host):
-                gathered = memory[:, :, _index(blocks[part], memory)].movedim(2, 0).contiguous()
+                gathered = torch.empty((len(blocks[part]), *host.shape), dtype=memory.dtype, device=memory.device)
+                self._ops.copy_blocks(memory, gathered.movedim(0, 2), _pairs(zip(blocks[part], count(), strict=False), memory))
                 with _Beside(self._stream, gathered):
                     for i, place in enumerate(places[part]):
                         host[place].copy_(gathered[i], non_blocking=True)
@@ -63,7 +67,7 @@ class SwapPool:
                     for i, place in enumerate(places[part]):
                         arrived[i].copy_(host[place], non_blocking=True)
                 beside.wait()
-                memory[:, :, _index(blocks[part], memory)] = arrived.movedim(0, 2)
+                self._ops.copy_blocks(arrived.movedim(0, 2), memory, _pairs(enumerate(blocks[part]), memory))
 
 
 class Copier:
@@ -71,7 +75,7 @@ class Copier:
 
     def __init__(self, pool: KVPool, num_blocks: int, num_host_blocks: int, ops: Any) -> None:
         self._pool, self._num_blocks, self._ops = pool, num_blocks, ops
-        self._swap = SwapPool(pool, num_host_blocks) if num_host_blocks else None
+        self._swap = SwapPool(pool, num_host_blocks, ops) if num_host_blocks else None
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """(source, destination); ids from ``num_blocks`` on are blocks of the swap pool."""
@@ -79,7 +83,8 @@ class Copier:
         for group in hazard_free(pairs):
             within = [pair for pair in group if max(pair) < here]
             if within:
-                self._ops.copy_blocks(self._pool, to_device(np.array(within, np.int32), self._pool.data.device))
+                for memory in self._pool.memories:
+                    self._ops.copy_blocks(memory, memory, _pairs(within, memory))
             if self._swap is not None:
                 if out := [(source, to - here) for source, to in group if to >= here]:
                     self._swap.take([source for source, _ in out], [to for _, to in out])
@@ -118,5 +123,6 @@ def _parts(count: int, host: HostBlocks) -> list[slice]:
     return [slice(begin, begin + each) for begin in range(0, count, each)]
 
 
-def _index(blocks: list[int], memory: Tensor) -> Tensor:
-    return to_device(np.array(blocks, np.int64), memory.device)
+def _pairs(pairs: Iterable[tuple[int, int]], memory: Tensor) -> Tensor:
+    """[N, 2] int32, beside ``memory``."""
+    return to_device(np.array(list(pairs), np.int32), memory.device)

@@ -43,7 +43,8 @@ def write(heads: int, kv_heads: int, head_dim: int, rotary_dim: int, kv_dtype: s
 
 
 def copy(kv_dtype: str) -> None:
-    copy_blocks(KVPool(2, 3, 8, 64, 128, kv_dtype, torch.device("cpu")), empty(2, 2, dtype=torch.int32))
+    for memory in KVPool(2, 3, 8, 64, 128, kv_dtype, torch.device("cpu")).memories:
+        copy_blocks(memory, memory, empty(2, 2, dtype=torch.int32))
 
 
 def linear(tokens: int, kind: str, dtype: torch.dtype, depth: int = 4096, channels: int = 6144) -> None:

@@ -321,18 +321,22 @@ def test_a_written_row_does_not_depend_on_others(write_kv, kv_dtype):
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8", "fp8"])
 @pytest.mark.parametrize("head_dim", [10, 64])
 def test_copy_blocks(copy_blocks, kv_dtype, head_dim):
-    pool = KVPool(2, 7, 3, 4, head_dim, kv_dtype, CPU)
     rng = np.random.default_rng(1)
-    memory = [pool.data] if pool.scales is None else [pool.data, pool.scales]
-    for tensor in memory:
-        bits = tensor.view(torch.uint8)
+    for memory in KVPool(2, 7, 3, 4, head_dim, kv_dtype, CPU).memories:
+        bits = memory.view(torch.uint8)
         bits.copy_(torch.from_numpy(rng.integers(0, 256, tuple(bits.shape), np.uint8)))
-    before = [tensor.view(torch.uint8).clone() for tensor in memory]
-    copy_blocks(pool, torch.tensor([[6, 0], [6, 3], [2, 4]], dtype=torch.int32))
-    for tensor, old in zip(memory, before, strict=True):
-        expected = old[:, :, [6, 1, 2, 6, 2, 5, 6]]
-        assert torch.equal(tensor.view(torch.uint8), expected)
-    copy_blocks(pool, torch.empty((0, 2), dtype=torch.int32))
+        before = bits.clone()
+        # Out of the pool, blocks side by side in other memory, as they go to the host; and back to other places.
+        out = torch.zeros((3, 2, 2, *bits.shape[3:]), dtype=torch.uint8)
+        copy_blocks(bits, out.movedim(0, 2), torch.tensor([[5, 0], [0, 2], [5, 1]], dtype=torch.int32))
+        assert torch.equal(out, before[:, :, [5, 5, 0]].movedim(2, 0))
+        copy_blocks(out.movedim(0, 2), bits, torch.tensor([[2, 1], [0, 5]], dtype=torch.int32))
+        before = before[:, :, [0, 0, 2, 3, 4, 5, 6]]
+        assert torch.equal(bits, before)
+        # Within the pool.
+        copy_blocks(memory, memory, torch.tensor([[6, 0], [6, 3], [2, 4]], dtype=torch.int32))
+        assert torch.equal(bits, before[:, :, [6, 1, 2, 6, 2, 5, 6]])
+        copy_blocks(memory, memory, torch.empty((0, 2), dtype=torch.int32))
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8", "fp8"])

@@ -7,16 +7,15 @@ from torch import Tensor
 from quire.backends.cuda.cache import KVPool
 
 
-def copy_blocks(pool: KVPool, pairs: Tensor) -> None:
-    """Copy blocks in all layers: keys, values and scales.
+def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
+    """Copy blocks in all layers, within the memory of a pool, or between it and other memory on the device.
 
-    pairs [N, 2] int32: (source, destination), in any order: no destination is the source or the destination of another pair (see
-    ``hazard_free``).
+    source, destination [layers, 2, blocks, ...] of one dtype: a block of a layer, and layers by twos, are contiguous. pairs [N, 2] int32:
+    (block of source, block of destination), in any order. Where the memory is the same, no destination is the source or the
+    destination of another pair (see ``hazard_free``).
     """
-    source, destination = pairs.long().unbind(1)
-    for memory in (pool.data, pool.scales):
-        if memory is not None:
-            memory[:, :, destination] = memory[:, :, source]
+    from_, to = pairs.long().unbind(1)
+    destination[:, :, to] = source[:, :, from_]
 
 
 def fill_blocks(pool: KVPool, blocks: Tensor, value: float) -> None:
