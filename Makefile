@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find quire -type f -not -name '*.pyc' -not -name '*.so')
 MODEL ?= embedded
 
+# Two processes, a file each: most tests wait for a server or use one core.
+TWO := -n 2 --dist loadfile
+
 .PHONY: help serve test test-again test-oracle test-page test-clients test-emulated lint clean preflight
 
 help:
@@ -72,7 +75,7 @@ serve: $(VENV)/.installed
 	@exec $(BIN)/quire serve $(MODEL)
 
 test: $(VENV)/.tested
-	$(BIN)/pytest --ignore=tests/oracle --ignore=tests/clients
+	$(BIN)/pytest $(TWO) --ignore=tests/oracle --ignore=tests/clients
 
 test-again: $(VENV)/.tested
 	$(BIN)/pytest --last-failed --last-failed-no-failures none --ignore=tests/oracle --ignore=tests/clients
@@ -81,7 +84,7 @@ test-page: $(VENV)/.tested
 	$(BIN)/pytest tests/server/page
 
 test-oracle: $(VENV)/.oracle
-	$(BIN)/pytest tests/oracle tests/backends/cuda
+	$(BIN)/pytest $(TWO) tests/oracle tests/backends/cuda
 
 test-clients: $(VENV)/.clients
 	$(BIN)/pytest tests/clients
