@@ -9,7 +9,9 @@
 namespace quire::QUIRE_NS {
 namespace {
 
-constexpr int64_t kGatherRows = 2 * kRows + 1;   // from here on gathering pays
+// From so many rows on, keys and values of fewer bits are widened once for all of them. On AVX2 that never pays: what a tile of 6 rows
+// converts in place costs less, and half or a quarter of the bytes pass through L1.
+constexpr int64_t kGatherRows = kWidth == 8 ? INT64_MAX : 2 * kRows + 1;
 constexpr int64_t kWideKeys = kTile + 16;        // floats between dimensions of gathered keys: an odd number of cache lines,
                                                  // so that a strip of them spreads over all sets of L1
 
