@@ -8,7 +8,7 @@ preempted, and what it had computed is computed again; admitting too few leaves 
     NoEvict      the peak if every sequence runs to its limit: exact where nothing is shared and prompts take one step
     PastFuture   the peak expected from the lengths seen so far, and a margin for chance (past_future.py)
 
-A policy counts blocks to come; that a candidate's blocks are free now is for the scheduler to check. In a step:
+A policy counts blocks to come; that a candidate's blocks are free now is for admitting.py to check. In a step:
 
     policy.survey(footprints of the running sequences, free blocks)
     while the queue's head fits and policy.admits(its footprint): start it

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from quire.core.block_manager import BlockManager
     from quire.core.scheduler import Scheduler
 
+MOST_WAITING = 4
+"""Where more than one in so many running sequences needs what is in flight for its next step, no step is planned before that is read:
+without them it would cost nearly as much as with them, and they would run in every other step only."""
+
 
 @dataclass(slots=True, eq=False)
 class Flight:
@@ -40,6 +44,11 @@ class Flight:
     sequences: list[Sequence]
     """Those of the plan's work."""
     launched: bool = False
+
+
+def should_read(running: list[Sequence]) -> bool:
+    """Too many of the running sequences can't go on before the step in flight is read."""
+    return sum(seq.waits for seq in running) * MOST_WAITING > len(running)
 
 
 def launch(scheduler: Scheduler, flight: Flight) -> None:

@@ -1,0 +1,235 @@
+"""Who comes in: waiting sequences start, in their order, in what the running ones leave of a step and of the pool.
+
+Each is one of these:
+
+    passed over     somebody else computes what it would compute next, its newest token is not known yet, or it would be one prompt
+                    in chunks too many
+    admitted        there is room for all that it has to compute, and the policy lets it in (admission.py)
+    started early   there is not, but it is the head of the queue, and there is room for a part of its prompt
+    refused         else; nobody behind it is looked at, so that whoever needs much does not wait for ever
+
+Somebody else computes the prompt of its own request, or an equal prefix (holding.py): it finds the blocks a step later.
+
+One that started *early* gives blocks back one by one before anybody is preempted, and all of them when one that comes before it
+waits. It is like any other as soon as all of it fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quire.core.admission import expected_footprint, footprint
+from quire.core.holding import Computing, is_held, sibling
+from quire.core.prefix_cache import NOTHING, Match
+from quire.core.sequence import Sequence
+
+if TYPE_CHECKING:
+    from quire.core.plan import StepPlan
+    from quire.core.scheduler import Scheduler
+
+MAX_PARTIAL_PROMPTS = 4
+"""Prompts that are computed in chunks at the same time; with more of them each would only finish later."""
+MAX_LOOKED_AT = 64
+"""Waiting sequences that are looked at in a step; those that are known to wait for another's prompt do not count."""
+
+
+def admit(scheduler: Scheduler, plan: StepPlan, prompts: list[Sequence], budget: int) -> int:
+    """Start waiting sequences, in order, as far as rows, memory, policy and ``budget`` allow; returns what is left of it.
+
+    prompts: the running sequences with more than one position to compute, without the one that started early.
+    """
+    waiting, early = scheduler.waiting, scheduler.early
+    if early is not None:
+        if not waiting or waiting[0].order > early.order:
+            return _go_on(scheduler, plan, early, prompts, budget)
+        scheduler.preempt(scheduler.running.index(early), "order", f"request {waiting[0].request.request_id} comes before it")
+    if not waiting or not scheduler.num_free_rows or budget <= 0:
+        return budget
+    newcomers = Newcomers(scheduler, plan, prompts, budget)
+    newcomers.admit(may_start_early=early is None)
+    return newcomers.budget
+
+
+@dataclass(slots=True)
+class Newcomer:
+    """A waiting sequence that is not passed over, and what it would begin with."""
+
+    seq: Sequence
+    parent: Sequence | None
+    """Whose prompt's blocks it would share: a running sequence of its request."""
+    match: Match
+    """What it would begin with where it has no parent."""
+    lack: int
+    """Positions that it has to compute."""
+    need: int
+    """Free blocks that it takes until they are computed."""
+    shared: int
+    """Blocks to begin with that others own."""
+
+
+class Newcomers:
+    """The waiting sequences that start in one step: each takes from ``budget``, and from the blocks that are free."""
+
+    def __init__(self, scheduler: Scheduler, plan: StepPlan, prompts: list[Sequence], budget: int) -> None:
+        self.budget = budget
+        self._scheduler = scheduler
+        self._plan = plan
+        self._room = _room(scheduler, prompts)
+        self._num_partial = len(prompts)
+        """Prompts that are computed in chunks."""
+        self._computing = Computing(scheduler.manager, prompts)
+        self._surveyed = False
+
+    def admit(self, may_start_early: bool) -> None:
+        """Go through the queue, as far as rows and budget last, up to the first for whom there is no memory.
+
+        may_start_early: False where one that had started early has just given way.
+        """
+        scheduler, waiting = self._scheduler, self._scheduler.waiting
+        i = looked_at = 0
+        while i < len(waiting) and looked_at < MAX_LOOKED_AT and scheduler.num_free_rows and self.budget > 0:
+            seq = waiting[i]
+            if seq is scheduler.refused:
+                scheduler.short = True
+                return
+            if is_held(seq):
+                i += 1
+                continue
+            looked_at += 1
+            newcomer = self._look_at(seq)
+            if newcomer is None:
+                i += 1
+            elif self._fits(newcomer):
+                del waiting[i]
+                self._start(newcomer)
+            else:
+                scheduler.short = True
+                if i == 0 and may_start_early and self._start_early(newcomer):
+                    return
+                # A window gives memory back while a sequence runs; without one the pool only fills until somebody leaves.
+                if not scheduler.manager.cache.window:
+                    scheduler.refused = seq
+                return
+
+    def _look_at(self, seq: Sequence) -> Newcomer | None:
+        """What ``seq`` would begin with; None where it is passed over."""
+        manager = self._scheduler.manager
+        seq.held = None
+        parent, wait = sibling(manager, seq)
+        if wait or seq.candidates is not None or seq.in_flight:
+            return None
+        fresh_fork = parent is not None and seq.num_tokens == seq.num_prompt
+        match = NOTHING if fresh_fork else manager.match(seq)
+        if seq.host_blocks is not None or match.num_positions > seq.num_prompt:
+            parent = None
+        start = match.num_positions if parent is None else seq.num_prompt
+        lack = max(1, seq.num_tokens - max(start, seq.num_swapped))
+        if parent is None and start < seq.num_tokens and self._computing.hold(seq, match):
+            return None
+        if lack > self.budget and self._num_partial >= MAX_PARTIAL_PROMPTS:
+            return None
+        if parent is None:
+            return Newcomer(seq, None, match, lack, manager.need(seq, match), manager.shared(match))
+        return Newcomer(seq, parent, match, lack, manager.need_fork(seq), seq.num_prompt // manager.block_size)
+
+    def _fits(self, newcomer: Newcomer) -> bool:
+        """There is room for all that it has to compute, and the policy lets it in, which is not asked where nobody runs."""
+        running, policy = self._scheduler.running, self._scheduler.policy
+        if running and not self._surveyed:
+            policy.survey([footprint(seq) for seq in running], self._scheduler.manager.pool.num_free)
+            self._surveyed = True
+        if newcomer.need > self._room:
+            return False
+        return not running or policy.admits(expected_footprint(newcomer.seq, newcomer.shared))
+
+    def _start(self, newcomer: Newcomer) -> None:
+        """It computes all that it has to, or as much as the budget allows. All of it must fit."""
+        scheduler, seq, lack = self._scheduler, newcomer.seq, newcomer.lack
+        self._room -= newcomer.need
+        self._enter(newcomer)
+        count = min(lack, self.budget)
+        if count < lack:
+            self._num_partial += 1
+        if lack > 1:
+            self._computing.add(seq)
+        begin = seq.num_tokens - lack
+        grown = scheduler.manager.grow(seq, begin + count)
+        assert grown, "the blocks of an admitted sequence were counted before"
+        scheduler.add_work(self._plan, seq, begin, count)
+        self.budget -= count
+
+    def _start_early(self, newcomer: Newcomer) -> bool:
+        """The head of the queue, which does not fit, begins in memory that nobody is expected to need soon. False, with nothing
+        changed, where there is none; for one of several samples, which would share what it holds; after a swap; and under a window."""
+        scheduler, seq = self._scheduler, newcomer.seq
+        manager = scheduler.manager
+        if newcomer.lack == 1 or len(seq.group.sequences) > 1 or seq.host_blocks is not None or manager.cache.window:
+            return False
+        spare = min(scheduler.policy.room(), self._room) if scheduler.running else self._room
+        if spare <= newcomer.need - manager.blocks_for(newcomer.lack):
+            return False
+        del scheduler.waiting[0]
+        self._enter(newcomer)
+        scheduler.early = seq
+        self.budget = _begin(scheduler, self._plan, seq, spare - (newcomer.need - manager.lacking(seq)), self.budget)
+        return True
+
+    def _enter(self, newcomer: Newcomer) -> None:
+        """It gets a row, and the blocks that are there for it."""
+        scheduler, seq = self._scheduler, newcomer.seq
+        manager = scheduler.manager
+        if newcomer.parent is not None:
+            manager.fork(newcomer.parent, seq, seq.num_prompt)
+        else:
+            manager.start(seq, newcomer.match)
+        counters, group = manager.counters, seq.group
+        counters.tokens_recomputed += max(0, seq.num_lost - seq.num_computed)
+        seq.num_lost = 0
+        if group.cached_tokens is None:  # the last position is computed in any case
+            group.cached_tokens = min(seq.num_computed, seq.num_prompt - 1)
+            counters.prompt_tokens += seq.num_prompt
+            counters.hit_tokens += group.cached_tokens
+            group.queued_s = scheduler.clock() - group.added
+        scheduler.run(seq)
+
+
+def _go_on(scheduler: Scheduler, plan: StepPlan, early: Sequence, prompts: list[Sequence], budget: int) -> int:
+    """The sequence that started early: it is one like any other if it fits now, else it computes what there is room for."""
+    if early is scheduler.refused or budget <= 0:
+        scheduler.short = True
+        return budget
+    manager, policy = scheduler.manager, scheduler.policy
+    others = [footprint(seq) for seq in scheduler.running if seq is not early]
+    room = _room(scheduler, prompts)
+    need = manager.lacking(early)
+    policy.survey(others, manager.pool.num_free)
+    if need <= room and (not others or policy.admits(footprint(early))):
+        scheduler.early = None
+        return _begin(scheduler, plan, early, need, budget)
+    scheduler.short = True
+    left = _begin(scheduler, plan, early, min(policy.room(), room, need - 1), budget)
+    if left == budget:
+        scheduler.refused = early
+    return left
+
+
+def _begin(scheduler: Scheduler, plan: StepPlan, seq: Sequence, blocks: int, budget: int) -> int:
+    """Compute what fits into ``blocks`` more blocks of a running sequence's prompt; returns what is left of the budget."""
+    manager = scheduler.manager
+    end = (len(seq.block_table) + max(0, blocks)) * manager.block_size
+    count = min(seq.num_tokens, end) - seq.num_computed
+    if scheduler.early is seq:  # the last position would make it a sequence that grows
+        count = min(count, seq.num_tokens - 1 - seq.num_computed)
+    count = min(count, budget)
+    if count > 0 and manager.grow(seq, seq.num_computed + count):
+        scheduler.add_work(plan, seq, seq.num_computed, count)
+        budget -= count
+    return budget
+
+
+def _room(scheduler: Scheduler, prompts: list[Sequence]) -> int:
+    """Free blocks beside those that ``prompts`` still lack: what a newcomer has to compute must fit there whole, though blocks are
+    allocated chunk by chunk."""
+    manager = scheduler.manager
+    return manager.pool.num_free - sum(manager.lacking(seq) for seq in prompts)
