@@ -326,8 +326,7 @@ class Scheduler:
         positions = seq.num_computed
         self.manager.counters.preempted[cause] += 1
         seq.group.preemptions += 1
-        if seq.in_flight > 1:  # a draft's blocks are not worth keeping
-            self.manager.trim(seq)
+        self.manager.trim(seq)  # a draft's blocks, and those of a step that failed, hold nothing
         pooled = seq.request.pooling is not None
         if pooled:  # the row's vector goes with the row
             seq.unscored = seq.request.scored()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core.fake_backend import FakeBackend, LateBackend, expected_output
+from core.fake_backend import FakeBackend, LateBackend, ScriptedDrafter, expected_output
 from core.test_constraint import Rules
 from quire.config import EngineConfig
 from quire.core import scheduler
@@ -84,6 +84,27 @@ def test_nobody_is_lost(kind: type[Small], most: int) -> None:
     assert engine.stats().kv.counters.preempted["device"] > 0
     for i, (name, prompt) in enumerate(prompts.items()):
         assert found[name, 0] == expected_output(prompt, i, 20)
+
+
+@pytest.mark.parametrize("host", [0, 24])
+@pytest.mark.parametrize("seed", range(8))
+def test_drafts_of_a_step_that_failed_leave_nothing(seed: int, host: int) -> None:
+    """Their blocks were taken before the step failed, and go back with it: none is swapped out, or comes back."""
+    backend = Small(num_blocks=64, num_host_blocks=host, max_model_len=60, block_size=1)
+    engine = Engine(backend, EngineConfig(speculation="prompt-lookup", speculation_positions=8))
+    engine.add(Request("a", [1, 2, 3], SamplingParams(max_tokens=20), 0))
+    (seq,) = engine.scheduler.waiting
+    seq.drafter = ScriptedDrafter(seq.tokens, seq.seed, random.Random(seed))
+    found: list[int] = []
+    rng = random.Random(seed)
+    while engine.has_work:
+        backend.most = rng.choice([1, 1, 1 << 20])
+        for output in engine.step():
+            found += output.token_ids
+        engine.check()
+    assert found == expected_output([1, 2, 3], 0, 20)
+    assert engine.stats().tokens_drafted > 0
+    assert backend.failed > 0
 
 
 @pytest.mark.parametrize("kind", [Small, SmallAndLate])
