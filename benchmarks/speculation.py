@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -59,14 +60,20 @@ class ForcedSampler(Sampler):
 
     outputs: dict[int, list[int]]
 
-    def sample(self, logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> StepResult:
-        result = super().sample(logits, rows, lengths)
+    def sample(
+        self,
+        logits: npt.NDArray[np.float32],
+        rows: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int64],
+        result: StepResult,
+        masks: Sequence[bytes | None] = (),
+    ) -> None:
+        super().sample(logits, rows, lengths, result, masks)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             start = self._rows.starts[row]
             if start is not None and (output := self.outputs.get(start.seed)) is not None:
                 at = int(length) - start.num_prompt
                 result.tokens[i] = output[at] if at < len(output) else 0
-        return result
 
 
 @dataclass
