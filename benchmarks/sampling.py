@@ -18,7 +18,7 @@ import numpy as np
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.sampler import Sampler
 from quire.backends.rows import Rows
-from quire.core.plan import RowStart
+from quire.core.plan import RowStart, StepResult
 from quire.sampling_params import SamplingParams
 
 KINDS: dict[str, list[SamplingParams]] = {
@@ -61,7 +61,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, sampler in samplers.items():
             start_time = perf_counter()
-            sampler.sample(logits, which, lengths)
+            sampler.sample(logits, which, lengths, StepResult())
             times[name].append(perf_counter() - start_time)
     print(f"{native.isa()}, {native.num_threads()} threads, {args.rows} rows of {args.vocab:,}; share of a step of {args.step_ms:.0f} ms")
     for name, values in times.items():
