@@ -1,8 +1,12 @@
-"""Kernels run in Triton's interpreter, which decides that when Triton is imported. Without PyTorch and Triton there is nothing to test."""
+"""Kernels run in Triton's interpreter, which decides that when Triton is imported. Without PyTorch and Triton there is nothing to test.
+
+QUIRE_TEST_DEVICE=cuda runs the engine's tests on a GPU instead: test_engine.py and test_deterministic.py.
+"""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("QUIRE_TEST_DEVICE") != "cuda":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 try:
     import torch

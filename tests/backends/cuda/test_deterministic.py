@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ def requests() -> list[Request]:
 
 
 def outputs(run_alone: bool = False, preempt_every: int = 0, **options: Any) -> dict[tuple[str, int], running.Output]:
-    fixed = {"device": "torch-cpu", "dtype": "float32", "kv_dtype": "float32", "deterministic": True}
-    engine = running.open_engine("embedded", **fixed, **options)
+    fixed = {"device": os.environ.get("QUIRE_TEST_DEVICE", "torch-cpu"), "max_num_seqs": 16, "dtype": "float32", "kv_dtype": "float32", "deterministic": True}
+    engine = running.open_engine("embedded", **{**fixed, **options})
     groups = [[request] for request in requests()] if run_alone else [requests()]
     return {key: output for group in groups for key, output in running.run(engine, group, preempt_every=preempt_every).outputs.items()}
 

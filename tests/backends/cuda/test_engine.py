@@ -1,7 +1,9 @@
-"""The whole engine on ``--device torch-cpu``, against what transformers and the CPU backend say."""
+"""The whole engine on ``--device torch-cpu``, or on a GPU (see conftest.py), against what transformers and the CPU backend say."""
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,11 @@ from quire.models.weights import load_spec
 from quire.sampling_params import SamplingParams
 
 GOLDEN = sorted(folder.parent for folder in (Path(__file__).parents[2] / "fixtures" / "golden").glob("*/golden.npz"))
-TORCH = {"device": "torch-cpu", "dtype": "float32", "kv_dtype": "float32", "block_size": 16, "kv_debug": True}
+TORCH: dict[str, Any] = {"device": "torch-cpu", "dtype": "float32", "kv_dtype": "float32", "block_size": 16, "kv_debug": True}
+OTHER: dict[str, Any] = {"dtype": "float32"} if find_spec("quire.backends.cpu._native") else {**TORCH}
+"""Whom it is compared with: the CPU backend, or where that is not built, this one on a CPU."""
+if os.environ.get("QUIRE_TEST_DEVICE") == "cuda":
+    TORCH |= {"device": "cuda", "max_num_seqs": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -86,14 +92,13 @@ CONSTRAINED = [SamplingParams(temperature=1.0, max_tokens=6, allowed_token_ids=[
 @pytest.mark.parametrize("folder", [*GOLDEN, "embedded"], ids=lambda folder: getattr(folder, "name", folder))
 def test_every_parameter_as_on_the_cpu_backend(folder: Path | str) -> None:
     """All at once, in chunks: the same tokens, and the same log-probabilities up to rounding."""
-    pytest.importorskip("quire.backends.cpu._native")
     text = folder == "embedded"
     prompt = list(range(100, 141)) if isinstance(folder, str) else golden(folder)[0]
     each = SAMPLED + CONSTRAINED if text else SAMPLED
     requests = [Request(f"{i}", prompt[i:], params, seed=i, eos_token_ids=(2,)) for i, params in enumerate(each)]
     options = {"kv_dtype": "float32", "block_size": 8, "max_num_batched_tokens": 24, "constrained": text}
     here = running.run(running.open_engine(folder, **{**TORCH, **options}), requests).outputs
-    there = running.run(running.open_engine(folder, dtype="float32", **options), requests).outputs
+    there = running.run(running.open_engine(folder, **{**OTHER, **options}), requests).outputs
     assert here.keys() == there.keys()
     for key, expected in there.items():
         found = here[key]
@@ -140,13 +145,12 @@ def test_narrower_numbers_are_close(options: dict[str, Any]) -> None:
 
 
 def test_vectors_as_on_the_cpu_backend() -> None:
-    pytest.importorskip("quire.backends.cpu._native")
     prompt = list(range(100, 160))
     for pooling in ("mean", "last"):
         request = Request("a", prompt, SamplingParams(max_tokens=0), 0, (), pooling=pooling)
         here, there = (
             running.run(running.open_engine("embedded", **options), [request]).outputs["a", 0].vector
-            for options in ({**TORCH, "max_num_batched_tokens": 17}, {"dtype": "float32", "kv_dtype": "float32"})
+            for options in ({**TORCH, "max_num_batched_tokens": 17}, {**OTHER, "kv_dtype": "float32"})
         )
         assert here is not None
         assert there is not None
