@@ -169,8 +169,7 @@ def others(session: Session) -> dict[str, Any]:
     for kind in ("int8", "fp8"):
         stored, scales = quantize_weight(torch.randn(channels, depth), kind)  # type: ignore[arg-type]
         for tokens in (1, 17) if session.tiny else (1, 17, 64, 300):
-            compare(f"linear {kind} {tokens}", ops.quantized_linear, reference.quantized_linear, torch.randn(tokens, depth, dtype=bf16),
-                    stored, scales)  # fmt: skip
+            compare(f"linear {kind} {tokens}", ops.linear, reference.linear, torch.randn(tokens, depth, dtype=bf16), stored, None, scales)  # fmt: skip
     angles = torch.rand(500, 64)
     for kv in ("bfloat16", "int8", "fp8"):
         pools = KVPool(1, 12, 8, 16, 128, kv, device), KVPool(1, 12, 8, 16, 128, kv, torch.device("cpu"))

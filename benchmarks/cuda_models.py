@@ -53,9 +53,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 class DeviceLoader(Loader):
     """Of tensors that are on the device already, or are drawn there: N(0, 0.02²), norms 1."""
 
-    def __init__(self, spec: TransformerSpec, device: torch.device, ops: Any, given: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, spec: TransformerSpec, device: torch.device, ops: Any, given: dict[str, Tensor] | None = None,
+                 same: bool = False) -> None:  # fmt: skip
         shapes = {name: torch.empty(shape, device="meta") for name, shape in spec.tensor_shapes().items()}
-        super().__init__(shapes, device, spec.dtype, None, ops.quantized_linear, Progress("making weights", 1), lambda: None)  # type: ignore[arg-type]
+        super().__init__(shapes, device, spec.dtype, None, ops, Progress("making weights", 1), lambda: None, same)  # type: ignore[arg-type]
         self._given, self._drawn = given, torch.Generator(device).manual_seed(0)
 
     def _copy(self, name: str, there: Tensor) -> None:
@@ -67,11 +68,11 @@ class DeviceLoader(Loader):
             there.normal_(0.0, 0.02, generator=self._drawn)
 
 
-def make_decoder(name: str, device: torch.device, ops: Any, given: dict[str, Tensor] | None = None) -> Decoder:
-    """given: the weights by their canonical names; None draws them."""
+def make_decoder(name: str, device: torch.device, ops: Any, given: dict[str, Tensor] | None = None, same: bool = False) -> Decoder:
+    """given: the weights by their canonical names; None draws them. same: as --deterministic has products."""
     spec = spec_from_config(SHAPES[name])
     with torch.inference_mode():
-        return Decoder(spec, DeviceLoader(spec, device, ops, given), ops, device, spec.max_positions)
+        return Decoder(spec, DeviceLoader(spec, device, ops, given, same), ops, device, spec.max_positions)
 
 
 def canonical(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

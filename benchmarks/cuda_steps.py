@@ -206,7 +206,7 @@ def deterministic(session: Session) -> dict[str, Any]:
     options: dict[str, Any] = {"max_num_seqs": 64, "max_num_batched_tokens": 64 if session.tiny else 2048, "deterministic": True}
     if session.tiny:
         options["kv_memory"] = "8MiB"
-    backend = make_backend(make_decoder(name, session.device, session.ops), session.device, session.ops, **options)
+    backend = make_backend(make_decoder(name, session.device, session.ops, same=True), session.device, session.ops, **options)
     return _same(session, backend, f"{name} --deterministic", options)
 
 

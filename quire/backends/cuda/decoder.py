@@ -153,12 +153,9 @@ class Decoder:
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Of some rows of hidden states, [rows, vocab]; in ``out`` where that is given."""
-        head = self.lm_head
-        if out is not None and self._group is None and head.plain:
-            return torch.mm(hidden, head.weight.t(), out=out)
-        logits = head(hidden)
-        if self._group is not None:
-            logits = self._group.gather(logits, self.spec.vocab_size)
+        if self._group is None:
+            return self.lm_head(hidden, out)
+        logits = self._group.gather(self.lm_head(hidden), self.spec.vocab_size)
         return logits if out is None else out.copy_(logits)
 
     def hidden(self, step: Step) -> Tensor:
@@ -224,7 +221,9 @@ class Decoder:
 
     def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
         """down(act(up(x)))"""
-        return self._summed(layer.down(self._ops.activate(layer.up(x), self.spec.activation, self.spec.gated)))
+        spec = self.spec
+        inner = layer.up.gated(x, spec.activation) if spec.gated else self._ops.activate(layer.up(x), spec.activation, False)
+        return self._summed(layer.down(inner))
 
     def _summed(self, x: Tensor) -> Tensor:
         if self._group is not None:

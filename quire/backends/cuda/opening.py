@@ -24,8 +24,6 @@ from quire.config import EngineConfig
 from quire.errors import CapacityError
 from quire.models.weights import load_model, load_spec, resolve_model
 
-FIXED_ROWS = 8
-"""Rows of every product on a CPU where results must not depend on the batch."""
 Report = Callable[[str, float], None]
 
 
@@ -77,10 +75,9 @@ def _open_rank(config: EngineConfig, rank: int, folder: Path | None, report: Rep
     max_model_len = context_length(config, spec)
     if group is not None:
         local, tensors = parallel.shard(spec, tensors, rank, group.size)
-    fixed = FIXED_ROWS if config.deterministic and device.type == "cpu" else 0
     quantize: Any = config.quantize  # int8 or fp8: EngineConfig refuses others
     with Progress("loading the weights", sum(tensor.nbytes for tensor in tensors.values())) as progress:
-        loader = Loader(tensors, device, config.weight_width(spec.dtype), quantize, ops.quantized_linear, progress, model.release, fixed)
+        loader = Loader(tensors, device, config.weight_width(spec.dtype), quantize, ops, progress, model.release, config.deterministic)
         decoder = Decoder(local, loader, ops, device, max_model_len, group)
     tensors = {}
     model.close()

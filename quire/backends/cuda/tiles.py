@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 SPLIT = 256
-"""Keys of a split of a decoding sequence. A part of the arithmetic: partial results are merged where splits meet."""
+"""Keys of a split of a decoding sequence, but for the last one, which has half of it to half of it more: a sequence of few keys is not
+divided, and none has a split of a few keys. A part of the arithmetic: partial results are merged where splits meet."""
 HEADER = 4
 """int32 in front of a decode list: the number of tiles, and padding."""
 
@@ -32,17 +33,19 @@ def packed_size(sequences: int, capacity: int) -> int:
 
 
 def count_splits(lengths: I32, window: int) -> tuple[I32, I32]:
-    """The first split of each sequence that the last position sees, and how many there are: at least 1, of an empty sequence too, for
-    its output must be written."""
-    first = np.maximum(lengths - window, 0) // SPLIT if window else np.zeros_like(lengths)
-    return first, np.maximum(-(-lengths // SPLIT) - first, 1)
+    """The first split of each sequence that the last position sees, and how many there are from there on: at least 1, of an empty
+    sequence too, for its output must be written."""
+    splits = np.maximum((lengths + SPLIT // 2 - 1) // SPLIT, 1)
+    first = np.minimum(np.maximum(lengths - window, 0) // SPLIT, splits - 1) if window else np.zeros_like(lengths)
+    return first, splits - first
 
 
 def write_decode_tiles(into: I32, lengths: I32, window: int = 0) -> int:
     """The decode list of a step → ``into``, a part of what goes to the device in one copy (see DecodeTiles). Returns the int32 in use.
 
     lengths: [S] keys of each sequence, 0 for padding. Raises ValueError where ``into`` is too short. Whole splits come first: the last
-    round of programs, which may be short of work, gets the short ones.
+    round of programs, which may be short of work, gets the short ones. Of them all first splits, then all second ones, ...: splits of
+    one sequence that end together would all be merged by programs that others wait for.
     """
     sequences = len(lengths)
     first, splits = count_splits(lengths, window)
@@ -56,8 +59,8 @@ def write_decode_tiles(into: I32, lengths: I32, window: int = 0) -> int:
     into[HEADER : HEADER + sequences] = ends - splits
     sequence = np.repeat(np.arange(sequences, dtype=np.int32), splits)
     split = np.arange(total, dtype=np.int32) - np.repeat(ends - splits - first, splits)
-    whole = (split + 1) * SPLIT <= lengths[sequence]
-    order = np.concatenate([np.flatnonzero(whole), np.flatnonzero(~whole)])
+    keys = np.where(split + 1 == (first + splits)[sequence], lengths[sequence] - split * SPLIT, SPLIT)
+    order = np.lexsort((split, keys < SPLIT))
     tiles = into[start:used].reshape(total, 2)
     tiles[:, 0] = sequence[order]
     tiles[:, 1] = split[order]

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quire.backends.cuda.cache import DTYPES
 from quire.backends.cuda.quantize import quantize_weight
 from quire.backends.progress import Progress
+from quire.models.spec import Activation
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -28,28 +28,20 @@ class Linear:
     bias: Tensor | None
     scales: Tensor | None
     """[out] float32 where the weight is int8 or fp8."""
-    quantized: Callable[..., Tensor]
-    """The product with such a weight."""
-    fixed_rows: int = 0
-    """Products have so many rows each, whatever T: libraries of a CPU sum in another order for another number. 0: T."""
+    ops: Any
+    """Whose ``linear`` and ``gated_linear`` are taken."""
+    same: bool
+    """Whether a row's result must not depend on the other rows."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in] → [T, out]"""
-        if self.scales is not None:
-            return self.quantized(x, self.weight, self.scales, self.bias)
-        if self.fixed_rows:
-            return self._in_parts(x)
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, in] → [T, out], in ``out`` where that is given"""
+        product: Tensor = self.ops.linear(x, self.weight, self.bias, self.scales, self.same, out)
+        return product
 
-    def _in_parts(self, x: Tensor) -> Tensor:
-        count, rows = len(x), self.fixed_rows
-        padded = F.pad(x, (0, 0, 0, -count % rows))
-        return torch.cat([F.linear(part, self.weight, self.bias) for part in padded.split(rows)])[:count]
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is one product, and nothing else."""
-        return self.scales is None and self.bias is None and not self.fixed_rows
+    def gated(self, x: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) * up, of gate beside up [T, out] → [T, out / 2]"""
+        product: Tensor = self.ops.gated_linear(x, self.weight, self.bias, self.scales, self.same, activation)
+        return product
 
     @property
     def nbytes(self) -> int:
@@ -61,12 +53,12 @@ class Loader:
 
     def __init__(
         self, tensors: Tensors, device: torch.device, dtype: str, quantize: Literal["int8", "fp8"] | None,
-        quantized: Callable[..., Tensor], progress: Progress, release: Callable[[], None], fixed_rows: int = 0,
+        ops: Any, progress: Progress, release: Callable[[], None], same: bool = False,
     ) -> None:  # fmt: skip
-        """dtype: of the weights that are not quantized, and of the activations. fixed_rows: see Linear."""
+        """dtype: of the weights that are not quantized, and of the activations. ops, same: see Linear."""
         self._tensors, self._device, self._dtype = tensors, device, DTYPES[dtype]
-        self._quantize, self._quantized = quantize, quantized
-        self._progress, self._release, self._fixed_rows = progress, release, fixed_rows
+        self._quantize, self._ops, self._same = quantize, ops, same
+        self._progress, self._release = progress, release
 
     def has(self, name: str) -> bool:
         return name in self._tensors
@@ -94,7 +86,7 @@ class Loader:
             for name, part in zip(names, bias.split(sizes), strict=True):
                 if self.has(f"{name}.bias"):
                     self._copy(f"{name}.bias", part)
-        return Linear(weight, bias, scales, self._quantized, self._fixed_rows)
+        return Linear(weight, bias, scales, self._ops, self._same)
 
     def _copy(self, name: str, there: Tensor) -> None:
         array = self._tensors[name]

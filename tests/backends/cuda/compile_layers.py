@@ -16,7 +16,7 @@ from quire.backends.cuda.cache import DTYPES, KVPool
 from quire.backends.cuda.kernels.copies import copy_blocks
 from quire.backends.cuda.kernels.kv_write import write_kv
 from quire.backends.cuda.kernels.layers import activate, layer_norm, rms_norm
-from quire.backends.cuda.kernels.quantized import quantized_linear
+from quire.backends.cuda.kernels import linear as products
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -49,7 +49,8 @@ def copy(kv_dtype: str) -> None:
 
 def linear(tokens: int, kind: str, dtype: torch.dtype, depth: int = 4096, channels: int = 6144) -> None:
     weight = empty(channels, depth, dtype=DTYPES[kind])
-    quantized_linear(empty(tokens, depth, dtype=dtype), weight, empty(channels, dtype=F32), empty(channels))
+    scales = empty(channels, dtype=F32) if weight.itemsize == 1 else None
+    products.linear(empty(tokens, depth, dtype=dtype), weight, empty(channels), scales, same=tokens > 1)
 
 
 CALLS: dict[str, Callable[[], Any]] = {
@@ -74,6 +75,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "write 8/1/256 bf16": partial(write, 8, 1, 256, 256, "bfloat16"),
     "copy bf16": partial(copy, "bfloat16"),
     "copy int8, scales": partial(copy, "int8"),
+    "linear bf16 T=1 K=3072": partial(linear, 1, "bfloat16", BF16, 3072),
+    "linear bf16 T=1": partial(linear, 1, "bfloat16", BF16),
+    "linear bf16 T=16 K=1024": partial(linear, 16, "bfloat16", BF16, 1024),
+    "linear bf16 T=32 K=3072": partial(linear, 32, "bfloat16", BF16, 3072),
+    "linear fp16 T=32": partial(linear, 32, "float16", FP16),
+    "linear bf16 T=64": partial(linear, 64, "bfloat16", BF16),
+    "linear bf16 T=512": partial(linear, 512, "bfloat16", BF16),
     "linear int8 T=1 bf16": partial(linear, 1, "int8", BF16),
     "linear int8 T=64 bf16": partial(linear, 64, "int8", BF16),
     "linear int8 T=512 bf16": partial(linear, 512, "int8", BF16),
@@ -86,18 +94,20 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 
 def faults(case: str, kernels: list[Compiled]) -> Iterator[str]:
-    launches = 2 if case == "copy int8, scales" or (case.startswith("linear") and "T=512" not in case) else 1
+    launches = 2 if case == "copy int8, scales" else 1
     if len(kernels) != launches:
         yield f"{len(kernels)} launches instead of {launches}"
     for each in kernels:
-        if each.registers > (232 if each.kernel == "_linear" else 64):
+        if each.registers > {"_linear": 232, "_held": 168}.get(each.kernel, 64):
             yield f"{each.kernel}: too many registers"
-        if each.shared > MAX_SHARED // 2:
+        if each.shared > (MAX_SHARED if "bf16 T=512" in case or "K=3072" in case else MAX_SHARED // 2):
             yield f"{each.kernel}: too much shared memory"
     if case.startswith(("rms", "silu", "gelu", "copy")) or case == "layer 768 fp16 +residual":
         yield from faults_of_rows(kernels[0], other_loads=2 if case.startswith("copy") else 0)  # the copy's pair
-    if case.startswith("linear") and "fp32" not in case:
-        yield from faults_of_products(kernels[0])
+    if kernels[0].kernel == "_linear" and "fp32" not in case:
+        yield from faults_of_products(kernels[0], 64 if "int8" in case or "fp8" in case else 128)
+    if kernels[0].kernel == "_held" and not kernels[0].count("HMMA"):
+        yield "no tensor cores"
 
 
 def faults_of_rows(kernel: Compiled, other_loads: int) -> Iterator[str]:
@@ -108,11 +118,12 @@ def faults_of_rows(kernel: Compiled, other_loads: int) -> Iterator[str]:
         yield "stores that are not of 128 bits"
 
 
-def faults_of_products(kernel: Compiled) -> Iterator[str]:
-    """Weights go to shared memory while others are multiplied, and from there through registers into the tensor cores."""
+def faults_of_products(kernel: Compiled, width: int) -> Iterator[str]:
+    """Weights go to shared memory while others are multiplied, and from there, those of 8 bits through registers, into the tensor
+    cores. width: of loads, in bits."""
     if not kernel.count("HGMMA") or kernel.count("HMMA"):
         yield "not wgmma"
-    if not kernel.count("LDGSTS.64"):
+    if not kernel.count(f"LDGSTS.{width}"):
         yield "no asynchronous loads of weights"
 
 

@@ -150,17 +150,19 @@ def test_decode_lists_cover_every_key_once(lengths, window) -> None:
     for sequence, length in enumerate(lengths):
         mine = sorted(split for s, split in pairs if s == sequence)
         begin = max(0, length - window) if window else 0
-        covered = {p for split in mine for p in range(max(begin, split * SPLIT), min(length, (split + 1) * SPLIT))}
-        assert covered == set(range(begin, length))
         assert mine == list(range(first[sequence], first[sequence] + splits[sequence]))
+        ends = [*((split + 1) * SPLIT for split in mine[:-1]), length]
+        covered = [p for split, end in zip(mine, ends, strict=True) for p in range(max(begin, split * SPLIT), end)]
+        assert covered == list(range(begin, length))
+        assert mine[-1] == 0 or SPLIT // 2 <= length - mine[-1] * SPLIT < SPLIT + SPLIT // 2
         slots |= {starts[sequence] + split - first[sequence] for split in mine}
     assert slots == set(range(total))
-    whole = [(split + 1) * SPLIT <= lengths[s] for s, split in pairs]
-    assert whole == sorted(whole, reverse=True)
+    order = [(split + 1 == first[s] + splits[s] and lengths[s] < (split + 1) * SPLIT, split) for s, split in pairs]
+    assert order == sorted(order)
 
 
 def test_a_list_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="4 tiles of 2 sequences need 16 numbers, there are 12"):
+    with pytest.raises(ValueError, match="3 tiles of 2 sequences need 14 numbers, there are 12"):
         write_decode_tiles(np.zeros(12, dtype=np.int32), np.array([600, 3], dtype=np.int32))
 
 

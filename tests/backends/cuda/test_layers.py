@@ -15,12 +15,12 @@ from quire.backends.cuda.hazards import hazard_free
 from quire.backends.cuda.kernels import copies as kernel_copies
 from quire.backends.cuda.kernels import kv_write as kernel_kv_write
 from quire.backends.cuda.kernels import layers as kernel_layers
-from quire.backends.cuda.kernels import quantized as kernel_quantized
+from quire.backends.cuda.kernels import linear as kernel_linear
 from quire.backends.cuda.quantize import quantize_weight
 from quire.backends.cuda.reference import copies as reference_copies
 from quire.backends.cuda.reference import kv_write as reference_kv_write
 from quire.backends.cuda.reference import layers as reference_layers
-from quire.backends.cuda.reference import quantized as reference_quantized
+from quire.backends.cuda.reference import linear as reference_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 """numpy's, of NaN and infinities in the interpreter."""
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 both_layers = pytest.mark.parametrize("ops", [reference_layers, kernel_layers], ids=["reference", "kernels"])
 both_writes = pytest.mark.parametrize("write_kv", [reference_kv_write.write_kv, kernel_kv_write.write_kv], ids=["reference", "kernels"])
 both_linears = pytest.mark.parametrize(
-    "linear", [reference_quantized.quantized_linear, kernel_quantized.quantized_linear], ids=["reference", "kernels"]
+    "linear", [reference_linear.linear, kernel_linear.linear], ids=["reference", "kernels"]
 )
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -415,8 +415,8 @@ def test_quantized_linear(linear, kind, dtype, tokens, depth, channels):
     x, bias = normal(1, tokens, depth, dtype=dtype), normal(2, channels, dtype=dtype)
     weight, scales = quantize_weight(normal(3, channels, depth), kind)
     expected = exact(x) @ (exact(weight.float()) * exact(scales)[:, None]).T
-    assert_close(linear(x, weight, scales), expected, dtype)
-    got = linear(x, weight, scales.half(), bias)
+    assert_close(linear(x, weight, None, scales), expected, dtype)
+    got = linear(x, weight, bias, scales.half())
     assert got.dtype == dtype
     assert got.shape == (tokens, channels)
     expected = exact(x) @ (exact(weight.float()) * exact(scales.half())[:, None]).T
@@ -431,12 +431,12 @@ def test_quantized_linear_of_a_row_does_not_depend_on_others(linear, dtype):
     x, (weight, scales) = normal(1, 66, depth, dtype=dtype), quantize_weight(normal(2, 40, depth), "int8")
     # The interpreter's products of tiles are a library's, with an order of its own for each shape. So each tile has one product to add.
     x *= torch.arange(depth) % 64 == 5
-    whole = linear(x, weight, scales)
+    whole = linear(x, weight, None, scales)
     for rows in (slice(0, 1), slice(65, 66), slice(5, 8), slice(20, 41)):
-        assert same(linear(x[rows].clone(), weight, scales), whole[rows])
+        assert same(linear(x[rows].clone(), weight, None, scales), whole[rows])
     poisoned = x.clone()
     poisoned[4] = math.nan
-    got = linear(poisoned, weight, scales)
+    got = linear(poisoned, weight, None, scales)
     assert got[4].isnan().all()
     others = [i for i in range(66) if i != 4]
     assert same(got[others], whole[others])
@@ -445,16 +445,56 @@ def test_quantized_linear_of_a_row_does_not_depend_on_others(linear, dtype):
 @both_linears
 def test_quantized_linear_of_rows_that_are_apart(linear):
     wide, (weight, scales) = normal(1, 5, 300, dtype=torch.float16), quantize_weight(normal(2, 72, 264), "int8")
-    whole = linear(wide[:, :264], weight, scales)
-    assert same(linear(wide[:, :264].contiguous(), weight, scales), whole)
-    assert same(linear(wide[2:4, :264].contiguous(), weight, scales), whole[2:4])
+    whole = linear(wide[:, :264], weight, None, scales)
+    assert same(linear(wide[:, :264].contiguous(), weight, None, scales), whole)
+    assert same(linear(wide[2:4, :264].contiguous(), weight, None, scales), whole[2:4])
+
+
+@both_linears
+@every_dtype
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize(("tokens", "depth", "channels"), [(1, 24, 40), (1, 1536, 130), (3, 1024, 40), (17, 512, 70), (31, 3072, 24),
+                                                           (30, 4096, 72), (65, 640, 24)])  # fmt: skip
+def test_linear(linear, dtype, same, tokens, depth, channels):
+    x, bias, weight = normal(1, tokens, depth, dtype=dtype), normal(2, channels, dtype=dtype), normal(3, channels, depth, dtype=dtype)
+    expected = exact(x) @ exact(weight).T
+    out = torch.full((tokens, channels), math.nan, dtype=dtype)
+    assert linear(x, weight, None, None, same, out) is out
+    assert_close(out, expected, dtype)
+    assert_close(linear(x, weight, bias, None, same), expected + exact(bias), dtype)
+    wide = torch.cat([x, normal(4, tokens, 40, dtype=dtype)], 1)
+    assert_close(linear(wide[:, :depth], weight, None, None, same), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth", [512, 1024, 4096])
+def test_gated_linear_is_linear_and_activation(dtype, depth):
+    """Bit for bit, where it is one kernel and where it is two."""
+    weight, bias = normal(3, 2 * 40, depth, dtype=dtype), normal(2, 2 * 40, dtype=dtype)
+    for tokens in (1, 3, 20, 40):
+        x = normal(1, tokens, depth, dtype=dtype) * (torch.arange(depth) % 512 == 5)  # see above
+        apart = kernel_layers.activate(kernel_linear.linear(x, weight, bias, None, True), "silu", True)
+        assert same(kernel_linear.gated_linear(x, weight, bias, None, True, "silu"), apart)
+        expected = reference_linear.gated_linear(x, weight, bias, None, False, "silu")
+        assert_close(kernel_linear.gated_linear(x, weight, bias, None, False, "silu"), exact(expected), dtype)
+
+
+@pytest.mark.parametrize("depth", [512, 3072, 4096])
+def test_linear_of_a_row_does_not_depend_on_others(depth):
+    x, weight = normal(1, 66, depth, dtype=torch.float16), normal(2, 40, depth, dtype=torch.float16)
+    x *= torch.arange(depth) % 512 == 5  # see above; _held takes so many at a time
+    whole = kernel_linear.linear(x, weight, same=True)
+    for rows in (slice(0, 1), slice(65, 66), slice(5, 8), slice(20, 51)):
+        assert same(kernel_linear.linear(x[rows].clone(), weight, same=True), whole[rows])
 
 
 def test_splits_cover_what_is_summed():
     for channels, depth in ((40, 24), (64, 1600), (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (151936, 1024)):
-        split, splits = kernel_quantized._splits(channels, depth)
-        assert split % 128 == 0
-        assert (splits - 1) * split < depth <= splits * split
-        assert splits == 1 or splits * -(-channels // 64) <= kernel_quantized.PROGRAMS
-    assert kernel_quantized._splits(4096, 4096)[1] > 1
-    assert kernel_quantized._splits(28672, 4096)[1] == 1
+        for plan in kernel_linear.PLANS.values():
+            split, splits = kernel_linear.split_of(channels, depth, plan)
+            assert split % 128 == 0
+            assert (splits - 1) * split < depth <= splits * split
+            assert splits == 1 or splits * -(-channels // 64) <= plan.programs
+    for plan in kernel_linear.PLANS.values():
+        assert kernel_linear.split_of(4096, 4096, plan)[1] > 1
+        assert kernel_linear.split_of(28672, 4096, plan)[1] == 1

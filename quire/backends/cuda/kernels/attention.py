@@ -11,6 +11,7 @@ from quire.backends.cuda.kernels.attention_configs import Config, decode_config,
 from quire.backends.cuda.kernels.decode import decode_kernel
 from quire.backends.cuda.kernels.interpreted import INTERPRETED
 from quire.backends.cuda.kernels.prefill import prefill_kernel
+from quire.backends.cuda.kernels.programmatic import programmatic
 from quire.backends.cuda.tiles import SPLIT, DecodeTiles
 
 LOG2_E = log2(e)
@@ -32,9 +33,10 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
     constants = {
         "KV_HEADS": kv_heads, "GROUP": group, "GROUP_PAD": padded(group), "HEAD_DIM": head_dim, "DIM_PAD": padded(head_dim),
         "BLOCK_SIZE": block_size, "WINDOW": window, "SPLIT": SPLIT, "TILE": config.tile, "UPCAST": INTERPRETED,
+        "PDL": programmatic(),
     }  # fmt: skip
     if tiles.programs:
-        decode_kernel[(tiles.programs,)](**arguments, **constants, **_options(config))
+        decode_kernel[(tiles.programs,)](**arguments, **constants, **_options(config), launch_pdl=programmatic())
 
 
 def prefill(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor, tiles: Tensor, scale: float,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.backends.cuda.kernels.paged import block_ids, load_scales, load_tile, product
+from quire.backends.cuda.kernels.paged import block_ids, load_scales, load_tile, prefetch_tile, product
+from quire.backends.cuda.kernels.programmatic import start_next, wait
 
 
 @triton.jit
@@ -18,7 +19,7 @@ def decode_kernel(
     queries, keys, values, key_scales, value_scales, tables, rows, lengths, count, first_slots, tiles, partial, maxima, sums, arrived, out,
     scale, row_stride, head_stride, table_width, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, UPCAST: tl.constexpr,
+    TILE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``scale`` includes log2(e). What belongs to the next item is loaded before the current one is computed."""
     program = tl.program_id(0)
@@ -32,16 +33,26 @@ def decode_kernel(
     sequence, split = _tile(tiles, program, items, KV_HEADS)
     length, row, first_slot = _sequence(lengths, rows, first_slots, sequence)
     next_sequence, next_split = _tile(tiles, program + programs, items, KV_HEADS)
+    if PDL:
+        if program < items:  # what the first tile's last positions are is being written, which the cache takes into account
+            start, end = _keys(split, _splits(length, SPLIT), length, SPLIT, WINDOW)
+            first = start // TILE * TILE
+            ids = block_ids(tables + row.to(tl.int64) * table_width, first, t, tl.maximum(end - 1, 0), BLOCK_SIZE, TILE)
+            prefetch_tile(keys, ids, program % KV_HEADS * BLOCK_SIZE, first, t, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
+            prefetch_tile(values, ids, program % KV_HEADS * BLOCK_SIZE, first, t, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
+    start_next(PDL)
+    wait(PDL)
     for item in range(program, items, programs):
         next_length, next_row, next_slot = _sequence(lengths, rows, first_slots, next_sequence)
         later_sequence, later_split = _tile(tiles, item + 2 * programs, items, KV_HEADS)
 
         head = item % KV_HEADS
-        start, end = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, length)
+        splits = _splits(length, SPLIT)
+        start, end = _keys(split, splits, length, SPLIT, WINDOW)
         before = 0  # splits that left the window
         if WINDOW > 0:
-            start = tl.maximum(start, length - WINDOW)
-            before = tl.maximum(length - WINDOW, 0) // SPLIT
+            before = tl.minimum(tl.maximum(length - WINDOW, 0) // SPLIT, splits - 1)
+        splits -= before
         at = sequence.to(tl.int64) * row_stride + (head * GROUP + g)[:, None] * head_stride + d[None, :]
         q = tl.load(queries + at, mask=here, other=0.0)
         table = tables + row.to(tl.int64) * table_width
@@ -79,7 +90,6 @@ def decode_kernel(
             value_scale = load_scales(value_scales, ids, inner, j + TILE, t, seen, KV_HEADS, BLOCK_SIZE, TILE)
 
         total = tl.sum(sums_of_lanes, 1)
-        splits = tl.maximum(tl.cdiv(length, SPLIT) - before, 1)
         if splits > 1:
             slot = first_slot + split - before
             heads = (slot * KV_HEADS + head).to(tl.int64) * GROUP + g
@@ -97,6 +107,21 @@ def decode_kernel(
 
         sequence, split, length, row, first_slot = next_sequence, next_split, next_length, next_row, next_slot
         next_sequence, next_split = later_sequence, later_split
+
+
+@triton.jit
+def _splits(length, SPLIT: tl.constexpr):
+    """As in tiles.count_splits, without a window."""
+    return tl.maximum((length + SPLIT // 2 - 1) // SPLIT, 1)
+
+
+@triton.jit
+def _keys(split, splits, length, SPLIT: tl.constexpr, WINDOW: tl.constexpr):
+    """The first key of a split that the query sees, and the end."""
+    start = split * SPLIT
+    if WINDOW > 0:
+        start = tl.maximum(start, length - WINDOW)
+    return start, tl.where(split + 1 == splits, length, split * SPLIT + SPLIT)
 
 
 @triton.jit

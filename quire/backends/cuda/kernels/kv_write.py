@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.backends.cuda.cache import LARGEST, LayerKV
+from quire.backends.cuda.kernels.programmatic import programmatic, start_next, wait
 from quire.backends.cuda.kernels.rounding import narrow
 
 
@@ -30,7 +31,8 @@ def write_kv(
     warps = 1 << max(0, min(3, (group * head_dim // 384).bit_length() - 1))
     _write[(qkv.shape[0], kv_heads)](
         qkv, kv.keys, kv.values, kv.key_scales, kv.value_scales, positions, slots, cos, sin, q_norm, k_norm, qkv.stride(0), eps,
-        kv_heads, group, head_dim, half, block_size, LARGEST.get(kv.keys.dtype, 0.0), num_warps=warps,
+        kv_heads, group, head_dim, half, block_size, LARGEST.get(kv.keys.dtype, 0.0), programmatic(), num_warps=warps,
+        launch_pdl=programmatic(),
     )  # fmt: skip
 
 
@@ -38,14 +40,17 @@ def write_kv(
 def _write(
     qkv, keys, values, key_scales, value_scales, positions, slots, cos, sin, q_norm, k_norm, qkv_stride, eps, KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, LARGEST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     row = qkv + token.to(tl.int64) * qkv_stride
     slot = tl.load(slots + token)
+    c, s = _angles(cos, sin, positions, token, HALF)
+    start_next(PDL)
+    wait(PDL)
     key_at = row + (KV_HEADS * GROUP + head + tl.arange(0, 1)[:, None]) * HEAD_DIM
     dims = _columns(HEAD_DIM)
     value = tl.load(key_at + KV_HEADS * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
-    c, s = _angles(cos, sin, positions, token, HALF)
     first, second, rest = _head(key_at, True, k_norm, c, s, eps, HEAD_DIM, HALF)
     if cos is not None or q_norm is not None:  # stored when all is loaded: no load goes past a store
         g = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.backends.cuda.kernels.programmatic import programmatic, start_next, wait
 from quire.backends.cuda.kernels.rounding import narrow
 from quire.models.spec import Activation
 
@@ -17,14 +18,16 @@ MAX_COLUMNS = 1024
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """As in reference/. Rows are contiguous; they may be apart (a part of the columns of another tensor)."""
     out, block, warps = _row(x)
-    _norm[(x.shape[0],)](x, residual, weight, None, out, x.stride(0), eps, x.shape[1], block, False, num_warps=warps)
+    _norm[(x.shape[0],)](x, residual, weight, None, out, x.stride(0), eps, x.shape[1], block, False, programmatic(), num_warps=warps,
+                         launch_pdl=programmatic())  # fmt: skip
     return out
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
     """As in reference/. Rows are contiguous; they may be apart (a part of the columns of another tensor)."""
     out, block, warps = _row(x)
-    _norm[(x.shape[0],)](x, residual, weight, bias, out, x.stride(0), eps, x.shape[1], block, True, num_warps=warps)
+    _norm[(x.shape[0],)](x, residual, weight, bias, out, x.stride(0), eps, x.shape[1], block, True, programmatic(), num_warps=warps,
+                         launch_pdl=programmatic())  # fmt: skip
     return out
 
 
@@ -34,7 +37,8 @@ def activate(x: Tensor, kind: Activation, gated: bool) -> Tensor:
     width = width // 2 if gated else width
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block = min(MAX_COLUMNS, 1 << (width - 1).bit_length())  # (Triton's own function takes a quarter of the launch)
-    _activate[(rows, -(-width // block))](x, out, x.stride(0), width, kind, gated, block, num_warps=4)
+    _activate[(rows, -(-width // block))](x, out, x.stride(0), width, kind, gated, block, programmatic(), num_warps=4,
+                                              launch_pdl=programmatic())  # fmt: skip
     return out
 
 
@@ -46,7 +50,8 @@ def _row(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 @triton.jit
-def _norm(x, residual, weight, bias, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr):
+def _norm(x, residual, weight, bias, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -55,6 +60,8 @@ def _norm(x, residual, weight, bias, out, x_stride, eps, WIDTH: tl.constexpr, BL
     b = 0.0
     if bias is not None:
         b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    start_next(PDL)
+    wait(PDL)
     wide = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
         here = residual + row * WIDTH + columns
@@ -68,12 +75,23 @@ def _norm(x, residual, weight, bias, out, x_stride, eps, WIDTH: tl.constexpr, BL
 
 
 @triton.jit
-def _activate(x, out, x_stride, WIDTH: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def _activate(x, out, x_stride, WIDTH: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
+    start_next(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     here = x + row * x_stride + columns
-    a = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    y = activation(tl.load(here, mask=inside, other=0.0).to(tl.float32), KIND)
+    if GATED:
+        y *= tl.load(here + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + columns, narrow(y, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activation(a, KIND: tl.constexpr):
+    """Of a in float32."""
     if KIND == "silu":
         y = a / (1.0 + tl.exp(-a))
     elif KIND == "gelu":
@@ -83,6 +101,4 @@ def _activate(x, out, x_stride, WIDTH: tl.constexpr, KIND: tl.constexpr, GATED: 
     else:
         tl.static_assert(KIND == "relu")
         y = tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if GATED:
-        y *= tl.load(here + WIDTH, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + columns, narrow(y, out.dtype.element_ty), mask=inside)
+    return y

@@ -21,20 +21,40 @@ def block_ids(table, start, t, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexp
 
 
 @triton.jit
-def load_tile(
-    numbers, ids, inner, start, t, d, there, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """Keys or values of the positions from ``start`` on, [TILE, DIM_PAD]; those that are not ``there`` are 0.
-
-    ``inner``: the head's first position in a block. Offsets within a tile are of 32 bits where it is one stretch.
-    """
+def _tile_at(numbers, ids, inner, start, t, d, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where the elements ``d`` of a tile's positions are. Offsets within a tile are of 32 bits where it is one stretch."""
     if BLOCK_SIZE >= TILE:
         head = numbers + (ids * (KV_HEADS * BLOCK_SIZE) + inner) * HEAD_DIM
         at = head + ((start % BLOCK_SIZE + t)[:, None] * HEAD_DIM + d[None, :])
     else:
         place = ids * (KV_HEADS * BLOCK_SIZE) + (inner + (start + t) % BLOCK_SIZE)
         at = numbers + place[:, None] * HEAD_DIM + d[None, :]
+    return at
+
+
+@triton.jit
+def load_tile(
+    numbers, ids, inner, start, t, d, there, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Keys or values of the positions from ``start`` on, [TILE, DIM_PAD]; those that are not ``there`` are 0.
+
+    ``inner``: the head's first position in a block.
+    """
+    at = _tile_at(numbers, ids, inner, start, t, d, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
     return tl.load(at) if there is None else tl.load(at, mask=there, other=0.0)
+
+
+@triton.jit
+def prefetch_tile(
+    numbers, ids, inner, start, t, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Ask for the tile that ``load_tile`` will read, a line of 128 bytes at a time, to be brought into the L2 cache."""
+    LINE: tl.constexpr = 1024 // numbers.dtype.element_ty.primitive_bitwidth
+    d = tl.arange(0, triton.next_power_of_2(triton.cdiv(HEAD_DIM, LINE))) * LINE
+    at = _tile_at(numbers, ids, inner, start, t, tl.minimum(d, HEAD_DIM - 1), KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

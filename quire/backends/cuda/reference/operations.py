@@ -5,11 +5,11 @@ from quire.backends.cuda.reference.attention import decode, prefill
 from quire.backends.cuda.reference.copies import copy_blocks, fill_blocks
 from quire.backends.cuda.reference.kv_write import write_kv
 from quire.backends.cuda.reference.layers import activate, layer_norm, rms_norm
+from quire.backends.cuda.reference.linear import gated_linear, linear
 from quire.backends.cuda.reference.logprobs import report
-from quire.backends.cuda.reference.quantized import quantized_linear
 from quire.backends.cuda.reference.sampling import sample
 
 __all__ = [
-    "activate", "ban", "bias", "copy_blocks", "decode", "fill_blocks", "layer_norm", "penalize", "prefill", "quantized_linear", "report",
+    "activate", "ban", "bias", "copy_blocks", "decode", "fill_blocks", "gated_linear", "layer_norm", "linear", "penalize", "prefill", "report",
     "restrict", "rms_norm", "sample", "write_kv",
 ]  # fmt: skip
