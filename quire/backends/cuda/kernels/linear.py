@@ -1,10 +1,10 @@
 """Matrix products of a few rows, and those of all where a row's result must not depend on the others. Weights of 8 bits become x's type
 in registers.
 
-In a step of a few sequences of a small model, products wait more for each other than for memory. So where rows are few and short,
-programs hold their part of the weights in registers before the rows are there (``_held``; ``_row`` for one row, without tensor cores).
+One row is multiplied without tensor cores, by programs that hold their part of the weights before the row is there: in a step of one
+sequence of a small model, products wait more for each other than for memory.
 
-The weights are the left operand: a tensor core instruction takes that from registers, where it was converted, and 64 rows
+For more rows, the weights are the left operand: a tensor core instruction takes that from registers, where it was converted, and 64 rows
 at least, of which there are always enough, while few tokens fit the other side. K is cut into splits, by the shape of the weights alone:
 few channels would else keep few multiprocessors busy. With few tokens each split is a program of its own, and who ends last adds them
 up; with many a program does all of them. Sums run in the same order for every number of tokens: over K within a split, then over splits.
@@ -13,7 +13,6 @@ up; with many a program does all of them. Sums run in the same order for every n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -69,11 +68,6 @@ FEW = 32
 """Rows up to which products are ours anyway; the library's are faster with more."""
 ROW_ELEMENTS = 8192
 """Weights that a program of ``_row`` holds: 64 for each thread."""
-MOST_HELD = 3072
-"""K up to which programs of ``_held`` hold their weights."""
-HELD_CHANNELS = 16
-HELD_CHUNK = 512
-"""Of K, that is multiplied at a time: weights are converted from how they were loaded to how tensor cores take them."""
 _COUNTERS = 4096
 
 
@@ -81,27 +75,15 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None, same: bool = False, out: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     """As in reference/. Rows of x are contiguous; they may be apart. weight and out are contiguous."""
-    tokens, depth = x.shape
-    channels = len(weight)
-    few = tokens <= FEW and scales is None and x.dtype != torch.float32 and depth % 128 == 0
+    few = _is_few(x, scales)
     if scales is None and not same and not few:
         return _of_library(x, weight, bias, out)
     if out is None:
-        out = torch.empty((tokens, channels), dtype=x.dtype, device=x.device)
-    if few and (held := _held_kernel(tokens, depth, same, 1)):
-        held(x, weight, bias, out, None)
-        return out
-    plan = FLOAT32 if x.dtype == torch.float32 else PLANS[weight.element_size()]
-    tiles = next((each for each in plan.tiles if tokens <= each.tokens), plan.tiles[-1])
-    split, splits = (depth, 1) if scales is None and _holds(depth, 1) else split_of(channels, depth, plan)
-    apart = splits > 1 and tokens <= MAX_SPLIT_TOKENS
-    parts = torch.empty((splits, tokens, channels), dtype=torch.float32, device=x.device) if apart else None
-    grid = (-(-tokens // tiles.tokens) * -(-channels // tiles.channels), splits if apart else 1)
-    _linear[grid](
-        x, weight, scales, bias, parts, _counters(x.device) if apart else None, out, tokens, x.stride(0), channels, depth, split, splits,
-        tiles.tokens, tiles.channels, tiles.depth, GROUP, INTERPRETED, programmatic(), num_warps=tiles.warps, num_stages=tiles.stages,
-        launch_pdl=programmatic(),
-    )  # fmt: skip
+        out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    if few and not same and len(x) == 1:
+        _one_row(x, weight, bias, out, None)
+    else:
+        _rows(x, weight, bias, scales, out, None)
     return out
 
 
@@ -109,13 +91,14 @@ def gated_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, same: bool, gate: Activation
 ) -> Tensor:  # fmt: skip
     """As in reference/. Rows of x are contiguous; they may be apart. weight is contiguous."""
-    tokens, depth = x.shape
-    if tokens <= FEW and scales is None and x.dtype != torch.float32 and depth % 128 == 0:
-        if held := _held_kernel(tokens, depth, same, 2):
-            out = torch.empty((tokens, len(weight) // 2), dtype=x.dtype, device=x.device)
-            held(x, weight, bias, out, gate)
-            return out
-    return activate(linear(x, weight, bias, scales, same), gate, True)
+    if not _is_few(x, scales):
+        return activate(linear(x, weight, bias, scales, same), gate, True)
+    out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype, device=x.device)
+    if len(x) == 1 and not same:
+        _one_row(x, weight, bias, out, gate)
+    else:
+        _rows(x, weight, bias, scales, out, gate)
+    return out
 
 
 def split_of(channels: int, depth: int, plan: Plan) -> tuple[int, int]:
@@ -131,18 +114,6 @@ def _of_library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _held_kernel(tokens: int, depth: int, same: bool, weights: int) -> Callable[..., None] | None:
-    """What multiplies few rows by weights that are held; None where they are too many, or too long. weights: of an output."""
-    if tokens == 1 and not same:
-        return _one_row
-    return _few_rows if _holds(depth, weights) else None
-
-
-def _holds(depth: int, weights: int) -> bool:
-    """Whether ``_held`` has room for so long a K. It has no splits, and so nobody has where it is taken for some rows."""
-    return depth * weights <= MOST_HELD and depth % HELD_CHUNK == 0
-
-
 def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, gate: Activation | None) -> None:
     channels, depth = out.shape[1], weight.shape[1]
     padded = 1 << (depth - 1).bit_length()
@@ -152,15 +123,27 @@ def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, gate: 
     )
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, gate: Activation | None) -> None:
+def _rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, out: Tensor, gate: Activation | None
+) -> None:  # fmt: skip
     tokens, depth = x.shape
-    channels = out.shape[1]
-    tile = 16 if tokens <= 16 else 32
-    warps = 4 if depth <= 2048 else 8
-    _held[(-(-channels // HELD_CHANNELS), -(-tokens // tile))](
-        x, weight, bias, out, tokens, x.stride(0), channels, depth, HELD_CHUNK, HELD_CHANNELS, tile, gate, INTERPRETED, programmatic(),
-        num_warps=warps, launch_pdl=programmatic(),
+    channels = len(weight)
+    plan = FLOAT32 if x.dtype == torch.float32 else PLANS[weight.element_size()]
+    tiles = next((each for each in plan.tiles if tokens <= each.tokens), plan.tiles[-1])
+    split, splits = split_of(channels, depth, plan)
+    apart = splits > 1 and tokens <= MAX_SPLIT_TOKENS
+    parts = torch.empty((splits, tokens, channels), dtype=torch.float32, device=x.device) if apart else None
+    grid = (-(-tokens // tiles.tokens) * -(-channels // tiles.channels), splits if apart else 1)
+    _linear[grid](
+        x, weight, scales, bias, parts, _counters(x.device) if apart else None, out, tokens, x.stride(0), channels, depth, split, splits,
+        tiles.tokens, tiles.channels, tiles.depth, GROUP, gate, INTERPRETED, programmatic(), num_warps=tiles.warps,
+        num_stages=tiles.stages, launch_pdl=programmatic(),
     )  # fmt: skip
+
+
+def _is_few(x: Tensor, scales: Tensor | None) -> bool:
+    """Whether products of these rows are ours, whatever is asked for."""
+    return scales is None and len(x) <= FEW and x.dtype != torch.float32 and x.shape[1] % 128 == 0
 
 
 @cache
@@ -193,57 +176,23 @@ def _row(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _held(
-    x, weight, bias, out, tokens, x_stride, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = tl.arange(0, CHUNK)
-    start_next(PDL)
-    # Beyond the end the last ones are read again: what comes of them is not stored.
-    w_at = weight + tl.minimum(n, CHANNELS - 1).to(tl.int64)[:, None] * DEPTH + k[None, :]
-    x_at = x + tl.minimum(t, tokens - 1).to(tl.int64)[None, :] * x_stride + k[:, None]
-    held, ups_held = (), ()
-    for i in tl.static_range(DEPTH // CHUNK):
-        held = held + (tl.load(w_at + i * CHUNK),)
-        if GATE is not None:
-            ups_held = ups_held + (tl.load(w_at + CHANNELS * DEPTH + i * CHUNK),)
-    wait(PDL)
-    sums = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    ups = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    next_rows = tl.load(x_at)
-    for i in tl.static_range(DEPTH // CHUNK):
-        rows = next_rows
-        if i + 1 < DEPTH // CHUNK:
-            next_rows = tl.load(x_at + (i + 1) * CHUNK)
-        sums = _product(held[i], rows, sums, WIDE)
-        if GATE is not None:
-            ups = _product(ups_held[i], rows, ups, WIDE)
-    sums = _biased(sums, bias, n[:, None], CHANNELS)
-    if GATE is not None:
-        sums = _gated(sums, _biased(ups, bias, CHANNELS + n[:, None], 2 * CHANNELS), out.dtype.element_ty, GATE)
-    there = (n < CHANNELS)[:, None] & (t < tokens)[None, :]
-    tl.store(out + t.to(tl.int64)[None, :] * CHANNELS + n[:, None], narrow(sums, out.dtype.element_ty), mask=there)
-
-
-@triton.jit(do_not_specialize=["tokens"])
 def _linear(
     x, weight, scales, bias, parts, counters, out, tokens, x_stride, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, GATE: tl.constexpr,
+    WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """GATE: an activation of the first half of the channels, which the other half is multiplied by; a tile has as many of both."""
     program, split = tl.program_id(0), tl.program_id(1)
     tiles_t, tiles_n = tl.cdiv(tokens, BLOCK_T), tl.cdiv(CHANNELS, BLOCK_N)
     start = program // (GROUP * tiles_n) * GROUP
     wide = tl.minimum(tiles_t - start, GROUP)
     inside = program % (GROUP * tiles_n)
     t = (start + inside % wide) * BLOCK_T + tl.arange(0, BLOCK_T)
-    n = inside // wide * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, inside_n = _channels(inside // wide, CHANNELS, BLOCK_N, GATE)
     # Beyond the end the last ones are read again: what comes of them is not stored, and loads need no masks.
     w_at = weight + tl.minimum(n, CHANNELS - 1).to(tl.int64)[:, None] * DEPTH
     x_at = x + tl.minimum(t, tokens - 1).to(tl.int64)[None, :] * x_stride
-    there = (n < CHANNELS)[:, None] & (t < tokens)[None, :]
+    there = inside_n[:, None] & (t < tokens)[None, :]
     at = t.to(tl.int64)[None, :] * CHANNELS + n[:, None]
     wait(PDL)
     if parts is None:
@@ -254,7 +203,7 @@ def _linear(
             for each in range(SPLITS):
                 sums += _products(w_at, x_at, each, DEPTH, SPLIT, BLOCK_T, BLOCK_N, BLOCK_K, WIDE)
         start_next(PDL)
-        _finish(sums, scales, bias, out, n, at, there, CHANNELS)
+        _finish(sums, scales, bias, out, inside // wide, n, t, tokens, CHANNELS, BLOCK_N, GATE)
     else:
         sums = _products(w_at, x_at, split, DEPTH, SPLIT, BLOCK_T, BLOCK_N, BLOCK_K, WIDE)
         start_next(PDL)
@@ -267,7 +216,21 @@ def _linear(
             sums = tl.load(parts + at, mask=there, other=0.0, cache_modifier=".cg")
             for each in tl.static_range(1, SPLITS):
                 sums += tl.load(parts + each * size + at, mask=there, other=0.0, cache_modifier=".cg")
-            _finish(sums, scales, bias, out, n, at, there, CHANNELS)
+            _finish(sums, scales, bias, out, inside // wide, n, t, tokens, CHANNELS, BLOCK_N, GATE)
+
+
+@triton.jit
+def _channels(tile, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, GATE: tl.constexpr):
+    """Those of a tile, and which of them there are."""
+    r = tl.arange(0, BLOCK_N)
+    if GATE is None:
+        n = tile * BLOCK_N + r
+        there = n < CHANNELS
+    else:
+        first = tile * (BLOCK_N // 2) + r % (BLOCK_N // 2)
+        n = tl.where(r < BLOCK_N // 2, first, first + CHANNELS // 2)
+        there = first < CHANNELS // 2
+    return n, there
 
 
 @triton.jit
@@ -310,8 +273,14 @@ def _gated(gate, up, dtype: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _finish(sums, scales, bias, out, n, at, there, CHANNELS: tl.constexpr):
+def _finish(sums, scales, bias, out, tile, n, t, tokens, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, GATE: tl.constexpr):
     if scales is not None:
         sums *= tl.load(scales + n, mask=n < CHANNELS, other=0.0).to(tl.float32)[:, None]
     sums = _biased(sums, bias, n[:, None], CHANNELS)
-    tl.store(out + at, narrow(sums, out.dtype.element_ty), mask=there)
+    WIDTH: tl.constexpr = CHANNELS if GATE is None else CHANNELS // 2
+    if GATE is not None:
+        n = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        gate, up = tl.split(tl.permute(tl.reshape(sums, (2, BLOCK_N // 2, t.shape[0])), (1, 2, 0)))
+        sums = _gated(gate, up, out.dtype.element_ty, GATE)
+    at = out + t.to(tl.int64)[None, :] * WIDTH + n[:, None]
+    tl.store(at, narrow(sums, out.dtype.element_ty), mask=(n < WIDTH)[:, None] & (t < tokens)[None, :])
