@@ -62,7 +62,7 @@ def _attention_case(session: Session, lengths: list[int], heads: int, kv_heads: 
     capacity = int((-(-lengths_np // SPLIT)).sum())
     packed = np.zeros(packed_size(rows, capacity), np.int32)
     write_decode_tiles(packed, lengths_np)
-    config = decode_config(dim, block, torch.bfloat16, layer.keys.dtype, heads // kv_heads)
+    config = decode_config(dim, block, torch.bfloat16, layer.keys.dtype, heads // kv_heads, rows)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     scratch = DecodeScratch(rows, capacity, heads, kv_heads, dim, device)
     tiles = DecodeTiles(torch.from_numpy(packed).to(device), rows, scratch, config.programs_per_sm * processors)

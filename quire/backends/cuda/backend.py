@@ -72,7 +72,7 @@ class CudaBackend:
             self.weight_note = f"{config.quantize} with one scale for each output: {decoder.weight_bytes() / 1e6:,.0f} MB that a step reads"
         self.block_size, self.max_model_len = config.block_size, max_model_len
         self.window = spec.common_window()
-        self._ops, self._poison = ops, config.kv_debug
+        self._ops, self._poison, self._same = ops, config.kv_debug, config.deterministic
         rows = config.num_seqs(memory.num_blocks)
         local = decoder.spec
         kv_dtype = config.kv_width(spec.dtype)
@@ -127,11 +127,11 @@ class CudaBackend:
             self._copy(plan.copies)
         if self._poison:
             self._poison_fresh(plan)
-        work, order = decoding_first(plan.work)
+        work, decoding, order = decoding_first(plan.work, self._rows.num_prompt if self._same else None)
         updates = Updates(plan.starts, work, self._rows.lengths, self._parameters)
         batch = self._rows.batch(work)
         pending = Pending(work, order, [self._rows.starts[w.row] for w in work] if batch.drafts else [])
-        self._compute(batch, arrange(batch, self.block_size), updates, sampled_masks(work), pending)
+        self._compute(batch, arrange(batch, decoding, self.block_size), updates, sampled_masks(work), pending)
         if not batch.drafts:  # what the tokens are is on the device; the host needs their number alone
             rows = batch.sampled[~self._parameters.beams[batch.sampled]]
             self._rows.append(rows, np.zeros(len(rows), np.int32))
@@ -197,7 +197,7 @@ class CudaBackend:
 
     def _compute(self, batch: Batch, arrays: Arrays, updates: Updates, masks: list[bytes | None], pending: Pending) -> None:
         """Send what the step needs, and queue it; into ``pending`` what comes of it."""
-        if batch.uniform and (size := self._captured_size(arrays, updates)):
+        if batch.uniform and arrays.num_decoding == len(arrays.rows) and (size := self._captured_size(arrays, updates)):
             self._replay(size, batch, arrays, updates, masks, pending)
             return
         step, samples = self._steps.send(arrays, updates)

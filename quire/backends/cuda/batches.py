@@ -14,20 +14,24 @@ from quire.core.plan import RowWork
 I32 = npt.NDArray[np.int32]
 
 
-def decoding_first(work: Sequence[RowWork]) -> tuple[list[RowWork], npt.NDArray[np.int64] | None]:
-    """The work with that of one position first; and where in its samples the plan's i-th is, None where nothing has moved."""
-    first = [w for w in work if w.count == 1]
-    if len(first) == len(work):
-        return first, None
-    ordered = first + [w for w in work if w.count != 1]
+def decoding_first(
+    work: Sequence[RowWork], num_prompt: npt.NDArray[np.int64] | None = None
+) -> tuple[list[RowWork], int, npt.NDArray[np.int64] | None]:  # fmt: skip
+    """The work with that of one position first, how much that is, and where in its samples the plan's i-th is, None where nothing has
+    moved. num_prompt: of each row, where positions of its prompt count as several even alone, so that how it is cut changes no bits."""
+    first, others = [], []
+    for w in work:
+        decodes = w.count == 1 and (num_prompt is None or w.start >= num_prompt[w.row])
+        (first if decodes else others).append(w)
+    ordered = first + others
     if all(a is b for a, b in zip(ordered, work, strict=True)):
-        return ordered, None
+        return ordered, len(first), None
     at, begin = {}, 0
     for w in ordered:
         at[id(w)] = begin
         begin += 1 + len(w.draft) if w.sample else 0
     order = [at[id(w)] + i for w in work if w.sample for i in range(1 + len(w.draft))]
-    return ordered, np.array(order, np.int64)
+    return ordered, len(first), np.array(order, np.int64)
 
 
 @dataclass(slots=True)
@@ -62,10 +66,9 @@ class Arrays:
         return len(self.decode_lengths)
 
 
-def arrange(batch: Batch, block_size: int) -> Arrays:
-    """Of a batch whose work is ``decoding_first``."""
+def arrange(batch: Batch, decoding: int, block_size: int) -> Arrays:
+    """Of a batch whose work is ``decoding_first``; ``decoding``: how much of it."""
     counts = np.diff(batch.query_start)
-    decoding = int((counts == 1).sum())
     rows = batch.rows if decoding == len(counts) else np.repeat(batch.rows, counts)
     slots = batch.block_tables[rows, batch.positions // block_size] * block_size + batch.positions % block_size
     if batch.written is not None:

@@ -173,7 +173,7 @@ class Decoder:
         return sum(linear.nbytes for linear in linears)
 
     def _embedded(self, step: Step) -> Tensor:
-        x = self.embed.index_select(0, step.tokens[step.rows, step.positions])
+        x = self._ops.embed(step.tokens, step.rows, step.positions, self.embed)
         if self._embed_in is not None:
             x = self._embed_in(x)
         if self.positions is not None:

@@ -53,12 +53,12 @@ class Sampler:
         seed = parameters[:, SEED : SEED + 2].contiguous().view(torch.int64).view(-1)
         tensors = SamplingTensors(
             temperature=named["temperature"], top_k=parameters[:, TOP_K].contiguous(), top_p=named["top_p"], min_p=named["min_p"],
-            seed=seed, position=lengths.long(), truncates=truncates,
+            seed=seed, position=lengths, truncates=truncates,
         )  # fmt: skip
-        found = torch.stack(self._ops.sample(logits, tensors))
+        found: Tensor = self._ops.sample(logits, tensors)
         if self._share is not None:
             self._share(found)
-        self._tables.tokens.index_put_((rows, lengths), found[0].clamp(min=0))
+        self._ops.put_tokens(self._tables.tokens, rows, lengths, found[0])
         return found
 
     def is_plain(self, rows: I32, masks: Sequence[bytes | None]) -> bool:

@@ -22,6 +22,6 @@ class SamplingTensors:
     seed: Tensor
     """[N] int64: the bits of an unsigned number."""
     position: Tensor
-    """[N] int64: the number of tokens before the one that is drawn."""
+    """[N] int32 or int64: the number of tokens before the one that is drawn."""
     truncates: bool = True
     """Some row may have top_k, top_p or min_p. Where the host knows that none does, half of the launches are spared."""

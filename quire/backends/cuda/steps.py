@@ -48,7 +48,7 @@ class Steps:
         self._windows = sorted({spec.window(i) for i in range(spec.num_layers)})
         group = spec.num_heads // spec.num_kv_heads
         shape = (spec.head_dim, block_size, decoder.dtype, DTYPES[kv_dtype])
-        decode = decode_config(*shape, group)
+        decode = decode_config(*shape, group, tables.spare)
         self._prefill_rows = prefill_config(*shape).rows
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._programs = decode.programs_per_sm * multiprocessors

@@ -19,7 +19,7 @@ from torch import Tensor
 from compiled_kernels import Case, Compiled, report
 from quire.backends.cuda.cache import DTYPES, LayerKV
 from quire.backends.cuda.kernels import attention
-from quire.backends.cuda.kernels.attention_configs import Config, decode_config, kind, padded, prefill_config
+from quire.backends.cuda.kernels.attention_configs import FEW, Config, decode_config, kind, padded, prefill_config
 from quire.backends.cuda.tiles import DecodeScratch, DecodeTiles, packed_size
 
 KV_HEADS = 8
@@ -34,10 +34,13 @@ class Shape:
     group: int = 4
     """Query heads of a KV head."""
     window: int = 0
+    sequences: int = 256
+    """Of a decode."""
 
     def __str__(self) -> str:
+        few = f", {self.sequences} sequences" if self.sequences <= FEW else ""
         window = f" window {self.window}" if self.window else ""
-        return f"{self.dtype}, KV {self.kv_dtype}, {self.group} of {self.head_dim}, blocks of {self.block_size}{window}"
+        return f"{self.dtype}, KV {self.kv_dtype}, {self.group} of {self.head_dim}, blocks of {self.block_size}{window}{few}"
 
     def inputs(self) -> tuple[Tensor, LayerKV, Tensor]:
         """(queries, KV, where the output goes) of one query. Queries are a part of the fused projection, as in the model."""
@@ -50,8 +53,8 @@ class Shape:
 
     def decode(self) -> None:
         q, kv, out = self.inputs()
-        scratch = DecodeScratch(1, 1, q.shape[1], KV_HEADS, self.head_dim, torch.device("cpu"))
-        tiles = DecodeTiles(torch.zeros(packed_size(1, 1), dtype=torch.int32), 1, scratch, 1)
+        scratch = DecodeScratch(self.sequences, 1, q.shape[1], KV_HEADS, self.head_dim, torch.device("cpu"))
+        tiles = DecodeTiles(torch.zeros(packed_size(self.sequences, 1), dtype=torch.int32), self.sequences, scratch, 1)
         attention.decode(q, kv, TABLE, ONE, ONE, tiles, 0.1, self.window, out)
 
     def prefill(self) -> None:
@@ -64,7 +67,7 @@ TABLE, ONE = torch.zeros((1, 513), dtype=torch.int32), torch.zeros(1, dtype=torc
 COMMON = [
     Shape("bfloat16", "bfloat16", 128, 64), Shape("bfloat16", "bfloat16", 128, 16, 8), Shape("float16", "float16", 64, 32),
     Shape("bfloat16", "bfloat16", 96, 64, 1), Shape("bfloat16", "bfloat16", 256, 32, 2, 1024), Shape("bfloat16", "int8", 128, 64),
-    Shape("float16", "fp8", 64, 16), Shape("float32", "float32", 128, 16),
+    Shape("float16", "fp8", 64, 16), Shape("float32", "float32", 128, 16), Shape("bfloat16", "bfloat16", 128, 64, sequences=1),
 ]  # fmt: skip
 TYPES = [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "int8"), ("float16", "int8"), ("bfloat16", "fp8"),
          ("float16", "fp8"), ("bfloat16", "float16"), ("float32", "float32"), ("float32", "int8"), ("float32", "fp8"),
@@ -72,6 +75,7 @@ TYPES = [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "int8"),
 ALL = [Shape(*types, *sizes) for types in TYPES for sizes in product([64, 96, 128, 256], [16, 32, 64])]
 ALL += [Shape(*types, *sizes, 8, 1024) for types in TYPES[::2] for sizes in product([64, 128, 256], [16, 64])]
 ALL += [Shape(*types, head_dim, 64, group) for types in TYPES[:3] for head_dim in (64, 128) for group in (1, 16, 32, 64)]
+ALL += [Shape(*types, *sizes, sequences=1) for types in TYPES[:2] for sizes in product([64, 128, 256], [16, 64])]
 
 
 def faults(shape: Shape, config: Config, kernels: list[Compiled]) -> Iterator[str]:
@@ -98,7 +102,7 @@ def faults(shape: Shape, config: Config, kernels: list[Compiled]) -> Iterator[st
 
 def case(name: str, shape: Shape) -> Case:
     numbers = shape.head_dim, shape.block_size, DTYPES[shape.dtype], DTYPES[shape.kv_dtype]
-    config = decode_config(*numbers, shape.group) if name == "decode" else prefill_config(*numbers)
+    config = decode_config(*numbers, shape.group, shape.sequences) if name == "decode" else prefill_config(*numbers)
     return Case(f"{name:7} {shape}", getattr(shape, name), partial(faults, shape, config))
 
 

@@ -154,7 +154,7 @@ def test_decode_lists_cover_every_key_once(lengths, window) -> None:
         ends = [*((split + 1) * SPLIT for split in mine[:-1]), length]
         covered = [p for split, end in zip(mine, ends, strict=True) for p in range(max(begin, split * SPLIT), end)]
         assert covered == list(range(begin, length))
-        assert mine[-1] == 0 or SPLIT // 2 <= length - mine[-1] * SPLIT < SPLIT + SPLIT // 2
+        assert mine[-1] == 0 or SPLIT // 2 < length - mine[-1] * SPLIT <= SPLIT + SPLIT // 2
         slots |= {starts[sequence] + split - first[sequence] for split in mine}
     assert slots == set(range(total))
     order = [(split + 1 == first[s] + splits[s] and lengths[s] < (split + 1) * SPLIT, split) for s, split in pairs]

@@ -30,9 +30,7 @@ CPU = torch.device("cpu")
 
 both_layers = pytest.mark.parametrize("ops", [reference_layers, kernel_layers], ids=["reference", "kernels"])
 both_writes = pytest.mark.parametrize("write_kv", [reference_kv_write.write_kv, kernel_kv_write.write_kv], ids=["reference", "kernels"])
-both_linears = pytest.mark.parametrize(
-    "linear", [reference_linear.linear, kernel_linear.linear], ids=["reference", "kernels"]
-)
+both_linears = pytest.mark.parametrize("linear", [reference_linear.linear, kernel_linear.linear], ids=["reference", "kernels"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -488,13 +486,14 @@ def test_linear_of_a_row_does_not_depend_on_others(depth):
         assert same(kernel_linear.linear(x[rows].clone(), weight, same=True), whole[rows])
 
 
-def test_splits_cover_what_is_summed():
-    for channels, depth in ((40, 24), (64, 1600), (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (151936, 1024)):
-        for plan in kernel_linear.PLANS.values():
-            split, splits = kernel_linear.split_of(channels, depth, plan)
-            assert split % 128 == 0
-            assert (splits - 1) * split < depth <= splits * split
-            assert splits == 1 or splits * -(-channels // 64) <= plan.programs
-    for plan in kernel_linear.PLANS.values():
-        assert kernel_linear.split_of(4096, 4096, plan)[1] > 1
-        assert kernel_linear.split_of(28672, 4096, plan)[1] == 1
+@pytest.mark.parametrize("weight_bytes", [1, 2])
+def test_tiles_hold_few_tokens_and_keep_processors_busy(weight_bytes):
+    tiles = kernel_linear.TILES[weight_bytes]
+    assert [each.tokens for each in tiles] == sorted((each.tokens for each in tiles), reverse=True)
+    for tokens in range(1, 600):
+        for channels in (64, 1024, 4096, 28672):
+            chosen = kernel_linear.choose(tokens, channels, tiles)
+            programs = -(-tokens // chosen.tokens) * -(-channels // chosen.channels)
+            assert chosen.tokens < 2 * max(16, tokens)
+            assert chosen.tokens >= min(tokens, 64)
+            assert programs >= kernel_linear.PROGRAMS or chosen.tokens <= 64

@@ -22,7 +22,7 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
     """As in reference/. ``tiles`` of the same lengths and window; the layer's keys, and values, are contiguous."""
     _, kv_heads, block_size, head_dim = kv.keys.shape
     group = q.shape[1] // kv_heads
-    config = decode_config(head_dim, block_size, q.dtype, kv.keys.dtype, group)
+    config = decode_config(head_dim, block_size, q.dtype, kv.keys.dtype, group, tiles.sequences)
     scratch = tiles.scratch
     arguments = {
         "queries": q, "keys": kv.keys, "values": kv.values, "key_scales": kv.key_scales, "value_scales": kv.value_scales,

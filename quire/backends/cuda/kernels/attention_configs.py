@@ -75,14 +75,21 @@ def kind(dtype: torch.dtype, kv_dtype: torch.dtype) -> Kind:
     return "same" if kv_dtype == dtype else "converted"
 
 
-def decode_config(head_dim: int, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype, group: int) -> Config:
-    """``dtype``: of queries. ``group``: query heads of a KV head, all in one tile; many of them take more warps."""
+FEW = 4
+"""Sequences up to which a program has its multiprocessor for itself, mostly: another tile on its way then makes up for others' programs."""
+
+
+def decode_config(head_dim: int, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype, group: int, sequences: int) -> Config:
+    """``dtype``: of queries. ``group``: query heads of a KV head, all in one tile; many of them take more warps. ``sequences``: of the
+    launch; results do not hang on it."""
     name, size = kind(dtype, kv_dtype), max(64, padded(head_dim))
     config = DECODE.get((name, size, block_size)) or DECODE[name, size]
     if group > 32:
         config = replace(config, warps=8, programs_per_sm=1, registers=None)
     elif group > 16:
         config = replace(config, programs_per_sm=2)
+    elif sequences <= FEW and config.stages > 1 and name == "same":
+        config = replace(config, stages=config.stages + 1, programs_per_sm=config.programs_per_sm - 1)
     return config
 
 

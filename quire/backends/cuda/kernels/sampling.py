@@ -35,15 +35,16 @@ from quire.backends.cuda.kernels.selection import (
 from quire.backends.cuda.sampling_tensors import SamplingTensors
 
 
-def sample(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
     """As in reference/. Rows are contiguous; they may be apart."""
     rows, vocab = logits.shape
     scanned = Scanned(logits, params.temperature)
-    token, status = torch.empty((2, rows), dtype=torch.int32, device=logits.device)
+    found = torch.empty((2, rows), dtype=torch.int32, device=logits.device)
+    token, status = found
     top = torch.empty(rows, dtype=torch.float32, device=logits.device)
     total = torch.empty(rows, dtype=torch.float64, device=logits.device)
     if not rows:
-        return token, status
+        return found
     _draw[(rows,)](
         logits, logits.stride(0), params.temperature, params.seed, params.position, scanned.tops, scanned.masses, token, status, top, total,
         vocab, scanned.chunks, scanned.padded_chunks, num_warps=8,
@@ -55,7 +56,7 @@ def sample(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
             logits, logits.stride(0), *cuts, params.seed, params.position, top, total, *listed, token, vocab, scanned.runs, num_warps=8,
             maxnreg=MAX_REGISTERS,
         )  # fmt: skip
-    return token, status
+    return found
 
 
 @triton.jit(do_not_specialize_on_alignment=["status"])  # parts of one tensor: where they start hangs on the number of rows
@@ -67,7 +68,7 @@ def _draw(logits, stride, temperature, seed, position, tops, masses, token, stat
     c = tl.arange(0, CHUNKS)
     before = tl.cumsum(chunk_masses, 0)
     mass = tl.sum(tl.where(c == CHUNKS - 1, before, 0.0), 0)
-    target = uniform(tl.load(seed + row), tl.load(position + row)) * mass
+    target = uniform(tl.load(seed + row), tl.load(position + row).to(tl.int64)) * mass
     tl.store(status + row, state)
     tl.store(top + row, most)
     tl.store(total + row, mass)
@@ -121,7 +122,7 @@ def _draw_truncated(
                 each = (m_low - m_high) // (n_low - n_high)
                 ties = (want - m_high + each - 1) // each
                 kept = m_high + ties * each
-        target = uniform(tl.load(seed + row), tl.load(position + row)) * kept.to(tl.float64)
+        target = uniform(tl.load(seed + row), tl.load(position + row).to(tl.int64)) * kept.to(tl.float64)
         low32, high32 = low.to(tl.int32), high.to(tl.int32)
         tl.store(token + row, _draw_kept(z, list_, count, vocab, most, inverse, at_least, low32, high32, ties, target))
 

@@ -8,8 +8,9 @@ from quire.backends.cuda.reference.layers import activate, layer_norm, rms_norm
 from quire.backends.cuda.reference.linear import gated_linear, linear
 from quire.backends.cuda.reference.logprobs import report
 from quire.backends.cuda.reference.sampling import sample
+from quire.backends.cuda.reference.tokens import embed, put_tokens
 
 __all__ = [
-    "activate", "ban", "bias", "copy_blocks", "decode", "fill_blocks", "gated_linear", "layer_norm", "linear", "penalize", "prefill", "report",
-    "restrict", "rms_norm", "sample", "write_kv",
+    "activate", "ban", "bias", "copy_blocks", "decode", "embed", "fill_blocks", "gated_linear", "layer_norm", "linear", "penalize", "prefill",
+    "put_tokens", "report", "restrict", "rms_norm", "sample", "write_kv",
 ]  # fmt: skip

@@ -13,8 +13,8 @@ from quire.backends.cuda.sampling_tensors import SamplingTensors
 _LOW_WORD = 0xFFFFFFFF
 
 
-def sample(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
-    """logits [N, vocab], not changed → (tokens [N] int32, status [N] int32).
+def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
+    """logits [N, vocab], not changed → [2, N] int32: tokens, status.
 
     Status 0: drawn; 1: a logit is NaN or infinite; 2: all are minus infinity, no token is allowed. The token is -1 where nothing is drawn.
     Tokens are in the order of ids where they are drawn: the first whose weights, summed up, pass a uniform number times their sum.
@@ -30,13 +30,13 @@ def sample(logits: Tensor, params: SamplingTensors) -> tuple[Tensor, Tensor]:
         weights = torch.where(_kept(z, weights, params), weights, 0.0)
     # The last value of a sequential sum, and not a sum whose order may depend on the other rows.
     reached = weights.double().cumsum(dim=1)
-    target = _uniform(params.seed, params.position)[:, None] * reached[:, -1:]
+    target = _uniform(params.seed, params.position.long())[:, None] * reached[:, -1:]
     ids = torch.arange(z.shape[1], device=z.device)
     last = torch.where(weights > 0, ids, 0).amax(dim=1)
     drawn = torch.minimum((reached <= target).sum(dim=1), last)
     likeliest = torch.where(z == top, ids, z.shape[1]).amin(dim=1)
     tokens = torch.where(greedy, likeliest, drawn)
-    return torch.where(status == 0, tokens, -1).int(), status
+    return torch.stack([torch.where(status == 0, tokens, -1).int(), status])
 
 
 def _kept(z: Tensor, weights: Tensor, params: SamplingTensors) -> Tensor:
