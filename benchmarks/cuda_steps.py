@@ -87,7 +87,7 @@ def steps(session: Session, name: str) -> dict[str, Any]:
     decoder = make_decoder(shape, session.device, session.ops)
     _synchronize(session)
     found["make_s"] = time.perf_counter() - start
-    batches, context, count = ([1, 4], 100, 3) if session.tiny else ([1, 8, 32, 128, 256], 1024, 40)
+    batches, context, count = ([1, 4], 100, 3) if session.tiny else ([1, 8, 32, 64, 128, 256], 1024, 40)
     options: dict[str, Any] = {"max_num_seqs": max(batches), "max_num_batched_tokens": 64 if session.tiny else 2048}
     if session.tiny:
         options["kv_memory"] = "8MiB"
@@ -201,13 +201,30 @@ def _same(session: Session, backend: CudaBackend, name: str, options: dict[str, 
 
 
 def deterministic(session: Session) -> dict[str, Any]:
-    """What depends on the batch with --deterministic, which is to be set before a process's first product."""
-    name = "tiny" if session.tiny else "Qwen3-0.6B"
-    options: dict[str, Any] = {"max_num_seqs": 64, "max_num_batched_tokens": 64 if session.tiny else 2048, "deterministic": True}
+    """What depends on the batch with --deterministic, and what it costs."""
+    batches, context, count = ([1, 4], 100, 3) if session.tiny else ([1, 8, 32, 128, 256], 1024, 30)
+    options: dict[str, Any] = {"max_num_seqs": max(batches), "max_num_batched_tokens": 64 if session.tiny else 2048}
     if session.tiny:
         options["kv_memory"] = "8MiB"
-    backend = make_backend(make_decoder(name, session.device, session.ops, same=True), session.device, session.ops, **options)
-    return _same(session, backend, f"{name} --deterministic", options)
+    for name in ["tiny"] if session.tiny else ["Qwen3-0.6B", "Llama-3.1-8B"]:
+        decoders = [make_decoder(name, session.device, session.ops, same=same) for same in (False, True)]
+        times = []
+        for decoder in decoders:
+            same = options | {"deterministic": decoder is decoders[1]}
+            backend = make_backend(decoder, session.device, session.ops, most_blocks=0 if session.tiny else 6000, **same)
+            times.append([_step_seconds(backend, batch, context, True, count) for batch in batches])
+            if same["deterministic"]:
+                session.found[name] = _same(session, backend, f"{name} --deterministic", same)
+            del backend
+            decoder.forget_pool()
+            free()
+        slower = [same / default - 1 for default, same in zip(*times, strict=True)]
+        session.found[name]["slower"] = dict(zip(batches, slower, strict=True))
+        told = ", ".join(f"{each:+.0%}" for each in slower)
+        session.note(f"{name} --deterministic: steps of {', '.join(map(str, batches))} rows", told, "<= +10 %")
+        del decoders, decoder
+        free()
+    return session.found
 
 
 def transformers(session: Session) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def decoding_first(
 ) -> tuple[list[RowWork], int, npt.NDArray[np.int64] | None]:  # fmt: skip
     """The work with that of one position first, how much that is, and where in its samples the plan's i-th is, None where nothing has
     moved. num_prompt: of each row, where positions of its prompt count as several even alone, so that how it is cut changes no bits."""
-    first, others = [], []
+    first: list[RowWork] = []
+    others: list[RowWork] = []
     for w in work:
         decodes = w.count == 1 and (num_prompt is None or w.start >= num_prompt[w.row])
         (first if decodes else others).append(w)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,17 +13,6 @@ LEAST_CAPABILITY = (8, 0)
 
 FP8_CAPABILITY = (8, 9)
 """Instructions that convert e4m3."""
-
-
-def make_deterministic() -> None:
-    """Matrix products whose sums do not depend on the number of rows: cuBLAS cuts a sum in parts where few rows leave it idle, for which it
-    needs a workspace; it gets none. Before the first product."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
-    os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"
-    import torch
-
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def open_device(name: str, index: int = 0) -> Any:

@@ -13,7 +13,7 @@ import torch
 from quire.backends.cuda import parallel
 from quire.backends.cuda.backend import CudaBackend
 from quire.backends.cuda.decoder import Decoder
-from quire.backends.cuda.device import check_fp8, make_deterministic, open_device, operations
+from quire.backends.cuda.device import check_fp8, open_device, operations
 from quire.backends.cuda.group import Group
 from quire.backends.cuda.memory import device_room
 from quire.backends.cuda.ranks import Ranks
@@ -58,8 +58,6 @@ def open_rank(config: EngineConfig, rank: int = 0, folder: Path | None = None, r
 def _open_rank(config: EngineConfig, rank: int, folder: Path | None, report: Report | None) -> CudaBackend:
     tell = report or (lambda phase, seconds: None)
     start = perf_counter()
-    if config.deterministic:
-        make_deterministic()
     device = open_device(config.device, rank)
     if device.type == "cuda":
         check_fp8(config, rank)

@@ -23,7 +23,13 @@ def requests() -> list[Request]:
 
 
 def outputs(run_alone: bool = False, preempt_every: int = 0, **options: Any) -> dict[tuple[str, int], running.Output]:
-    fixed = {"device": os.environ.get("QUIRE_TEST_DEVICE", "torch-cpu"), "max_num_seqs": 16, "dtype": "float32", "kv_dtype": "float32", "deterministic": True}
+    fixed = {
+        "device": os.environ.get("QUIRE_TEST_DEVICE", "torch-cpu"),
+        "max_num_seqs": 16,
+        "dtype": "float32",
+        "kv_dtype": "float32",
+        "deterministic": True,
+    }
     engine = running.open_engine("embedded", **{**fixed, **options})
     groups = [[request] for request in requests()] if run_alone else [requests()]
     return {key: output for group in groups for key, output in running.run(engine, group, preempt_every=preempt_every).outputs.items()}

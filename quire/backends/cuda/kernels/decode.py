@@ -33,7 +33,7 @@ def decode_kernel(
     sequence, split = _tile(tiles, program, items, KV_HEADS)
     length, row, first_slot = _sequence(lengths, rows, first_slots, sequence)
     next_sequence, next_split = _tile(tiles, program + programs, items, KV_HEADS)
-    if PDL:
+    if PDL:  # noqa: SIM102 - a constant, and not
         if program < items:  # what the first tile's last positions are is being written, which the cache takes into account
             start, end = _keys(split, _splits(length, SPLIT), length, SPLIT, WINDOW)
             first = start // TILE * TILE

@@ -160,9 +160,8 @@ def _linear(
     t = (start + inside % wide) * BLOCK_T + tl.arange(0, BLOCK_T)
     tile = inside // wide
     r = tl.arange(0, BLOCK_N)
-    if GATE is None:
-        n = tile * BLOCK_N + r
-    else:
+    n = tile * BLOCK_N + r
+    if GATE is not None:
         n = tile * (BLOCK_N // 2) + r % (BLOCK_N // 2) + r // (BLOCK_N // 2) * (CHANNELS // 2)
     # Beyond the end the last ones are read again: what comes of them is not stored, and loads need no masks.
     w_at = weight + tl.minimum(n, CHANNELS - 1).to(tl.int64)[:, None] * DEPTH

@@ -21,7 +21,9 @@ def block_ids(table, start, t, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexp
 
 
 @triton.jit
-def _tile_at(numbers, ids, inner, start, t, d, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+def _tile_at(
+    numbers, ids, inner, start, t, d, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+):
     """Where the elements ``d`` of a tile's positions are. Offsets within a tile are of 32 bits where it is one stretch."""
     if BLOCK_SIZE >= TILE:
         head = numbers + (ids * (KV_HEADS * BLOCK_SIZE) + inner) * HEAD_DIM
@@ -52,9 +54,7 @@ def prefetch_tile(
     LINE: tl.constexpr = 1024 // numbers.dtype.element_ty.primitive_bitwidth
     d = tl.arange(0, triton.next_power_of_2(triton.cdiv(HEAD_DIM, LINE))) * LINE
     at = _tile_at(numbers, ids, inner, start, t, tl.minimum(d, HEAD_DIM - 1), KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

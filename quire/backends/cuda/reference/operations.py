@@ -11,6 +11,6 @@ from quire.backends.cuda.reference.sampling import sample
 from quire.backends.cuda.reference.tokens import embed, put_tokens
 
 __all__ = [
-    "activate", "ban", "bias", "copy_blocks", "decode", "embed", "fill_blocks", "gated_linear", "layer_norm", "linear", "penalize", "prefill",
-    "put_tokens", "report", "restrict", "rms_norm", "sample", "write_kv",
+    "activate", "ban", "bias", "copy_blocks", "decode", "embed", "fill_blocks", "gated_linear", "layer_norm", "linear", "penalize",
+    "prefill", "put_tokens", "report", "restrict", "rms_norm", "sample", "write_kv",
 ]  # fmt: skip
