@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import e, log2
 
+import torch
 from torch import Tensor
 
 from quire.backends.cuda.cache import LayerKV
@@ -33,7 +34,8 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
     constants = {
         "KV_HEADS": kv_heads, "GROUP": group, "GROUP_PAD": padded(group), "HEAD_DIM": head_dim, "DIM_PAD": padded(head_dim),
         "BLOCK_SIZE": block_size, "WINDOW": window, "SPLIT": SPLIT, "TILE": config.tile, "UPCAST": INTERPRETED,
-        "PDL": programmatic(),
+        "PDL": programmatic(), "PAIRS": kv.values.itemsize == 1 and head_dim % 2 == 0,
+        "FP16": kv.keys.dtype == torch.float8_e4m3fn and q.dtype == torch.bfloat16,
     }  # fmt: skip
     if tiles.programs:
         decode_kernel[(tiles.programs,)](**arguments, **constants, **_options(config), launch_pdl=programmatic())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.backends.cuda.kernels.paged import block_ids, load_scales, load_tile, prefetch_tile, product
+from quire.backends.cuda.kernels.paged import block_ids, halves, load_scales, load_tile, prefetch_tile, product
 from quire.backends.cuda.kernels.programmatic import start_next, wait
 
 
@@ -19,9 +19,10 @@ def decode_kernel(
     queries, keys, values, key_scales, value_scales, tables, rows, lengths, count, first_slots, tiles, partial, maxima, sums, arrived, out,
     scale, row_stride, head_stride, table_width, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, PAIRS: tl.constexpr, FP16: tl.constexpr,
 ):  # fmt: skip
-    """``scale`` includes log2(e). What belongs to the next item is loaded before the current one is computed."""
+    """``scale`` includes log2(e). PAIRS: values of 8 bits are loaded two at a time; FP16: products are of float16, not of the queries'
+    type. What belongs to the next item is loaded before the current one is computed."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     items = tl.load(count) * KV_HEADS
@@ -55,10 +56,17 @@ def decode_kernel(
         splits -= before
         at = sequence.to(tl.int64) * row_stride + (head * GROUP + g)[:, None] * head_stride + d[None, :]
         q = tl.load(queries + at, mask=here, other=0.0)
+        row_scale = tl.full([GROUP_PAD], 1.0, tl.float32) * scale
+        if FP16:  # e4m3 becomes float16 in half the instructions; a power of two keeps q in its range
+            exponent = tl.max(tl.abs(q.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
+            power = tl.where(exponent == 0, 1.0, exponent.to(tl.float32, bitcast=True))
+            q = (q.to(tl.float32) / power[:, None]).to(tl.float16)
+            row_scale *= power
         table = tables + row.to(tl.int64) * table_width
         inner = head * BLOCK_SIZE
 
-        acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+        acc = tl.zeros([GROUP_PAD, DIM_PAD // 2 if PAIRS else DIM_PAD], tl.float32)
+        acc_odd = acc
         sums_of_lanes = tl.zeros([GROUP_PAD, TILE], tl.float32)  # added up at the end: a sum over keys crosses warps
         largest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         first = start // TILE * TILE
@@ -71,24 +79,37 @@ def decode_kernel(
             seen = (j + t >= start) & (j + t < end)
             there = seen[:, None] & (d < HEAD_DIM)[None, :]
             k = load_tile(keys, ids, inner, j, t, d, there, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
-            v = load_tile(values, ids, inner, j, t, d, there, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
+            if PAIRS:
+                d2 = tl.arange(0, DIM_PAD // 2)
+                there = seen[:, None] & (d2 < HEAD_DIM // 2)[None, :]
+                pairs = values.to(tl.pointer_type(tl.int16))
+                v, v_odd = halves(
+                    load_tile(pairs, ids, inner, j, t, d2, there, KV_HEADS, HEAD_DIM // 2, BLOCK_SIZE, TILE), values.dtype.element_ty
+                )
+            else:
+                v = load_tile(values, ids, inner, j, t, d, there, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
             scores = product(q, tl.trans(k), None, UPCAST)
             if key_scales is not None:
                 scores *= key_scale.to(tl.float32)[None, :]
             scores = tl.where(seen[None, :], scores, float("-inf"))
-            higher = tl.maximum(largest, tl.max(scores, 1) * scale)
-            p = tl.exp2(tl.fma(scores, scale, -higher[:, None]))
+            higher = tl.maximum(largest, tl.max(scores, 1) * row_scale)
+            p = tl.exp2(tl.fma(scores, tl.broadcast_to(row_scale[:, None], scores.shape), -higher[:, None]))
             decay = tl.exp2(largest - higher)
             sums_of_lanes = tl.fma(sums_of_lanes, tl.broadcast_to(decay[:, None], p.shape), p)
             if value_scales is not None:
                 p *= value_scale.to(tl.float32)[None, :]
-            acc = product(p.to(q.dtype), v, acc * decay[:, None], UPCAST)
+            weights = p.to(q.dtype)
+            acc = product(weights, v, acc * decay[:, None], UPCAST)
+            if PAIRS:
+                acc_odd = product(weights, v_odd, acc_odd * decay[:, None], UPCAST)
             largest = higher
             ids = block_ids(table, j + TILE, t, last, BLOCK_SIZE, TILE)
             seen = j + TILE + t < end
             key_scale = load_scales(key_scales, ids, inner, j + TILE, t, seen, KV_HEADS, BLOCK_SIZE, TILE)
             value_scale = load_scales(value_scales, ids, inner, j + TILE, t, seen, KV_HEADS, BLOCK_SIZE, TILE)
 
+        if PAIRS:
+            acc = tl.reshape(tl.join(acc, acc_odd), (GROUP_PAD, DIM_PAD))
         total = tl.sum(sums_of_lanes, 1)
         if splits > 1:
             slot = first_slot + split - before

@@ -47,6 +47,19 @@ def load_tile(
 
 
 @triton.jit
+def halves(pairs, element: tl.constexpr):
+    """(elements 0, 2, 4, ..., elements 1, 3, 5, ...) of type ``element``, of 8 bits, of tiles whose pairs were loaded as numbers of 16.
+
+    Values are the operand of a product that lies across its memory. Elements of 16 bits are turned round on the way out of shared
+    memory; those of 8 would be read one by one.
+    """
+    low, high = pairs.to(tl.int8), (pairs >> 8).to(tl.int8)
+    if element != tl.int8:
+        low, high = low.to(element, bitcast=True), high.to(element, bitcast=True)
+    return low, high
+
+
+@triton.jit
 def prefetch_tile(
     numbers, ids, inner, start, t, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
