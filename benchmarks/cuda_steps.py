@@ -253,10 +253,12 @@ def transformers(session: Session) -> dict[str, Any]:
     del backend, decoder
     free()
     peers: dict[str, Callable[[], int]] = {
-        f"static {size}": partial(_static_batches, session, model, requests, size) for size in ([2] if session.tiny else [64, 16])
+        f"static {size}": partial(_static_batches, session, model, requests, size) for size in ([2] if session.tiny else [64])
     }
     if hasattr(model, "generate_batch"):
         peers["continuous"] = partial(_continuous, model, requests)
+    if not session.tiny:
+        peers["static 16"] = partial(_static_batches, session, model, requests, 16)
     for peer, work in peers.items():
         if session.left_s < PEER_S:
             session.note(f"transformers {peer}", f"left out: {session.left_s:.0f} s are left")

@@ -225,8 +225,9 @@ class CudaBackend:
                 progress.add(1)
 
     def _decode(self, step: Step, samples: Samples, truncates: bool) -> tuple[Tensor, Tensor]:
+        tensors = self._sampler.tensors(samples.rows, samples.lengths, truncates)  # first: what follows starts kernel by kernel early
         logits = self.decoder.logits(self.decoder.hidden(step), self._logits[: step.num_decoding])
-        return logits, self._sampler.plain(logits, samples.rows, samples.lengths, truncates)
+        return logits, self._sampler.plain(logits, samples.rows, tensors)
 
     def _captured_size(self, arrays: Arrays, updates: Updates) -> int | None:
         """Of the smallest captured step that the batch fits into; None where it fits into none."""

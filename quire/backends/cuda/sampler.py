@@ -43,22 +43,24 @@ class Sampler:
         """share: where several devices have the model, gives all of them what the first one has drawn."""
         self._tables, self._parameters, self._ops, self._share = tables, parameters, ops, share
 
-    def plain(self, logits: Tensor, rows: Tensor, lengths: Tensor, truncates: bool) -> Tensor:
-        """[2, N] int32: tokens, and the status of the operation ``sample``, of N rows after their first ``lengths`` tokens, by temperature
-        and, where some row ``truncates``, top_k, top_p and min_p alone. The tokens are put into the table. Reads nothing of the host, so
-        a CUDA graph may hold it."""
+    def tensors(self, rows: Tensor, lengths: Tensor, truncates: bool) -> SamplingTensors:
+        """For ``plain``, of N rows after their first ``lengths`` tokens; some of them ``truncates``, or none."""
         parameters = self._tables.parameters.index_select(0, rows)
         floats = parameters[:, FIRST_FLOAT:].t().contiguous().view(torch.float32)
         named = dict(zip(FLOATS, floats, strict=True))
         seed = parameters[:, SEED : SEED + 2].contiguous().view(torch.int64).view(-1)
-        tensors = SamplingTensors(
+        return SamplingTensors(
             temperature=named["temperature"], top_k=parameters[:, TOP_K].contiguous(), top_p=named["top_p"], min_p=named["min_p"],
             seed=seed, position=lengths, truncates=truncates,
         )  # fmt: skip
+
+    def plain(self, logits: Tensor, rows: Tensor, tensors: SamplingTensors) -> Tensor:
+        """[2, N] int32: tokens, and the status of the operation ``sample``, of N rows, by temperature and, where some row truncates,
+        top_k, top_p and min_p alone. The tokens are put into the table. Reads nothing of the host, so a CUDA graph may hold it."""
         found: Tensor = self._ops.sample(logits, tensors)
         if self._share is not None:
             self._share(found)
-        self._ops.put_tokens(self._tables.tokens, rows, lengths, found[0])
+        self._ops.put_tokens(self._tables.tokens, rows, tensors.position, found[0])
         return found
 
     def is_plain(self, rows: I32, masks: Sequence[bytes | None]) -> bool:
@@ -78,7 +80,7 @@ class Sampler:
         changed = logits
         if masks or uses & ~_TRUNCATES & ~USES["logprobs"]:
             changed = self._changed(logits.to(torch.float32, copy=True), there, uses, rows, lengths, masks)
-        found = self.plain(changed, *there, bool(uses & _TRUNCATES))
+        found = self.plain(changed, there[0], self.tensors(*there, bool(uses & _TRUNCATES)))
         sampled = Sampled(found, rows, [mask is not None for mask in masks] or [False] * len(rows))
         if uses & USES["logprobs"]:
             sampled.num_logprobs = self._parameters.num_logprobs[rows]

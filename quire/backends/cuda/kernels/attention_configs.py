@@ -37,7 +37,7 @@ DECODE: dict[tuple[str, int] | tuple[str, int, int], Config] = {
     ("same", 128): Config(64, 4, 3, 3),
     ("same", 256): Config(32, 4, 3, 2, registers=255),
     ("converted", 64): Config(64, 4, 3, 3, registers=168),
-    ("converted", 128): Config(32, 4, 4, 3, registers=168),
+    ("converted", 128): Config(32, 4, 4, 4, registers=128),
     ("converted", 256): Config(32, 4, 3, 2, registers=255),
     ("float32", 64): Config(32, 8, 3, 3, registers=80),
     ("float32", 128): Config(32, 8, 3, 3),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.backends.cuda.kernels.programmatic import programmatic
 from quire.backends.cuda.kernels.selection import (
     CHUNK,
     CHUNK_RUNS,
@@ -37,7 +38,17 @@ class Scanned:
         self.masses = torch.empty((rows, self.chunks), dtype=torch.float64, device=logits.device)
         if rows:
             scan[(rows, self.chunks)](
-                logits, logits.stride(0), temperature, self.maxima, self.tops, self.masses, self.vocab, self.chunks, num_warps=4
+                logits,
+                logits.stride(0),
+                temperature,
+                self.maxima,
+                self.tops,
+                self.masses,
+                self.vocab,
+                self.chunks,
+                programmatic(),
+                num_warps=4,
+                launch_pdl=programmatic(),
             )
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.backends.cuda.kernels.candidates import Scanned, list_wanted
+from quire.backends.cuda.kernels.programmatic import programmatic, start_next, wait
 from quire.backends.cuda.kernels.selection import (
     ALL_TOKENS,
     CHUNK,
@@ -47,7 +48,7 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
         return found
     _draw[(rows,)](
         logits, logits.stride(0), params.temperature, params.seed, params.position, scanned.tops, scanned.masses, token, status, top, total,
-        vocab, scanned.chunks, scanned.padded_chunks, num_warps=8,
+        vocab, scanned.chunks, scanned.padded_chunks, programmatic(), num_warps=8, launch_pdl=programmatic(),
     )  # fmt: skip
     if params.truncates:
         cuts = params.temperature, params.top_k, params.top_p, params.min_p
@@ -60,8 +61,11 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
 
 
 @triton.jit(do_not_specialize_on_alignment=["status"])  # parts of one tensor: where they start hangs on the number of rows
-def _draw(logits, stride, temperature, seed, position, tops, masses, token, status, top, total, vocab, chunks, CHUNKS: tl.constexpr):
+def _draw(logits, stride, temperature, seed, position, tops, masses, token, status, top, total, vocab, chunks, CHUNKS: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    start_next(PDL)
+    wait(PDL)
     heat = tl.load(temperature + row)
     inverse = reciprocal(heat)
     most, state, chunk_tops, chunk_masses = row_of_chunks(tops, masses, row, chunks, inverse, CHUNKS)

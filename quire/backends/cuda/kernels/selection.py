@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire.backends.cuda.kernels.programmatic import start_next, wait
+
 RUN = tl.constexpr(32)
 CHUNK_RUNS = tl.constexpr(128)
 CHUNK = tl.constexpr(RUN.value * CHUNK_RUNS.value)
@@ -83,10 +85,12 @@ def uniform(seed, position):
 
 
 @triton.jit
-def scan(logits, stride, temperature, maxima, tops, masses, vocab, chunks):
+def scan(logits, stride, temperature, maxima, tops, masses, vocab, chunks, PDL: tl.constexpr):
     """Grid (rows, chunks). The greatest logit of each run, and of the chunk: infinite where one is NaN or infinite. And the weights'
     sum, relative to the chunk's greatest. temperature: None for 1."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start_next(PDL)
+    wait(PDL)
     run = tl.arange(0, CHUNK_RUNS)
     token = chunk * CHUNK + run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     z = tl.load(logits + row * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)

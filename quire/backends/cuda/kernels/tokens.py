@@ -30,7 +30,9 @@ def embed(tokens: Tensor, rows: Tensor, positions: Tensor, weight: Tensor) -> Te
 def put_tokens(tokens: Tensor, rows: Tensor, positions: Tensor, found: Tensor) -> None:
     """As in reference/. The last dimension of tokens is contiguous."""
     if len(rows):
-        _put[(-(-len(rows) // _TOKENS),)](tokens, tokens.stride(0), rows, positions, found, len(rows), _TOKENS, num_warps=4)
+        _put[(-(-len(rows) // _TOKENS),)](
+            tokens, tokens.stride(0), rows, positions, found, len(rows), _TOKENS, programmatic(), num_warps=4, launch_pdl=programmatic()
+        )
 
 
 @triton.jit
@@ -45,7 +47,9 @@ def _embed(tokens, stride, rows, positions, weight, out, WIDTH: tl.constexpr, BL
 
 
 @triton.jit(do_not_specialize=["count"])
-def _put(tokens, stride, rows, positions, found, count, BLOCK: tl.constexpr):
+def _put(tokens, stride, rows, positions, found, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    start_next(PDL)
+    wait(PDL)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     row, position = tl.load(rows + i, mask=inside, other=0).to(tl.int64), tl.load(positions + i, mask=inside, other=0)
