@@ -120,6 +120,10 @@ MOST_S = {
 """After which it ends: what hangs should not take the others' time."""
 
 
+START_S = 12
+"""That a process takes to import what it needs: its time begins after that."""
+
+
 def here(session: Session, name: str) -> int:
     """One phase, in this process."""
     timer = threading.Timer(max(1.0, session.left_s), give_up, [session, name])
@@ -142,7 +146,7 @@ def apart(session: Session, name: str, options: list[str]) -> bool:
     limit = min(MOST_S.get(name, 60), session.left_s - 5)
     out = session.out / name
     (out / "session.json").unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--here", "--only", name, "--out", str(out), "--minutes", str(limit / 60), *options]
+    command = [sys.executable, __file__, "--here", "--only", name, "--out", str(out), "--minutes", str((limit - START_S) / 60), *options]
     how = "its time is up"
     try:
         done = subprocess.run(command, timeout=limit + 4, check=False)
