@@ -143,7 +143,7 @@ def edit(text: str, rng: Random) -> str:
 
 def run(backend: CpuBackend, config: EngineConfig, jobs: list[Job], tokens: int) -> tuple[float, Engine]:
     """(output tokens/s while nothing but decoding goes on, the engine)"""
-    engine = Engine(backend, config)
+    engine = Engine(backend, config, clock=perf_counter)
     for i, job in enumerate(jobs):
         params = SamplingParams(temperature=job.temperature, max_tokens=tokens, ignore_eos=True)
         engine.add(Request(str(i), job.prompt, params, seed=i))

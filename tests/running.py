@@ -63,6 +63,9 @@ class Guesses(Drafter):
     def look(self) -> bool:
         return True
 
+    def expected(self, count: int) -> float:
+        return count
+
     def draft(self, most: int, least_chance: float) -> list[int]:
         at = len(self._tokens) - self._prompt
         draft = self._outcome[at : at + max(0, most)]

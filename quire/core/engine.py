@@ -221,7 +221,10 @@ class Engine:
         except StepMemoryError:
             self._retreat(plan)
             return []
-        self._times.execute += self._clock() - began
+        seconds = self._clock() - began
+        self._times.execute += seconds
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.timed(seconds)
         return self._commit(plan, result)
 
     def _step_ahead(self, backend: OverlappingExecutor) -> list[SequenceOutput]:

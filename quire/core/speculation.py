@@ -10,11 +10,14 @@ without a draft gives, and so is each one after it while its predecessors are ri
 
 Reading the weights is most of a step's cost while it has few positions, and then a few more cost little. So a step is filled
 up with guesses to about as many positions as the device computes for the price of reading; steps that have as many anyway get
-none. Guesses come last: from what prompts and admission leave of the budget, and into blocks that are free. Those that were
+none. What a step with guesses takes more than one without is learned while they run, and guesses have to promise more tokens than
+that. Guesses come last: from what prompts and admission leave of the budget, and into blocks that are free. Those that were
 wrong leave no trace.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_right
 
 from quire.core.block_manager import BlockManager
 from quire.core.plan import RowWork, StepPlan, accepted
@@ -26,15 +29,25 @@ from quire.outputs import SequenceOutput, TokenLogprobs
 MAX_POSITIONS = 8
 """Positions up to which a step is filled up. With float32 weights on two AVX-512 cores, 8 cost 1.1 to 1.25 of one, and twice as
 many twice as much (llama-160m); a model that fits into the caches is at 2.5."""
-FIRST_RATE = 0.4
-STEP = 0.08
-"""What each further token in common adds to a guess's chance."""
+MATCHES = (PAIR, PAIR + 2, PAIR + 6)
+"""Tokens in common from which on matches are of a kind, each with a rate of its own: a table's column names are found again after
+few tokens in common, and its numbers are not after many."""
+FIRST_RATES = (0.4, 0.6, 0.85)
 WEIGHT = 0.2
 """Of one guess in the rate of those that came true."""
 BEST_CHANCE = 0.97
 LEAST_CHANCE = 0.4
 """Of a guess that is worth its place in a step of one position. It costs 0.03 to 0.1 of the step where the step reads weights from
 memory, up to 0.3 in a small model that fits into the caches."""
+POSITION_COST = 0.08
+"""Of a guessed position, in steps without drafts; what else a step with drafts takes is learned."""
+MOST_COST = 2.0
+COST_WEIGHT = 0.3
+"""Of the last step with drafts in what they are taken to cost."""
+PLAIN_WEIGHT = 0.1
+"""Of the last step without drafts in how long such steps take."""
+FORGET = 0.999
+"""Of the cost, for each time that it was too much: it is learned again by and by, should it have been learned at a bad moment."""
 IDLE, MAX_IDLE = 8, 7
 """For each IDLE looks in a row that came to nothing, one more token passes by before the next, at most MAX_IDLE: looking costs
 microseconds, which a small model's step notices."""
@@ -51,11 +64,11 @@ def worth(positions: int) -> float:
 class Drafter:
     """Guesses for one sequence, from what followed the same tokens earlier; learns what its guesses are worth.
 
-    The chance of a guess is the rate at which guesses have come true lately, more for a longer match. A draft goes on as long as
+    The chance of a guess is the rate at which guesses have come true lately after matches of its kind. A draft goes on as long as
     all of it is likely enough; after drafts of which nothing was right there is none for a while.
     """
 
-    __slots__ = ("_chance", "_failures", "_idle", "_lookup", "_rate", "_start", "_tokens", "look_at")
+    __slots__ = ("_chance", "_failures", "_idle", "_kind", "_lookup", "_rates", "_start", "_tokens", "look_at")
 
     def __init__(self, tokens: list[int]) -> None:
         """tokens: the sequence's own, which grow."""
@@ -63,7 +76,8 @@ class Drafter:
         """There is no use in looking while there are fewer tokens."""
         self._tokens = tokens
         self._lookup = PromptLookup(tokens)
-        self._rate = FIRST_RATE
+        self._rates = list(FIRST_RATES)
+        self._kind = 0
         self._failures = 0
         self._idle = 0
         self._start = 0
@@ -72,13 +86,17 @@ class Drafter:
     def look(self) -> bool:
         """Whether there is something to guess from, and a guess can be worth it."""
         self._start, common = self._lookup.find()
-        self._chance = min(BEST_CHANCE, self._rate + STEP * (common - PAIR)) if common else 0.0
+        self._kind = max(0, bisect_right(MATCHES, common) - 1)
+        self._chance = min(BEST_CHANCE, self._rates[self._kind]) if common else 0.0
         if self._chance >= LEAST_CHANCE:
-            self._idle = 0
             return True
+        self.skip()
+        return False
+
+    def skip(self) -> None:
+        """The look came to nothing."""
         self._idle += 1
         self.look_at = len(self._tokens) + 1 + min(self._idle // IDLE, MAX_IDLE)
-        return False
 
     def draft(self, most: int, least_chance: float) -> list[int]:
         """The next tokens, at most ``most``, all of them right with a probability of ``least_chance`` or more. After ``look``."""
@@ -88,15 +106,45 @@ class Drafter:
             all_right *= self._chance
         return self._lookup.draft(self._start, count)
 
+    def expected(self, count: int) -> float:
+        """How many of ``count`` guesses are right, on average. After ``look``."""
+        return sum(self._chance**i for i in range(1, count + 1))
+
     def learn(self, drafted: int, right: int) -> None:
         """Of the last ``drafted`` tokens the first ``right`` were right; the tokens are known by now."""
         for i in range(min(right + 1, drafted)):
-            self._rate += WEIGHT * ((i < right) - self._rate)
+            self._rates[self._kind] += WEIGHT * ((i < right) - self._rates[self._kind])
         if right:
-            self._failures = 0
+            self._failures = self._idle = 0
         else:
             self._failures = min(self._failures + 1, MAX_PATIENCE)
             self.look_at = len(self._tokens) + (1 << self._failures) - 1
+
+
+class DraftCost:
+    """What steps take more with drafts than without, in steps without: positions, and what the backend saves itself in steps that are all
+    alike. Learned from steps of the same rows."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, float] = {}
+        """Seconds of steps without drafts, by their rows."""
+        self._fixed = 0.0
+
+    def learn(self, rows: int, drafted: int, seconds: float) -> None:
+        """Of a step that computed one position of each of ``rows``, and ``drafted`` guesses."""
+        plain = self._plain.get(rows, seconds)
+        if drafted == 0:
+            self._plain[rows] = plain + PLAIN_WEIGHT * (min(seconds, 2 * plain) - plain)
+        elif plain > 0 and rows in self._plain:
+            fixed = min(seconds / plain - 1, MOST_COST) - POSITION_COST * drafted
+            self._fixed += COST_WEIGHT * (max(fixed, 0.0) - self._fixed)
+
+    def pays(self, rows: int, drafted: int, expected: float) -> bool:
+        """Whether ``expected`` tokens are more than come in the time that ``drafted`` guesses take, in a step of ``rows``."""
+        if expected > (self._fixed + POSITION_COST * drafted) * rows:
+            return True
+        self._fixed *= FORGET
+        return False
 
 
 class Speculation:
@@ -111,12 +159,23 @@ class Speculation:
         self._manager = manager
         self._max_positions = max_positions
         self._strict = strict
+        self._cost = DraftCost()
+        self._step: tuple[int, int] | None = None
+        """(rows, guesses) of the last plan, where it has one known position of each row."""
+
+    def timed(self, seconds: float) -> None:
+        """What the last plan took to be computed."""
+        if self._step is not None:
+            self._cost.learn(*self._step, seconds)
 
     def extend(self, plan: StepPlan, planned: list[Sequence], running: list[Sequence]) -> None:
         """Add drafts to ``plan``, whose work is that of the sequences ``planned``. Nobody is preempted for them."""
+        self._step = None
         if len(planned) >= self._max_positions:
             return
-        found = []
+        positions, found = plan.num_tokens, []
+        if positions == len(planned):
+            self._step = positions, 0
         for work, seq in zip(plan.work, planned, strict=True):
             drafter = seq.drafter
             if (drafter is None or len(seq.tokens) >= drafter.look_at) and _may_draft(work, seq):
@@ -126,19 +185,31 @@ class Speculation:
                     found.append((work, seq, drafter))
         if not found or (self._strict and not self._all_fit(running)):
             return
-        positions = plan.num_tokens
         room, least_chance = self._max_positions - positions, worth(positions)
+        drafts = []
         for i, (work, seq, drafter) in enumerate(found):
             share = -(-room // (len(found) - i))
-            draft = drafter.draft(min(share, seq.max_tokens - seq.num_generated - 1), least_chance)
+            if draft := drafter.draft(min(share, seq.max_tokens - seq.num_generated - 1), least_chance):
+                drafts.append((work, seq, drafter, draft))
+                room -= len(draft)
+        if not drafts:
+            return
+        guessed = sum(len(draft) for *_, draft in drafts)
+        expected = sum(drafter.expected(len(draft)) for *_, drafter, draft in drafts)
+        if not self._cost.pays(positions, guessed, expected):
+            for _, _, drafter, _ in drafts:
+                drafter.skip()
+            return
+        for work, seq, _, draft in drafts:
             masks: list[bytes | None] = []
-            if draft and seq.constraint is not None:
+            if seq.constraint is not None:
                 masks = seq.constraint.foresee(draft)
                 draft = draft[: len(masks) - 1]
             if draft and self._make_room(work, seq, len(draft), len(running)):
                 work.draft, work.masks = draft, masks
                 work.count += len(draft)
-                room -= len(draft)
+                if self._step is not None:
+                    self._step = positions, self._step[1] + len(draft)
 
     def verify(
         self, work: RowWork, seq: Sequence, output: SequenceOutput, sampled: list[tuple[int, TokenLogprobs | None]], counters: StepCounters

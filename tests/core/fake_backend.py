@@ -175,6 +175,9 @@ class ScriptedDrafter(Drafter):
     def look(self) -> bool:
         return True
 
+    def expected(self, count: int) -> float:
+        return count
+
     def draft(self, most: int, least_chance: float) -> list[int]:
         count = self._rng.randint(0, max(0, most))
         right = self._rng.choice([0, 1, count // 2, count, count])

@@ -136,6 +136,9 @@ class Outcome(Drafter):
     def look(self) -> bool:
         return True
 
+    def expected(self, count: int) -> float:
+        return count
+
     def draft(self, most: int, least_chance: float) -> list[int]:
         draft = self._all[len(self._tokens) : len(self._tokens) + most]
         right = self._rng.randint(0, len(draft))

@@ -12,7 +12,7 @@ from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.plan import StepPlan, StepResult, accepted
 from quire.core.sequence import Request
-from quire.core.speculation import Drafter
+from quire.core.speculation import DraftCost, Drafter
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
 
@@ -314,6 +314,61 @@ def test_a_draft_must_be_likelier_where_more_sequences_share_the_step() -> None:
     assert guess(Drafter(known), known) == [3]
     assert guess(Drafter(known), known, least_chance=0.6) == []
     assert guess(Drafter(known), known, 0, 0.1) == []
+
+
+def test_guesses_have_to_promise_more_than_their_steps_cost() -> None:
+    cost = DraftCost()
+    assert cost.pays(1, 1, 0.4)
+    for _ in range(20):
+        cost.learn(1, 0, 1.0)
+        cost.learn(1, 2, 1.9)
+    assert not cost.pays(1, 1, 0.6)
+    assert cost.pays(1, 5, 2.0)
+    assert not cost.pays(4, 4, 2.0)  # of four tokens that would have come anyway
+    cost.learn(2, 1, 50.0)  # how long two rows take without drafts is not known
+    for _ in range(20):
+        cost.learn(1, 2, 1.1)
+    assert cost.pays(1, 1, 0.4)
+
+
+def test_a_cost_that_was_learned_at_a_bad_moment_is_forgotten() -> None:
+    cost = DraftCost()
+    cost.learn(1, 0, 1.0)
+    for _ in range(20):
+        cost.learn(1, 1, 9.0)
+    assert not cost.pays(1, 7, 2.0)
+    assert any(cost.pays(1, 7, 2.0) for _ in range(1000))
+
+
+@pytest.mark.parametrize(("seconds", "many"), [(0.1, True), (1.0, False)])
+def test_drafts_that_cost_more_than_they_bring_end(seconds: float, many: bool) -> None:
+    class Timed(FakeBackend):
+        now = 0.0
+
+        def execute(self, plan: StepPlan) -> StepResult:
+            self.now += 1.0 + seconds * any(work.draft for work in plan.work)
+            return super().execute(plan)
+
+    class Halfhearted(ScriptedDrafter):
+        def look(self) -> bool:
+            return len(self._tokens) % 3 == 0
+
+        def expected(self, count: int) -> float:
+            return 0.5
+
+        def draft(self, most: int, least_chance: float) -> list[int]:
+            return super().draft(min(most, 1), least_chance)
+
+    backend = Timed(64, 4, 64)
+    engine = Engine(backend, EngineConfig(max_num_seqs=12, admission="watermark"), clock=lambda: backend.now)
+    engine.add(ask("a", [1, 2, 3], max_tokens=50))
+    seq = engine.scheduler.waiting[0]
+    rng: Any = Always()
+    seq.drafter = Halfhearted(seq.tokens, seq.seed, rng)
+    outputs = drain(engine)
+    assert tokens(outputs["a"]) == expected_output([1, 2, 3], 0, 50)
+    drafted = sum(bool(work.draft) for plan in backend.plans for work in plan.work)
+    assert drafted > 8 if many else drafted <= 4, drafted
 
 
 def test_where_nothing_is_found_it_is_looked_for_less_often_and_found_all_the_same() -> None:
