@@ -58,7 +58,7 @@ class Decoding:
             self._at += 1
 
 
-def _step_seconds(backend: CudaBackend, batch: int, context: int, overlap: bool, count: int) -> float:
+def step_seconds(backend: CudaBackend, batch: int, context: int, overlap: bool, count: int) -> float:
     """Of one step, over ``count`` of them, by the wall clock."""
     plans = Decoding(backend, batch, context).plans()
     for _ in range(5):
@@ -108,7 +108,7 @@ def steps(session: Session, name: str) -> dict[str, Any]:
         found[f"open graphs={graphs}"] = {"s": time.perf_counter() - start, "blocks": backend.num_blocks, "note": backend.memory_note}
         for batch in batches if graphs else batches[:3]:
             for overlap in (True, False) if graphs else (False,):
-                took = _step_seconds(backend, batch, context, overlap, count)
+                took = step_seconds(backend, batch, context, overlap, count)
                 found[f"step {batch} graphs={graphs} overlap={overlap}"] = took * 1e3
                 if graphs and overlap and (floor := FLOORS_MS.get((name, batch))):
                     session.note(
@@ -212,7 +212,7 @@ def deterministic(session: Session) -> dict[str, Any]:
         for decoder in decoders:
             same = options | {"deterministic": decoder is decoders[1]}
             backend = make_backend(decoder, session.device, session.ops, most_blocks=0 if session.tiny else 6000, **same)
-            times.append([_step_seconds(backend, batch, context, True, count) for batch in batches])
+            times.append([step_seconds(backend, batch, context, True, count) for batch in batches])
             if same["deterministic"]:
                 session.found[name] = _same(session, backend, f"{name} --deterministic", same)
             del backend
