@@ -25,7 +25,7 @@ class Node:
     """Where the content is; -1 where it is not (a root, a ghost)."""
     children: dict[bytes, Node] = field(default_factory=dict)
     keys: list[bytes] = field(default_factory=list)
-    """The keys of ``children``, sorted: the longest common beginning is next to where a key would stand."""
+    """The keys of those ``children`` that are in a block, sorted: the longest common beginning is next to where a key would stand."""
     users: int = 0
     """Live sequences whose next block goes below this node."""
     proven: bool = False

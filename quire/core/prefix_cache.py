@@ -24,9 +24,6 @@ from quire.core.content import TOKEN_BYTES, Node, common_tokens, decode, encode
 from quire.core.events import BlockEvicted, BlockRemoved, BlockStored, Listener
 from quire.core.eviction import EvictionOrder
 
-NEIGHBOURS = 4
-"""How many siblings on each side are looked at for the longest common beginning; only ghosts make more than one necessary."""
-
 
 @dataclass(slots=True, frozen=True)
 class Match:
@@ -119,10 +116,9 @@ class PrefixCache:
             return None
         at = bisect_left(node.keys, key)
         best, count = -1, 0
-        for sibling in node.keys[max(0, at - NEIGHBOURS) : at + NEIGHBOURS]:
-            child = node.children[sibling]
-            if child.block >= 0 and (common := common_tokens(sibling, key)) > count:
-                best, count = child.block, common
+        for sibling in node.keys[max(0, at - 1) : at + 1]:
+            if (common := common_tokens(sibling, key)) > count:
+                best, count = node.children[sibling].block, common
         return (best, count) if count else None
 
     # Content comes and goes.
@@ -144,9 +140,9 @@ class PrefixCache:
                 return parent
             node = Node(parent, key, self._next_number(), parent.salt)
             parent.children[key] = node
-            insort(parent.keys, key)
         if node.block < 0 <= block:
             self._order.returned(node)
+            insort(parent.keys, key)
             node.block = block
             self._nodes[block] = node
             if self.listener is not None:
@@ -194,7 +190,7 @@ class PrefixCache:
     def evict(self) -> int:
         """The idle block whose turn it is; its content is forgotten."""
         node = self._order.evict(self._clock())
-        block, node.block = node.block, -1
+        block = self._leave(node)
         del self._nodes[block]
         if self.listener is not None:
             self.listener(BlockEvicted(block, node.number))
@@ -207,7 +203,7 @@ class PrefixCache:
         """Forget everything; returns the blocks that had content. Holders of nodes have to let go of them first."""
         blocks = list(self._nodes)
         for block, node in self._nodes.items():
-            node.block = -1
+            self._leave(node)
             if self.listener is not None:
                 self.listener(BlockRemoved(block, node.number))
         self._nodes.clear()
@@ -228,7 +224,7 @@ class PrefixCache:
             assert root.block < 0
         while todo:
             node = todo.pop()
-            assert node.keys == sorted(node.children), "keys and children differ"
+            assert node.keys == sorted(key for key, child in node.children.items() if child.block >= 0), "keys and children differ"
             if node.block >= 0:
                 seen += 1
                 assert self._nodes.get(node.block) is node, f"content {node.number} is not in block {node.block}"
@@ -255,11 +251,18 @@ class PrefixCache:
     def _covered(self, parent: Node, key: bytes) -> bool:
         """A child holds all of ``key``, and more."""
         at = bisect_left(parent.keys, key)
-        return at < len(parent.keys) and parent.keys[at].startswith(key) and parent.children[parent.keys[at]].block >= 0
+        return at < len(parent.keys) and parent.keys[at].startswith(key)
+
+    def _leave(self, node: Node) -> int:
+        """``node``'s content leaves its block, which is returned."""
+        assert node.parent is not None
+        del node.parent.keys[bisect_left(node.parent.keys, node.key)]
+        block, node.block = node.block, -1
+        return block
 
     def _unlink(self, block: int) -> None:
         node = self._nodes.pop(block)
-        node.block = -1
+        self._leave(node)
         if self.listener is not None:
             self.listener(BlockRemoved(block, node.number))
         self._prune(node)
@@ -275,7 +278,6 @@ class PrefixCache:
             if parent.children.get(node.key) is not node:  # cleared meanwhile
                 return
             del parent.children[node.key]
-            del parent.keys[bisect_left(parent.keys, node.key)]
             node = parent
 
     def _next_number(self) -> int:
