@@ -1,11 +1,12 @@
 """Where a step's time goes: every kernel call inside the forward pass, beside the limit that binds it.
 
-    python benchmarks/step_profile.py MODEL [--rows 1 2 4 8 16 32 64] [--prefill 512 2048] [--quantize int8] [--rounds 5]
+    python benchmarks/step_profile.py MODEL [--rows 1 2 4 8 16 32 64] [--guesses 3 7] [--prefill 512 2048] [--quantize int8] [--rounds 5]
 
 A call's limit is the longer of reading its weights (or KV) at the measured read bandwidth and doing its multiply-adds at the
 measured float32 or int8 peak; all are measured in the same run. Calls that read no weights (norms, rotary) have no limit: all of
 their time counts as lost. "between" is Python: the step without its calls. "replayed" is the whole step as the engine runs it at
-decode, without Python between its calls. Times are the best of the rounds, in ms.
+decode, without Python between its calls. --guesses: steps of one sequence with so many guessed tokens. Times are the best of the
+rounds, in ms.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -81,15 +81,20 @@ def decode(rows: int, context: int, blocks: int) -> Batch:
     return Batch(counter, np.arange(rows + 1, dtype=np.int32), at, at, counter + np.int32(7), tables, counter, at + 1)
 
 
-def prefill(tokens: int, blocks: int, start: int = 0) -> Batch:
-    """One sequence, positions ``start`` to ``start + tokens``; logits of the last."""
+def positions(tokens: int, blocks: int, start: int = 0) -> Batch:
+    """One sequence, positions ``start`` to ``start + tokens``; logits of all of them."""
     per = -(-(start + tokens) // BLOCK)
     table = np.random.default_rng(0).permutation(blocks)[:per].astype(np.int32).reshape(1, per)
     counter = np.arange(tokens, dtype=np.int32)
     ends = np.array([0, tokens], np.int32)
-    row, last = np.zeros(1, np.int32), np.array([tokens - 1], np.int32)
-    batch = Batch(row, ends, np.array([start], np.int32), counter + np.int32(start), counter, table, row, row + start + tokens)
-    batch.asked = Part(last, row, np.array([0, 1], np.int32), last + np.int32(start))
+    row = np.zeros(1, np.int32)
+    return Batch(row, ends, np.array([start], np.int32), counter + np.int32(start), counter, table, row, row + start + tokens)
+
+
+def prefill(tokens: int, blocks: int) -> Batch:
+    """A prompt; logits of its last position."""
+    batch, last = positions(tokens, blocks), np.array([tokens - 1], np.int32)
+    batch.asked = Part(last, batch.rows, np.array([0, 1], np.int32), last)
     return batch
 
 
@@ -110,12 +115,12 @@ def measure(decoder: Decoder, recorder: Recorder, batch: Batch, rounds: int) -> 
         recorder.seconds.clear()
         recorder.least.clear()
         start = perf_counter()
-        decoder.forward(batch)
+        decoder.logits(decoder.hidden(batch))
         steps.append(perf_counter() - start)
         kernels.append(dict(recorder.seconds))
-        if batch.asked is None:  # decode
+        if batch.whole:  # decode
             start = perf_counter()
-            decoder.forward(replace(batch, uniform=True))
+            decoder.forward(batch)
             replayed.append(perf_counter() - start)
     step = min(steps[1:])
     least = sum(recorder.least.values())
@@ -137,6 +142,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
+    parser.add_argument("--guesses", type=int, nargs="*", default=[])
     parser.add_argument("--context", type=int, default=192)
     parser.add_argument("--dtype")
     parser.add_argument("--quantize", choices=("int8", "int4"))
@@ -144,12 +150,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     model = load_model(resolve_model(args.model))
-    most = max([*args.rows, *args.prefill])
+    most = max([*args.rows, *args.prefill, *(1 + count for count in args.guesses)])
     blocks = 2 + max(max(args.rows, default=1) * (-(-args.context // BLOCK)), -(-max(args.prefill, default=1) // BLOCK))
     packer = Packer(args.dtype, Quantization.named(args.quantize) if args.quantize else None)
     decoder = Decoder(
         model.spec, model.tensors, num_blocks=blocks, block_size=BLOCK, kv_dtype=args.kv_dtype, max_tokens=most,
-        max_rows=max(args.rows, default=1), max_model_len=8192, packer=packer,
+        max_rows=max([*args.rows, *(1 + count for count in args.guesses)], default=1), max_model_len=8192, packer=packer,
     )  # fmt: skip
     bandwidth, peak = native.measure_read_bandwidth() * 1e9, native.measure_fma_peak() * 1e9
     peaks = {"int8": native.measure_int8_peak() * 1e9, "int4": native.measure_int8_peak() * 1e9}
@@ -164,6 +170,9 @@ def main() -> None:
     for rows in args.rows:
         print(f"decode, {rows} rows, context {args.context}")
         measure(decoder, recorder, decode(rows, args.context, blocks), args.rounds if rows > 8 else 3 * args.rounds)
+    for count in args.guesses:
+        print(f"decode, 1 row with {count} guessed tokens, context {args.context}")
+        measure(decoder, recorder, positions(1 + count, blocks, args.context - 1 - count), 3 * args.rounds)
     for tokens in args.prefill:
         print(f"prefill, {tokens} tokens")
         measure(decoder, recorder, prefill(tokens, blocks), args.rounds)

@@ -48,16 +48,24 @@ class Batch:
     scored: Scored | None = None
     """Some positions are scored; None where those that are asked for are just the ``sampled`` ones."""
     uniform: bool = False
-    """One position of each sequence, written and sampled: from the next such batch of S it differs by what ``contents`` hold alone."""
+    """One position of each sequence, written and sampled. Its positions are its starts."""
 
-    def contents(self) -> tuple[I32, I32, I32]:
-        """What a uniform batch has of its own. Its positions are its starts."""
-        return self.rows, self.start, self.ids
+    @property
+    def whole(self) -> bool:
+        """Every position is written and asked for, none is scored: from the next such batch of as many rows and positions this one
+        differs by what ``contents`` hold alone."""
+        return self.written is None and self.asked is None and self.scored is None
+
+    def contents(self) -> tuple[I32, ...]:
+        """What a whole batch has of its own, and its forward pass looks at."""
+        own = self.rows, self.start, self.ids
+        return own if self.uniform else (*own, self.positions, self.query_start)
 
     def copy(self) -> Batch:
-        """A uniform batch with the same contents in arrays of its own."""
-        rows, start, ids = (array.copy() for array in self.contents())
-        return replace(self, rows=rows, start=start, positions=start, ids=ids, sampled=rows)
+        """A whole batch with the same contents in arrays of its own."""
+        rows, start, ids, *others = (array.copy() for array in self.contents())
+        positions, query_start = others or (start, self.query_start)
+        return replace(self, rows=rows, start=start, ids=ids, positions=positions, query_start=query_start)
 
 
 @dataclass(slots=True)
@@ -104,9 +112,9 @@ class Rows:
 
     def batch(self, work: list[RowWork]) -> Batch:
         """Put the plan's new blocks and tokens into the tables, and lay out its positions."""
-        decode = True
+        decode, drafts = True, False
         for w in work:
-            decode = decode and w.count == 1 and w.sample and w.write and not w.draft and not w.score
+            decode = decode and w.sample and w.write and not w.score and w.count == 1 + len(w.draft)
             if w.new_blocks:
                 self.block_tables[w.row, w.first_block : w.first_block + len(w.new_blocks)] = w.new_blocks
             if w.tokens:
@@ -116,26 +124,30 @@ class Rows:
             if w.draft:  # beyond the row's length: not its own yet
                 length = self.lengths[w.row]
                 self.tokens[w.row, length : length + len(w.draft)] = w.draft
+                drafts = True
         rows = np.array([w.row for w in work], np.int32)
         start = np.array([w.start for w in work], np.int32)
-        if decode:  # the step that comes most often: one position of each row, and all are sampled
+        if decode and not drafts:  # the step that comes most often: one position of each row, and all are sampled
             ids, query_start = self.tokens[rows, start], self._counter[: len(work) + 1]
             return Batch(rows, query_start, start, start, ids, self.block_tables, rows, self.lengths[rows], uniform=True)
         counts = np.array([w.count for w in work], np.int32)
         query_start = np.zeros(len(work) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
-        positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(start - query_start[:-1], counts)
-        ids = self.tokens[np.repeat(rows, counts), positions]
+        of = np.repeat(np.arange(len(work)), counts)
+        before = np.arange(query_start[-1], dtype=np.int32) - query_start[of]
+        row_of, positions = rows[of], start[of] + before
+        ids = self.tokens[row_of, positions]
+        if decode:  # the next token of each row and its draft, and all are sampled
+            return Batch(rows, query_start, start, positions, ids, self.block_tables, row_of, self.lengths[row_of] + before, drafts=True)
         sample = np.array([w.sample for w in work], bool)
         sampled, logit_rows = rows[sample], query_start[1:][sample] - 1
         lengths = self.lengths[sampled]
-        drafts = any(w.draft for w in work)
         if drafts:
             guessed = np.array([len(w.draft) for w in work if w.sample], np.int32)
             # 0, 1, ... for each row: how many tokens of its draft are before the sampled one.
-            before = np.concatenate([np.arange(count + 1, dtype=np.int32) for count in guessed])
+            ahead = np.concatenate([np.arange(count + 1, dtype=np.int32) for count in guessed])
             sampled, logit_rows, lengths = (np.repeat(a, guessed + 1) for a in (sampled, logit_rows - guessed, lengths))
-            logit_rows, lengths = logit_rows + before, lengths + before
+            logit_rows, lengths = logit_rows + ahead, lengths + ahead
         batch = Batch(rows, query_start, start, positions, ids, self.block_tables, sampled, lengths, drafts)
         if not all(w.write for w in work):
             write = np.array([w.write for w in work], bool)

@@ -160,8 +160,11 @@ class Speculation:
         self._max_positions = max_positions
         self._strict = strict
         self._cost = DraftCost()
+        self._rest = 0
+        """Steps of ``_rows`` rows in which there is nothing to look up: a step's way past all sequences costs microseconds, too."""
+        self._rows = 0
         self._step: tuple[int, int] | None = None
-        """(rows, guesses) of the last plan, where it has one known position of each row."""
+        """(rows, guesses) of the last plan, where it is to be timed."""
 
     def timed(self, seconds: float) -> None:
         """What the last plan took to be computed."""
@@ -173,16 +176,24 @@ class Speculation:
         self._step = None
         if len(planned) >= self._max_positions:
             return
-        positions, found = plan.num_tokens, []
+        if self._rest > 0 and len(planned) == self._rows:
+            self._rest -= 1
+            return
+        positions, rest = plan.num_tokens, MAX_IDLE
+        found: list[tuple[RowWork, Sequence, Drafter]] = []
         if positions == len(planned):
             self._step = positions, 0
         for work, seq in zip(plan.work, planned, strict=True):
-            drafter = seq.drafter
-            if (drafter is None or len(seq.tokens) >= drafter.look_at) and _may_draft(work, seq):
+            if _may_draft(work, seq):
+                drafter = seq.drafter
                 if drafter is None:
                     drafter = seq.drafter = Drafter(seq.tokens)
-                if drafter.look():
+                if len(seq.tokens) >= drafter.look_at and drafter.look():
                     found.append((work, seq, drafter))
+                rest = min(rest, drafter.look_at - len(seq.tokens) - 1)
+            else:
+                rest = 0
+        self._rest, self._rows = rest, len(planned)
         if not found or (self._strict and not self._all_fit(running)):
             return
         room, least_chance = self._max_positions - positions, worth(positions)

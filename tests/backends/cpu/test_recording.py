@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from quire.backends.cpu import _native as native
 from quire.backends.cpu import replay
 from quire.backends.cpu.decoder import Decoder
-from quire.backends.rows import Batch
+from quire.backends.rows import Batch, Part
 from quire.models.weights import load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "golden"
@@ -142,10 +143,16 @@ def decoder_of(name: str) -> Decoder:
     return decoder
 
 
-def batch_of(rng: np.random.Generator, tables: np.ndarray, count: int, uniform: bool = True) -> Batch:
-    rows = rng.permutation(len(tables))[:count].astype(np.int32)
-    start, ids = rng.integers(0, 16, count).astype(np.int32), rng.integers(0, 90, count).astype(np.int32)
-    return Batch(rows, np.arange(count + 1, dtype=np.int32), start, start, ids, tables, rows, start + 1, uniform=uniform)
+def batch_of(rng: np.random.Generator, tables: np.ndarray, counts: list[int]) -> Batch:
+    """Rows with ``counts`` positions each, all asked for: the next token and guesses."""
+    rows = rng.permutation(len(tables))[: len(counts)].astype(np.int32)
+    start = np.array([rng.integers(0, 17 - count) for count in counts], np.int32)
+    ids = rng.integers(0, 90, sum(counts)).astype(np.int32)
+    query_start = np.cumsum([0, *counts]).astype(np.int32)
+    if max(counts) == 1:
+        return Batch(rows, query_start, start, start, ids, tables, rows, start + 1, uniform=True)
+    positions = np.concatenate([np.arange(at, at + count, dtype=np.int32) for at, count in zip(start, counts, strict=True)])
+    return Batch(rows, query_start, start, positions, ids, tables, np.repeat(rows, counts), positions + 1, drafts=True)
 
 
 @pytest.mark.parametrize("name", ["llama-llama3", "gpt2", "opt-post-norm", "qwen3-tied"])
@@ -153,9 +160,12 @@ def test_steps_that_are_replayed_give_the_same_bytes(name: str) -> None:
     replayed, plain = decoder_of(name), decoder_of(name)
     rng, again = np.random.default_rng(7), np.random.default_rng(7)
     tables = np.random.default_rng(8).permutation(2 * ROWS).astype(np.int32).reshape(ROWS, 2)
-    for count in (*range(1, ROWS + 1), *range(ROWS, 0, -1), 3, 3, 1, 3):
-        got = replayed.forward(batch_of(rng, tables, count))
-        expected = plain.forward(batch_of(again, tables, count, uniform=False))
+    steps = [[1] * count for count in (*range(1, ROWS + 1), *range(ROWS, 0, -1), 3, 3, 1, 3)]
+    # With guesses; of as many rows and positions, some of them spread in another way.
+    steps += [[4], [1], [4], [3], [2, 1, 1], [1], [1, 2, 1], [1, 1, 2], [1, 1, 1], [2, 1, 1], [3, 2], [1, 4], [5], [3, 2]]
+    for counts in steps:
+        got = replayed.forward(batch_of(rng, tables, counts))
+        expected = plain.logits(plain.hidden(batch_of(again, tables, counts)))
         np.testing.assert_array_equal(got, expected)
     for one, other in zip(replayed.layers, plain.layers, strict=True):
         for a, b in zip(one.pools(), other.pools(), strict=True):
@@ -166,20 +176,20 @@ def test_recordings_are_few_and_belong_to_one_table() -> None:
     calls: list[int] = []
 
     def forward(batch: Batch) -> np.ndarray:
-        calls.append(len(batch.rows))
-        return np.zeros((len(batch.rows), 1), np.float32)
+        calls.append(len(batch.ids))
+        return np.zeros((len(batch.ids), 1), np.float32)
 
     steps = replay.Replay(forward)
     rng, tables = np.random.default_rng(0), np.zeros((64, 2), np.int32)
-    for count in (1, 2, 1, 2):
-        assert steps(batch_of(rng, tables, count)).shape == (count, 1)
-    assert calls == [1, 2]
-    steps(batch_of(rng, tables.copy(), 1))
-    assert calls == [1, 2, 1]
-    for count in range(3, 3 + 16):
-        steps(batch_of(rng, tables, count))
+    for counts in ([1], [1, 1], [1], [1, 1], [3], [1, 2], [2, 1], [3]):
+        assert len(steps(batch_of(rng, tables, counts))) == sum(counts)
+    assert calls == [1, 2, 3, 3]
+    steps(batch_of(rng, tables.copy(), [1]))
+    assert calls == [1, 2, 3, 3, 1]
+    for count in range(3, 3 + 32):
+        steps(batch_of(rng, tables, [1] * count))
     calls.clear()
-    steps(batch_of(rng, tables, 18))  # kept
-    steps(batch_of(rng, tables, 2))  # not: those used last are
-    steps(batch_of(rng, tables, 1, uniform=False))
+    steps(batch_of(rng, tables, [1] * 34))  # kept
+    steps(batch_of(rng, tables, [1] * 2))  # not: those used last are
+    steps(replace(batch_of(rng, tables, [1]), asked=Part(*[np.zeros(0, np.int32)] * 4)))
     assert calls == [2, 1]
