@@ -27,7 +27,10 @@ Work = Callable[[], object]
 
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
-        self.heads, self.kv_heads, self.dim, self.block = args.heads, args.kv_heads, args.dim, args.block
+        self.heads: int = args.heads
+        self.kv_heads: int = args.kv_heads
+        self.dim: int = args.dim
+        self.block: int = args.block
         self.rounds, self.rng = args.rounds, np.random.default_rng(0)
         self.bandwidth, self.peak = native.measure_read_bandwidth(), native.measure_fma_peak()
         print(f"{native.isa()}, {native.num_threads()} threads; float32 peak {self.peak:.0f} GFLOP/s, read {self.bandwidth:.1f} GB/s")
@@ -39,7 +42,10 @@ class Bench:
         caches = [aligned((*shape, self.dim, self.block), kv), aligned((*shape, self.block, self.dim), kv)]
         values = self.rng.standard_normal(1 << 20, np.float32)
         for cache in caches:
-            kind = {"int8": (values * 30).astype(np.int8), "bfloat16": (values.view(np.uint32) >> 16).astype(np.uint16)}
+            kind: dict[str, npt.NDArray[Any]] = {
+                "int8": (values * 30).astype(np.int8),
+                "bfloat16": (values.view(np.uint32) >> 16).astype(np.uint16),
+            }
             cache.reshape(-1)[:] = np.resize(kind.get(kv, values.astype(kv if kv == "float16" else "float32")), cache.size)
         scales = {name: aligned((*shape, self.block), "float16") for name in ("k_scales", "v_scales")} if kv == "int8" else {}
         for scale in scales.values():
@@ -61,8 +67,9 @@ class Bench:
         rows = np.arange(len(tables), dtype=np.int32)
         queries = self.rng.standard_normal((len(tables) * count, self.heads, self.dim), np.float32)
         out = np.empty((len(queries), self.heads * self.dim), np.float32)
-        where = (tables, rows, np.arange(len(tables) + 1, dtype=np.int32) * np.int32(count), np.asarray(starts, np.int32))
-        return lambda: native.paged_attention(queries, *caches, out, *where, self.dim**-0.5, **scales, share=share)
+        (keys, values), ends = caches, np.arange(len(tables) + 1, dtype=np.int32) * np.int32(count)
+        starts, scale = np.asarray(starts, np.int32), self.dim**-0.5
+        return lambda: native.paged_attention(queries, keys, values, out, tables, rows, ends, starts, scale, **scales, share=share)
 
     def calls(self, kv: str, blocks: int) -> int:
         return max(1, POOL // (2 * blocks * self.block * self.kv_heads * self.dim * WIDTHS[kv]))

@@ -174,7 +174,7 @@ def detokenized(server: ServeProcess, call: Call) -> bool:
     request = urllib.request.Request(server.url + "/detokenize", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         text: str = json.load(answer)["prompt"]
-    return text.replace("<|endoftext|>", "") == call.choices[0]["text"]
+    return bool(text.replace("<|endoftext|>", "") == call.choices[0]["text"])
 
 
 def chaos(server: ServeProcess, streams: int, kills: int, stops: int, seed: int) -> tuple[list[str], dict[str, Any]]:
@@ -183,7 +183,8 @@ def chaos(server: ServeProcess, streams: int, kills: int, stops: int, seed: int)
     undisturbed = run(server, asked, Clock())
     how = ["kill"] * kills + ["stop"] * stops
     rng.shuffle(how)
-    over, done, disturbed, rounds = threading.Event(), [], [], 0
+    over, done, rounds = threading.Event(), [], 0
+    disturbed: list[list[Call]] = []
     with ThreadPoolExecutor(1) as side:
         task = side.submit(disturb, server, how, rng, clock, over)
         while not task.done() or not disturbed:  # all of the kills, however long the calls take

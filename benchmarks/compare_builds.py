@@ -13,12 +13,13 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 NAME = "quire.backends.cpu._native"
 
 
-def work(build: str, selection: list[str | None]) -> None:
+def work(build: str, selection: Sequence[str | None]) -> None:
     """Answers a line with the next case's name, or with the seconds of a call, until there is no case left."""
     spec = importlib.util.spec_from_file_location(NAME, build)
     assert spec is not None, build
@@ -29,7 +30,8 @@ def work(build: str, selection: list[str | None]) -> None:
     from quire.backends.cpu.kernel_cases import cases
 
     any_limits = Limits("", 0, 1.0, {1 << 62: 1.0}, 1.0, 1.0)
-    for case in cases(select(*selection), lambda skipped: None):
+    models, dtypes, kernels, rows = selection
+    for case in cases(select(models, dtypes, kernels, rows), lambda skipped: None):
         print(f"{case.kernel} {case.model} {case.name} {case.dtype} {case.rows}", flush=True)
         while sys.stdin.readline() == "time\n":
             print(measure(case, 2, any_limits).seconds, flush=True)

@@ -71,7 +71,7 @@ def _request(number: int, first_token: int, tokens: int) -> Request:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    steps = parser.parse_args().steps
+    steps: int = parser.parse_args().steps
 
     def pool(sequences: int, length: int) -> int:
         """Just large enough."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ def seconds(session: Session, work: Callable[[], object], repeats: int = 20) -> 
         work()
         return time.perf_counter() - start
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=session.device)
-    times = []
+    times: list[float] = []
     for i in range(repeats + 3):
         flush.zero_()
         torch.cuda._sleep(1_000_000)  # cycles
@@ -47,7 +47,7 @@ def seconds(session: Session, work: Callable[[], object], repeats: int = 20) -> 
     return statistics.median(times)
 
 
-def seconds_in_graph(session: Session, works: list[Callable[[], object]], launches: int = 24) -> float:
+def seconds_in_graph(session: Session, works: Sequence[Callable[[], object]], launches: int = 24) -> float:
     """Of one of ``works``, which take turns in a graph of ``launches``: as steps run kernels, each waiting for the one before it."""
     if session.device.type != "cuda":
         return seconds(session, works[0])
@@ -287,7 +287,7 @@ def attention(session: Session) -> dict[str, Any]:
         tiles = torch.from_numpy(prefill_tiles(start, start[1:], rows).astype(np.int32)).to(session.device)
         there, out = torch.from_numpy(start).to(session.device), torch.empty_like(q)
         arguments = (case["kv"], case["tables"], case["rows"], there, case["lengths"], tiles, 128**-0.5, 0)
-        took = seconds(session, lambda q=q, a=arguments, out=out: session.ops.prefill(q, *a, out), 10)
+        took = seconds(session, partial(session.ops.prefill, q, *arguments, out), 10)
         rate = 4 * 32 * 128 * length * (length + 1) / 2 / took
         found[f"prefill block {block}"] = {"ms": took * 1e3, "tflops": rate / 1e12}
         session.note(f"prefill attention, {length:,} tokens, block {block}", f"{rate / 1e12:.0f} TFLOP/s", ">= 400")

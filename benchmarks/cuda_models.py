@@ -56,7 +56,7 @@ class DeviceLoader(Loader):
     def __init__(self, spec: TransformerSpec, device: torch.device, ops: Any, given: dict[str, Tensor] | None = None,
                  same: bool = False) -> None:  # fmt: skip
         shapes = {name: torch.empty(shape, device="meta") for name, shape in spec.tensor_shapes().items()}
-        super().__init__(shapes, device, spec.dtype, None, ops, Progress("making weights", 1), lambda: None, same)  # type: ignore[arg-type]
+        super().__init__(shapes, device, spec.dtype, None, ops, Progress("making weights", 1), lambda: None, same)
         self._given, self._drawn = given, torch.Generator(device).manual_seed(0)
 
     def _copy(self, name: str, there: Tensor) -> None:

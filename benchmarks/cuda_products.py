@@ -122,7 +122,7 @@ def main() -> None:
         sys.exit("cuda_products.py times kernels: it needs a GPU")
     start = time.monotonic()
     kinds = {max(16, rows) for rows in args.rows}  # fewer than 16 take the same kernels
-    jobs = [
+    jobs: list[tuple[tuple[int, int, Any], int, Tiles | None]] = [
         (shape, rows, tiles) for model in args.models for shape in shapes(model).values() for rows in kinds for tiles in candidates(rows)
     ]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:

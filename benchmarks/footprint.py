@@ -20,10 +20,11 @@ import signal
 import socket
 import statistics
 import subprocess
-import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def seconds(command: list[str]) -> float:
@@ -146,11 +147,10 @@ def main() -> None:
     python, quire = (os.fspath(args.venv.resolve() / "bin" / name) for name in ("python", "quire"))
     total, largest = installed_bytes(args.venv)
 
-    def median(measure: object) -> float:
-        assert callable(measure)
+    def median(measure: Callable[[], float]) -> float:
         return statistics.median(measure() for _ in range(args.rounds))
 
-    figures = {
+    figures: dict[str, Any] = {
         "installed_mb": total / 1e6,
         "largest_mb": {name: size / 1e6 for name, size in largest.items()},
         "import_quire_ms": 1e3 * median(lambda: import_seconds(python)),
@@ -167,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

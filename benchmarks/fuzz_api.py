@@ -47,7 +47,8 @@ class Report:
 def fuzz(server: ServeProcess, cases: int, seed: int) -> Report:
     """At least ``cases`` requests. What is wrong is in the report."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").exclude(path=ENDLESS)
-    operations = [result.ok() for result in schema.get_all_operations()]
+    found: list[Any] = list(schema.get_all_operations())
+    operations = [result.ok() for result in found]
     report, turn = Report(), 0
     while report.cases < cases and len(report.failures) < 20:
         for operation in operations:

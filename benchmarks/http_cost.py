@@ -42,10 +42,11 @@ def offline(args: argparse.Namespace) -> float:
 
 def run_offline(args: argparse.Namespace) -> None:
     from quire import LLM, SamplingParams
+    from quire.llm import TokensPrompt
 
     llm = LLM(args.model, max_num_seqs=args.streams)
     llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
-    todo = [{"prompt_token_ids": prompt} for prompt in prompts(args)]
+    todo: list[str | TokensPrompt] = [{"prompt_token_ids": prompt} for prompt in prompts(args)]
     start = time.perf_counter()
     done = llm.generate(todo, SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True), use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -91,8 +92,8 @@ def stream_all(port: int, all_prompts: list[list[int]], tokens: int) -> None:
         poll.register(connection, selectors.EVENT_READ, bytearray())
     while poll.get_map():
         for key, _ in poll.select():
+            assert isinstance(key.fileobj, socket.socket)
             connection, tail = key.fileobj, key.data
-            assert isinstance(connection, socket.socket)
             data = connection.recv(1 << 16)
             tail[:] = (tail + data)[-200:]
             if not data or data.endswith(b"0\r\n\r\n"):

@@ -151,8 +151,10 @@ def main() -> None:
         gap = (reference - scores) - lengths * (reference - scores).sum() / lengths.sum()
         error = np.sqrt((gap**2).sum() * len(cut) / max(1, len(cut) - 1)) / lengths.sum()
         change = 100 * np.expm1((reference - scores).sum() / lengths.sum())
-        row = {"weights": variant.weights, "kv": variant.kv, "perplexity": float(np.exp(per_token)), "percent": float(change),
-               "error": float(100 * error), "weight_bytes": decoder.weight_bytes()}  # fmt: skip
+        row: dict[str, Any] = {
+            "weights": variant.weights, "kv": variant.kv, "perplexity": float(np.exp(per_token)), "percent": float(change),
+            "error": float(100 * error), "weight_bytes": decoder.weight_bytes(),
+        }  # fmt: skip
         rows.append(row)
         print(
             f"weights {variant.weights:<9} KV {variant.kv:<9} {row['weight_bytes'] / 1e6:9.2f} MB  perplexity {row['perplexity']:9.5f}  "

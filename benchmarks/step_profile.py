@@ -78,7 +78,7 @@ def decode(rows: int, context: int, blocks: int) -> Batch:
     tables = np.random.default_rng(0).permutation(blocks)[: rows * per].astype(np.int32).reshape(rows, per)
     counter = np.arange(rows, dtype=np.int32)
     at = np.full(rows, context - 1, np.int32)
-    return Batch(counter, np.arange(rows + 1, dtype=np.int32), at, at, counter + np.int32(7), tables, counter, at + 1)
+    return Batch(counter, np.arange(rows + 1, dtype=np.int32), at, at, counter + np.int32(7), tables, counter, at + np.int64(1))
 
 
 def positions(tokens: int, blocks: int, start: int = 0) -> Batch:
@@ -88,7 +88,7 @@ def positions(tokens: int, blocks: int, start: int = 0) -> Batch:
     counter = np.arange(tokens, dtype=np.int32)
     ends = np.array([0, tokens], np.int32)
     row = np.zeros(1, np.int32)
-    return Batch(row, ends, np.array([start], np.int32), counter + np.int32(start), counter, table, row, row + start + tokens)
+    return Batch(row, ends, np.array([start], np.int32), counter + np.int32(start), counter, table, row, row + np.int64(start + tokens))
 
 
 def prefill(tokens: int, blocks: int) -> Batch:
@@ -165,7 +165,7 @@ def main() -> None:
     for layer in decoder.layers:
         names |= {id(getattr(layer, part).packed): part for part in ("qkv", "o", "up", "down")}
     recorder = Recorder(names, lambda read, work, dtype: max(read / bandwidth, work / peaks.get(dtype, peak)))
-    module.native = recorder  # type: ignore[assignment]
+    vars(module)["native"] = recorder
     start, busy, own = perf_counter(), busy_seconds(), process_time()
     for rows in args.rows:
         print(f"decode, {rows} rows, context {args.context}")

@@ -24,6 +24,12 @@ from quire.core.sequence import Request
 from quire.sampling_params import SamplingParams
 
 
+def use(module: Any) -> None:
+    """``module`` is the native one for those that call it."""
+    for caller in (decoder, replay, sampler):
+        vars(caller)["native"] = module
+
+
 class Timed:
     """Stands in for the native module: adds up the time and the number of calls of its functions."""
 
@@ -80,7 +86,7 @@ def measure(backend: CpuBackend, config: EngineConfig, batch: int, context: int,
         engine.step()
     timed = Timed()
     own = timed.own_seconds()
-    decoder.native = replay.native = sampler.native = timed.module
+    use(timed.module)
     profiler = cProfile.Profile()
     totals, outside = [], []
     for step in range(steps):
@@ -93,7 +99,7 @@ def measure(backend: CpuBackend, config: EngineConfig, batch: int, context: int,
         totals.append(total)
         outside.append(total - timed.seconds - own * timed.calls)
     profiler.disable()
-    decoder.native = replay.native = sampler.native = _native
+    use(_native)
     half = slice(0, steps // 2) if profile else slice(None)
     total, python = median(totals[half]), median(outside[half])
     print(f"batch {batch:3}: step {total * 1e3:8.3f} ms, {timed.calls} kernel calls; outside {python * 1e3:6.3f} ms, {python / total:.1%}")
