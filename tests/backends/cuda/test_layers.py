@@ -492,7 +492,7 @@ def test_tiles_hold_few_tokens_and_keep_processors_busy(weight_bytes):
     assert [each.tokens for each in tiles] == sorted((each.tokens for each in tiles), reverse=True)
     for tokens in range(1, 600):
         for channels in (64, 1024, 4096, 28672):
-            chosen = kernel_linear.choose(tokens, channels, tiles)
+            chosen = kernel_linear.choose(tokens, channels, weight_bytes)
             programs = -(-tokens // chosen.tokens) * -(-channels // chosen.channels)
             assert chosen.tokens < 2 * max(16, tokens)
             assert chosen.tokens >= min(tokens, 64)

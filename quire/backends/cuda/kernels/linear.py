@@ -13,6 +13,7 @@ have deep pipelines: with 8 tiles on their way, 64 of them keep the memory busy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ TILES: dict[int, tuple[Tiles, ...]] = {
     1: (Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 64, 4, 6), Tiles(32, 64, 128, 4, 6), Tiles(16, 64, 128, 4, 8)),
 }  # fmt: skip
 """By the bytes of a weight, large ones first: see ``choose``. Measured on an H200."""
-FLOAT32 = (Tiles(16, 32, 32, 4, 2),)
+FLOAT32 = Tiles(16, 32, 32, 4, 2)
 """Of x: without tensor cores, for tests."""
 PROGRAMS = 96
 """So many at least, of the largest tiles that give them."""
@@ -86,9 +87,11 @@ def gated_linear(
     return out
 
 
-def choose(tokens: int, channels: int, tiles: tuple[Tiles, ...]) -> Tiles:
+@lru_cache(4096)
+def choose(tokens: int, channels: int, weight_bytes: int) -> Tiles:
     """The largest tile that gives programs enough, of those for no more tokens than there are; where none does, the smallest that holds
     them, or 64 of them."""
+    tiles = TILES[weight_bytes]
     most = min((each.tokens for each in tiles if each.tokens >= tokens), default=tiles[0].tokens)
     fitting = [each for each in tiles if min(most, 64) <= each.tokens <= most]
     enough = (each for each in fitting if -(-tokens // each.tokens) * -(-channels // each.channels) >= PROGRAMS)
@@ -100,7 +103,7 @@ def _rows(
 ) -> None:  # fmt: skip
     tokens, depth = x.shape
     channels = len(weight)
-    tiles = choose(tokens, channels, FLOAT32 if x.dtype == torch.float32 else TILES[weight.element_size()])
+    tiles = FLOAT32 if x.dtype == torch.float32 else choose(tokens, channels, weight.element_size())
     programs = -(-tokens // tiles.tokens) * -(-channels // tiles.channels)
     stages = 4 if programs > MANY and tiles.tokens <= FEW else tiles.stages
     _linear[(programs,)](
