@@ -5,7 +5,8 @@ tensor cores, and the library.
 
 Models: as in cuda_models.py (Qwen3-0.6B, Llama-3.1-8B). Microseconds in a graph in which the weights of 24 layers take turns, so that
 they come from memory; each kernel waits for the one before it, as in a step. "differs": the tile does not give the bits of the one
-that is taken now. Candidates are compiled by several processes first.
+that is taken now. One row, and the library, do not activate: in a model a kernel of its own follows them. Candidates are compiled
+by several processes first.
 """
 
 from __future__ import annotations
@@ -89,10 +90,13 @@ def sweep(shape: tuple[int, int, Any], rows: int, best: int) -> str:
     def time_of(work: Callable[[Tensor], object]) -> float:
         return 1e6 * seconds_in_graph(session, [partial(work, weight) for weight in weights], LAYERS)
 
+    def time_with(tiles: Tiles | None) -> float:
+        return time_of(lambda weight: call(x, weight, out, gate, tiles))
+
     call(x, weights[0], out, gate, None)
     wanted = out.clone()
     floor = weights[0].numel() * 2 / 4.2e12 * 1e6
-    line = f"floor {floor:.1f}, now {time_of(lambda w: call(x, w, out, gate, None)):.2f}"
+    line = f"floor {floor:.1f}, now {time_with(None):.2f}"
     if rows == 1:
         line += f", one row {time_of(lambda w: products.linear(x, w)):.2f}"
     line += f", library {time_of(lambda w: F.linear(x, w)):.2f}"
@@ -102,7 +106,7 @@ def sweep(shape: tuple[int, int, Any], rows: int, best: int) -> str:
             out.fill_(float("nan"))
             call(x, weights[0], out, gate, tiles)
             same = torch.equal(out, wanted)
-            found.append((time_of(lambda w, tiles=tiles: call(x, w, out, gate, tiles)), tiles, "" if same else " differs"))  # type: ignore[misc]
+            found.append((time_with(tiles), tiles, "" if same else " differs"))
         except Exception as error:  # a tile that the compiler, or the device, does not take
             print(f"    {tiles}: {type(error).__name__}: {str(error)[:80]}")
     found.sort(key=lambda each: each[0])

@@ -4,9 +4,9 @@
 
 A call's limit is the longer of reading its weights (or KV) at the measured read bandwidth and doing its multiply-adds at the
 measured float32 or int8 peak; all are measured in the same run. Calls that read no weights (norms, rotary) have no limit: all of
-their time counts as lost. "between" is Python: the step without its calls. "replayed" is the whole step as the engine runs it at
-decode, without Python between its calls. --guesses: steps of one sequence with so many guessed tokens. Times are the best of the
-rounds, in ms.
+their time counts as lost. "between" is Python, and the clocks around the calls: the step without them. "unwatched" is a decode step
+without these clocks, "replayed" as the engine runs it, without Python between its calls. --guesses: steps of one sequence with so
+many guessed tokens. Times are the best of the rounds, in ms.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def busy_seconds() -> float:
 
 
 def measure(decoder: Decoder, recorder: Recorder, batch: Batch, rounds: int) -> None:
-    steps, kernels, replayed = [], [], []
+    steps, kernels, unwatched, replayed = [], [], [], []
     recorder.context_sum = int((batch.positions + 1).sum())
     recorder.distinct = int((batch.start + np.diff(batch.query_start)).sum())
     for _ in range(rounds + 1):
@@ -119,9 +119,14 @@ def measure(decoder: Decoder, recorder: Recorder, batch: Batch, rounds: int) -> 
         steps.append(perf_counter() - start)
         kernels.append(dict(recorder.seconds))
         if batch.whole:  # decode
+            vars(module)["native"] = native
+            start = perf_counter()
+            decoder.logits(decoder.hidden(batch))
+            unwatched.append(perf_counter() - start)
             start = perf_counter()
             decoder.forward(batch)
             replayed.append(perf_counter() - start)
+            vars(module)["native"] = recorder
     step = min(steps[1:])
     least = sum(recorder.least.values())
     total = {key: min(k[key] for k in kernels[1:]) for key in kernels[0]}
@@ -129,12 +134,15 @@ def measure(decoder: Decoder, recorder: Recorder, batch: Batch, rounds: int) -> 
     print(
         f"  step {1e3 * step:8.2f}   limit {1e3 * least:8.2f}   reached {least / step:4.0%}   median {1e3 * median(steps[1:]):8.2f}", end=""
     )
-    print(f"   replayed {1e3 * min(replayed[1:]):8.2f}  {least / min(replayed[1:]):4.0%}" if replayed else "")
-    for key, seconds in sorted(total.items(), key=lambda item: recorder.least.get(item[0], 0.0) - item[1]):
+    for what, seconds in (("unwatched", unwatched[1:]), ("replayed", replayed[1:])):
+        if seconds:
+            print(f"   {what} {1e3 * min(seconds):8.2f}  {least / min(seconds):4.0%}", end="")
+    print()
+    for key, took in sorted(total.items(), key=lambda item: recorder.least.get(item[0], 0.0) - item[1]):
         bound = recorder.least.get(key, 0.0)
-        over = f"{seconds / bound:5.2f} x" if bound else "      -"
-        cost = f"{1e3 * seconds:8.3f}  {seconds / step:6.1%}"
-        print(f"    {key:16} {cost}  limit {1e3 * bound:8.3f}  {over}   lost {(seconds - bound) / step:6.1%}")
+        over = f"{took / bound:5.2f} x" if bound else "      -"
+        cost = f"{1e3 * took:8.3f}  {took / step:6.1%}"
+        print(f"    {key:16} {cost}  limit {1e3 * bound:8.3f}  {over}   lost {(took - bound) / step:6.1%}")
 
 
 def main() -> None:

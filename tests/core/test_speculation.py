@@ -12,7 +12,7 @@ from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.plan import StepPlan, StepResult, accepted
 from quire.core.sequence import Request
-from quire.core.speculation import DraftCost, Drafter
+from quire.core.speculation import MAX_IDLE, DraftCost, Drafter
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
 
@@ -386,3 +386,30 @@ def test_where_nothing_is_found_it_is_looked_for_less_often_and_found_all_the_sa
         drafted += guess(drafter, known, 1)
         known.append(token)
     assert len(drafted) >= 10
+
+
+class Unlucky(Drafter):
+    """Finds nothing; notes when it was asked, and when it wanted to be."""
+
+    def __init__(self, tokens: list[int], asked: list[tuple[int, int]]) -> None:
+        super().__init__(tokens)
+        self._asked = asked
+
+    def look(self) -> bool:
+        self._asked.append((len(self._tokens), self.look_at))
+        self.skip()
+        return False
+
+
+def test_steps_in_which_nobody_looks_are_passed_by_and_no_look_is_missed() -> None:
+    engine = make(FakeBackend(128, 4, 256), max_num_seqs=2, prefix_caching=False)
+    asked: dict[str, list[tuple[int, int]]] = {"a": [], "b": [], "c": []}
+    for name, count in (("a", 200), ("b", 90), ("c", 100)):  # c takes b's place while a goes on
+        engine.add(ask(name, [1, 2, ord(name) - 96], max_tokens=count))
+        seq = engine.scheduler.waiting[-1]
+        seq.drafter = Unlucky(seq.tokens, asked[name])
+    drain(engine)
+    for name, (first, *others) in asked.items():
+        assert first[0] <= 4 + MAX_IDLE, f"{name}: a new sequence is looked at soon"
+        assert len(others) > 10
+        assert all(at == wanted for at, wanted in others), name
