@@ -85,10 +85,12 @@ class Compiled:
 
 
 class Hopper:
-    """As much of a Triton driver as launches ask for. They end in ``launched``."""
+    """As much of a Triton driver as launches ask for. They end in ``launched``, and in ``arguments`` what each was given: grid, stream,
+    what Triton was called with."""
 
     def __init__(self) -> None:
         self.launched: list[Compiled] = []
+        self.arguments: list[tuple[Any, ...]] = []
         self.utils = self
 
     def get_current_target(self) -> GPUTarget:
@@ -113,6 +115,7 @@ class Hopper:
         def launch(x: int, y: int, z: int, stream: int, function: Compiled, *arguments: Any) -> None:
             function.warps, function.stages, function.constants = metadata.num_warps, metadata.num_stages, constants
             self.launched.append(function)
+            self.arguments.append((x, y, z, stream, *arguments))
 
         return launch
 
@@ -128,7 +131,7 @@ def hopper() -> Hopper:
 def compile_calls(calls: Callable[[], Any]) -> list[Compiled]:
     """The kernels that ``calls`` launches, in their order."""
     device = hopper()
-    device.launched = []
+    device.launched, device.arguments = [], []
     calls()
     return device.launched
 

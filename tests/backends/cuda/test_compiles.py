@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-GROUPS = ("attention", "layers", "sampling")
+GROUPS = ("attention", "launches", "layers", "sampling")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.backends.cuda.kernels.launching import Kernel
+
 _WORDS = tl.constexpr(128)
 """Of a mask, that a program applies."""
 _LIST = tl.constexpr(256)
@@ -23,19 +25,19 @@ def restrict(logits: Tensor, mask_words: Tensor, mask_index: Tensor) -> None:
     rows, vocab = logits.shape
     if rows and len(mask_words):
         grid = rows, triton.cdiv(vocab, 32 * _WORDS.value)
-        _restrict[grid](logits, logits.stride(0), mask_words, mask_words.stride(0), mask_index, vocab, num_warps=4)
+        _restrict.launch(grid, (logits, logits.stride(0), mask_words, mask_words.stride(0), mask_index, vocab))
 
 
 def ban(logits: Tensor, start: Tensor, ids: Tensor) -> None:
     """As in reference/. Rows are contiguous; they may be apart."""
     if len(logits):
-        _edit[(len(logits),)](logits, logits.stride(0), start, ids, None, num_warps=4)
+        _edit.launch((len(logits),), (logits, logits.stride(0), start, ids, None))
 
 
 def bias(logits: Tensor, start: Tensor, ids: Tensor, values: Tensor) -> None:
     """As in reference/. Rows are contiguous; they may be apart."""
     if len(logits):
-        _edit[(len(logits),)](logits, logits.stride(0), start, ids, values, num_warps=4)
+        _edit.launch((len(logits),), (logits, logits.stride(0), start, ids, values))
 
 
 def penalize(
@@ -50,11 +52,12 @@ def penalize(
         history = tokens, tokens.stride(0), rows[part], num_prompt[part], lengths[part]
         penalties = repetition[part], frequency[part], presence[part]
         grid = len(rows[part]), _SPLITS.value
-        _count[grid](counts, *history, *penalties, vocab, num_warps=4)
+        _count.launch(grid, (counts, *history, *penalties, vocab))
         # A product and a difference are two roundings here as on the CPU.
-        _penalize[grid](logits[part], logits.stride(0), counts, *history, *penalties, vocab, num_warps=4, enable_fp_fusion=False)
+        _penalize.launch(grid, (logits[part], logits.stride(0), counts, *history, *penalties, vocab), fuse=False)
 
 
+@Kernel
 @triton.jit
 def _restrict(logits, stride, mask_words, mask_stride, mask_index, vocab):
     row, index = tl.program_id(0).to(tl.int64), tl.load(mask_index + tl.program_id(0)).to(tl.int64)
@@ -68,6 +71,7 @@ def _restrict(logits, stride, mask_words, mask_stride, mask_index, vocab):
         tl.store(logits + row * stride + token, tl.where(z < float("inf"), float("-inf"), z), mask=forbidden)
 
 
+@Kernel
 @triton.jit
 def _edit(logits, stride, start, ids, values):
     row = tl.program_id(0).to(tl.int64)
@@ -92,6 +96,7 @@ def _history(rows, num_prompt, lengths, repetition, frequency, presence, row):
     return tl.load(rows + row).to(tl.int64), prompt, tl.where(repeats, 0, prompt), tl.where(penalized, tl.load(lengths + row), 0)
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["repetition", "frequency", "presence"])
 def _count(counts, tokens, tokens_stride, rows, num_prompt, lengths, repetition, frequency, presence, vocab):
     """How often each token is in the output, and whether it is in the prompt."""
@@ -106,6 +111,7 @@ def _count(counts, tokens, tokens_stride, rows, num_prompt, lengths, repetition,
         tl.atomic_or(here, _IN_PROMPT, mask=known & (at < prompt), sem="relaxed")
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["repetition", "frequency", "presence"])
 def _penalize(
     logits, stride, counts, tokens, tokens_stride, rows, num_prompt, lengths, repetition, frequency, presence, vocab

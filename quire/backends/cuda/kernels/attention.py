@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from quire.backends.cuda.cache import LayerKV
-from quire.backends.cuda.kernels.attention_configs import Config, decode_config, padded, prefill_config
+from quire.backends.cuda.kernels.attention_configs import decode_config, padded, prefill_config
 from quire.backends.cuda.kernels.decode import decode_kernel
 from quire.backends.cuda.kernels.interpreted import INTERPRETED
 from quire.backends.cuda.kernels.prefill import prefill_kernel
-from quire.backends.cuda.kernels.programmatic import programmatic
 from quire.backends.cuda.tiles import SPLIT, DecodeTiles
 
 LOG2_E = log2(e)
@@ -25,20 +24,17 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
     group = q.shape[1] // kv_heads
     config = decode_config(head_dim, block_size, q.dtype, kv.keys.dtype, group, tiles.sequences)
     scratch = tiles.scratch
-    arguments = {
-        "queries": q, "keys": kv.keys, "values": kv.values, "key_scales": kv.key_scales, "value_scales": kv.value_scales,
-        "tables": tables, "rows": rows, "lengths": lengths, "count": tiles.count, "first_slots": tiles.first_slots, "tiles": tiles.pairs,
-        "partial": scratch.partial, "maxima": scratch.maxima, "sums": scratch.sums, "arrived": scratch.arrived, "out": out,
-        "scale": scale * LOG2_E, "row_stride": q.stride(0), "head_stride": q.stride(1), "table_width": tables.stride(0),
-    }  # fmt: skip
-    constants = {
-        "KV_HEADS": kv_heads, "GROUP": group, "GROUP_PAD": padded(group), "HEAD_DIM": head_dim, "DIM_PAD": padded(head_dim),
-        "BLOCK_SIZE": block_size, "WINDOW": window, "SPLIT": SPLIT, "TILE": config.tile, "UPCAST": INTERPRETED,
-        "PDL": programmatic(), "PAIRS": kv.values.itemsize == 1 and head_dim % 2 == 0,
-        "FP16": kv.keys.dtype == torch.float8_e4m3fn and q.dtype == torch.bfloat16,
-    }  # fmt: skip
+    arguments = (
+        q, kv.keys, kv.values, kv.key_scales, kv.value_scales, tables, rows, lengths, tiles.count, tiles.first_slots, tiles.pairs,
+        scratch.partial, scratch.maxima, scratch.sums, scratch.arrived, out, scale * LOG2_E, *q.stride()[:2], tables.stride(0),
+    )  # fmt: skip
+    pairs = kv.values.itemsize == 1 and head_dim % 2 == 0
+    fp16 = kv.keys.dtype == torch.float8_e4m3fn and q.dtype == torch.bfloat16
+    constants = (
+        kv_heads, group, padded(group), head_dim, padded(head_dim), block_size, window, SPLIT, config.tile, INTERPRETED, pairs, fp16,
+    )  # fmt: skip
     if tiles.programs:
-        decode_kernel[(tiles.programs,)](**arguments, **constants, **_options(config), launch_pdl=programmatic())
+        decode_kernel.launch((tiles.programs,), arguments, constants, warps=config.warps, stages=config.stages, registers=config.registers)
 
 
 def prefill(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor, tiles: Tensor, scale: float,
@@ -47,18 +43,11 @@ def prefill(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, query_start: T
     _, kv_heads, block_size, head_dim = kv.keys.shape
     heads = q.shape[1]
     config = prefill_config(head_dim, block_size, q.dtype, kv.keys.dtype)
-    arguments = {
-        "queries": q, "keys": kv.keys, "values": kv.values, "key_scales": kv.key_scales, "value_scales": kv.value_scales,
-        "tables": tables, "rows": rows, "query_start": query_start, "lengths": lengths, "tiles": tiles, "out": out,
-        "scale": scale * LOG2_E, "row_stride": q.stride(0), "head_stride": q.stride(1), "table_width": tables.stride(0),
-    }  # fmt: skip
-    constants = {
-        "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "DIM_PAD": padded(head_dim), "BLOCK_SIZE": block_size,
-        "WINDOW": window, "ROWS": config.rows, "TILE": config.tile, "UPCAST": INTERPRETED,
-    }  # fmt: skip
-    if len(tiles):
-        prefill_kernel[(len(tiles) * heads,)](**arguments, **constants, **_options(config))
-
-
-def _options(config: Config) -> dict[str, int | None]:
-    return {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
+    arguments = (
+        q, kv.keys, kv.values, kv.key_scales, kv.value_scales, tables, rows, query_start, lengths, tiles, out, scale * LOG2_E,
+        *q.stride()[:2], tables.stride(0),
+    )  # fmt: skip
+    constants = heads, kv_heads, head_dim, padded(head_dim), block_size, window, config.rows, config.tile, INTERPRETED
+    grid = (tiles.shape[0] * heads,)
+    if grid[0]:
+        prefill_kernel.launch(grid, arguments, constants, warps=config.warps, stages=config.stages, registers=config.registers)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.backends.cuda.kernels.programmatic import programmatic
+from quire.backends.cuda.kernels.launching import Kernel
 from quire.backends.cuda.kernels.selection import (
     CHUNK,
     CHUNK_RUNS,
@@ -37,19 +37,8 @@ class Scanned:
         self.tops = torch.empty((rows, self.chunks), dtype=torch.float32, device=logits.device)
         self.masses = torch.empty((rows, self.chunks), dtype=torch.float64, device=logits.device)
         if rows:
-            scan[(rows, self.chunks)](
-                logits,
-                logits.stride(0),
-                temperature,
-                self.maxima,
-                self.tops,
-                self.masses,
-                self.vocab,
-                self.chunks,
-                programmatic(),
-                num_warps=4,
-                launch_pdl=programmatic(),
-            )
+            results = self.maxima, self.tops, self.masses
+            scan.launch((rows, self.chunks), (logits, logits.stride(0), temperature, *results, self.vocab, self.chunks))
 
 
 def list_wanted(
@@ -61,13 +50,12 @@ def list_wanted(
     listed = torch.empty((rows, scanned.runs), dtype=torch.int32, device=device)
     number, bound = torch.empty((2, rows), dtype=torch.int32, device=device)
     floor = torch.empty(rows, dtype=torch.float32, device=device)
-    _list_wanted[(rows,)](
-        temperature, top_k, top_p, min_p, status, top, total, scanned.maxima, listed, number, bound, floor, scanned.vocab, scanned.runs,
-        num_warps=8,
-    )  # fmt: skip
+    arguments = temperature, top_k, top_p, min_p, status, top, total, scanned.maxima, listed, number, bound, floor
+    _list_wanted.launch((rows,), (*arguments, scanned.vocab, scanned.runs), warps=8)
     return listed, number, bound, floor
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["top_p", "min_p", "status", "top", "bound"])
 def _list_wanted(temperature, top_k, top_p, min_p, status, top, total, maxima, listed, number, bound, floor, vocab, runs):
     row = tl.program_id(0).to(tl.int64)

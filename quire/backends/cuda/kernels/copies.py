@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.backends.cuda.kernels.launching import Kernel
 from quire.backends.cuda.reference.copies import fill_blocks  # for debugging only: as it is
 
 __all__ = ["copy_blocks", "fill_blocks"]
@@ -21,7 +22,7 @@ def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
     size = source[0, 0, 0].nbytes
     chunk = min(CHUNK, triton.next_power_of_2(size))
     grid = (pairs.shape[0], triton.cdiv(size, chunk), layers * two)
-    _copy[grid](*_strided(source), *_strided(destination), pairs, size, chunk, num_warps=4)
+    _copy.launch(grid, (*_strided(source), *_strided(destination), pairs), (size, chunk))
 
 
 def _strided(memory: Tensor) -> tuple[Tensor, int, int]:
@@ -33,6 +34,7 @@ def _strided(memory: Tensor) -> tuple[Tensor, int, int]:
     return flat, memory.stride(1) * size, memory.stride(2) * size
 
 
+@Kernel
 @triton.jit
 def _copy(source, SOURCE_LAYER, SOURCE_BLOCK, destination, TO_LAYER, TO_BLOCK, pairs, SIZE: tl.constexpr, CHUNK: tl.constexpr):
     layer = tl.program_id(2).to(tl.int64)

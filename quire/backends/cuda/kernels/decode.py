@@ -10,16 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire.backends.cuda.kernels.launching import Kernel
 from quire.backends.cuda.kernels.paged import block_ids, halves, load_scales, load_tile, prefetch_tile, product
 from quire.backends.cuda.kernels.programmatic import start_next, wait
 
 
+@Kernel
 @triton.jit
 def decode_kernel(
     queries, keys, values, key_scales, value_scales, tables, rows, lengths, count, first_slots, tiles, partial, maxima, sums, arrived, out,
     scale, row_stride, head_stride, table_width, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, PAIRS: tl.constexpr, FP16: tl.constexpr,
+    TILE: tl.constexpr, UPCAST: tl.constexpr, PAIRS: tl.constexpr, FP16: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``scale`` includes log2(e). PAIRS: values of 8 bits are loaded two at a time; FP16: products are of float16, not of the queries'
     type. What belongs to the next item is loaded before the current one is computed."""

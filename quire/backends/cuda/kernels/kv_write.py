@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.backends.cuda.cache import LARGEST, LayerKV
-from quire.backends.cuda.kernels.programmatic import programmatic, start_next, wait
+from quire.backends.cuda.kernels.launching import Kernel
+from quire.backends.cuda.kernels.programmatic import start_next, wait
 from quire.backends.cuda.kernels.rounding import narrow
 
 
@@ -29,13 +30,14 @@ def write_kv(
     group = num_heads // kv_heads
     # 128 bits of queries a thread, about. More warps would mostly wait for each other, in sums over a head.
     warps = 1 << max(0, min(3, (group * head_dim // 384).bit_length() - 1))
-    _write[(qkv.shape[0], kv_heads)](
+    arguments = (
         qkv, kv.keys, kv.values, kv.key_scales, kv.value_scales, positions, slots, cos, sin, q_norm, k_norm, qkv.stride(0), eps,
-        kv_heads, group, head_dim, half, block_size, LARGEST.get(kv.keys.dtype, 0.0), programmatic(), num_warps=warps,
-        launch_pdl=programmatic(),
     )  # fmt: skip
+    constants = kv_heads, group, head_dim, half, block_size, LARGEST.get(kv.keys.dtype, 0.0)
+    _write.launch((qkv.shape[0], kv_heads), arguments, constants, warps=warps)
 
 
+@Kernel
 @triton.jit
 def _write(
     qkv, keys, values, key_scales, value_scales, positions, slots, cos, sin, q_norm, k_norm, qkv_stride, eps, KV_HEADS: tl.constexpr,

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.backends.cuda.kernels.programmatic import programmatic, start_next, wait
+from quire.backends.cuda.kernels.launching import Kernel
+from quire.backends.cuda.kernels.programmatic import start_next, wait
 from quire.backends.cuda.kernels.rounding import narrow
 from quire.models.spec import Activation
 
@@ -18,16 +19,14 @@ MAX_COLUMNS = 1024
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """As in reference/. Rows are contiguous; they may be apart (a part of the columns of another tensor)."""
     out, block, warps = _row(x)
-    _norm[(x.shape[0],)](x, residual, weight, None, out, x.stride(0), eps, x.shape[1], block, False, programmatic(), num_warps=warps,
-                         launch_pdl=programmatic())  # fmt: skip
+    _norm.launch((x.shape[0],), (x, residual, weight, None, out, x.stride(0), eps), (x.shape[1], block, False), warps=warps)
     return out
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
     """As in reference/. Rows are contiguous; they may be apart (a part of the columns of another tensor)."""
     out, block, warps = _row(x)
-    _norm[(x.shape[0],)](x, residual, weight, bias, out, x.stride(0), eps, x.shape[1], block, True, programmatic(), num_warps=warps,
-                         launch_pdl=programmatic())  # fmt: skip
+    _norm.launch((x.shape[0],), (x, residual, weight, bias, out, x.stride(0), eps), (x.shape[1], block, True), warps=warps)
     return out
 
 
@@ -37,8 +36,7 @@ def activate(x: Tensor, kind: Activation, gated: bool) -> Tensor:
     width = width // 2 if gated else width
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block = min(MAX_COLUMNS, 1 << (width - 1).bit_length())  # (Triton's own function takes a quarter of the launch)
-    _activate[(rows, -(-width // block))](x, out, x.stride(0), width, kind, gated, block, programmatic(), num_warps=4,
-                                              launch_pdl=programmatic())  # fmt: skip
+    _activate.launch((rows, -(-width // block)), (x, out, x.stride(0)), (width, kind, gated, block))
     return out
 
 
@@ -49,6 +47,7 @@ def _row(x: Tensor) -> tuple[Tensor, int, int]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), block, warps
 
 
+@Kernel
 @triton.jit
 def _norm(x, residual, weight, bias, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
           PDL: tl.constexpr):  # fmt: skip
@@ -74,6 +73,7 @@ def _norm(x, residual, weight, bias, out, x_stride, eps, WIDTH: tl.constexpr, BL
     tl.store(out + row * WIDTH + columns, narrow(normed, out.dtype.element_ty), mask=inside)
 
 
+@Kernel
 @triton.jit
 def _activate(x, out, x_stride, WIDTH: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
               PDL: tl.constexpr):  # fmt: skip

@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.backends.cuda.kernels.interpreted import INTERPRETED
+from quire.backends.cuda.kernels.launching import Kernel
 from quire.backends.cuda.kernels.layers import activate, activation
-from quire.backends.cuda.kernels.programmatic import programmatic, start_next, wait
+from quire.backends.cuda.kernels.programmatic import start_next, wait
 from quire.backends.cuda.kernels.rounding import narrow
 from quire.models.spec import Activation
 
@@ -68,8 +69,8 @@ def linear(
     if scales is None and not same and not few:
         return _of_library(x, weight, bias, out)
     if out is None:
-        out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
-    if few and not same and len(x) == 1:
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if few and not same and x.shape[0] == 1:
         _one_row(x, weight, bias, out)
     else:
         _rows(x, weight, bias, scales, out, None)
@@ -80,9 +81,9 @@ def gated_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, same: bool, gate: Activation
 ) -> Tensor:  # fmt: skip
     """As in reference/. Rows of x are contiguous; they may be apart. weight is contiguous."""
-    if not _is_few(x, scales) or len(x) == 1:
+    if not _is_few(x, scales) or x.shape[0] == 1:
         return activate(linear(x, weight, bias, scales, same), gate, True)
-    out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype, device=x.device)
+    out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
     _rows(x, weight, bias, scales, out, gate)
     return out
 
@@ -102,23 +103,19 @@ def _rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, out: Tensor, gate: Activation | None
 ) -> None:  # fmt: skip
     tokens, depth = x.shape
-    channels = len(weight)
+    channels = weight.shape[0]
     tiles = FLOAT32 if x.dtype == torch.float32 else choose(tokens, channels, weight.element_size())
     programs = -(-tokens // tiles.tokens) * -(-channels // tiles.channels)
     stages = 4 if programs > MANY and tiles.tokens <= FEW else tiles.stages
-    _linear[(programs,)](
-        x, weight, scales, bias, out, tokens, x.stride(0), channels, depth, tiles.tokens, tiles.channels, tiles.depth, GROUP, gate,
-        INTERPRETED, programmatic(), num_warps=tiles.warps, num_stages=stages, launch_pdl=programmatic(),
-    )  # fmt: skip
+    constants = channels, depth, tiles.tokens, tiles.channels, tiles.depth, GROUP, gate, INTERPRETED
+    _linear.launch((programs,), (x, weight, scales, bias, out, tokens, x.stride(0)), constants, warps=tiles.warps, stages=stages)
 
 
 def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     channels, depth = weight.shape
     padded = 1 << (depth - 1).bit_length()
     each = max(1, ROW_ELEMENTS // padded)
-    _row[(-(-channels // each),)](
-        x, weight, bias, out, channels, depth, padded, each, programmatic(), num_warps=4, launch_pdl=programmatic()
-    )
+    _row.launch((-(-channels // each),), (x, weight, bias, out), (channels, depth, padded, each))
 
 
 def _of_library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -129,9 +126,10 @@ def _of_library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
 
 def _is_few(x: Tensor, scales: Tensor | None) -> bool:
     """Whether products of these rows are ours, whatever is asked for."""
-    return scales is None and len(x) <= FEW and x.dtype != torch.float32 and x.shape[1] % 128 == 0
+    return scales is None and x.shape[0] <= FEW and x.dtype != torch.float32 and x.shape[1] % 128 == 0
 
 
+@Kernel
 @triton.jit
 def _row(x, weight, bias, out, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PADDED: tl.constexpr, EACH: tl.constexpr, PDL: tl.constexpr):
     n = tl.program_id(0) * EACH + tl.arange(0, EACH)
@@ -148,6 +146,7 @@ def _row(x, weight, bias, out, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PADD
     tl.store(out + n, narrow(sums, out.dtype.element_ty), mask=n < CHANNELS)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens"])
 def _linear(
     x, weight, scales, bias, out, tokens, x_stride, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_T: tl.constexpr,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.backends.cuda.kernels.candidates import Scanned, list_wanted
+from quire.backends.cuda.kernels.launching import Kernel
 from quire.backends.cuda.kernels.selection import (
     ALL_TOKENS,
     CHUNK_RUNS,
@@ -49,21 +50,20 @@ def report(logits: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor, 
     top_logprobs = torch.full((rows, width), -torch.inf, dtype=torch.float32, device=device)
     if not rows:
         return logprob, rank, top_ids, top_logprobs
-    _count_greater[(rows, scanned.chunks)](logits, logits.stride(0), tokens, scanned.maxima, greater, vocab, scanned.chunks, num_warps=4)
-    _report[(rows,)](
+    counted = logits, logits.stride(0), tokens, scanned.maxima, greater, vocab, scanned.chunks
+    _count_greater.launch((rows, scanned.chunks), counted)
+    arguments = (
         logits, logits.stride(0), tokens, scanned.tops, scanned.masses, greater, logprob, rank, status, top, log_sum, scanned.chunks,
-        scanned.padded_chunks, num_warps=1,
     )  # fmt: skip
+    _report.launch((rows,), arguments, (scanned.padded_chunks,), warps=1)
     if width:
         few = width <= MAX_ORDERED and width < vocab
         if few:
             ids = _likeliest(scanned, logits, status, top, width)
         else:
             ids = logits.sort(dim=1, descending=True, stable=True).indices[:, :width].int().contiguous()
-        _place[(rows, triton.cdiv(width, _PLACES.value))](
-            logits, logits.stride(0), ids, ids.stride(0), ids.shape[1], status, top, log_sum, top_ids, top_logprobs, width, not few,
-            num_warps=4,
-        )  # fmt: skip
+        placed = logits, logits.stride(0), ids, ids.stride(0), ids.shape[1], status, top, log_sum, top_ids, top_logprobs, width
+        _place.launch((rows, triton.cdiv(width, _PLACES.value)), placed, (not few,))
     return logprob, rank, top_ids, top_logprobs
 
 
@@ -74,9 +74,8 @@ def _likeliest(scanned: Scanned, logits: Tensor, status: Tensor, top: Tensor, wi
     top_k = torch.full((rows,), width, dtype=torch.int32, device=device)
     listed, number, bound, _ = list_wanted(scanned, ones, top_k, ones, zeros, status, top, zeros.double())
     ids = torch.empty((rows, width), dtype=torch.int32, device=device)
-    _pick[(rows,)](
-        logits, logits.stride(0), top, listed, number, bound, ids, width, scanned.vocab, scanned.runs, num_warps=8, maxnreg=MAX_REGISTERS
-    )
+    arguments = logits, logits.stride(0), top, listed, number, bound, ids, width, scanned.vocab, scanned.runs
+    _pick.launch((rows,), arguments, warps=8, registers=MAX_REGISTERS)
     return ids
 
 
@@ -88,6 +87,7 @@ def _logprob(z, top, log_sum):
     return tl.where((z < top) & (value == most), next_bits.to(tl.float32, bitcast=True), value)
 
 
+@Kernel
 @triton.jit
 def _count_greater(logits, stride, tokens, maxima, greater, vocab, chunks):
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -99,6 +99,7 @@ def _count_greater(logits, stride, tokens, maxima, greater, vocab, chunks):
     tl.store(greater + row * chunks + chunk, tl.sum(tl.sum((z > own).to(tl.int32), 1), 0))
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["status", "top"])
 def _report(
     logits, stride, tokens, tops, masses, greater, logprob, rank, status, top, log_sum, chunks, CHUNKS: tl.constexpr
@@ -118,6 +119,7 @@ def _report(
     tl.store(log_sum + row, sum_)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["top", "bound"])
 def _pick(logits, stride, top, listed, number, bound, ids, width, vocab, runs):
     row = tl.program_id(0).to(tl.int64)
@@ -142,6 +144,7 @@ def _pick(logits, stride, top, listed, number, bound, ids, width, vocab, runs):
             written += tl.sum(kept.to(tl.int32), 0)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["width", "count", "ids_stride"], do_not_specialize_on_alignment=["status", "top"])
 def _place(logits, stride, ids, ids_stride, count, status, top, log_sum, top_ids, top_logprobs, width, SORTED: tl.constexpr):
     """Where each of a row's ``count`` tokens comes, unless they are sorted already: after those that are likelier."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire.backends.cuda.kernels.launching import Kernel
 from quire.backends.cuda.kernels.paged import block_ids, load_scales, load_tile, product
 
 
+@Kernel
 @triton.jit
 def prefill_kernel(
     queries, keys, values, key_scales, value_scales, tables, rows, query_start, lengths, tiles, out, scale, row_stride, head_stride,

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.backends.cuda.kernels.candidates import Scanned, list_wanted
-from quire.backends.cuda.kernels.programmatic import programmatic, start_next, wait
+from quire.backends.cuda.kernels.launching import Kernel
+from quire.backends.cuda.kernels.programmatic import start_next, wait
 from quire.backends.cuda.kernels.selection import (
     ALL_TOKENS,
     CHUNK,
@@ -46,20 +47,20 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
     total = torch.empty(rows, dtype=torch.float64, device=logits.device)
     if not rows:
         return found
-    _draw[(rows,)](
+    arguments = (
         logits, logits.stride(0), params.temperature, params.seed, params.position, scanned.tops, scanned.masses, token, status, top, total,
-        vocab, scanned.chunks, scanned.padded_chunks, programmatic(), num_warps=8, launch_pdl=programmatic(),
+        vocab, scanned.chunks,
     )  # fmt: skip
+    _draw.launch((rows,), arguments, (scanned.padded_chunks,), warps=8)
     if params.truncates:
         cuts = params.temperature, params.top_k, params.top_p, params.min_p
         listed = list_wanted(scanned, *cuts, status, top, total)
-        _draw_truncated[(rows,)](
-            logits, logits.stride(0), *cuts, params.seed, params.position, top, total, *listed, token, vocab, scanned.runs, num_warps=8,
-            maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
+        drawn = params.seed, params.position, top, total, *listed, token, vocab, scanned.runs
+        _draw_truncated.launch((rows,), (logits, logits.stride(0), *cuts, *drawn), warps=8, registers=MAX_REGISTERS)
     return found
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["status"])  # parts of one tensor: where they start hangs on the number of rows
 def _draw(logits, stride, temperature, seed, position, tops, masses, token, status, top, total, vocab, chunks, CHUNKS: tl.constexpr,
           PDL: tl.constexpr):  # fmt: skip
@@ -89,6 +90,7 @@ def _draw(logits, stride, temperature, seed, position, tops, masses, token, stat
     tl.store(token + row, tl.where(state == 0, found, -1))
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["top_p", "min_p", "bound"])
 def _draw_truncated(
     logits, stride, temperature, top_k, top_p, min_p, seed, position, top, total, listed, number, bound, floor, token, vocab, runs

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire.backends.cuda.kernels.launching import Kernel
 from quire.backends.cuda.kernels.programmatic import start_next, wait
 
 RUN = tl.constexpr(32)
@@ -84,6 +85,7 @@ def uniform(seed, position):
     return ((c0 << 21) | (c1 >> 11)).to(tl.int64).to(tl.float64) * 2.0**-53
 
 
+@Kernel
 @triton.jit
 def scan(logits, stride, temperature, maxima, tops, masses, vocab, chunks, PDL: tl.constexpr):
     """Grid (rows, chunks). The greatest logit of each run, and of the chunk: infinite where one is NaN or infinite. And the weights'

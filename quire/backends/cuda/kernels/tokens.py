@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.backends.cuda.kernels.programmatic import programmatic, start_next, wait
+from quire.backends.cuda.kernels.launching import Kernel
+from quire.backends.cuda.kernels.programmatic import start_next, wait
 
 MAX_COLUMNS = 1024
 """Of a program of ``embed``."""
@@ -17,24 +18,22 @@ _TOKENS = 128
 
 def embed(tokens: Tensor, rows: Tensor, positions: Tensor, weight: Tensor) -> Tensor:
     """As in reference/. The last dimension of tokens is contiguous, and weight is."""
-    count, width = len(rows), weight.shape[1]
+    count, width = rows.shape[0], weight.shape[1]
     out = torch.empty((count, width), dtype=weight.dtype, device=weight.device)
     block = min(MAX_COLUMNS, 1 << (width - 1).bit_length())
     if count:
-        _embed[(count, -(-width // block))](
-            tokens, tokens.stride(0), rows, positions, weight, out, width, block, programmatic(), num_warps=4, launch_pdl=programmatic()
-        )
+        _embed.launch((count, -(-width // block)), (tokens, tokens.stride(0), rows, positions, weight, out), (width, block))
     return out
 
 
 def put_tokens(tokens: Tensor, rows: Tensor, positions: Tensor, found: Tensor) -> None:
     """As in reference/. The last dimension of tokens is contiguous."""
-    if len(rows):
-        _put[(-(-len(rows) // _TOKENS),)](
-            tokens, tokens.stride(0), rows, positions, found, len(rows), _TOKENS, programmatic(), num_warps=4, launch_pdl=programmatic()
-        )
+    count = rows.shape[0]
+    if count:
+        _put.launch((-(-count // _TOKENS),), (tokens, tokens.stride(0), rows, positions, found, count), (_TOKENS,))
 
 
+@Kernel
 @triton.jit
 def _embed(tokens, stride, rows, positions, weight, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     start_next(PDL)
@@ -46,6 +45,7 @@ def _embed(tokens, stride, rows, positions, weight, out, WIDTH: tl.constexpr, BL
     tl.store(out + at * WIDTH + columns, tl.load(weight + token * WIDTH + columns, mask=inside), mask=inside)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count"])
 def _put(tokens, stride, rows, positions, found, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
     start_next(PDL)
