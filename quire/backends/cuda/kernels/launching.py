@@ -1,4 +1,4 @@
-"""Launches that take a fifth of the host's time that Triton's own take: a step with prompts of a small model waits for nothing else.
+"""Launches that take a quarter of the host's time that Triton's own take: a step with prompts of a small model waits for nothing else.
 
 At each launch Triton finds out what it would compile the kernel for: types, aligned pointers, numbers that are 1 or multiples of 16,
 options. Here that is a key of a few comparisons, and what Triton made for it the first time is launched again.
