@@ -1,5 +1,5 @@
 """Launches by launching.py are those that Triton would make: the same compiled kernel, the same arguments. Of a kernel with arguments of
-every kind, and of all that steps launch. Prints what it has compared, and fails where something differs."""
+every kind, and of all of the backend's. Prints what it has compared, and fails where something differs."""
 
 from __future__ import annotations
 
@@ -109,6 +109,14 @@ def steps(name: str, **options: Any) -> None:
     backend.launch(StepPlan([], [RowWork(0, 41, 1, [], True, 0), RowWork(1, 41, 1, [], True, 0), RowWork(2, 40, 1, [], True, 0)]))
 
 
+def others() -> None:
+    """What those steps had no use for: a row alone, a grammar's mask, copies of blocks."""
+    kernels.linear(torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(64, 128, dtype=torch.bfloat16))
+    kernels.restrict(torch.zeros(2, 64), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    pool = torch.zeros(2, 2, 4, 64)
+    kernels.copy_blocks(pool, pool, torch.zeros(1, 2, dtype=torch.int32))
+
+
 if __name__ == "__main__":
     hopper()
     opening.operations = lambda device: kernels
@@ -116,6 +124,7 @@ if __name__ == "__main__":
     every_kind()
     steps("qwen3-tied", dtype="bfloat16")
     steps("mistral-window", dtype="bfloat16", kv_dtype="int8", deterministic=True)
+    others()
     print(*(f"{name} {count}" for name, count in sorted(compared.items())), sep=", ")
     print(*faults, sep="\n")
     sys.exit(len(faults) > 0)
