@@ -14,6 +14,9 @@ LEAST_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 """Instructions that convert e4m3."""
 
+LEAST_TRITON = (3, 5)
+"""Older ones fail to compile some kernels."""
+
 
 def open_device(name: str, index: int = 0) -> Any:
     """The torch.device of ``--device`` cuda or torch-cpu; index: which GPU.
@@ -47,8 +50,7 @@ def open_device(name: str, index: int = 0) -> Any:
             f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Ampere) is the least that the kernels run on: use --device cpu",
             param="device",
         )
-    if find_spec("triton") is None:
-        raise _missing(name, "Triton is")
+    _check_triton(name)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -76,6 +78,21 @@ def operations(device: Any) -> Any:
     from quire.backends.cuda.reference import operations as reference
 
     return reference
+
+
+def _check_triton(name: str) -> None:
+    if find_spec("triton") is None:
+        raise _missing(name, "Triton is")
+    import triton
+
+    version: str = triton.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < LEAST_TRITON:
+        least = ".".join(map(str, LEAST_TRITON))
+        raise ConfigError(
+            f"--device {name}: Triton {version} is too old: {least} is the least that compiles the kernels: pip install 'triton>={least}' "
+            "with the PyTorch that goes with it (2.9 or newer), or use --device cpu",
+            param="device",
+        )
 
 
 def _missing(name: str, what: str) -> ConfigError:

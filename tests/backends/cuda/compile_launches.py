@@ -36,8 +36,7 @@ def launch(self: Kernel, grid: tuple[int, ...], arguments: Any, constants: tuple
     device.launched, device.arguments = [], []
     inner(self, grid, arguments, constants, **options)
     inner(self, grid, arguments, constants, **options)
-    given = {"warps": 4, "stages": None, "registers": None, "fuse": True} | options
-    self._launch_by_triton(grid, arguments, constants, **given)
+    self.launch_by_triton(grid, arguments, constants, **options)
     name = self.function.fn.__name__
     compared[name] = compared.get(name, 0) + 1
     if len({id(each) for each in device.launched}) != 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import quire
 from quire.backends.base import open_backend
@@ -68,6 +69,13 @@ def test_no_triton(with_gpu: pytest.MonkeyPatch) -> None:
     with_gpu.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     with_gpu.setattr(device, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"Triton is not installed: pip install 'quire\[cuda\]', or use --device cpu"):
+        open_backend(CUDA)
+
+
+def test_an_old_triton(with_gpu: pytest.MonkeyPatch) -> None:
+    with_gpu.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with_gpu.setattr(triton, "__version__", "3.4.0")
+    with pytest.raises(ConfigError, match=r"Triton 3\.4\.0 is too old: 3\.5 is the least .*: pip install 'triton>=3\.5' with the PyTorch"):
         open_backend(CUDA)
 
 

@@ -17,7 +17,7 @@ from quire.backends.cuda.kernels.programmatic import programmatic
 
 _ALIGNED = 16
 """Bytes, and what numbers are multiples of: Triton compiles for both."""
-LARGE = 1 << 31
+_LARGE = 1 << 31
 Argument: TypeAlias = Tensor | float | None
 
 
@@ -49,25 +49,25 @@ class Kernel:
                 passed.append(argument)
                 kinds.append(_kind(argument) if type(argument) is int else type(argument))
         if INTERPRETED or pointers % _ALIGNED:
-            self._launch_by_triton(grid, arguments, constants, warps, stages, registers, fuse)
+            self.launch_by_triton(grid, arguments, constants, warps=warps, stages=stages, registers=registers, fuse=fuse)
             return
         active = driver.active
         device = active.get_current_device()
         key = (device, warps, stages, registers, fuse, constants, *kinds)
         known = self._known.get(key)
         if known is None:
-            compiled = self._launch_by_triton(grid, arguments, constants, warps, stages, registers, fuse)
+            compiled = self.launch_by_triton(grid, arguments, constants, warps=warps, stages=stages, registers=registers, fuse=fuse)
             self._known[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), (*constants, *self._pdl())
             return
         run, binary, constants = known
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, active.get_current_stream(device), *binary, *passed, *constants)
 
-    def _launch_by_triton(
-        self, grid: tuple[int, ...], arguments: Sequence[Argument], constants: tuple[Any, ...], warps: int, stages: int | None,
-        registers: int | None, fuse: bool,
+    def launch_by_triton(
+        self, grid: tuple[int, ...], arguments: Sequence[Argument], constants: tuple[Any, ...] = (), *, warps: int = 4,
+        stages: int | None = None, registers: int | None = None, fuse: bool = True,
     ) -> Any:  # fmt: skip
-        """Returns what it compiled."""
+        """As ``launch``, but Triton looks for what it compiled, and compiles where there is nothing; returns that."""
         options: dict[str, Any] = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": fuse}
         if stages is not None:
             options["num_stages"] = stages
@@ -81,6 +81,6 @@ class Kernel:
 
 def _kind(number: int) -> int:
     """What Triton may compile a kernel for: a 1, whole 16ths, any other; larger ones, which are not of 32 bits, each by itself."""
-    if not -LARGE < number < LARGE:
+    if not -_LARGE < number < _LARGE:
         return number
     return 1 if number == 1 else _ALIGNED if number % _ALIGNED == 0 else 0
