@@ -114,16 +114,15 @@ void linear(const nb::object& self, const Array& x_, const OutArray& out_, const
             "out must be [" + std::to_string(x.rows) + ", " + std::to_string(packed.panels.n) + "], not " + shape_of(out_));
     const float* b = bias ? vector<float>(*bias, "bias", "float32", (packed.panels.gated ? 2 : 1) * packed.panels.n) : nullptr;
     const Activation kind = activation_named(activation);
-    LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, kind, nullptr, 0, 0, false};
+    LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, kind, nullptr, 0, 0, Reading::slices};
     if (const PackedLinear* then = packed.then)
         args.then = then->panels.data, args.then_panels = then->count(), args.then_panel_bytes = then->nbytes / then->count();
     const auto kernel = packed.panels.bits ? packed.kernels.linear_quantized : packed.kernels.linear;
-    if (x.rows == 0 || x.rows > kRowsBeside) return run_kernel([=] { kernel(args); }, self, x_, out_, bias);
-    Trial& ways = packed.ways[x.rows - 1];
-    run_kernel([=, &ways] {
-        ways.run([&](bool other) {
+    if (x.rows == 0) return;
+    run_kernel([=, &packed] {
+        packed.read(args.m, [&](Reading reading) {
             LinearArgs mine = args;
-            mine.beside = other;
+            mine.reading = reading;
             kernel(mine);
         });
     }, self, x_, out_, bias);

@@ -5,8 +5,12 @@
 //
 // A task is a block of rows against one panel of columns. The panel goes by in slices that fit L2 with room for the
 // slice after it, which is prefetched meanwhile: at few rows the product is bound by how fast weights arrive. The last
-// tasks prefetch the first panels of the linear that follows. A handful of rows can also go against three panels at once, since
-// some machines read faster in several places: a core of Zen 3 28 GB/s in three and 20 in one.
+// tasks prefetch the first panels of the linear that follows.
+//
+// Machines differ in how they read while they compute, so there are other ways for few rows, which give the same bytes (kernels.h):
+// short slices, which come from L2 once, and of which every line is prefetched: a core of Sapphire Rapids has 16 buffers for lines on
+// their way to L1, and with whole slices those from L2 and those from memory, 185 ns each, want the same ones. And a handful of rows
+// against three panels at once: a core of Zen 3 reads 28 GB/s in three places and 20 in one.
 #include "epilogue.h"
 #include "gemm_prefetch.h"
 #include "threads.h"
@@ -16,6 +20,7 @@ namespace {
 
 constexpr int kMostRows = 6;                                            // rows in a register tile
 constexpr int64_t kSlice = 1024;                                        // K positions in a slice
+constexpr int64_t kShortSlice = 64;
 constexpr int64_t kRowBlock = 192;
 
 // 16-bit weights are widened as a tile reads them, or, from so many rows on, a slice at a time. On AVX2 that never pays.
@@ -110,9 +115,9 @@ void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t k
     }
 }
 
-// How a tile prefetches, when `passes` of kn steps are left to do it in.
+// How many lines a tile prefetches with each step, and which, when `passes` of kn steps are left to do it in.
 //
-// Alone, a tile waits for its own weights, and they should arrive on the hardware's streams, which fetch more at a time than
+// Alone in a whole slice, a tile waits for its own weights, and they should arrive on the hardware's streams, which fetch more at a time than
 // prefetches can. But these streams end with every 4 KiB: one line for each K position starts those of the next slice, or
 // (16 bits wide) of this one a little later. All lines, prefetched, would take 20 % longer.
 // Several tiles read the slice once from memory and then from L2, and the streams sleep meanwhile: all lines of the next slice
@@ -120,20 +125,22 @@ void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t k
 // quarter of a line with each: lines on their way from memory hold buffers that those from L2 need, and so many at once that
 // the tile stalls would only move the waiting.
 // On AVX2, 2 or 3 rows alone are slower than their weights arrive, and the streams fall behind: all of their own lines, a little ahead.
-template <class T> QUIRE_INLINE Ahead prefetch_with(bool alone, int64_t rows, const T* w, int64_t kn, int64_t passes, const Coming& next) {
+template <class T>
+QUIRE_INLINE Prefetch prefetch_with(bool alone, int64_t rows, const T* w, int64_t kn, int64_t passes, const Coming& next) {
     constexpr int64_t kStep = kPanel * static_cast<int64_t>(sizeof(T)), kSoon = 4096;
     const char* own = reinterpret_cast<const char*>(w);
-    if (alone && kWidth == 8 && rows > 1) return {own + kSoon / 2, kStep};
-    if (alone) return {sizeof(T) < sizeof(float) || next.lines <= 0 ? own + kSoon : next.at, kStep};
-    if (next.lines <= 0) return {own, 0};
-    return {next.at, (next.lines * 64 + kn * passes - 1) / (kn * passes)};
+    if (alone && kWidth == 8 && rows > 1) return {2, {own + kSoon / 2, kStep}};
+    if (alone) return {1, {sizeof(T) < sizeof(float) || next.lines <= 0 ? own + kSoon : next.at, kStep}};
+    if (next.lines <= 0) return {1, {own, 0}};
+    const int64_t step = (next.lines * 64 + kn * passes - 1) / (kn * passes);
+    return {step <= 64 ? 1 : step <= 128 ? 2 : 4, {next.at, step}};
 }
 
 // All tiles of a block of rows against one slice of a panel.
 template <class T>
-void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t kn, Coming next, const Target& t) {
+void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t kn, bool whole, Coming next, const Target& t) {
     const int64_t tiles = (rows + kRows<T> - 1) / kRows<T>;
-    const bool alone = tiles == 1 && tile_vecs<T>(static_cast<int>(rows)) == kVecs;
+    const bool alone = whole && tiles == 1 && tile_vecs<T>(static_cast<int>(rows)) == kVecs;
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
         const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
         const int vecs = tile_vecs<T>(mt);
@@ -141,11 +148,11 @@ void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t k
         u.to.out += row * t.to.stride;
         u.part += row * kPanel;
         for (int j = 0; j < kVecs; j += vecs) {
-            const Ahead ahead = prefetch_with(alone, rows, w, kn, (tiles - i) * (kVecs / vecs) - j / vecs, next);
-            const auto run = ahead.step > 64 && (!alone || (kWidth == 8 && rows > 1)) ? tile_rows<T, 2> : tile_rows<T, 1>;
-            run(mt, x + row * x_stride, x_stride, w, kn, ahead, u, j * kWidth);
-            next.at += kn * ahead.step;
-            next.lines -= kn * ahead.step / 64;
+            const Prefetch p = prefetch_with(alone, rows, w, kn, (tiles - i) * (kVecs / vecs) - j / vecs, next);
+            const auto run = p.lines == 1 ? tile_rows<T, 1> : p.lines == 2 ? tile_rows<T, 2> : tile_rows<T, 4>;
+            run(mt, x + row * x_stride, x_stride, w, kn, p.ahead, u, j * kWidth);
+            next.at += kn * p.ahead.step;
+            next.lines -= kn * p.ahead.step / 64;
         }
         if (t.finishes) finish_rows(u.to, u.part, nullptr, 0, mt);
         row += mt;
@@ -165,30 +172,30 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     const int64_t rows = a.m - row < grid.rows_per_block ? a.m - row : grid.rows_per_block;
     const T* base = static_cast<const T*>(a.w.data);
     const T* w = base + panel * a.w.k * kPanel;
-    const bool widen = kNarrow<T> && rows >= kWidenRows, blocked = a.w.k > kSlice;
+    const bool whole = a.reading != Reading::short_slices, widen = kNarrow<T> && rows >= kWidenRows;
+    const int64_t most = whole ? kSlice : kShortSlice;
     const bool plain = !a.w.gated && a.activation == Activation::none;
-    const size_t part_floats = blocked || !plain ? rows * kPanel : 0, wide_floats = widen ? kSlice * kPanel : 0;
+    const size_t part_floats = a.w.k > most || !plain ? rows * kPanel : 0, wide_floats = widen ? most * kPanel : 0;
     float* part = static_cast<float*>(thread_scratch(kScratchGemm, (part_floats + wide_floats + 1) * sizeof(float)));
     float* wide = part + part_floats;
 
     Target t{output_of(a, panel, row), part, false, false, false};
     const float* x = a.x + row * a.x_stride;
-    for (int64_t k = 0; k == 0 || k < a.w.k; k += kSlice) {
-        const int64_t kn = a.w.k - k < kSlice ? a.w.k - k : kSlice;
+    for (int64_t k = 0; k == 0 || k < a.w.k; k += most) {
+        const int64_t kn = a.w.k - k < most ? a.w.k - k : most;
         const int64_t left = a.w.k - k - kn;
         t.first = k == 0;
         t.last = left == 0 && plain;
         t.finishes = left == 0 && !plain;
         const Coming rest{reinterpret_cast<const char*>(w + (k + kn) * kPanel),
-                          (left < kSlice ? left : kSlice) * kPanel * static_cast<int64_t>(sizeof(T)) / 64};
-        constexpr int64_t kMost = kSlice * kPanel * sizeof(float);
-        const Coming coming = left == 0 ? panel_after(a, grid, task, next, kMost) : rest;
+                          (left < most ? left : most) * kPanel * static_cast<int64_t>(sizeof(T)) / 64};
+        const Coming coming = left == 0 ? panel_after(a, grid, task, next, most * kPanel * static_cast<int64_t>(sizeof(float))) : rest;
         if (widen) {
             const T* from = w + k * kPanel;
             for (int64_t i = 0; i < kn * kPanel; i += kWidth) store(wide + i, load(from + i));
-            slice<float>(x + k, a.x_stride, rows, wide, kn, coming, t);
+            slice<float>(x + k, a.x_stride, rows, wide, kn, whole, coming, t);
         } else {
-            slice<T>(x + k, a.x_stride, rows, w + k * kPanel, kn, coming, t);
+            slice<T>(x + k, a.x_stride, rows, w + k * kPanel, kn, whole, coming, t);
         }
     }
 }
@@ -246,7 +253,7 @@ template <class T> void task_beside(const void* context, int64_t task, int64_t) 
 
 template <class T> void run(const Plan& plan) {
     const int64_t panels = panel_count(plan.args.w);
-    if (plan.args.beside && plan.args.m <= kRowsBeside && panels >= 8 * num_threads())   // or there would be too few tasks
+    if (plan.args.reading == Reading::beside && plan.args.m <= kRowsBeside && panels >= 8 * num_threads())   // or there would be too few tasks
         return run_tasks((panels + kBeside - 1) / kBeside, task_beside<T>, &plan);
     run_tasks(plan.grid.tasks, task<T>, &plan);
 }

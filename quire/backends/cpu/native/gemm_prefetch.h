@@ -16,6 +16,11 @@ struct Ahead {
     int64_t step;
 };
 
+struct Prefetch {
+    int lines;   // with each step
+    Ahead ahead;
+};
+
 // How the tasks of a linear are numbered: panel by panel, the blocks of rows of a panel one after the other.
 struct TaskGrid {
     int64_t row_blocks, rows_per_block, tasks, panel_bytes;

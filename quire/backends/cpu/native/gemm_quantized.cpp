@@ -108,11 +108,7 @@ struct Plan {
 };
 
 // How many lines a tile prefetches with each step, and which, when `passes` of `steps` are left to do it in.
-struct Prefetch {
-    int lines;
-    Ahead ahead;
-};
-
+//
 // Several tiles read a slice once from memory and then from L2: all lines of the next slice are prefetched meanwhile, spread
 // evenly (gemm.cpp says why), but no thinner than half a line a step, since here instructions count too. Alone, a tile of AVX2,
 // whose slices are small, is 15 % faster if it prefetches its own weights a little ahead. Not a line in two, as gemm.cpp does: in
@@ -198,7 +194,7 @@ template <int Bits> void task_beside(const void* context, int64_t task, int64_t)
 
 template <int Bits> void run(const Plan& plan) {
     const int64_t panels = panel_count(plan.args.w);
-    if (plan.args.beside && plan.args.m == 1 && panels >= 8 * num_threads())
+    if (plan.args.reading == Reading::beside && plan.args.m == 1 && panels >= 8 * num_threads())
         return run_tasks((panels + kBeside - 1) / kBeside, task_beside<Bits>, &plan);
     run_tasks(plan.grid.tasks, task<Bits>, &plan);
 }

@@ -47,6 +47,11 @@ struct QuantizeArgs {
     void* out;             // [panels][panel_bytes] of quantized.h, 64-byte aligned
 };
 
+// How a linear goes through its weights, which is a matter of time and not of bytes: in slices of a panel that fit L2; in short ones that
+// fit L1; or, up to kRowsBeside rows, several panels at once, where that can be.
+enum class Reading : int32_t { slices, short_slices, beside };
+constexpr int kReadings = 3, kRowsBeside = 6, kRowsShort = 48;   // short slices never pay with more rows than kRowsShort
+
 struct LinearArgs {
     Panels w;
     const float* x;      // [m, k], rows x_stride floats apart
@@ -57,10 +62,8 @@ struct LinearArgs {
     Activation activation;
     const void* then;    // the panels that will be read after these, to prefetch; or null
     int64_t then_panels, then_panel_bytes;
-    bool beside;         // up to kRowsBeside rows: read several panels at once, where that can be
+    Reading reading;
 };
-
-constexpr int kRowsBeside = 6;
 
 // Rows are [m][heads][dim], with strides in floats; heads is 1 for a plain matrix.
 struct NormArgs {

@@ -23,11 +23,20 @@ public:
     Panels panels;
     int64_t nbytes;
     const PackedLinear* then = nullptr;   // what is read after it; must outlive it
-    mutable Trial ways[kRowsBeside];      // of reading it, for each number of rows that has two
     int64_t count() const { return panel_count(panels); }
+
+    // Calls work(Reading) with the one that is fastest for so many rows, which is found out meanwhile.
+    template <class Work> void read(int64_t rows, const Work& work) const {
+        if (rows > kRowsShort) return work(Reading::slices);
+        const bool few = rows <= kRowsBeside;
+        Trial& trial = trials_[few ? rows - 1 : kRowsBeside - 1 + (rows - 1) / kRowsBeside];
+        trial.run(few ? kReadings : kReadings - 1, [&](int way) { work(static_cast<Reading>(way)); });
+    }
 
 private:
     bool owned_;
+    // For each number of rows up to kRowsBeside, from there on for each number of tiles of so many.
+    mutable Trial trials_[kRowsBeside - 1 + kRowsShort / kRowsBeside];
 };
 
 int64_t packed_bytes(const Panels& panels);

@@ -1,5 +1,5 @@
-// Which of two ways of doing the same work is faster on this machine, for the very data: they take turns a few times, and the
-// one with the best time stays. Only for work that gives the same bytes both ways.
+// Which of a few ways of doing the same work is fastest on this machine, for the very data: they take turns a few times, and the
+// one with the best time stays. Only for work that gives the same bytes in all ways.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -8,24 +8,35 @@
 
 namespace quire {
 
+constexpr int kMostWays = 3;
+
 class Trial {
 public:
-    // work(other): other says which way.
-    template <class Work> void run(const Work& work) {
+    Trial() { for (std::atomic<float>& best : best_) best.store(std::numeric_limits<float>::infinity(), std::memory_order_relaxed); }
+
+    // work(way): way is from 0 up to `ways`, which is always the same, and at most kMostWays.
+    template <class Work> void run(int ways, const Work& work) {
         const int turn = turns_.load(std::memory_order_relaxed);
-        if (turn >= kTurns) return work(best_[1].load(std::memory_order_relaxed) < best_[0].load(std::memory_order_relaxed));
+        if (turn >= kTurns * ways) return work(fastest());
         turns_.store(turn + 1, std::memory_order_relaxed);
-        std::atomic<float>& best = best_[turn % 2];
+        std::atomic<float>& best = best_[turn % ways];
         const auto start = std::chrono::steady_clock::now();
-        work(turn % 2 == 1);
+        work(turn % ways);
         const std::chrono::duration<float> time = std::chrono::steady_clock::now() - start;
         best.store(std::min(best.load(std::memory_order_relaxed), time.count()), std::memory_order_relaxed);
     }
 
 private:
-    static constexpr int kTurns = 12;
+    int fastest() const {
+        int way = 0;
+        for (int i = 1; i < kMostWays; ++i)
+            if (best_[i].load(std::memory_order_relaxed) < best_[way].load(std::memory_order_relaxed)) way = i;
+        return way;
+    }
+
+    static constexpr int kTurns = 6;   // of each way
     std::atomic<int> turns_{0};
-    std::atomic<float> best_[2] = {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity()};
+    std::atomic<float> best_[kMostWays];
 };
 
 }  // namespace quire
