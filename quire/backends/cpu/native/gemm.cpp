@@ -40,15 +40,22 @@ struct Target {
     bool finishes;         // they end here, and go to `part` and from there to out, since an activation or a gate awaits them
 };
 
-// kn steps of the chains of MT rows x NV vectors of columns.
+// kn steps of the chains of MT rows x NV vectors of columns. PF: lines that are prefetched with each, and whether once again `kTwice`
+// bytes later, since the first time is a wish: with many lines on their way, some are forgotten.
+constexpr int kAgain = 8;
+constexpr int64_t kTwice = 12 * 1024;
 template <int MT, int NV, class T, int PF>
 QUIRE_INLINE void chain(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, vf (&acc)[MT][NV]) {
+    constexpr int kLines = PF % kAgain;
     for (int64_t k = 0; k < kn; ++k) {
         vf wv[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) wv[j] = load(w + k * kPanel + j * kWidth);
-#pragma GCC unroll 2
-        for (int j = 0; j < PF; ++j) prefetch_l2(ahead.at + j * 64);
+#pragma GCC unroll 4
+        for (int j = 0; j < kLines; ++j) {
+            prefetch_l2(ahead.at + j * 64);
+            if constexpr (PF >= kAgain) prefetch_l1(ahead.at + j * 64 - kTwice);
+        }
         ahead.at += ahead.step;
 #pragma GCC unroll 6
         for (int m = 0; m < MT; ++m) {
@@ -149,7 +156,7 @@ void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t k
         u.part += row * kPanel;
         for (int j = 0; j < kVecs; j += vecs) {
             const Prefetch p = prefetch_with(alone, rows, w, kn, (tiles - i) * (kVecs / vecs) - j / vecs, next);
-            const auto run = p.lines == 1 ? tile_rows<T, 1> : p.lines == 2 ? tile_rows<T, 2> : tile_rows<T, 4>;
+            const auto run = p.lines == 1 ? tile_rows<T, 1> : whole ? tile_rows<T, 2> : p.lines == 2 ? tile_rows<T, 2 + kAgain> : tile_rows<T, 4 + kAgain>;
             run(mt, x + row * x_stride, x_stride, w, kn, p.ahead, u, j * kWidth);
             next.at += kn * p.ahead.step;
             next.lines -= kn * p.ahead.step / 64;

@@ -326,6 +326,7 @@ QUIRE_INLINE float reduce_max(vf a) {
     return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
 #endif
+QUIRE_INLINE void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 QUIRE_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r (Cephes, expf). Infinities, overflow and
