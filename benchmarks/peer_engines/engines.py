@@ -128,6 +128,7 @@ def _vllm(name: str, base: str, options: list[str], setup: Setup) -> Peer:
     environ = {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str((setup.out / "vllm").resolve()),
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "86400",  # it is stopped while others run, for more than the usual 300 s
         "PATH": f"{Path(setup.vllm_python).absolute().parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }  # fmt: skip
     if preload:
