@@ -40,30 +40,46 @@ struct Target {
     bool finishes;         // they end here, and go to `part` and from there to out, since an activation or a gate awaits them
 };
 
-// kn steps of the chains of MT rows x NV vectors of columns. PF: lines that are prefetched with each, and whether once again `kTwice`
-// bytes later, since the first time is a wish: with many lines on their way, some are forgotten.
-constexpr int kAgain = 8;
+// What is prefetched, as a compilation of its own for each: so many lines with every step, or one with every second or fourth. Again:
+// and once more `kTwice` bytes later, since with many lines on their way some are forgotten.
+constexpr int kEverySecond = 16, kEveryFourth = 32, kAgain = 8;
 constexpr int64_t kTwice = 12 * 1024;
+
+// Step k of the chains of MT rows x NV vectors of columns.
+template <int MT, int NV, class T> QUIRE_INLINE void step(const float* x, int64_t x_stride, const T* w, int64_t k, vf (&acc)[MT][NV]) {
+    vf wv[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) wv[j] = load(w + k * kPanel + j * kWidth);
+#pragma GCC unroll 6
+    for (int m = 0; m < MT; ++m) {
+        const vf xv = set1(x[m * x_stride + k]);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[m][j] = fma(xv, wv[j], acc[m][j]);
+    }
+}
+
+// kn steps, four at a time: what counts loops and prefetches is a tenth of the instructions otherwise, and on a core that is shared with
+// another thread (hyper-threading) instructions are what binds.
 template <int MT, int NV, class T, int PF>
 QUIRE_INLINE void chain(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, vf (&acc)[MT][NV]) {
-    constexpr int kLines = PF % kAgain;
-    for (int64_t k = 0; k < kn; ++k) {
-        vf wv[NV];
+    constexpr int kLines = PF % kAgain, kEvery = PF == kEveryFourth ? 4 : PF == kEverySecond ? 2 : 1;
+    int64_t k = 0;
+    for (; k + 4 <= kn; k += 4) {
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) wv[j] = load(w + k * kPanel + j * kWidth);
+        for (int u = 0; u < 4; ++u) {
+            if (u % kEvery == 0) {
+                const char* line = ahead.at + u * ahead.step;
 #pragma GCC unroll 4
-        for (int j = 0; j < kLines; ++j) {
-            prefetch_l2(ahead.at + j * 64);
-            if constexpr (PF >= kAgain) prefetch_l1(ahead.at + j * 64 - kTwice);
+                for (int j = 0; j < (kLines ? kLines : 1); ++j) {
+                    prefetch_l2(line + j * 64);
+                    if constexpr (kLines && PF >= kAgain) prefetch_l1(line + j * 64 - kTwice);
+                }
+            }
+            step(x, x_stride, w, k + u, acc);
         }
-        ahead.at += ahead.step;
-#pragma GCC unroll 6
-        for (int m = 0; m < MT; ++m) {
-            const vf xv = set1(x[m * x_stride + k]);
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) acc[m][j] = fma(xv, wv[j], acc[m][j]);
-        }
+        ahead.at += 4 * ahead.step;
     }
+    for (; k < kn; ++k) step(x, x_stride, w, k, acc);
 }
 
 template <int MT, int NV> QUIRE_INLINE void finish(const Output& t, int first, vf (&acc)[MT][NV]) {
@@ -122,6 +138,11 @@ void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t k
     }
 }
 
+template <class T> auto tiles_that_prefetch(const Prefetch& p, bool whole) {
+    if (p.lines > 1) return whole ? tile_rows<T, 2> : p.lines == 2 ? tile_rows<T, 2 + kAgain> : tile_rows<T, 4 + kAgain>;
+    return p.ahead.step <= 16 ? tile_rows<T, kEveryFourth> : p.ahead.step <= 32 ? tile_rows<T, kEverySecond> : tile_rows<T, 1>;
+}
+
 // How many lines a tile prefetches with each step, and which, when `passes` of kn steps are left to do it in.
 //
 // Alone in a whole slice, a tile waits for its own weights, and they should arrive on the hardware's streams, which fetch more at a time than
@@ -156,8 +177,7 @@ void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t k
         u.part += row * kPanel;
         for (int j = 0; j < kVecs; j += vecs) {
             const Prefetch p = prefetch_with(alone, rows, w, kn, (tiles - i) * (kVecs / vecs) - j / vecs, next);
-            const auto run = p.lines == 1 ? tile_rows<T, 1> : whole ? tile_rows<T, 2> : p.lines == 2 ? tile_rows<T, 2 + kAgain> : tile_rows<T, 4 + kAgain>;
-            run(mt, x + row * x_stride, x_stride, w, kn, p.ahead, u, j * kWidth);
+            tiles_that_prefetch<T>(p, whole)(mt, x + row * x_stride, x_stride, w, kn, p.ahead, u, j * kWidth);
             next.at += kn * p.ahead.step;
             next.lines -= kn * p.ahead.step / 64;
         }
