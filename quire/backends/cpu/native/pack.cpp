@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "quantized.h"
 #include "threads.h"
@@ -77,6 +80,21 @@ std::vector<Matrix> interleaved(const Matrix& gate, const Matrix& up, int64_t ha
     return parts;
 }
 
+// Those of all linears that are packed alike; kept to the end of the process, a kilobyte for each shape.
+Readings& readings_of(const Kernels& kernels, const Panels& p) {
+    static std::mutex mutex;
+    static std::map<std::tuple<const Kernels*, DType, int64_t, int64_t, int64_t, int64_t, bool>, Readings> all;
+    const std::lock_guard lock(mutex);
+    return all[{&kernels, p.dtype, p.bits, p.group, p.n, p.k, p.gated}];
+}
+
+Panels of_parts(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated) {
+    Panels p{nullptr, dtype, parts[0].n, parts[0].k, kernels.panel, bits, group, gated};
+    if (!gated)
+        for (size_t i = 1; i < parts.size(); ++i) p.n += parts[i].n;
+    return p;
+}
+
 }  // namespace
 
 int64_t packed_bytes(const Panels& p) {
@@ -84,13 +102,11 @@ int64_t packed_bytes(const Panels& p) {
 }
 
 PackedLinear::PackedLinear(const Kernels& kernels_, const Panels& panels_)
-    : kernels(kernels_), panels(panels_), nbytes(packed_bytes(panels_)), owned_(false) {}
+    : kernels(kernels_), panels(panels_), nbytes(packed_bytes(panels_)), owned_(false), readings_(readings_of(kernels, panels)) {}
 
 PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated)
-    : kernels(kernels_), panels{nullptr, dtype, parts[0].n, parts[0].k, kernels_.panel, bits, group, gated}, owned_(true) {
-    if (!gated)
-        for (size_t i = 1; i < parts.size(); ++i) panels.n += parts[i].n;
-    nbytes = packed_bytes(panels);
+    : kernels(kernels_), panels(of_parts(kernels_, parts, dtype, bits, group, gated)), nbytes(packed_bytes(panels)), owned_(true),
+      readings_(readings_of(kernels, panels)) {
     void* memory = allocate_large(static_cast<size_t>(nbytes));
     panels.data = memory;
     const std::vector<Matrix> columns = gated ? interleaved(parts[0], parts[1], panel_outputs(panels)) : parts;

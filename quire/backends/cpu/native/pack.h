@@ -9,6 +9,12 @@
 
 namespace quire {
 
+// Which Reading is fastest for linears of one shape: of the layers of a model each finds out a part.
+struct Readings {
+    // For each number of rows up to kRowsBeside, from there on for each number of tiles of so many.
+    Trial trials[kRowsBeside - 1 + kRowsShort / kRowsBeside];
+};
+
 class PackedLinear {
 public:
     // Packs parts of one dtype, concatenated along n, or two of one shape, gate and up, where gated; bits and group as in Panels.
@@ -29,14 +35,13 @@ public:
     template <class Work> void read(int64_t rows, const Work& work) const {
         if (rows > kRowsShort) return work(Reading::slices);
         const bool few = rows <= kRowsBeside;
-        Trial& trial = trials_[few ? rows - 1 : kRowsBeside - 1 + (rows - 1) / kRowsBeside];
+        Trial& trial = readings_.trials[few ? rows - 1 : kRowsBeside - 1 + (rows - 1) / kRowsBeside];
         trial.run(few ? kReadings : kReadings - 1, [&](int way) { work(static_cast<Reading>(way)); });
     }
 
 private:
     bool owned_;
-    // For each number of rows up to kRowsBeside, from there on for each number of tiles of so many.
-    mutable Trial trials_[kRowsBeside - 1 + kRowsShort / kRowsBeside];
+    Readings& readings_;
 };
 
 int64_t packed_bytes(const Panels& panels);

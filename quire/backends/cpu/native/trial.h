@@ -1,4 +1,4 @@
-// Which of a few ways of doing the same work is fastest on this machine, for the very data: they take turns a few times, and the
+// Which of a few ways of doing the same work is fastest on this machine, for data of that size: they take turns a few times, and the
 // one with the best time stays. Only for work that gives the same bytes in all ways.
 #pragma once
 #include <algorithm>
