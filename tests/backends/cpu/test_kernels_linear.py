@@ -62,16 +62,17 @@ def test_matches_float64(dtype, m, n, k):
 @pytest.mark.parametrize("n", [150, 600, 632])  # so many panels that a few rows may go against several at once, and one or two are left
 def test_one_chain_whatever_the_number_of_rows(dtype, n):
     rng = np.random.default_rng(2)
-    weight, x, bias = make(rng, 512, n, 1100, dtype)
+    weight, x, bias = make(rng, 512, n, 1101, dtype)
     packed = native.pack_linear(bits(weight))
     whole = run(packed, x, bias)
-    for m in [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 23, 24, 25, 30, 64, 193, 500]:
+    few = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 23, 24, 25, 30, 36, 41, 48]
+    for m in few * 3 + [49, 64, 193, 500]:  # the ways to read the weights, up to three, take turns
         first = int(rng.integers(0, len(x) - m + 1))
         assert np.array_equal(run(packed, x[first : first + m], bias), whole[first : first + m]), m
     for threads in [1, 2, 3]:
         native.set_num_threads(threads)
         assert np.array_equal(run(packed, x, bias), whole)
-        for m in [1, 2, 4, 6] * 2:  # the two ways to read the weights take turns
+        for m in [1, 2, 4, 6, 17] * 2:
             assert np.array_equal(run(packed, x[:m], bias), whole[:m]), (threads, m)
 
 

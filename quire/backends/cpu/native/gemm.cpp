@@ -8,7 +8,7 @@
 // tasks prefetch the first panels of the linear that follows.
 //
 // Machines differ in how they read while they compute, so there are other ways for few rows, which give the same bytes (kernels.h):
-// short slices, which come from L2 once, and of which every line is prefetched: a core of Sapphire Rapids has 16 buffers for lines on
+// short slices, which come from L2 once, and of which every line is prefetched: a core of Emerald Rapids has 16 buffers for lines on
 // their way to L1, and with whole slices those from L2 and those from memory, 185 ns each, want the same ones. And a handful of rows
 // against three panels at once: a core of Zen 3 reads 28 GB/s in three places and 20 in one.
 #include "epilogue.h"
