@@ -255,7 +255,7 @@ def test_execute(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     (result,) = json.loads(capsys.readouterr().out)["runs"]
     assert next(generated) - 1 == 3 * outputs
     assert result["max_sequences"] >= 3
-    assert result["saved_share"] > 0.3
+    assert result["saved_share"] > 0.2  # how much depends on which beams live, and so on the last bits of the logits
 
 
 def test_a_missing_matplotlib_costs_only_the_picture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
