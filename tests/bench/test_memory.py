@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from quire.bench import memory_device
 from quire.bench.memory import QUEUE, run
 from quire.bench.memory_load import Layout, Load, ended_by, layouts
 from quire.bench.memory_tally import Tally
@@ -244,6 +245,9 @@ def test_execute(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         return outputs
 
     monkeypatch.setattr(Engine, "step", counted)
+    # Prompts are cut from Quire's source, and how long beams stay together depends on the prompt: from a text that stays here.
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    monkeypatch.setattr(memory_device, "_text", lambda tokenizer: tokenizer.encode(text, add_special_tokens=False))
     options = ["bench", "memory", "--execute", "--dist", "alpaca-paper", "--requests", "4", "--pool", "2048", "--json", "-", "--no-plot"]
     options += ["--admission", "past-future"]
     assert main([*options, "--policy", "paged,oracle", "--block-size", "8", "--max-num-seqs", "2"]) == 0
@@ -255,7 +259,7 @@ def test_execute(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     (result,) = json.loads(capsys.readouterr().out)["runs"]
     assert next(generated) - 1 == 3 * outputs
     assert result["max_sequences"] >= 3
-    assert result["saved_share"] > 0.2  # how much depends on which beams live, and so on the last bits of the logits
+    assert result["saved_share"] > 0.3
 
 
 def test_a_missing_matplotlib_costs_only_the_picture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

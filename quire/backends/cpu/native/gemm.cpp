@@ -40,9 +40,9 @@ struct Target {
     bool finishes;         // they end here, and go to `part` and from there to out, since an activation or a gate awaits them
 };
 
-// What is prefetched, as a compilation of its own for each: so many lines with every step, or one with every second or fourth. Again:
-// and once more `kTwice` bytes later, since with many lines on their way some are forgotten.
-constexpr int kEverySecond = 16, kEveryFourth = 32, kAgain = 8;
+// What a tile prefetches, as a compilation of its own for each: so many lines with every first, second or fourth step; again: and once
+// more kTwice bytes later, since with many lines on their way some are forgotten.
+struct Fetch { int lines, every; bool again; };
 constexpr int64_t kTwice = 12 * 1024;
 
 // Step k of the chains of MT rows x NV vectors of columns.
@@ -60,19 +60,18 @@ template <int MT, int NV, class T> QUIRE_INLINE void step(const float* x, int64_
 
 // kn steps, four at a time: what counts loops and prefetches is a tenth of the instructions otherwise, and on a core that is shared with
 // another thread (hyper-threading) instructions are what binds.
-template <int MT, int NV, class T, int PF>
+template <int MT, int NV, class T, Fetch F>
 QUIRE_INLINE void chain(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, vf (&acc)[MT][NV]) {
-    constexpr int kLines = PF % kAgain, kEvery = PF == kEveryFourth ? 4 : PF == kEverySecond ? 2 : 1;
     int64_t k = 0;
     for (; k + 4 <= kn; k += 4) {
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) {
-            if (u % kEvery == 0) {
+            if (u % F.every == 0) {
                 const char* line = ahead.at + u * ahead.step;
 #pragma GCC unroll 4
-                for (int j = 0; j < (kLines ? kLines : 1); ++j) {
+                for (int j = 0; j < F.lines; ++j) {
                     prefetch_l2(line + j * 64);
-                    if constexpr (kLines && PF >= kAgain) prefetch_l1(line + j * 64 - kTwice);
+                    if constexpr (F.again) prefetch_l1(line + j * 64 - kTwice);
                 }
             }
             step(x, x_stride, w, k + u, acc);
@@ -104,7 +103,7 @@ template <int MT, int NV> QUIRE_INLINE void finish(const Output& t, int first, v
 }
 
 // MT rows against the columns of a panel from `first` on.
-template <int MT, class T, int PF>
+template <int MT, class T, Fetch F>
 void tile(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, const Target& t, int first) {
     constexpr int NV = tile_vecs<T>(MT);
     vf acc[MT][NV];
@@ -113,7 +112,7 @@ void tile(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead,
     for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) acc[m][j] = t.first ? zero() : load(part + m * kPanel + j * kWidth);
-    chain<MT, NV, T, PF>(x, x_stride, w + first, kn, ahead, acc);
+    chain<MT, NV, T, F>(x, x_stride, w + first, kn, ahead, acc);
     if (t.last) {
         finish<MT, NV>(t.to, first, acc);
     } else {
@@ -124,23 +123,25 @@ void tile(const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead,
     }
 }
 
-template <class T, int PF>
+template <class T, Fetch F>
 void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t kn, Ahead ahead, const Target& t, int first) {
     switch (rows) {
-        case 1: return tile<1, T, PF>(x, x_stride, w, kn, ahead, t, first);
-        case 2: return tile<2, T, PF>(x, x_stride, w, kn, ahead, t, first);
-        case 3: return tile<3, T, PF>(x, x_stride, w, kn, ahead, t, first);
+        case 1: return tile<1, T, F>(x, x_stride, w, kn, ahead, t, first);
+        case 2: return tile<2, T, F>(x, x_stride, w, kn, ahead, t, first);
+        case 3: return tile<3, T, F>(x, x_stride, w, kn, ahead, t, first);
     }
     if constexpr (kRows<T> > 3) switch (rows) {
-        case 4: return tile<4, T, PF>(x, x_stride, w, kn, ahead, t, first);
-        case 5: return tile<5, T, PF>(x, x_stride, w, kn, ahead, t, first);
-        case 6: return tile<6, T, PF>(x, x_stride, w, kn, ahead, t, first);
+        case 4: return tile<4, T, F>(x, x_stride, w, kn, ahead, t, first);
+        case 5: return tile<5, T, F>(x, x_stride, w, kn, ahead, t, first);
+        case 6: return tile<6, T, F>(x, x_stride, w, kn, ahead, t, first);
     }
 }
 
 template <class T> auto tiles_that_prefetch(const Prefetch& p, bool whole) {
-    if (p.lines > 1) return whole ? tile_rows<T, 2> : p.lines == 2 ? tile_rows<T, 2 + kAgain> : tile_rows<T, 4 + kAgain>;
-    return p.ahead.step <= 16 ? tile_rows<T, kEveryFourth> : p.ahead.step <= 32 ? tile_rows<T, kEverySecond> : tile_rows<T, 1>;
+    if (p.lines > 1 && whole) return tile_rows<T, Fetch{2, 1, false}>;
+    if (p.lines > 1) return p.lines == 2 ? tile_rows<T, Fetch{2, 1, true}> : tile_rows<T, Fetch{4, 1, true}>;
+    if (p.ahead.step <= 32) return p.ahead.step <= 16 ? tile_rows<T, Fetch{1, 4, false}> : tile_rows<T, Fetch{1, 2, false}>;
+    return tile_rows<T, Fetch{1, 1, false}>;
 }
 
 // How many lines a tile prefetches with each step, and which, when `passes` of kn steps are left to do it in.
