@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kMostRows = 6;                                            // rows in a register tile
 constexpr int64_t kSlice = 1024;                                        // K positions in a slice
-constexpr int64_t kShortSlice = 64;
+template <class T> constexpr int64_t kShortSlice = 256 / sizeof(T);     // 16 KiB: four pages for Spread, a third of L1
 constexpr int64_t kRowBlock = 192;
 
 // 16-bit weights are widened as a tile reads them, or, from so many rows on, a slice at a time. On AVX2 that never pays.
@@ -39,11 +39,6 @@ struct Target {
     bool last;             // they end here, and go from registers to out
     bool finishes;         // they end here, and go to `part` and from there to out, since an activation or a gate awaits them
 };
-
-// What a tile prefetches, as a compilation of its own for each: so many lines with every first, second or fourth step; again: and once
-// more kTwice bytes later, since with many lines on their way some are forgotten.
-struct Fetch { int lines, every; bool again; };
-constexpr int64_t kTwice = 12 * 1024;
 
 // Step k of the chains of MT rows x NV vectors of columns.
 template <int MT, int NV, class T> QUIRE_INLINE void step(const float* x, int64_t x_stride, const T* w, int64_t k, vf (&acc)[MT][NV]) {
@@ -66,17 +61,10 @@ QUIRE_INLINE void chain(const float* x, int64_t x_stride, const T* w, int64_t kn
     for (; k + 4 <= kn; k += 4) {
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) {
-            if (u % F.every == 0) {
-                const char* line = ahead.at + u * ahead.step;
-#pragma GCC unroll 4
-                for (int j = 0; j < F.lines; ++j) {
-                    prefetch_l2(line + j * 64);
-                    if constexpr (F.again) prefetch_l1(line + j * 64 - kTwice);
-                }
-            }
+            prefetch_lines<F>(ahead, u);
             step(x, x_stride, w, k + u, acc);
         }
-        ahead.at += 4 * ahead.step;
+        ahead.at += ahead.turn;
     }
     for (; k < kn; ++k) step(x, x_stride, w, k, acc);
 }
@@ -137,39 +125,33 @@ void tile_rows(int rows, const float* x, int64_t x_stride, const T* w, int64_t k
     }
 }
 
-template <class T> auto tiles_that_prefetch(const Prefetch& p, bool whole) {
-    if (p.lines > 1 && whole) return tile_rows<T, Fetch{2, 1, false}>;
-    if (p.lines > 1) return p.lines == 2 ? tile_rows<T, Fetch{2, 1, true}> : tile_rows<T, Fetch{4, 1, true}>;
-    if (p.ahead.step <= 32) return p.ahead.step <= 16 ? tile_rows<T, Fetch{1, 4, false}> : tile_rows<T, Fetch{1, 2, false}>;
-    return tile_rows<T, Fetch{1, 1, false}>;
-}
-
-// How many lines a tile prefetches with each step, and which, when `passes` of kn steps are left to do it in.
+// What a tile that is alone in a whole slice prefetches.
 //
-// Alone in a whole slice, a tile waits for its own weights, and they should arrive on the hardware's streams, which fetch more at a time than
-// prefetches can. But these streams end with every 4 KiB: one line for each K position starts those of the next slice, or
-// (16 bits wide) of this one a little later. All lines, prefetched, would take 20 % longer.
-// Several tiles read the slice once from memory and then from L2, and the streams sleep meanwhile: all lines of the next slice
-// are prefetched, since at 10 to 30 rows reading takes nearly as long as multiplying. Spread evenly over all steps, be it a
-// quarter of a line with each: lines on their way from memory hold buffers that those from L2 need, and so many at once that
-// the tile stalls would only move the waiting.
+// It waits for its own weights, and they should arrive on the hardware's streams, which fetch more at a time than prefetches can. But these
+// streams end with every 4 KiB: one line for each K position starts those of the next slice, or (16 bits wide) of this one a little
+// later. All lines, prefetched, would take 20 % longer.
 // On AVX2, 2 or 3 rows alone are slower than their weights arrive, and the streams fall behind: all of their own lines, a little ahead.
-template <class T>
-QUIRE_INLINE Prefetch prefetch_with(bool alone, int64_t rows, const T* w, int64_t kn, int64_t passes, const Coming& next) {
-    constexpr int64_t kStep = kPanel * static_cast<int64_t>(sizeof(T)), kSoon = 4096;
+struct Alone {
+    Fetch fetch;
+    Ahead ahead;
+};
+template <class T> QUIRE_INLINE Alone alone_with(int64_t rows, const T* w, const Coming& next) {
+    constexpr int kStep = kPanel * static_cast<int>(sizeof(T)), kSoon = 4096;
     const char* own = reinterpret_cast<const char*>(w);
-    if (alone && kWidth == 8 && rows > 1) return {2, {own + kSoon / 2, kStep}};
-    if (alone) return {1, {sizeof(T) < sizeof(float) || next.lines <= 0 ? own + kSoon : next.at, kStep}};
-    if (next.lines <= 0) return {1, {own, 0}};
-    const int64_t step = (next.lines * 64 + kn * passes - 1) / (kn * passes);
-    return {step <= 64 ? 1 : step <= 128 ? 2 : 4, {next.at, step}};
+    if (kWidth == 8 && rows > 1) return {{2, 1, false}, {own + kSoon / 2, kStep, 4 * kStep}};
+    return {{1, 1, false}, {sizeof(T) < sizeof(float) || next.lines <= 0 ? own + kSoon : next.at, kStep, 4 * kStep}};
 }
 
-// All tiles of a block of rows against one slice of a panel.
+// All tiles of a block of rows against one slice of a panel. Alone, a tile of a whole slice prefetches as alone_with says. Several read the
+// slice once from memory and then from L2, and the hardware's streams sleep meanwhile: all lines of the next slice are prefetched, since
+// at 10 to 30 rows reading takes nearly as long as multiplying. A tile of a short slice prefetches all of them, too, twice.
 template <class T>
-void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t kn, bool whole, Coming next, const Target& t) {
+void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t kn, bool whole, const Coming& next, const Target& t) {
     const int64_t tiles = (rows + kRows<T> - 1) / kRows<T>;
-    const bool alone = whole && tiles == 1 && tile_vecs<T>(static_cast<int>(rows)) == kVecs;
+    const int64_t most = (rows + tiles - 1) / tiles, halves = kVecs / tile_vecs<T>(static_cast<int>(most));
+    const bool alone = whole && tiles * halves == 1;
+    const Alone own = alone_with(rows, w, next);
+    Spread spread(next, kn * tiles * halves, tiles * halves == 1);
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
         const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
         const int vecs = tile_vecs<T>(mt);
@@ -177,10 +159,10 @@ void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t k
         u.to.out += row * t.to.stride;
         u.part += row * kPanel;
         for (int j = 0; j < kVecs; j += vecs) {
-            const Prefetch p = prefetch_with(alone, rows, w, kn, (tiles - i) * (kVecs / vecs) - j / vecs, next);
-            tiles_that_prefetch<T>(p, whole)(mt, x + row * x_stride, x_stride, w, kn, p.ahead, u, j * kWidth);
-            next.at += kn * p.ahead.step;
-            next.lines -= kn * p.ahead.step / 64;
+            const Ahead ahead = alone ? own.ahead : spread.ahead(kn);
+            with_fetch(alone ? own.fetch : spread.fetch, [&]<Fetch F>() QUIRE_LAMBDA {
+                tile_rows<T, F>(mt, x + row * x_stride, x_stride, w, kn, ahead, u, j * kWidth);
+            });
         }
         if (t.finishes) finish_rows(u.to, u.part, nullptr, 0, mt);
         row += mt;
@@ -201,7 +183,7 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     const T* base = static_cast<const T*>(a.w.data);
     const T* w = base + panel * a.w.k * kPanel;
     const bool whole = a.reading != Reading::short_slices, widen = kNarrow<T> && rows >= kWidenRows;
-    const int64_t most = whole ? kSlice : kShortSlice;
+    const int64_t most = whole ? kSlice : widen ? kShortSlice<float> : kShortSlice<T>;
     const bool plain = !a.w.gated && a.activation == Activation::none;
     const size_t part_floats = a.w.k > most || !plain ? rows * kPanel : 0, wide_floats = widen ? most * kPanel : 0;
     float* part = static_cast<float*>(thread_scratch(kScratchGemm, (part_floats + wide_floats + 1) * sizeof(float)));
@@ -228,10 +210,11 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     }
 }
 
-constexpr int kBeside = 3;   // panels that are read at once
+constexpr int kBeside = 3;           // panels that are read at once
+constexpr int64_t kQuarter = 16;     // of a line
 
-// kn steps of the chains of one row and the columns of S panels, `stride` weights apart.
-template <int S, class T> QUIRE_INLINE void beside(const float* x, const T* w, int64_t stride, int64_t kn, Ahead ahead, float* sums) {
+// kn steps of the chains of one row and the columns of S panels, `stride` weights apart. ahead: to prefetch a quarter of a line with each.
+template <int S, class T> QUIRE_INLINE void beside(const float* x, const T* w, int64_t stride, int64_t kn, const char* ahead, float* sums) {
     vf acc[S][kVecs];
 #pragma GCC unroll 3
     for (int s = 0; s < S; ++s)
@@ -239,7 +222,7 @@ template <int S, class T> QUIRE_INLINE void beside(const float* x, const T* w, i
         for (int j = 0; j < kVecs; ++j) acc[s][j] = load(sums + s * kPanel + j * kWidth);
     for (int64_t k = 0; k < kn; ++k, w += kPanel) {
         const vf xv = set1(x[k]);
-        if (ahead.step) prefetch_l2(ahead.at + k * ahead.step);
+        if (ahead) prefetch_l2(ahead + k * kQuarter);
 #pragma GCC unroll 3
         for (int s = 0; s < S; ++s)
 #pragma GCC unroll 4
@@ -254,7 +237,7 @@ template <int S, class T> QUIRE_INLINE void beside(const float* x, const T* w, i
 // All rows against kBeside panels. The first row waits for the weights, on as many of the hardware's streams as there are panels;
 // the others find them in L1, and prefetch a quarter of a line of what comes next with each step, so that memory is not idle.
 template <class T> void task_beside(const void* context, int64_t task, int64_t) {
-    constexpr int64_t kPart = 128 / sizeof(T), kQuarter = 16;
+    constexpr int64_t kPart = 128 / sizeof(T);
     const LinearArgs& a = static_cast<const Plan*>(context)->args;
     const int64_t panel = task * kBeside, left = panel_count(a.w) - panel, stride = a.w.k * kPanel;
     const int panels = static_cast<int>(left < kBeside ? left : kBeside);
@@ -267,10 +250,10 @@ template <class T> void task_beside(const void* context, int64_t task, int64_t) 
         for (int m = 0; m < a.m; ++m) {
             const float* x = a.x + m * a.x_stride + k;
             const char* next = reinterpret_cast<const char*>(w + kn * kPanel + m % kBeside * stride) + m / kBeside * kn * kQuarter;
-            const Ahead ahead{next, m == 0 ? 0 : kQuarter};
-            if (panels == kBeside) beside<kBeside>(x, w, stride, kn, ahead, sums[m]);
+            if (m == 0) next = nullptr;
+            if (panels == kBeside) beside<kBeside>(x, w, stride, kn, next, sums[m]);
             else
-                for (int i = 0; i < panels; ++i) beside<1>(x, w + i * stride, stride, kn, ahead, sums[m] + i * kPanel);
+                for (int i = 0; i < panels; ++i) beside<1>(x, w + i * stride, stride, kn, next, sums[m] + i * kPanel);
         }
     }
     for (int i = 0; i < panels; ++i) {

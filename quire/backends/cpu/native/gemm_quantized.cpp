@@ -30,10 +30,10 @@ struct Tile {
     int64_t column;           // of the panel, where the tile begins
 };
 
-// The segments of a slice for MT rows and NV vectors of columns; PF cache lines are prefetched with each step.
+// The segments of a slice for MT rows and NV vectors of columns; F: what they prefetch.
 // The floats stay in registers if there is room for them beside the integers. A function of its own for each, or the compiler
 // would allocate registers for all of them at once.
-template <int Bits, int MT, int NV, int PF, int Spans>
+template <int Bits, int MT, int NV, Fetch F, int Spans>
 __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) {
     constexpr bool kKeep = MT * NV * 2 <= kRegisters - 8;
     vf kept[MT][NV];
@@ -43,7 +43,7 @@ __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) 
     Rows rows = t.rows;
     for (int64_t left = s.positions; left > 0; left -= s.segment) {
         vi acc[MT][NV];
-        segment_sums<Bits, MT, NV, PF, Spans>(weights, s.beside, rows, left < s.segment ? left : s.segment, ahead, acc);
+        segment_sums<Bits, MT, NV, F, Spans>(weights, s.beside, rows, left < s.segment ? left : s.segment, ahead, acc);
         if constexpr (!kKeep) reload(sums);
         vf scale[NV];
 #pragma GCC unroll 8
@@ -67,36 +67,27 @@ __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) 
 template <int Bits> constexpr int kWhole = Bits == 8 || kVnni ? 3 : 2;
 template <int Bits> bool takes_halves(int rows, int64_t group) { return rows > kWhole<Bits> && group; }
 
-template <int Bits, int MT, int NV, int PF> void tile_spans(const Slice& s, const Tile& t, Ahead ahead) {
+template <int Bits, int MT, int NV, Fetch F> void tile_spans(const Slice& s, const Tile& t, Ahead ahead) {
     if constexpr (kSpan<Bits> < kSegment)
-        if (s.segment > kSpan<Bits>) return tile<Bits, MT, NV, PF, 2>(s, t, ahead);
-    return tile<Bits, MT, NV, PF, 1>(s, t, ahead);
+        if (s.segment > kSpan<Bits>) return tile<Bits, MT, NV, F, 2>(s, t, ahead);
+    return tile<Bits, MT, NV, F, 1>(s, t, ahead);
 }
 
-template <int Bits, int MT, int NV> void tile_ahead(int pf, const Slice& s, const Tile& t, Ahead ahead) {
-    switch (pf) {
-        case 0: return tile_spans<Bits, MT, NV, 0>(s, t, ahead);
-        case 1: return tile_spans<Bits, MT, NV, 1>(s, t, ahead);
-        case 2: return tile_spans<Bits, MT, NV, 2>(s, t, ahead);
-        default: return tile_spans<Bits, MT, NV, 4>(s, t, ahead);
-    }
-}
-
-template <int Bits, int MT> void tile_of(bool half, int pf, const Slice& s, const Tile& t, Ahead ahead) {
+template <int Bits, int MT, Fetch F> void tile_of(bool half, const Slice& s, const Tile& t, Ahead ahead) {
     if constexpr (MT > kRows<Bits>) return;
-    else if constexpr (MT <= kWhole<Bits>) return tile_ahead<Bits, MT, 4>(pf, s, t, ahead);
-    else if constexpr (Bits == 4) return tile_ahead<Bits, MT, 2>(pf, s, t, ahead);
-    else return half ? tile_ahead<Bits, MT, 2>(pf, s, t, ahead) : tile_ahead<Bits, MT, 4>(pf, s, t, ahead);
+    else if constexpr (MT <= kWhole<Bits>) return tile_spans<Bits, MT, 4, F>(s, t, ahead);
+    else if constexpr (Bits == 4) return tile_spans<Bits, MT, 2, F>(s, t, ahead);
+    else return half ? tile_spans<Bits, MT, 2, F>(s, t, ahead) : tile_spans<Bits, MT, 4, F>(s, t, ahead);
 }
 
-template <int Bits> void tile_rows(int rows, bool half, int pf, const Slice& s, const Tile& t, Ahead ahead) {
+template <int Bits, Fetch F> void tile_rows(int rows, bool half, const Slice& s, const Tile& t, Ahead ahead) {
     switch (rows) {
-        case 1: return tile_of<Bits, 1>(half, pf, s, t, ahead);
-        case 2: return tile_of<Bits, 2>(half, pf, s, t, ahead);
-        case 3: return tile_of<Bits, 3>(half, pf, s, t, ahead);
-        case 4: return tile_of<Bits, 4>(half, pf, s, t, ahead);
-        case 5: return tile_of<Bits, 5>(half, pf, s, t, ahead);
-        case 6: return tile_of<Bits, 6>(half, pf, s, t, ahead);
+        case 1: return tile_of<Bits, 1, F>(half, s, t, ahead);
+        case 2: return tile_of<Bits, 2, F>(half, s, t, ahead);
+        case 3: return tile_of<Bits, 3, F>(half, s, t, ahead);
+        case 4: return tile_of<Bits, 4, F>(half, s, t, ahead);
+        case 5: return tile_of<Bits, 5, F>(half, s, t, ahead);
+        case 6: return tile_of<Bits, 6, F>(half, s, t, ahead);
     }
 }
 
@@ -107,29 +98,18 @@ struct Plan {
     TaskGrid grid;
 };
 
-// How many lines a tile prefetches with each step, and which, when `passes` of `steps` are left to do it in.
-//
-// Several tiles read a slice once from memory and then from L2: all lines of the next slice are prefetched meanwhile, spread
-// evenly (gemm.cpp says why), but no thinner than half a line a step, since here instructions count too. Alone, a tile of AVX2,
-// whose slices are small, is 15 % faster if it prefetches its own weights a little ahead. Not a line in two, as gemm.cpp does: in
-// 4 bits that takes twice as long.
-QUIRE_INLINE Prefetch prefetch_with(bool alone, const uint8_t* w, int64_t steps, int64_t passes, const Coming& next) {
-    constexpr int64_t kSoon = 2048;
-    const char* own = reinterpret_cast<const char*>(w);
-    if (alone && kWidth < 16) return {kStepBytes / 64, {own + kSoon, kStepBytes}};
-    if (next.lines <= 0) return {0, {own, 0}};
-    constexpr int64_t kLeast = 32;
-    const int64_t even = (next.lines * 64 + steps * passes - 1) / (steps * passes), step = even < kLeast ? kLeast : even;
-    return {step <= 64 ? 1 : step <= 128 ? 2 : 4, {next.at, step}};
-}
-
-// All tiles of a block of rows against one slice of a panel. then: what comes next is another linear's.
+// All tiles of a block of rows against one slice of a panel. They prefetch the slice that comes next: gemm_prefetch.h. Alone, a tile of AVX2,
+// whose slices are small, is 15 % faster if it prefetches its own weights a little ahead, unless what comes next is another linear's
+// (then). Not a line in two, as gemm.cpp does: in 4 bits that takes twice as long.
 template <int Bits>
-void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, int64_t k, float* sums, Coming next, bool then,
+void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, int64_t k, float* sums, const Coming& next, bool then,
            const Output* out) {
-    constexpr int64_t kMost = kRows<Bits>;
+    constexpr int64_t kMost = kRows<Bits>, kSoon = 2048;
     const int64_t tiles = (rows + kMost - 1) / kMost, steps = (s.positions + kStepK<Bits> - 1) / kStepK<Bits>;
+    const int64_t most = (rows + tiles - 1) / tiles, halves = takes_halves<Bits>(static_cast<int>(most), plan.args.w.group) ? 2 : 1;
+    const bool alone = kWidth < 16 && tiles * halves == 1 && !then;
     const QuantRows& q = plan.rows;
+    Spread spread(next, steps * tiles * halves, false);
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
         const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
         const int64_t at = first_row + row;
@@ -137,10 +117,15 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
                sums + row * kPanel, 0};
         const int halves = takes_halves<Bits>(mt, plan.args.w.group) ? 2 : 1;
         for (int half = 0; half < halves; ++half) {
-            const Prefetch p = prefetch_with(tiles * halves == 1 && !then, s.weights, steps, (tiles - i) * halves - half, next);
-            tile_rows<Bits>(mt, halves == 2, p.lines, s, t, p.ahead);
-            next.at += steps * p.ahead.step;
-            next.lines -= steps * p.ahead.step / 64;
+            if (alone) {
+                const Ahead own{reinterpret_cast<const char*>(s.weights) + kSoon, kStepBytes, 4 * kStepBytes};
+                tile_rows<Bits, Fetch{kStepBytes / 64, 1, false}>(mt, halves == 2, s, t, own);
+            } else {
+                const Ahead ahead = spread.ahead(steps);
+                with_fetch(spread.fetch, [&]<Fetch F>() QUIRE_LAMBDA {
+                    if constexpr (!F.again) tile_rows<Bits, F>(mt, halves == 2, s, t, ahead);
+                });
+            }
             t.column += kPanel / 2;
             t.sums += kPanel / 2;
         }
@@ -186,8 +171,8 @@ template <int Bits> void task_beside(const void* context, int64_t task, int64_t)
     const Slice s{w + l.scale_bytes, w, l.stride, l.scale_stride, l.segment, a.w.k, l.panel_bytes};
     alignas(64) float sums[kBeside * kPanel] = {};
     const Tile t{{plan.rows.a, plan.rows.stride, plan.rows.start, plan.rows.spans}, sums, 0};
-    if (left >= kBeside) tile_spans<Bits, 1, kBeside * kVecs, 0>(s, t, {});
-    else tile_spans<Bits, 1, kVecs, 0>(s, t, {});
+    if (left >= kBeside) tile_spans<Bits, 1, kBeside * kVecs, Fetch{0, 1, false}>(s, t, {});
+    else tile_spans<Bits, 1, kVecs, Fetch{0, 1, false}>(s, t, {});
     for (int i = 0; i < kBeside && i < left; ++i)
         finish_rows(output_of(a, panel + i, 0), sums + i * kPanel, plan.rows.scale, 0, 1);
 }

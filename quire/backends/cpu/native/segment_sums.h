@@ -33,12 +33,6 @@ QUIRE_INLINE vi broadcast4(const void* p) {
 QUIRE_INLINE vi low_nibbles(vi w) { return and_i(w, set1_i(0x0f0f0f0f)); }
 QUIRE_INLINE vi high_nibbles(vi w) { return low_nibbles(shift_right16<4>(w)); }
 
-template <int PF> QUIRE_INLINE void prefetch_lines(Ahead& ahead) {
-#pragma GCC unroll 4
-    for (int i = 0; i < PF; ++i) prefetch_l2(ahead.at + i * 64);
-    if constexpr (PF > 0) ahead.at += ahead.step;
-}
-
 template <int MT, int NV, class Work> QUIRE_INLINE void each(Work work) {
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
@@ -110,8 +104,8 @@ QUIRE_INLINE void step16(const uint8_t* w, int64_t beside, const int8_t* a, int6
 }
 #endif
 
-// The sums of a segment of `positions`, which are one or two spans; PF cache lines are prefetched with each step.
-template <int Bits, int MT, int NV, int PF, int Spans>
+// The sums of a segment of `positions`, which are one or two spans; F: what it prefetches.
+template <int Bits, int MT, int NV, Fetch F, int Spans>
 QUIRE_INLINE void segment_sums(const uint8_t* w, int64_t beside, const Rows& rows, int64_t positions, Ahead& ahead, vi (&acc)[MT][NV]) {
     const int8_t* a = rows.a;
     const int64_t steps = (positions + kStepK<Bits> - 1) / kStepK<Bits>;
@@ -124,7 +118,7 @@ QUIRE_INLINE void segment_sums(const uint8_t* w, int64_t beside, const Rows& row
             for (int64_t i = 0; i < steps; i += 4)
 #pragma GCC unroll 4
                 for (int u = 0; u < 4; ++u) {
-                    prefetch_lines<PF>(ahead);
+                    prefetch_lines<F>(ahead, u);
                     step16(w, beside, a, rows.stride, sum);
                     w += kStepBytes;
                     a += kStepK<4>;
@@ -143,12 +137,21 @@ QUIRE_INLINE void segment_sums(const uint8_t* w, int64_t beside, const Rows& row
     }
 #endif
     each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { acc[m][j] = set1_i(rows.start[m * rows.start_stride]); });
-    for (int64_t i = 0; i < steps; ++i) {
-        prefetch_lines<PF>(ahead);
+    const auto one = [&] QUIRE_LAMBDA {
         step<Bits>(w, beside, a, rows.stride, acc);
         w += kStepBytes;
         a += kStepK<Bits> * kActivationBytes<Bits>;
+    };
+    int64_t i = 0;
+    for (; i + 4 <= steps; i += 4) {
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) {
+            prefetch_lines<F>(ahead, u);
+            one();
+        }
+        ahead.at += ahead.turn;
     }
+    for (; i < steps; ++i) one();
 }
 
 }  // namespace quire::QUIRE_NS
