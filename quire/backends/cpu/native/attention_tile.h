@@ -55,13 +55,28 @@ template <int MT, int NV, class Row, class Column> QUIRE_INLINE void outer_produ
     }
 }
 
-// The keys of a coming tile, to be prefetched in the order in which they lie in memory: `runs` runs, the first key of
-// each at k[0] + offset, k[step] + offset and so on. For each dimension of q goes a stretch of NV vectors, `pitch`
-// elements after the one before.
+// What comes next is prefetched in at least kPlaces places at once, which take turns: gemm_prefetch.h says why.
+constexpr int kPlaces = 4, kMostPlaces = 16;
+
+// The keys of a coming tile, to be prefetched: `runs` runs (up to kMostPlaces), the first key of each at k[0] + offset, k[step] + offset and
+// so on. For each dimension of q goes a stretch of NV vectors; in a run they are `pitch` elements apart.
 template <class C> struct Coming {
     const C* const* k;
     int runs, step;
     int64_t pitch, offset;
+
+    // Where each place begins; returns how many there are, or 0.
+    int places(int64_t dim, const char** line) const {
+        const int count = runs < kPlaces ? kPlaces : runs;
+        const int64_t stretches = dim / count;   // in a place
+        if (runs == 0 || stretches == 0) return 0;
+        const int64_t run = dim / runs;
+        for (int i = 0; i < count; ++i) {
+            const int64_t first = i * stretches;
+            line[i] = reinterpret_cast<const char*>(k[first / run * step] + offset + first % run * pitch);
+        }
+        return count;
+    }
 };
 
 // scores[r][0..NV * kWidth) for MT rows of q; every lane is a chain over the dimensions. Dimension d of the vector v,
@@ -75,22 +90,18 @@ void scores(const float* q, int64_t dim, const T* const* at, int64_t offset, int
         for (int j = 0; j < NV; ++j) acc[m][j] = zero();
     const T* k[NV * Parts];
     for (int j = 0; j < NV * Parts; ++j) k[j] = at[j] + offset;
-    const int64_t share = next.runs ? dim / next.runs : 0;
-    int64_t d = 0;
-    // One loop for the dimensions that prefetch and the rest of them: with two the sums would change registers in between.
-    for (int run = 0; d < dim; ++run) {
-        const bool fetch = run < next.runs;
-        const char* line = fetch ? reinterpret_cast<const char*>(next.k[run * next.step] + next.offset) : nullptr;
-        for (const int64_t end = fetch ? d + share : dim; d < end; ++d) {
-            if (fetch) {
+    const char* line[kMostPlaces];
+    const int places = next.places(dim, line);
+    for (int64_t d = 0, place = 0; d < dim; ++d) {
+        if (places) {
 #pragma GCC unroll 8
-                for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
-                line += next.pitch * static_cast<int64_t>(sizeof(C));
-            }
-            outer_product<MT, NV>(
-                [&](int m) __attribute__((always_inline)) { return set1(q[m * dim + d]); },
-                [&](int j) __attribute__((always_inline)) { return load_parts<Parts>(k + j * Parts, d * stride); }, acc);
+            for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line[place] + i);
+            line[place] += next.pitch * static_cast<int64_t>(sizeof(C));
+            place = place + 1 < places ? place + 1 : 0;
         }
+        outer_product<MT, NV>(
+            [&](int m) __attribute__((always_inline)) { return set1(q[m * dim + d]); },
+            [&](int j) __attribute__((always_inline)) { return load_parts<Parts>(k + j * Parts, d * stride); }, acc);
     }
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
@@ -124,7 +135,7 @@ template <int MT, int NV, class C, class T> void values(const float* p, const St
         outer_product<MT, NV>([&](int m) __attribute__((always_inline)) { return set1(p[m * kTile + t]); },
                               [&](int j) __attribute__((always_inline)) { return load(token + j * kWidth); }, sum);
         if (next) {
-            const char* line = reinterpret_cast<const char*>(next[t] + next_at);
+            const char* line = reinterpret_cast<const char*>(next[t % kPlaces * (kTile / kPlaces) + t / kPlaces] + next_at);
 #pragma GCC unroll 8
             for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
         }
