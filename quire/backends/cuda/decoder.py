@@ -53,6 +53,10 @@ class Step:
     asked: Tensor | None = None
     """[A] int32 positions whose hidden states are wanted; None for all."""
 
+    def wanted(self, x: Tensor) -> Tensor:
+        """Of x [T, ...] the positions asked for: beyond its keys and values, the last layer computes no other."""
+        return x if self.asked is None else x.index_select(0, self.asked)
+
 
 @dataclass(slots=True)
 class Norm:
@@ -182,25 +186,31 @@ class Decoder:
 
     def _pre_norm(self, residual: Tensor, step: Step) -> Tensor:
         x = self.layers[0].attn_norm(residual)
-        for i, layer in enumerate(self.layers):
-            x = layer.mlp_norm(self._attention(layer, x, step), residual)
+        for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
+            x = self._attention(layer, x, step)
+            if following is None:
+                x, residual = step.wanted(x), step.wanted(residual)
+                if not len(x):
+                    return residual
+            x = layer.mlp_norm(self._summed(layer.o(x)), residual)
             x = self._feed_forward(layer, x)
-            if i + 1 < len(self.layers):
-                x = self.layers[i + 1].attn_norm(x, residual)
-        if step.asked is not None:
-            x, residual = x.index_select(0, step.asked), residual.index_select(0, step.asked)
+            if following is not None:
+                x = following.attn_norm(x, residual)
         return residual.add_(x) if self.final_norm is None else self.final_norm(x, residual)
 
     def _post_norm(self, x: Tensor, step: Step) -> Tensor:
         for layer in self.layers:
-            x = layer.attn_norm(self._attention(layer, x, step), x)
+            residual, x = x, self._attention(layer, x, step)
+            if layer is self.layers[-1]:
+                x, residual = step.wanted(x), step.wanted(residual)
+                if not len(x):
+                    return residual
+            x = layer.attn_norm(self._summed(layer.o(x)), residual)
             x = layer.mlp_norm(self._feed_forward(layer, x), x)
-        if step.asked is not None:
-            x = x.index_select(0, step.asked)
         return x if self.final_norm is None else self.final_norm(x)
 
     def _attention(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
-        """o(attention(x))"""
+        """[T, heads * head_dim]"""
         spec, count, ops = self.spec, len(x), self._ops
         qkv = layer.qkv(x)
         ops.write_kv(qkv, layer.kv, step.positions, step.slots, spec.num_heads, self._rope, layer.q_norm, layer.k_norm, spec.norm_eps)
@@ -217,7 +227,7 @@ class Decoder:
                 queries[decoding:], layer.kv, step.tables, step.prefill_rows, step.prefill_start, step.prefill_lengths,
                 step.prefill_tiles[layer.window], spec.scale, layer.window, out[decoding:],
             )  # fmt: skip
-        return self._summed(layer.o(out.view(count, -1)))
+        return out.view(count, -1)
 
     def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
         """down(act(up(x)))"""

@@ -55,27 +55,25 @@ template <int MT, int NV, class Row, class Column> QUIRE_INLINE void outer_produ
     }
 }
 
-// What comes next is prefetched in at least kPlaces places at once, which take turns: gemm_prefetch.h says why.
-constexpr int kPlaces = 4, kMostPlaces = 16;
+// What comes next is prefetched in four places at once, which take turns: gemm_prefetch.h says why.
+constexpr int kPlaces = 4;
 
-// The keys of a coming tile, to be prefetched: `runs` runs (up to kMostPlaces), the first key of each at k[0] + offset, k[step] + offset and
-// so on. For each dimension of q goes a stretch of NV vectors; in a run they are `pitch` elements apart.
+// The keys of a coming tile, to be prefetched: `runs` runs (a power of two, or 0), the first key of each at k[0] + offset, k[step] + offset
+// and so on. For each dimension of q goes a stretch of NV vectors; in a run they are `pitch` elements apart.
 template <class C> struct Coming {
     const C* const* k;
     int runs, step;
     int64_t pitch, offset;
 
-    // Where each place begins; returns how many there are, or 0.
-    int places(int64_t dim, const char** line) const {
-        const int count = runs < kPlaces ? kPlaces : runs;
-        const int64_t stretches = dim / count;   // in a place
-        if (runs == 0 || stretches == 0) return 0;
-        const int64_t run = dim / runs;
-        for (int i = 0; i < count; ++i) {
-            const int64_t first = i * stretches;
-            line[i] = reinterpret_cast<const char*>(k[first / run * step] + offset + first % run * pitch);
+    // Runs that a place has, one after the other.
+    int runs_of_place() const { return runs > kPlaces ? runs / kPlaces : 1; }
+
+    // Where the run `index` of each place begins, or, of fewer runs than places, its part of one, which is so many `stretches`.
+    void places(int index, int64_t stretches, const char** line) const {
+        for (int i = 0; i < kPlaces; ++i) {
+            const int parts = runs < kPlaces ? kPlaces / runs : 1, run = runs < kPlaces ? i / parts : i * runs_of_place() + index;
+            line[i] = reinterpret_cast<const char*>(k[run * step] + offset + i % parts * stretches * pitch);
         }
-        return count;
     }
 };
 
@@ -90,19 +88,29 @@ void scores(const float* q, int64_t dim, const T* const* at, int64_t offset, int
         for (int j = 0; j < NV; ++j) acc[m][j] = zero();
     const T* k[NV * Parts];
     for (int j = 0; j < NV * Parts; ++j) k[j] = at[j] + offset;
-    const char* line[kMostPlaces];
-    const int places = next.places(dim, line);
-    for (int64_t d = 0, place = 0; d < dim; ++d) {
-        if (places) {
+    const auto dimension = [&](int64_t d) QUIRE_LAMBDA {
+        outer_product<MT, NV>([&](int m) QUIRE_LAMBDA { return set1(q[m * dim + d]); },
+                              [&](int j) QUIRE_LAMBDA { return load_parts<Parts>(k + j * Parts, d * stride); }, acc);
+    };
+    // One loop for dimensions that prefetch and others: with two the sums would change registers in between.
+    const int64_t stretches = dim / (kPlaces * next.runs_of_place());
+    int64_t d = 0;
+    for (int run = 0; run < next.runs_of_place(); ++run) {
+        const char* line[kPlaces];
+        if (next.runs) next.places(run, stretches, line);
+        for (int64_t at = 0, end = stretches * next.pitch; at < end; at += next.pitch, d += kPlaces) {
+#pragma GCC unroll 4
+            for (int place = 0; place < kPlaces; ++place) {
+                if (next.runs) {
 #pragma GCC unroll 8
-            for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line[place] + i);
-            line[place] += next.pitch * static_cast<int64_t>(sizeof(C));
-            place = place + 1 < places ? place + 1 : 0;
+                    for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64)
+                        prefetch_l2(line[place] + at * static_cast<int64_t>(sizeof(C)) + i);
+                }
+                dimension(d + place);
+            }
         }
-        outer_product<MT, NV>(
-            [&](int m) __attribute__((always_inline)) { return set1(q[m * dim + d]); },
-            [&](int j) __attribute__((always_inline)) { return load_parts<Parts>(k + j * Parts, d * stride); }, acc);
     }
+    for (; d < dim; ++d) dimension(d);
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 8
