@@ -139,11 +139,12 @@ template <int MT, int NV, class C, class T> void values(const float* p, const St
     const C* const* const next = v.next;
     const int64_t at = v.offset + column, next_at = v.next_offset + column;
     for (int t = v.from, to = v.to; t < to; ++t) {
-        const T* const token = key[t] + at;
+        const T* const value = key[t] + at;
         outer_product<MT, NV>([&](int m) __attribute__((always_inline)) { return set1(p[m * kTile + t]); },
-                              [&](int j) __attribute__((always_inline)) { return load(token + j * kWidth); }, sum);
+                              [&](int j) __attribute__((always_inline)) { return load(value + j * kWidth); }, sum);
         if (next) {
-            const char* line = reinterpret_cast<const char*>(next[t % kPlaces * (kTile / kPlaces) + t / kPlaces] + next_at);
+            const int token = kWidth == 16 ? t % kPlaces * (kTile / kPlaces) + t / kPlaces : t;   // on AVX2 instructions bind, not lines
+            const char* line = reinterpret_cast<const char*>(next[token] + next_at);
 #pragma GCC unroll 8
             for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64) prefetch_l2(line + i);
         }
