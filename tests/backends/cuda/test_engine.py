@@ -56,6 +56,30 @@ def test_greedy_tokens(folder: Path, options: dict[str, Any]) -> None:
     assert found.outputs["d", 0].token_ids == tokens[half:]
 
 
+class Counted:
+    """A linear that notes how many rows it is given."""
+
+    def __init__(self, linear: Any) -> None:
+        self.linear, self.rows = linear, []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(x))
+        return self.linear(x)
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        self.rows.append(len(x))
+        return self.linear.gated(x, activation)
+
+
+def test_the_last_layer_ends_for_those_who_are_asked_for() -> None:
+    """A prompt of 40 in chunks of 16: one position of the last chunk, and none of the others, goes beyond its attention."""
+    engine = running.open_engine(GOLDEN[0], **{**TORCH, "max_num_batched_tokens": 16, "cuda_graphs": False})
+    first, *_, last = engine.backend.decoder.layers
+    first.up, last.up = Counted(first.up), Counted(last.up)
+    running.run(engine, [greedy("a", list(range(1, 41)), 1)])
+    assert (first.up.rows, last.up.rows) == ([16, 16, 8], [1])
+
+
 @pytest.mark.parametrize("swap", ["0", "1MiB"])
 @pytest.mark.parametrize("folder", GOLDEN[:1] + GOLDEN[4:5], ids=lambda folder: folder.name)
 def test_preemption(folder: Path, swap: str) -> None:
