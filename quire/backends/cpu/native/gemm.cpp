@@ -144,7 +144,7 @@ template <class T> QUIRE_INLINE Alone alone_with(int64_t rows, const T* w, const
 
 // All tiles of a block of rows against one slice of a panel. Alone, a tile of a whole slice prefetches as alone_with says. Several read the
 // slice once from memory and then from L2, and the hardware's streams sleep meanwhile: all lines of the next slice are prefetched, since
-// at 10 to 30 rows reading takes nearly as long as multiplying. A tile of a short slice prefetches all of them, too, twice.
+// at 10 to 30 rows reading takes nearly as long as multiplying. One that is alone in a short slice prefetches them as well, each twice.
 template <class T>
 void slice(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t kn, bool whole, const Coming& next, const Target& t) {
     const int64_t tiles = (rows + kRows<T> - 1) / kRows<T>;
