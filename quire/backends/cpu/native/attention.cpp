@@ -8,7 +8,7 @@
 // rows the cache is read in place; where a block is narrower than a vector, a vector of keys is loaded in pieces. With
 // many rows a tile is first gathered into float32 scratch, which changes no arithmetic. A task may have several KV
 // heads, which take turns at each tile: what a block holds for them lies together, and memory likes long stretches.
-// The first rows of a tile prefetch the next one: the hardware can't know which block follows.
+// The rows of a tile prefetch the next one, each register tile its share: the hardware can't know which block follows.
 //
 // Keys that lie in the same blocks for several sequences of a step are read once, for the rows of all of them: that is
 // the beginning of each row's own arithmetic, whose state (of the split so far, and merged of those before) the row then

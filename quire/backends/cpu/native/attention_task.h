@@ -304,6 +304,8 @@ template <class T> struct Task {
         return static_cast<int>(end < base + kTile ? end - base : kTile);
     }
 
+    static int64_t tiles_of(const Seen& n) { return (n.r1 - n.r0 + kRows - 1) / kRows; }
+
     // f(integral_constant MT, begin, end): the rows [r0, r1) in register tiles of MT rows, whole ones and then the rest.
     template <class F> void in_register_tiles(const Seen& n, const F& f) {
         const int64_t rest = n.r1 - (n.r1 - n.r0) % kRows;
@@ -322,23 +324,23 @@ template <class T> struct Task {
         in_register_tiles(n, [&](auto tile, int64_t begin, int64_t end) {
             constexpr int mt = tile, vecs = score_vecs(mt), keys = vecs * kWidth;
             const int64_t piece = block < kWidth ? block : kWidth, run = block < keys ? block : keys;
-            Coming<T> next{nullptr, 0, static_cast<int>(run / piece), block < keys ? keys : block, t.next_offset};
-            // A strip of keys stays in L1 while the rows pass by. The first of all rows prefetch the one that follows it.
+            Coming<T> next{nullptr, static_cast<int>(keys / run), static_cast<int>(run / piece), block < keys ? keys : block,
+                           t.next_offset, {0, tiles_of(n)}};
+            // A strip of keys stays in L1 while the rows pass by, which prefetch the one that follows it.
             for (int key = n.from / keys * keys; key < n.to; key += keys) {
                 next.k = t.next.k + key / piece;
-                next.runs = begin == n.r0 ? static_cast<int>(keys / run) : 0;
                 for (int64_t row = begin; row < end; row += mt) {
                     if (end_of(row + mt - 1, n.base) <= key) continue;   // nobody sees it
+                    next.share.index = (row - n.r0) / kRows;
                     scores<mt, vecs, Parts>(t.q + row * dim, dim, at + key / kWidth * Parts, offset, stride, next,
                                             s + row * kTile + key);
-                    next.runs = 0;
                 }
             }
         });
     }
 
     template <class U> void value_rows(const U* const* key, int64_t offset, const Seen& n, const Turn& t) {
-        Stretch<T, U> v{key, offset, nullptr, t.next_offset, 0, 0, row_floats, padded};
+        Stretch<T, U> v{key, offset, t.next.v, t.next_offset, 0, 0, row_floats, padded, {0, tiles_of(n)}};
         in_register_tiles(n, [&](auto tile, int64_t begin, int64_t end) {
             value_columns<tile, value_vecs(tile)>(0, begin, end, n, t, v);
         });
@@ -349,10 +351,9 @@ template <class T> struct Task {
     template <int MT, int NV, class U>
     void value_columns(int64_t column, int64_t begin, int64_t end, const Seen& n, const Turn& t, Stretch<T, U>& v) {
         for (; column + NV * kWidth <= padded; column += NV * kWidth) {
-            v.next = begin == n.r0 ? t.next.v : nullptr;
             for (int64_t row = begin; row < end; row += MT) {
+                v.share.index = (row - n.r0) / kRows;
                 value_tile<MT, NV>(column, row, n, t, v);
-                v.next = nullptr;
             }
         }
         if constexpr (NV > 1)

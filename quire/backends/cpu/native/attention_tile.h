@@ -58,12 +58,20 @@ template <int MT, int NV, class Row, class Column> QUIRE_INLINE void outer_produ
 // What comes next is prefetched in four places at once, which take turns: gemm_prefetch.h says why.
 constexpr int kPlaces = 4;
 
-// The keys of a coming tile, to be prefetched: `runs` runs (a power of two, or 0), the first key of each at k[0] + offset, k[step] + offset
+// A register tile's share of what all tiles of rows prefetch together: part `index` of `count` equal ones, be they [0, n) of anything.
+struct Share {
+    int64_t index, count;
+    int64_t begin(int64_t n) const { return n * index / count; }
+    int64_t end(int64_t n) const { return n * (index + 1) / count; }
+};
+
+// The keys of a coming tile, to be prefetched: `runs` runs (a power of two), the first key of each at k[0] + offset, k[step] + offset
 // and so on. For each dimension of q goes a stretch of NV vectors; in a run they are `pitch` elements apart.
 template <class C> struct Coming {
     const C* const* k;
     int runs, step;
     int64_t pitch, offset;
+    Share share;
 
     // Runs that a place has, one after the other.
     int runs_of_place() const { return runs > kPlaces ? runs / kPlaces : 1; }
@@ -94,14 +102,15 @@ void scores(const float* q, int64_t dim, const T* const* at, int64_t offset, int
     };
     // One loop for dimensions that prefetch and others: with two the sums would change registers in between.
     const int64_t stretches = dim / (kPlaces * next.runs_of_place());
+    const int64_t from = next.share.begin(stretches) * next.pitch, to = next.share.end(stretches) * next.pitch;
     int64_t d = 0;
     for (int run = 0; run < next.runs_of_place(); ++run) {
         const char* line[kPlaces];
-        if (next.runs) next.places(run, stretches, line);
+        next.places(run, stretches, line);
         for (int64_t at = 0, end = stretches * next.pitch; at < end; at += next.pitch, d += kPlaces) {
 #pragma GCC unroll 4
             for (int place = 0; place < kPlaces; ++place) {
-                if (next.runs) {
+                if (at >= from && at < to) {
 #pragma GCC unroll 8
                     for (size_t i = 0; i < NV * kWidth * sizeof(C); i += 64)
                         prefetch_l2(line[place] + at * static_cast<int64_t>(sizeof(C)) + i);
@@ -118,7 +127,7 @@ void scores(const float* q, int64_t dim, const T* const* at, int64_t offset, int
 }
 
 // The tokens [from, to) of V, each at key[t] + offset; the accumulators of a row have `padded` columns, those of the next
-// lie `stride` further. next: the tokens of a coming tile, to be prefetched at next[t] + next_offset, or null.
+// lie `stride` further. next: the tokens of a coming tile, of which those of `share` are prefetched at next[t] + next_offset.
 template <class C, class T> struct Stretch {
     const T* const* key;
     int64_t offset;
@@ -126,6 +135,7 @@ template <class C, class T> struct Stretch {
     int64_t next_offset;
     int from, to;
     int64_t stride, padded;
+    Share share;
 };
 
 // acc[r] += p[r][t] * V[t] for t in [from, to), ascending, over NV vectors of columns.
@@ -138,11 +148,12 @@ template <int MT, int NV, class C, class T> void values(const float* p, const St
     const T* const* const key = v.key;
     const C* const* const next = v.next;
     const int64_t at = v.offset + column, next_at = v.next_offset + column;
+    const int64_t begin = v.share.begin(kTile), end = v.share.end(kTile);
     for (int t = v.from, to = v.to; t < to; ++t) {
         const T* const value = key[t] + at;
         outer_product<MT, NV>([&](int m) __attribute__((always_inline)) { return set1(p[m * kTile + t]); },
                               [&](int j) __attribute__((always_inline)) { return load(value + j * kWidth); }, sum);
-        if (next) {
+        if (t >= begin && t < end) {
             const int token = kWidth == 16 ? t % kPlaces * (kTile / kPlaces) + t / kPlaces : t;   // on AVX2 instructions bind, not lines
             const char* line = reinterpret_cast<const char*>(next[token] + next_at);
 #pragma GCC unroll 8
