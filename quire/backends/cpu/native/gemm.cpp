@@ -44,7 +44,7 @@ struct Target {
 template <int MT, int NV, class T> QUIRE_INLINE void step(const float* x, int64_t x_stride, const T* w, int64_t k, vf (&acc)[MT][NV]) {
     vf wv[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) wv[j] = load(w + k * kPanel + j * kWidth);
+    for (int j = 0; j < NV; j += 2) load_two(w + k * kPanel + j * kWidth, wv[j], wv[j + 1]);
 #pragma GCC unroll 6
     for (int m = 0; m < MT; ++m) {
         const vf xv = set1(x[m * x_stride + k]);
@@ -202,7 +202,11 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
         const Coming coming = left == 0 ? panel_after(a, grid, task, next, most * kPanel * static_cast<int64_t>(sizeof(float))) : rest;
         if (widen) {
             const T* from = w + k * kPanel;
-            for (int64_t i = 0; i < kn * kPanel; i += kWidth) store(wide + i, load(from + i));
+            for (int64_t i = 0; i < kn * kPanel; i += 2 * kWidth) {
+                vf a, b;
+                load_two(from + i, a, b);
+                store(wide + i, a), store(wide + i + kWidth, b);
+            }
             slice<float>(x + k, a.x_stride, rows, wide, kn, whole, coming, t);
         } else {
             slice<T>(x + k, a.x_stride, rows, w + k * kPanel, kn, whole, coming, t);
@@ -225,8 +229,12 @@ template <int S, class T> QUIRE_INLINE void beside(const float* x, const T* w, i
         if (ahead) prefetch_l2(ahead + k * kQuarter);
 #pragma GCC unroll 3
         for (int s = 0; s < S; ++s)
-#pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) acc[s][j] = fma(xv, load(w + s * stride + j * kWidth), acc[s][j]);
+#pragma GCC unroll 2
+            for (int j = 0; j < kVecs; j += 2) {
+                vf a, b;
+                load_two(w + s * stride + j * kWidth, a, b);
+                acc[s][j] = fma(xv, a, acc[s][j]), acc[s][j + 1] = fma(xv, b, acc[s][j + 1]);
+            }
     }
 #pragma GCC unroll 3
     for (int s = 0; s < S; ++s)

@@ -18,7 +18,8 @@ enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Activation : int32_t { none, silu, gelu, gelu_tanh, relu };
 
 // Weights in the order in which the inner loop reads them: [panel_count][k][panel], the last panel padded with 0. Gated,
-// each panel has panel / 2 gates, then the columns that they gate.
+// each panel has panel / 2 gates, then the columns that they gate. A quarter of a panel is a vector of float32; in bfloat16, the columns of
+// the first and the second quarter take turns, and those of the third and the fourth: load_two in simd.h says why.
 struct Panels {
     const void* data;
     DType dtype;

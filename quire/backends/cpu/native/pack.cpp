@@ -18,6 +18,7 @@ struct Job {
     const std::vector<Matrix>* parts;
     char* out;
     int64_t n, k, panel, k_block, k_blocks;
+    bool turns;   // the columns of two vectors take turns, as in Panels
 };
 
 constexpr int64_t kMaxPanel = 64;
@@ -32,8 +33,8 @@ template <class T> void pack_task(const void* context, int64_t task, int64_t) {
     T* const out = reinterpret_cast<T*>(job.out) + p * job.k * panel;   // columns that don't exist stay 0
 
     const char* column[kMaxPanel];
-    int64_t k_stride[kMaxPanel];
-    bool side_by_side = true;
+    int64_t k_stride[kMaxPanel], place[kMaxPanel];
+    bool side_by_side = !job.turns;
     size_t part = 0;
     for (int64_t j = 0, begin = 0; j < columns; ++j) {
         const int64_t n = p * panel + j;
@@ -41,6 +42,8 @@ template <class T> void pack_task(const void* context, int64_t task, int64_t) {
         const Matrix& m = (*job.parts)[part];
         column[j] = m.data + (n - begin) * m.n_stride;
         k_stride[j] = m.k_stride;
+        const int64_t vector = panel / 4, pair = j / (2 * vector) * 2 * vector;
+        place[j] = job.turns ? pair + (j - pair) % vector * 2 + (j - pair) / vector : j;
         side_by_side &= column[j] == column[0] + j * static_cast<int64_t>(sizeof(T)) && k_stride[j] == k_stride[0];
     }
     if (side_by_side) {
@@ -61,7 +64,7 @@ template <class T> void pack_task(const void* context, int64_t task, int64_t) {
         }
         for (int64_t i = 0; i < run; ++i) {
             T* row = out + (k + i) * panel;
-            for (int64_t j = 0; j < columns; ++j) row[j] = buffer[j][i];
+            for (int64_t j = 0; j < columns; ++j) row[place[j]] = buffer[j][i];
         }
     }
 }
@@ -115,7 +118,8 @@ PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& p
         kernels.pack_quantized({columns.data(), dtype, {nullptr, dtype, n, panels.k, panels.panel, bits, group}, memory});
         return;
     }
-    Job job{&columns, static_cast<char*>(memory), n, panels.k, panels.panel, 2048, (panels.k + 2047) / 2048};
+    Job job{&columns, static_cast<char*>(memory), n, panels.k, panels.panel, 2048, (panels.k + 2047) / 2048,
+            dtype == DType::bf16};
     run_tasks(count() * job.k_blocks, dtype == DType::f32 ? pack_task<uint32_t> : pack_task<uint16_t>, &job);
 }
 

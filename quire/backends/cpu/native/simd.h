@@ -67,6 +67,11 @@ QUIRE_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 QUIRE_INLINE vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 QUIRE_INLINE vf widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 QUIRE_INLINE vf load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+QUIRE_INLINE void load_two(const bf16* p, vf& a, vf& b) {
+    const __m512i x = _mm512_loadu_si512(p);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(INT32_MIN >> 15)));
+}
 QUIRE_INLINE vf widen_i8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
 QUIRE_INLINE vf load(const i8* p) { return widen_i8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 QUIRE_INLINE vf widen(__m256i x, f16) { return _mm512_cvtph_ps(x); }
@@ -148,6 +153,11 @@ QUIRE_INLINE vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(rein
 QUIRE_INLINE vf widen(__m128i x, f16) { return _mm256_cvtph_ps(x); }
 QUIRE_INLINE vf widen(__m128i x, bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 QUIRE_INLINE vf load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), bf16{}); }
+QUIRE_INLINE void load_two(const bf16* p, vf& a, vf& b) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    b = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(INT32_MIN >> 15)));
+}
 QUIRE_INLINE vf widen_i8(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
 QUIRE_INLINE vf load(const i8* p) { return widen_i8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
 QUIRE_INLINE vf load_halves(const i8* a, const i8* b) {
@@ -217,6 +227,11 @@ QUIRE_INLINE vf load(const float* p) { vf a; std::memcpy(&a, p, sizeof a); retur
 QUIRE_INLINE vf load(const bf16* p) {
     return as_float(vm{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16);
 }
+QUIRE_INLINE void load_two(const bf16* p, vf& a, vf& b) {
+    vm x;
+    std::memcpy(&x, p, sizeof x);
+    a = as_float(x << 16), b = as_float(x & (INT32_MIN >> 15));
+}
 QUIRE_INLINE vf load(const f16* p) {
     const vm u{p[0].bits, p[1].bits, p[2].bits, p[3].bits};
     const vm magnitude = (u & 0x7fff) << 13, sign = (u & 0x8000) << 16, special = magnitude >= 0x0f800000;
@@ -283,6 +298,9 @@ QUIRE_INLINE void store_n(bf16* p, vf a, int n) {
     for (int i = 0; i < n; ++i) from_float(buffer[i], p[i]);
 }
 QUIRE_INLINE void store(bf16* p, vf a) { store_n(p, a, kWidth); }
+
+// Two vectors of a panel's columns (kernels.h). bfloat16, whose lanes take turns, is widened by a shift and a mask.
+template <class T> QUIRE_INLINE void load_two(const T* p, vf& a, vf& b) { a = load(p), b = load(p + kWidth); }
 
 // A vector whose halves, or quarters, lie at at[0] + i, at[1] + i and so on.
 template <int Parts, class T> QUIRE_INLINE vf load_parts(const T* const* at, int64_t i) {
