@@ -23,8 +23,8 @@ constexpr int64_t kSlice = 1024;                                        // K pos
 template <class T> constexpr int64_t kShortSlice = 256 / sizeof(T);     // 16 KiB: four pages for Spread, a third of L1
 constexpr int64_t kRowBlock = 192;
 
-// 16-bit weights are widened as a tile reads them, or, from so many rows on, a slice at a time. On AVX2 that never pays.
-constexpr int64_t kWidenRows = kWidth == 8 ? INT64_MAX : 24;
+// 16-bit weights are widened as a tile reads them, or, from four tiles of rows on, a slice at a time. On AVX2 that never pays.
+constexpr int64_t kWidenRows = kWidth == 8 ? INT64_MAX : 3 * kMostRows + 1;
 
 // A tile over weights of type T has up to kRows rows. 32 registers hold their sums for a whole panel. 16 hold those of 3 rows, or of
 // 6 rows and half a panel, which takes more tiles but widens half as often.
