@@ -24,15 +24,21 @@ RowScan scan(const float* z, int64_t n) {
 double exp_row(const float* z, int64_t n, float most, float temperature, float* w, double* sums) {
     double total = 0;
     const vf shift = set1(most), t = set1(temperature);
+    const bool divide = temperature != 1;
     for (int64_t start = 0, run = 0; start < n; start += kSumRun, ++run) {
         const int64_t end = start + kSumRun < n ? start + kSumRun : n;
         vf sum = zero();
-        for (int64_t i = start; i < end; i += kWidth) {
-            const int left = static_cast<int>(end - i < kWidth ? end - i : kWidth);
-            const vf e = exp(div(sub(load_n(z + i, left), shift), t));
-            const vf kept = left == kWidth ? e : select(lanes_between(0, left), e, zero());
-            sum = add(sum, kept);
-            if (w) store_n(w + i, kept, left);
+        int64_t i = start;
+        for (; i + kWidth <= end; i += kWidth) {
+            const vf x = sub(load(z + i), shift), e = exp(divide ? div(x, t) : x);
+            sum = add(sum, e);
+            if (w) store(w + i, e);
+        }
+        if (i < end) {
+            const int left = static_cast<int>(end - i);
+            const vf e = select(lanes_between(0, left), exp(div(sub(load_n(z + i, left), shift), t)), zero());
+            sum = add(sum, e);
+            if (w) store_n(w + i, e, left);
         }
         const double run_sum = reduce_add(sum);
         if (sums) sums[run] = run_sum;

@@ -8,6 +8,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "threads.h"
@@ -26,7 +27,8 @@ struct Row {
     const SampleArgs& a;
     const int64_t row, vocab = a.vocab;
     const float* raw = a.logits + row * a.stride;
-    float *changed = nullptr, *weights = nullptr, *maxima = nullptr;   // scratch, one value a token (maxima: a run)
+    float *changed = nullptr, *weights = nullptr;   // scratch, one value a token
+    float *maxima = nullptr, *ordered = nullptr;    // one a run of kMaxRun tokens
     double* sums = nullptr;
     int32_t* ids = nullptr;
     Candidate* candidates = nullptr;
@@ -37,12 +39,13 @@ struct Row {
         const auto v = static_cast<size_t>(vocab), pad = size_t{64};
         const size_t runs = v / kSumRun + 1, max_runs = v / kMaxRun + 1;
         char* p = static_cast<char*>(thread_scratch(
-            kScratchSampler, 3 * (v * 4 + pad) + max_runs * 4 + runs * 8 + v * sizeof(Candidate) + 6 * pad));
+            kScratchSampler, 3 * v * 4 + 2 * max_runs * 4 + runs * 8 + v * sizeof(Candidate) + 7 * pad));
         const auto take = [&p](size_t bytes) { char* at = p; p += (bytes + 63) / 64 * 64; return static_cast<void*>(at); };
         changed = static_cast<float*>(take(v * 4));
         weights = static_cast<float*>(take(v * 4));
         ids = static_cast<int32_t*>(take(v * 4));
         maxima = static_cast<float*>(take(max_runs * 4));
+        ordered = static_cast<float*>(take(max_runs * 4));
         sums = static_cast<double*>(take(runs * 8));
         candidates = static_cast<Candidate*>(take(v * sizeof(Candidate)));
     }
@@ -146,14 +149,26 @@ struct Row {
         each(a.prompt, [&](int32_t t) { counts[t] = 0; });
     }
 
-    // A logit that at least k tokens reach: the k-th largest maximum of runs of tokens. -inf where that says nothing.
-    float reached_by(const float* z, int64_t k) {
-        const int64_t runs = (vocab + kMaxRun - 1) / kMaxRun;
-        if (k > runs) return -kInf;
+    // Finds the k likeliest tokens, and a few more: all with a logit that k runs of tokens reach, which only these can have.
+    int64_t find_likeliest(const float* z, int64_t k) {
+        const int64_t runs = (vocab + kMaxRun - 1) / kMaxRun, runs_of_runs = (runs + kMaxRun - 1) / kMaxRun;
+        if (k > runs) return kernels.select_at_least(z, vocab, -kInf, ids);
         kernels.run_maxima(z, vocab, maxima);
-        std::nth_element(maxima, maxima + k - 1, maxima + runs, [](float x, float y) { return x > y; });
-        return maxima[k - 1];
+        const bool few = k <= runs_of_runs;   // then k runs of runs do as well, and are looked through sooner
+        if (few) kernels.run_maxima(maxima, runs, ordered);
+        else std::copy(maxima, maxima + runs, ordered);
+        std::nth_element(ordered, ordered + k - 1, ordered + (few ? runs_of_runs : runs), std::greater<>());
+        const float reached = ordered[k - 1];
+        int64_t n = 0;
+        for (int64_t run = 0; run < runs; ++run) {
+            if (!(maxima[run] >= reached)) continue;
+            for (int64_t t = run * kMaxRun, end = std::min(vocab, t + kMaxRun); t < end; ++t)
+                if (z[t] >= reached) ids[n++] = static_cast<int32_t>(t);
+        }
+        return n;
     }
+
+    struct Range { float low, high; };
 
     int32_t draw(const float* z, float top, float temperature) {
         const double total = kernels.exp_row(z, vocab, top, temperature, weights, sums);
@@ -165,9 +180,9 @@ struct Row {
 
         Range edge{0, kInf};   // of weights: all above it are kept, and none below it
         int64_t n;
-        if (k) n = kernels.select_at_least(z, vocab, reached_by(z, k), ids);
+        if (k) n = find_likeliest(z, k);
         else if (least > 0) n = kernels.select_at_least(weights, vocab, least, ids);
-        else edge = nucleus_edge(p, total), n = kernels.select_at_least(weights, vocab, edge.low, ids);
+        else n = find_nucleus(p, total, edge);
         int64_t count = 0;
         double above = 0;
         for (int64_t i = 0; i < n; ++i) {
@@ -202,24 +217,36 @@ struct Row {
         return ids[count - 1];
     }
 
-    struct Range { float low, high; };
-
-    // Where the least likely token of the nucleus is to be looked for: what weighs `low` or more holds the mass p * total
-    // for certain, what weighs `high` or more does not. Halves the distance between the logarithms, that is the bits.
-    Range nucleus_edge(float p, double total) {
+    // Finds the tokens of the nucleus, and a few more: those that weigh edge.low or more. They hold the mass p * total for certain, those
+    // that weigh edge.high or more do not. Halves the distance between the logarithms, that is the bits; soon few tokens are left.
+    int64_t find_nucleus(float p, double total, Range& edge) {
         constexpr double kRoom = 1e-4;   // far more than what float32 sums are off by
+        constexpr int kSteps = 8, kOfAll = 3;
         // Tokens below a share (1 - p) / vocab of the mass hold less than 1 - p together.
         const float low = static_cast<float>(0.5 * (1 - p) * total / static_cast<double>(vocab));
         auto from = std::bit_cast<uint32_t>(low), to = std::bit_cast<uint32_t>(1.0f);   // what the likeliest one weighs
-        float high = kInf;
-        for (int step = 0; step < 8 && from < to; ++step) {
+        auto* left = reinterpret_cast<float*>(candidates);   // the weights of `ids`; candidates come later
+        const float* among = weights;
+        int64_t n = vocab;
+        for (int step = 0; step < kSteps; ++step) {
+            if (step == kOfAll) {
+                n = kernels.select_at_least(weights, vocab, std::bit_cast<float>(from), ids);
+                for (int64_t i = 0; i < n; ++i) left[i] = weights[ids[i]];
+                among = left;
+            }
             const uint32_t middle = from + (to - from) / 2;
-            const double mass = kernels.mass_at_least(weights, vocab, std::bit_cast<float>(middle));
+            const double mass = kernels.mass_at_least(among, n, std::bit_cast<float>(middle));
             if (mass >= p * total * (1 + kRoom)) from = middle;
             else to = middle;
-            if (mass < p * total * (1 - kRoom)) high = std::bit_cast<float>(to);
+            if (mass < p * total * (1 - kRoom)) edge.high = std::bit_cast<float>(to);
         }
-        return {std::bit_cast<float>(from), high};
+        edge.low = std::bit_cast<float>(from);
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; ++i) {   // without a branch: half of them stay
+            ids[count] = ids[i];
+            count += left[i] >= edge.low;
+        }
+        return count;
     }
 
     double mass(int64_t from, int64_t to) const {
@@ -297,11 +324,16 @@ struct Row {
             return z < raw_top && value == most ? std::nextafter(most, -kInf) : value;
         };
         a.logprob[row] = logprob(raw[token]);
-        a.rank[row] = static_cast<int32_t>(1 + kernels.count_greater(raw, vocab, raw[token]));
-        if (wanted <= 0) return;
-        const int64_t n = kernels.select_at_least(raw, vocab, reached_by(raw, wanted), ids);
-        const int64_t kept = std::min(n, wanted);
-        for (int64_t i = 0; i < n; ++i) candidates[i] = {raw[ids[i]], 0, ids[i]};
+        const int64_t n = wanted > 0 ? find_likeliest(raw, wanted) : 0, kept = std::min(n, wanted);
+        float least = kInf;
+        int64_t greater = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            candidates[i] = {raw[ids[i]], 0, ids[i]};
+            least = std::min(least, candidates[i].z);
+            greater += candidates[i].z > raw[token];
+        }
+        if (!(raw[token] >= least)) greater = raw[token] == raw_top ? 0 : kernels.count_greater(raw, vocab, raw[token]);
+        a.rank[row] = static_cast<int32_t>(1 + greater);
         std::partial_sort(candidates, candidates + kept, candidates + n, likelier);
         for (int64_t i = 0; i < kept; ++i) {
             top_ids[i] = candidates[i].id;
