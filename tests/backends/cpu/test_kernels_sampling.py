@@ -114,7 +114,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("vocab", [8, 65, 1025, 5003])
+@pytest.mark.parametrize("vocab", [8, 65, 1025, 5003, 40_009])
 def test_draws_from_what_the_contract_keeps(vocab):
     rng = np.random.default_rng(vocab)
     params = [s | {"seed": int(rng.integers(2**63)), "position": int(rng.integers(10**6))} for s in SETTINGS for _ in range(6)]
@@ -155,7 +155,7 @@ def test_frequencies():
         assert (counts[np.array(expected) == 0] == 0).all()
 
 
-@pytest.mark.parametrize("vocab", [3, 64, 1000, 4097])
+@pytest.mark.parametrize("vocab", [3, 64, 1000, 4097, 20_011])
 def test_log_probabilities_are_those_of_the_raw_logits(vocab):
     rng = np.random.default_rng(vocab)
     logits = np.round(rng.standard_normal((6, vocab)) * 3, 1).astype(np.float32)  # rounded, for ties
