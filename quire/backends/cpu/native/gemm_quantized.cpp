@@ -65,9 +65,7 @@ __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) 
 // A tile of more rows than kWhole takes half a panel at a time: with VNNI in groups of 32, where floats are added often, so that they stay in
 // registers; without it in all groups, since the halves of the bytes need some.
 template <int Bits> constexpr int kWhole = Bits == 8 || kVnni ? 3 : 2;
-template <int Bits> bool takes_halves(int rows, int64_t group) {
-    return rows > kWhole<Bits> && (kVnni ? Bits == 8 && group == 32 : group);
-}
+template <int Bits> bool takes_halves(int rows, int64_t group) { return rows > kWhole<Bits> && (kVnni ? group == 32 : group > 0); }
 
 template <int Bits, int MT, int NV, Fetch F> void tile_spans(const Slice& s, const Tile& t, Ahead ahead) {
     if constexpr (kSpan<Bits> < kSegment)
@@ -78,7 +76,7 @@ template <int Bits, int MT, int NV, Fetch F> void tile_spans(const Slice& s, con
 template <int Bits, int MT, Fetch F> void tile_of(bool half, const Slice& s, const Tile& t, Ahead ahead) {
     if constexpr (MT > kRows<Bits>) return;
     else if constexpr (MT <= kWhole<Bits>) return tile_spans<Bits, MT, 4, F>(s, t, ahead);
-    else if constexpr (Bits == 4) return tile_spans<Bits, MT, kVnni ? 4 : 2, F>(s, t, ahead);
+    else if constexpr (Bits == 4 && !kVnni) return tile_spans<Bits, MT, 2, F>(s, t, ahead);
     else return half ? tile_spans<Bits, MT, 2, F>(s, t, ahead) : tile_spans<Bits, MT, 4, F>(s, t, ahead);
 }
 
