@@ -63,6 +63,7 @@ QUIRE_TWICE(__m512i, packs_epi32)
 QUIRE_EMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     return join512(_mm256_fmadd_ps(low512(a), low512(b), low512(c)), _mm256_fmadd_ps(high512(a), high512(b), high512(c)));
 }
+QUIRE_EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 QUIRE_EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
 QUIRE_EMULATED __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 
@@ -101,6 +102,7 @@ template <class V, class T, class Mask> static inline void store_lanes(T* p, Mas
         if (k >> i & 1) p[i] = lane[i];
 }
 QUIRE_EMULATED __m512 _mm512_loadu_ps(const void* p) { __m512 a; std::memcpy(&a, p, sizeof a); return a; }
+QUIRE_EMULATED __m512i _mm512_loadu_si512(const void* p) { __m512i a; std::memcpy(&a, p, sizeof a); return a; }
 QUIRE_EMULATED void _mm512_storeu_ps(void* p, __m512 a) { std::memcpy(p, &a, sizeof a); }
 QUIRE_EMULATED void _mm512_storeu_si512(void* p, __m512i a) { std::memcpy(p, &a, sizeof a); }
 QUIRE_EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 k, const void* p) { return load_lanes<__m512>(k, static_cast<const float*>(p)); }
