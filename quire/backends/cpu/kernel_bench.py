@@ -175,7 +175,7 @@ def _time(calls: list[Call], rounds: int) -> list[float]:
 
 
 def _round(turn: Iterator[Call]) -> float:
-    """Seconds of a call. The clock says when a round ends, not a guess of how long a call takes: a call that was held up would leave too few."""
+    """Seconds of a call. The clock ends a round, and no guess of how long a call takes: one that was held up would leave too few."""
     count = 0
     start = now = perf_counter()
     while now - start < ROUND_S:
