@@ -86,15 +86,16 @@ class Compiled:
 
 class Hopper:
     """As much of a Triton driver as launches ask for. They end in ``launched``, and in ``arguments`` what each was given: grid, stream,
-    what Triton was called with."""
+    what Triton was called with. capability, max_shared: of another device, where these are set before anything is compiled."""
 
     def __init__(self) -> None:
+        self.capability, self.max_shared = 90, MAX_SHARED
         self.launched: list[Compiled] = []
         self.arguments: list[tuple[Any, ...]] = []
         self.utils = self
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -103,7 +104,7 @@ class Hopper:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": MAX_SHARED}
+        return {"max_shared_mem": self.max_shared}
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, Compiled, int, int, int]:
         """(module, function, registers, spills, threads): the function is what a launcher is given."""

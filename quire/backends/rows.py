@@ -174,14 +174,14 @@ class Rows:
         self, work: list[RowWork], tokens: list[int], beams: npt.NDArray[np.bool_], starts: Sequence[RowStart | None] = ()
     ) -> None:
         """Each row that was sampled grew by what counts of its ``tokens``; beams by nothing. ``starts``: of the work's rows when the step
-        was launched, where another sequence may have taken a row since."""
+        was launched, where another sequence may have taken a row since, and those without a draft have grown already."""
         at = 0
         for i, w in enumerate(work):
             if not w.sample:
                 continue
             sampled = tokens[at : at + 1 + len(w.draft)]
             at += len(sampled)
-            if not beams[w.row] and (not starts or starts[i] is self.starts[w.row]):
+            if not beams[w.row] and (not starts or (w.draft and starts[i] is self.starts[w.row])):
                 count, length = accepted(w.draft, sampled), self.lengths[w.row]
                 self.tokens[w.row, length : length + count] = np.maximum(sampled[:count], 0)
                 self.lengths[w.row] = length + count

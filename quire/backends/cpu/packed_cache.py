@@ -186,18 +186,20 @@ def _open(path: Path, origin: Origin) -> tuple[mmap.mmap, dict[str, Entry], int]
     try:
         found, entries = header["origin"], {name: Entry(**values) for name, values in header["linears"].items()}
         whole = start + sum(-(-e.nbytes // _ALIGN) * _ALIGN for e in entries.values())
+        places = [slice(start + e.offset, start + e.offset + e.nbytes) for e in entries.values()]
+        packing, content = found["packing"], found["content"]
     except (KeyError, TypeError, AttributeError):  # of a version whose header has other fields
         raise Unusable("was made by another version of Quire") from None
-    if found.get("packing") != origin["packing"]:
+    if packing != origin["packing"]:
         raise Unusable("was made by another version of Quire")
-    if found.get("content") != origin["content"]:
+    if content != origin["content"]:
         raise Unusable("is stale (the checkpoint has changed since)")
     if found != origin:
         raise Unusable("was made with other options")
     if size != whole:
         raise Unusable(f"is cut short ({size:,} of {whole:,} bytes)" if size < whole else f"has {size - whole:,} bytes too many")
     with memoryview(mapped) as view:
-        views = [view[start + e.offset : start + e.offset + e.nbytes] for e in entries.values()]
+        views = [view[place] for place in places]
         for (name, entry), crc in zip(entries.items(), _crcs(views), strict=True):
             if crc != entry.crc:
                 raise Unusable(f"is damaged (the bytes of {name} are not those that were written)")

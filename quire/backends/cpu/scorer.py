@@ -32,8 +32,8 @@ class Scorer:
         """Into ``result`` what comes of ``rows``: (row, positions, where ``hidden`` has the first of them)."""
         places, asked = [], []
         for row, positions, at in rows:
-            if self._pooling.has(row):
-                self._pooling.add(row, hidden[at : at + len(positions)], positions.stop, result)
+            if pooled := self._pooling.of(row):
+                pooled.add(row, hidden[at : at + len(positions)], positions.stop, result)
             else:
                 places.append(np.arange(at, at + len(positions)))
                 asked.append((row, positions))

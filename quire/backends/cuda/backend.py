@@ -132,9 +132,11 @@ class CudaBackend:
         batch = self._rows.batch(work)
         pending = Pending(work, order, [self._rows.starts[w.row] for w in work] if batch.drafts else [])
         self._compute(batch, arrange(batch, decoding, self.block_size), updates, sampled_masks(work), pending)
-        if not batch.drafts:  # what the tokens are is on the device; the host needs their number alone
-            rows = batch.sampled[~self._parameters.beams[batch.sampled]]
-            self._rows.append(rows, np.zeros(len(rows), np.int32))
+        # What the tokens are is on the device; the host needs their number alone, which for those with a draft is known by ``collect``. The
+        # others may be planned before that.
+        rows = np.array([w.row for w in work if w.sample and not w.draft], np.int32) if batch.drafts else batch.sampled
+        rows = rows[~self._parameters.beams[rows]]
+        self._rows.append(rows, np.zeros(len(rows), np.int32))
         return pending
 
     def _copy(self, pairs: list[tuple[int, int]]) -> None:

@@ -12,7 +12,7 @@ _PARAMS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "logprobs",
     "prompt_logprobs",
 )  # fmt: skip
-"""What a backend reads of a request's parameters, beside logit_bias."""
+"""What a backend reads of a request's parameters, beside logit_bias. max_tokens is not among them: the engine counts."""
 
 
 def encode(plan: StepPlan) -> bytes:
@@ -35,7 +35,7 @@ def decode(data: bytes) -> StepPlan:
 
 
 def _start(row: int, tokens: list[int], num_prompt: int, values: list[Any], bias: dict[int, float], *rest: Any) -> RowStart:
-    params = SamplingParams(**dict(zip(_PARAMS, values, strict=True)), logit_bias=bias)
+    params = SamplingParams(**dict(zip(_PARAMS, values, strict=True)), logit_bias=bias, max_tokens=None)
     return RowStart(row, tokens, num_prompt, params, *rest)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from quire.backends.cuda.decoder import Decoder
 from quire.backends.cuda.staging import to_device
 from quire.backends.parameters import FAILURES, entry
-from quire.backends.pooling import Pooling
+from quire.backends.pooling import Pooled, Pooling
 from quire.backends.rows import Rows
 from quire.core.plan import RowStart, StepResult
 
@@ -45,12 +45,15 @@ class Scorer:
         found = []
         for row, positions, at in rows:
             states = hidden[at : at + len(positions)]
-            found.append(self._pooled(row, positions, states) if self._pooling.has(row) else self._reported(row, positions, states))
+            pooled = self._pooling.of(row)
+            found.append(self._pooled(pooled, row, positions, states) if pooled else self._reported(row, positions, states))
         return found
 
-    def _pooled(self, row: int, positions: range, states: Tensor) -> Scores:
+    def _pooled(self, pooled: Pooled, row: int, positions: range, states: Tensor) -> Scores:
+        """pooled: the row's now, which may be another sequence's when the states are read."""
+
         def read(arrays: list[npt.NDArray[Any]], result: StepResult) -> None:
-            self._pooling.add(row, arrays[0], positions.stop, result)
+            pooled.add(row, arrays[0], positions.stop, result)
 
         return Scores([states.float()], read)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.backends.cuda.batches import Arrays
 from quire.backends.cuda.cache import DTYPES
 from quire.backends.cuda.decoder import Decoder, Step
-from quire.backends.cuda.kernels.attention_configs import decode_config, prefill_config
+from quire.backends.cuda.kernels.attention_configs import LARGEST, decode_config, prefill_config
 from quire.backends.cuda.staging import Staging
 from quire.backends.cuda.tables import Tables, Updates
 from quire.backends.cuda.tiles import SPLIT, DecodeScratch, DecodeTiles, packed_size, prefill_tiles, write_decode_tiles
@@ -48,9 +48,13 @@ class Steps:
         self._windows = sorted({spec.window(i) for i in range(spec.num_layers)})
         group = spec.num_heads // spec.num_kv_heads
         shape = (spec.head_dim, block_size, decoder.dtype, DTYPES[kv_dtype])
-        decode = decode_config(*shape, group, tables.spare)
-        self._prefill_rows = prefill_config(*shape).rows
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        multiprocessors, shared = 1, LARGEST
+        if device.type == "cuda":
+            from quire.backends.cuda.kernels.launching import shared_memory  # Triton: not elsewhere
+
+            multiprocessors, shared = torch.cuda.get_device_properties(device).multi_processor_count, shared_memory()
+        decode = decode_config(*shape, group, tables.spare, shared)
+        self._prefill_rows = prefill_config(*shape, shared).rows
         self._programs = decode.programs_per_sm * multiprocessors
         each = -(-max_len // SPLIT)
         self._splits_of_pool = 2 * -(-num_blocks * block_size // SPLIT)  # twice: shared blocks are read by several
@@ -60,9 +64,9 @@ class Steps:
         self._staging = Staging(device, STAGING)
 
     def capacity(self, sequences: int) -> int:
-        """Splits that the lists of captured steps of so many sequences have room for. Sequences that share very much may have more:
-        their steps are not captured ones."""
-        return sequences * min(self._each, 1 + self._splits_of_pool // sequences + 1)
+        """Splits that the lists of captured steps of so many sequences have room for, never more than those of larger ones, which share
+        their scratch. Sequences that share very much may have more: their steps are not captured ones."""
+        return min(sequences * self._each, 2 * sequences + self._splits_of_pool)
 
     def fits(self, lengths: I32, sequences: int) -> bool:
         """Whether decoding sequences of these lengths fit into a captured step of ``sequences``."""

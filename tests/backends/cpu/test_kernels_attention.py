@@ -267,6 +267,27 @@ def test_shared_reads_are_the_same_bytes(dtype, heads, kv_heads, dim, window):
                 assert layer.saved == (3 * 8 + 9 + 2 + 2 if not window else 2)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "count"), [(32, 2, 6), (32, 2, 7), (64, 4, 8), (16, 1, 7), (48, 1, 2), (48, 1, 3), (71, 1, 2)]
+)
+def test_shared_reads_with_more_rows_than_a_task_has(heads, kv_heads, count):
+    """A task has up to 96: sequences with more rows for a KV head are cut, and take no part."""
+    common, dim = 520, 16
+    before = tokens(70, common, heads, kv_heads, dim)
+    parts = [tokens(71 + i, count, heads, kv_heads, dim) for i in range(4)]
+    layer = Layer(kv_heads, dim, 16, "float16")
+    layer.run([(0, 0, *before)], heads, 0.3)
+    for i in (1, 2, 3):
+        layer.tables[i, : common // 16] = layer.tables[0, : common // 16]
+        layer.run([(i, common // 16 * 16, *(a[common // 16 * 16 :] for a in before))], heads, 0.3)
+    alone = [layer.run([(i, common, *part)], heads, 0.3)[0] for i, part in enumerate(parts)]
+    for share in (True, None, False):
+        together = layer.run([(i, common, *part) for i, part in enumerate(parts)], heads, 0.3, 0, share)
+        assert all(np.array_equal(a.view(np.uint32), b.view(np.uint32)) for a, b in zip(together, alone, strict=True)), share
+        if share:
+            assert (layer.saved > 0) == (count * heads // kv_heads <= 96)
+
+
 def test_shared_reads_where_nothing_is_shared():
     tree = Tree(4, 2, 64, 0)
     layer = tree.layer("float16", 16)

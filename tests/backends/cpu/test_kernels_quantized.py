@@ -359,6 +359,7 @@ def test_wrong_packed_bytes():
         ({"n": 3 + packed.panel}, "data must have length"),
         ({"n": 0}, "n and k must be positive"),
         ({"k": 2**40}, "n and k must be positive"),
+        ({"n": 2**31 - 64, "k": 2**31 - 1, "dtype": "float32", "group_size": 0}, "below 2\\^30"),
         ({"group_size": 64}, "data must have length"),
         ({"group_size": 0, "dtype": "int4"}, "group_size is 0"),
         ({"k": 100}, "does not divide the 100 inputs"),

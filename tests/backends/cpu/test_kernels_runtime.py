@@ -1,6 +1,8 @@
 """Instruction sets, threads, and what two compilations of one source may not share."""
 
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -99,6 +101,55 @@ def test_quotas_of_control_groups(tmp_path, groups, files, expected):
 
 def test_without_control_groups_there_is_no_quota(tmp_path):
     assert native.cpu_quota(str(tmp_path)) is None
+
+
+def test_the_callers_floating_point_mode_changes_nothing():
+    """A library may tell the calling thread to flush subnormals to 0, which workers would not."""
+    if platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc":
+        pytest.skip("fenv_t is another one here")
+    libm = ctypes.CDLL("libm.so.6")
+    plain, flushing, now = (ctypes.create_string_buffer(32) for _ in range(3))
+    libm.fegetenv(plain)
+    mode = int.from_bytes(plain.raw[28:], "little")  # MXCSR
+    flushing.raw = plain.raw[:28] + (mode | 0x8040).to_bytes(4, "little")
+    packed = native.pack_linear(np.full((1000, 8), 1e-20, np.float32))
+    x, expected, out = np.full((3, 8), 1e-20, np.float32), np.zeros((3, 1000), np.float32), np.zeros((3, 1000), np.float32)
+    native.linear(packed, x, expected)
+    libm.fesetenv(flushing)
+    try:
+        native.linear(packed, x, out)
+        libm.fegetenv(now)
+    finally:
+        libm.fesetenv(plain)
+    assert np.array_equal(out.view(np.uint32), expected.view(np.uint32))
+    assert expected.view(np.uint32).all()
+    assert int.from_bytes(now.raw[28:], "little") & 0x8040 == 0x8040
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_task_without_memory_ends_the_call_alone(threads):
+    """The sampler wants 160 MB for each thread; then there is room again."""
+    code = f"""
+import resource, numpy as np
+from quire.backends.cpu import _native as native
+native.set_num_threads({threads})
+logits, zeros = np.zeros((2, 40_000_000), np.float32), np.zeros(2, np.int32)
+packed, x, out = native.pack_linear(np.ones((256, 64), np.float32)), np.ones((8, 64), np.float32), np.zeros((8, 256), np.float32)
+native.linear(packed, x, out)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
+for _ in range(20):
+    try:
+        native.sample(logits, zeros, zeros, temperature=np.ones(2, np.float32), seed=np.zeros(2, np.uint64), position=np.zeros(2, np.int64))
+    except MemoryError:
+        print("no memory")
+out[:] = 0
+native.linear(packed, x, out)
+print(out.min(), out.max())
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["no memory"] * 20 + ["64.0 64.0", ""]
 
 
 def test_long_regions_with_more_threads_than_cores():

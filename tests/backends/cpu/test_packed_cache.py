@@ -154,6 +154,10 @@ def other_fields(file: Path) -> None:
     rewrite(file, b'"offset"', b'"places"')
 
 
+def other_types(file: Path) -> None:
+    rewrite(file, b'"offset": 0', b'"offset":""')
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -167,6 +171,7 @@ def other_fields(file: Path) -> None:
         (flip(-70_000), "is damaged (the bytes of "),
         (other_version, "was made by another version of Quire"),
         (other_fields, "was made by another version of Quire"),
+        (other_types, "was made by another version of Quire"),
     ],
     ids=lambda value: value.__name__ if callable(value) else value,
 )

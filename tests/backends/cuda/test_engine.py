@@ -14,7 +14,7 @@ import torch
 import running
 from quire.backends.cuda import steps
 from quire.core.sequence import Request
-from quire.models.weights import load_spec
+from quire.models.weights import load_spec, resolve_model
 from quire.sampling_params import SamplingParams
 
 GOLDEN = sorted(folder.parent for folder in (Path(__file__).parents[2] / "fixtures" / "golden").glob("*/golden.npz"))
@@ -179,3 +179,79 @@ def test_vectors_as_on_the_cpu_backend() -> None:
         assert here is not None
         assert there is not None
         assert np.allclose(here, there, atol=1e-4)
+
+
+@pytest.mark.parametrize("taken_by", ["text", "vector", "priority"])
+def test_a_vector_whose_row_was_taken_while_a_step_was_on_its_way(taken_by: str) -> None:
+    """A prompt for a vector loses its row with a chunk in flight: to another request for text, or for a vector, or by priority."""
+    prompt, other = list(range(100, 180)), list(range(300, 340))
+
+    def vector(name: str, tokens: list[int], priority: int = 0) -> Request:
+        return Request(name, tokens, SamplingParams(max_tokens=0), seed=0, eos_token_ids=(), pooling="mean", priority=priority)
+
+    def results(engine: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        while engine.has_work:
+            for output in engine.step():
+                if output.vector is not None:
+                    found[output.request_id] = output.vector
+                elif output.token_ids:
+                    found.setdefault(output.request_id, []).extend(output.token_ids)
+        return found
+
+    options = {**TORCH, "max_num_batched_tokens": 32, "max_num_seqs": 1, "cuda_graphs": False}
+    second = vector("b", other) if taken_by == "vector" else greedy("b", other, 4)
+    engine = running.open_engine("embedded", **options)
+    engine.add(second)
+    expected = results(engine)
+    if taken_by == "priority":
+        engine.add(vector("a", prompt))
+        expected |= results(engine)
+    engine = running.open_engine("embedded", **options)
+    engine.add(vector("a", prompt, priority=1))
+    engine.step()
+    if taken_by != "priority":
+        engine.abort("a")
+    engine.add(second)
+    assert results(engine) == expected
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_rows_beside_one_that_guesses(graphs: bool) -> None:
+    """Those without a draft are planned into the next step before this one's tokens are read."""
+    prompt = list(range(100, 140))
+    allowed = SamplingParams(max_tokens=24, temperature=0.0, allowed_token_ids=list(range(3, 4000)), ignore_eos=True)
+    drawn = SamplingParams(max_tokens=24, temperature=1.0, ignore_eos=True, presence_penalty=0.5, min_tokens=20)
+    requests = [Request("c", prompt, allowed, seed=0, eos_token_ids=())]
+    requests += [Request(f"{i}", prompt[i:], drawn, seed=i, eos_token_ids=(2,)) for i in range(4)]
+    options = {**TORCH, "max_num_seqs": 8, "cuda_graphs": graphs}
+    expected = running.run(running.open_engine("embedded", constrained=True, **options), requests).outputs
+    engine = running.open_engine("embedded", constrained=True, speculation="prompt-lookup", **options)
+    found = running.run(engine, requests, outputs_to_guess=expected)
+    assert found.stats.tokens_accepted > 0
+    assert {key: output.token_ids for key, output in found.outputs.items()} == {key: output.token_ids for key, output in expected.items()}
+
+
+def test_captured_steps_fit_their_scratch() -> None:
+    """52 sequences of 932 positions that share 832, in a pool that would not hold them apart: a step of 56 has more splits than one of 64
+    has by the pool's size."""
+    block = load_spec(resolve_model("embedded")).kv_bytes_per_token("float32") * 64
+    options = {**TORCH, "block_size": 64, "max_num_seqs": 64, "kv_memory": str(block * 252), "max_model_len": 1200, "kv_debug": False}
+    engine = running.open_engine("embedded", **options)
+    made = engine.backend._steps
+    for size in range(1, 65):
+        assert made.capacity(size) <= made.scratch.capacity
+    sent = made.send_padded
+    splits = []
+
+    def watched(arrays: Any, updates: Any, size: int) -> Any:
+        step, samples = sent(arrays, updates, size)
+        splits.extend((int(tiles.count), tiles.scratch.capacity) for tiles in step.decode_tiles.values())
+        return step, samples
+
+    made.send_padded = watched
+    common = [100 + i % 400 for i in range(832)]
+    running.run(engine, [greedy("first", common, 1)])
+    running.run(engine, [greedy(f"{i}", [*common, *[500 + i] * 100], 4) for i in range(52)])
+    assert splits
+    assert all(count <= capacity for count, capacity in splits)

@@ -37,8 +37,9 @@ engine = running.open_engine(folder, device="torch-cpu", dtype="float32", kv_dty
                              max_num_batched_tokens=16, speculation=speculation)
 greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 other = SamplingParams(temperature=0.0, max_tokens=20, n=1, ignore_eos=True, frequency_penalty=0.5, logprobs=1, prompt_logprobs=1)
+least = SamplingParams(temperature=0.0, max_tokens=24, min_tokens=20)
 search = SamplingParams(temperature=0.0, use_beam_search=True, n=2, max_tokens=6)
-requests = [Request(f"{i}", prompt[i:], params, 0, ()) for i, params in enumerate((greedy, other, search))]
+requests = [Request(f"{i}", prompt[i:], params, 0, ()) for i, params in enumerate((greedy, other, least, search))]
 found = running.run(engine, requests, preempt_every=9).outputs
 print([output.token_ids for _, output in sorted(found.items())])
 """

@@ -18,7 +18,7 @@ int64_t bytes_of(KvType type) { return type == KvType::f32 ? 4 : type == KvType:
 SharedPrefixes::SharedPrefixes(const AttentionArgs& a, int64_t task_rows, Sharing sharing)
     : block_(a.cache.block_size), group_(a.heads / a.cache.kv_heads) {
     if (sharing == Sharing::never) return;
-    find_rows(a);
+    find_rows(a, task_rows);
     if (common_.empty() || *std::max_element(common_.begin(), common_.end()) == 0) return;
     std::vector<size_t> ends;   // of groups: consecutive rows that begin alike
     for (size_t i = 0; i < rows_.size(); ++i)
@@ -43,10 +43,11 @@ SharedPrefixes::SharedPrefixes(const AttentionArgs& a, int64_t task_rows, Sharin
     if (!groups_.empty()) place_states(a);
 }
 
-void SharedPrefixes::find_rows(const AttentionArgs& a) {
+void SharedPrefixes::find_rows(const AttentionArgs& a, int64_t task_rows) {
+    const int64_t most = std::min<int64_t>(kQueries, std::max<int64_t>(1, task_rows / group_));   // of a work that is not cut: see hand_over
     for (int64_t s = 0; s < a.seq.seqs; ++s) {
         const int32_t count = a.seq.query_start[s + 1] - a.seq.query_start[s], start = a.seq.start[s];
-        if (count < 1 || count > kQueries || start < kKeyTile || (a.window > 0 && start + count > a.window)) continue;
+        if (count < 1 || count > most || start < kKeyTile || (a.window > 0 && start + count > a.window)) continue;
         rows_.push_back({static_cast<int32_t>(s), count, static_cast<int32_t>(start / kKeyTile),
                          a.seq.block_tables + a.seq.rows[s] * a.seq.table_stride, 0, 0});
     }

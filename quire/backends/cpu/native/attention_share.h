@@ -32,7 +32,7 @@ private:
         int32_t first, done;         // the first of its rows in the group; tiles that are shared
     };
 
-    void find_rows(const AttentionArgs& a);
+    void find_rows(const AttentionArgs& a, int64_t task_rows);
     int64_t common_tiles(const Row& x, const Row& y) const;
     void add_group(size_t begin, size_t end);
     void add_runs(size_t begin, size_t end, int32_t depth);

@@ -71,9 +71,9 @@ PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::str
 
 PackedLinear* load_packed(const Array& data, int64_t n, int64_t k, const std::string& dtype, int64_t group, bool gated) {
     const Kernels& kernels = active_kernels();
-    constexpr int64_t kMost = int64_t{1} << 31;   // so that no size overflows
+    constexpr int64_t kMost = int64_t{1} << 30;   // so that no size overflows
     require(n > 0 && k > 0 && n < kMost && k < kMost,
-            "n and k must be positive: " + std::to_string(n) + " and " + std::to_string(k));
+            "n and k must be positive, and below 2^30: " + std::to_string(n) + " and " + std::to_string(k));
     Panels panels{data.data(), DType::f32, n, k, kernels.panel, 0, group, gated};
     if (dtype == "int8" || dtype == "int4") {
         require_group(dtype, group, k);

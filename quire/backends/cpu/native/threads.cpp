@@ -15,10 +15,16 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 namespace quire {
 namespace {
@@ -32,6 +38,21 @@ inline void pause() {
 }
 
 thread_local bool inside_region = false;
+
+// The floating-point mode in which a process starts, for the time of a task: a library may have told the calling thread to flush subnormals
+// to 0, and results would hang on which thread computes them.
+class PlainFloats {
+#if defined(__x86_64__)
+public:
+    PlainFloats() { _mm_setcsr(0x1f80); }
+    ~PlainFloats() { _mm_setcsr(before_); }
+    PlainFloats(const PlainFloats&) = delete;
+    PlainFloats& operator=(const PlainFloats&) = delete;
+
+private:
+    const unsigned before_ = _mm_getcsr();
+#endif
+};
 
 // How long a worker has had its core. Linux takes it away at a tick, 4 ms apart or more often, once the slice of 2 to 4 ms
 // is used up: an offer after 2 ms comes first.
@@ -69,7 +90,7 @@ public:
 
     void run(int64_t n, TaskFn fn, const void* context) {
         std::lock_guard lock(region_);
-        n_ = n, fn_ = fn, context_ = context;
+        n_ = n, fn_ = fn, context_ = context, failure_ = nullptr;
         counter_.store(0, std::memory_order_relaxed);
         gate_.store(0, std::memory_order_release);
         wake();
@@ -80,6 +101,7 @@ public:
         gate_.fetch_or(kClosed, std::memory_order_acq_rel);
         for (int spins = 0; gate_.load(std::memory_order_acquire) != kClosed; ++spins)
             spins < 4096 ? pause() : static_cast<void>(sched_yield());
+        if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
 private:
@@ -99,6 +121,7 @@ private:
     }
 
     void serve(uint32_t seen) {
+        [[maybe_unused]] const PlainFloats plain;
         Turn turn;
         inside_region = true;   // a task that opens a region runs it by itself
         for (;;) {
@@ -120,6 +143,17 @@ private:
     // it, except near the end, where that would take work from others, and in its last task. turn: null for the caller,
     // which nobody can do without.
     bool work(const Turn* turn) {
+        try {
+            return take_tasks(turn);
+        } catch (...) {
+            std::lock_guard lock(failing_);
+            if (!failure_) failure_ = std::current_exception();
+            counter_.store(n_, std::memory_order_relaxed);   // nobody takes another
+            return false;
+        }
+    }
+
+    bool take_tasks(const Turn* turn) {
         const int64_t n = n_, threads = size(), ahead = n - 4 * threads;
         int64_t task = counter_.fetch_add(1, std::memory_order_relaxed);
         while (task < n) {
@@ -138,6 +172,8 @@ private:
     }
 
     std::mutex region_;                          // one region at a time
+    std::mutex failing_;
+    std::exception_ptr failure_;                 // what the first task threw that threw anything
     std::vector<std::thread> workers_;
     std::atomic<int> size_{1};
     std::atomic<bool> stop_{false};
@@ -172,6 +208,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 void run_tasks(int64_t n, TaskFn fn, const void* context) {
     if (n <= 0) return;
+    [[maybe_unused]] const PlainFloats plain;
     if (n == 1 || inside_region || pool().size() == 1) {
         for (int64_t task = 0; task < n; ++task) fn(context, task, task + 1 < n ? task + 1 : -1);
         return;

@@ -10,7 +10,8 @@ namespace quire {
 // next: the task that this thread will probably run afterwards (to prefetch for), or -1.
 using TaskFn = void (*)(const void* context, int64_t task, int64_t next);
 
-// Runs fn for every task in [0, n) and returns when all are done. The caller takes part. Tasks must not throw.
+// Runs fn for every task in [0, n) and returns when all are done. The caller takes part. What a task throws (there is no memory for its
+// scratch) ends the region, and is thrown on. Subnormals are kept in all tasks, whatever the caller's floating-point mode.
 void run_tasks(int64_t n, TaskFn fn, const void* context);
 
 int num_threads();

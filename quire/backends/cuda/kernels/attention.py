@@ -11,6 +11,7 @@ from quire.backends.cuda.cache import LayerKV
 from quire.backends.cuda.kernels.attention_configs import decode_config, padded, prefill_config
 from quire.backends.cuda.kernels.decode import decode_kernel
 from quire.backends.cuda.kernels.interpreted import INTERPRETED
+from quire.backends.cuda.kernels.launching import shared_memory
 from quire.backends.cuda.kernels.prefill import prefill_kernel
 from quire.backends.cuda.tiles import SPLIT, DecodeTiles
 
@@ -22,7 +23,7 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
     """As in reference/. ``tiles`` of the same lengths and window; the layer's keys, and values, are contiguous."""
     _, kv_heads, block_size, head_dim = kv.keys.shape
     group = q.shape[1] // kv_heads
-    config = decode_config(head_dim, block_size, q.dtype, kv.keys.dtype, group, tiles.sequences)
+    config = decode_config(head_dim, block_size, q.dtype, kv.keys.dtype, group, tiles.sequences, shared_memory())
     scratch = tiles.scratch
     arguments = (
         q, kv.keys, kv.values, kv.key_scales, kv.value_scales, tables, rows, lengths, tiles.count, tiles.first_slots, tiles.pairs,
@@ -42,7 +43,7 @@ def prefill(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, query_start: T
     """As in reference/. ``tiles`` of ``prefill_tiles`` with ``prefill_config(...).rows``; the layer's keys, and values, are contiguous."""
     _, kv_heads, block_size, head_dim = kv.keys.shape
     heads = q.shape[1]
-    config = prefill_config(head_dim, block_size, q.dtype, kv.keys.dtype)
+    config = prefill_config(head_dim, block_size, q.dtype, kv.keys.dtype, shared_memory())
     arguments = (
         q, kv.keys, kv.values, kv.key_scales, kv.value_scales, tables, rows, query_start, lengths, tiles, out, scale * LOG2_E,
         *q.stride()[:2], tables.stride(0),

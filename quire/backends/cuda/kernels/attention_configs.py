@@ -75,25 +75,35 @@ def kind(dtype: torch.dtype, kv_dtype: torch.dtype) -> Kind:
     return "same" if kv_dtype == dtype else "converted"
 
 
+LARGEST = 227 * 1024
+"""Bytes of shared memory that a program may have on a Hopper or Blackwell of a data centre, for which the tables were made; on an A100
+163 KiB, on devices with a compute capability of 8.6, 8.9 or 12.0, which people have at home, 99."""
+ROOM = 128 * 1024
+"""With less, one stage or half of the queries fewer where the tables go to the limit."""
 FEW = 4
 """Sequences up to which a program has its multiprocessor for itself, mostly: another tile on its way then makes up for others' programs."""
 
 
-def decode_config(head_dim: int, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype, group: int, sequences: int) -> Config:
+def decode_config(
+    head_dim: int, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype, group: int, sequences: int, shared: int = LARGEST
+) -> Config:
     """``dtype``: of queries. ``group``: query heads of a KV head, all in one tile; many of them take more warps. ``sequences``: of the
-    launch; results do not hang on it."""
+    launch; results do not hang on it. ``shared``: bytes of shared memory that a program may have."""
     name, size = kind(dtype, kv_dtype), max(64, padded(head_dim))
     config = DECODE.get((name, size, block_size)) or DECODE[name, size]
     if group > 32:
         config = replace(config, warps=8, programs_per_sm=1, registers=None)
     elif group > 16:
         config = replace(config, programs_per_sm=2)
-    elif sequences <= FEW and config.stages > 1 and name == "same":
+    elif sequences <= FEW and config.stages > 1 and name == "same" and shared >= ROOM:
         config = replace(config, stages=config.stages + 1, programs_per_sm=config.programs_per_sm - 1)
     return config
 
 
-def prefill_config(head_dim: int, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> Config:
-    """``dtype``: of queries."""
+def prefill_config(head_dim: int, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype, shared: int = LARGEST) -> Config:
+    """``dtype``: of queries. ``shared``: bytes of shared memory that a program may have."""
     name, size = kind(dtype, kv_dtype), max(64, padded(head_dim))
-    return PREFILL.get((name, size, block_size)) or PREFILL[name, size]
+    config = PREFILL.get((name, size, block_size)) or PREFILL[name, size]
+    if (name, size) == ("same", 256) and shared < ROOM:
+        config = replace(config, rows=config.rows // 2)
+    return config

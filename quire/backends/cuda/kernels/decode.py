@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.kernels.launching import Kernel
-from quire.backends.cuda.kernels.paged import block_ids, halves, load_scales, load_tile, prefetch_tile, product
+from quire.backends.cuda.kernels.paged import block_ids, halves, load_scales, load_tile, prefetch_tile, product, value_power
 from quire.backends.cuda.kernels.programmatic import start_next, wait
 
 
@@ -99,7 +99,7 @@ def decode_kernel(
             decay = tl.exp2(largest - higher)
             sums_of_lanes = tl.fma(sums_of_lanes, tl.broadcast_to(decay[:, None], p.shape), p)
             if value_scales is not None:
-                p *= value_scale.to(tl.float32)[None, :]
+                p *= value_scale.to(tl.float32)[None, :] * value_power(values, q.dtype)
             weights = p.to(q.dtype)
             acc = product(weights, v, acc * decay[:, None], UPCAST)
             if PAIRS:
@@ -110,6 +110,9 @@ def decode_kernel(
             key_scale = load_scales(key_scales, ids, inner, j + TILE, t, seen, KV_HEADS, BLOCK_SIZE, TILE)
             value_scale = load_scales(value_scales, ids, inner, j + TILE, t, seen, KV_HEADS, BLOCK_SIZE, TILE)
 
+        if value_scales is not None:
+            acc *= 1.0 / value_power(values, q.dtype)
+            acc_odd *= 1.0 / value_power(values, q.dtype)
         if PAIRS:
             acc = tl.reshape(tl.join(acc, acc_odd), (GROUP_PAD, DIM_PAD))
         total = tl.sum(sums_of_lanes, 1)

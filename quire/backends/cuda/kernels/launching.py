@@ -7,11 +7,13 @@ options. Here that is a key of a few comparisons, and what Triton made for it th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 from torch import Tensor
 from triton.runtime import driver
 
+from quire.backends.cuda.kernels.attention_configs import LARGEST
 from quire.backends.cuda.kernels.interpreted import INTERPRETED
 from quire.backends.cuda.kernels.programmatic import programmatic
 
@@ -77,6 +79,16 @@ class Kernel:
 
     def _pdl(self) -> tuple[bool, ...]:
         return (programmatic(),) if self._waits else ()
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a program may have on the current device."""
+    return LARGEST if INTERPRETED else _shared_memory(driver.active, driver.active.get_current_device())
+
+
+@cache
+def _shared_memory(active: Any, device: int) -> int:
+    return int(active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 def _kind(number: int) -> int:

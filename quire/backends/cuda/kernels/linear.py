@@ -12,7 +12,7 @@ have deep pipelines: with 8 tiles on their way, 64 of them keep the memory busy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.backends.cuda.kernels.attention_configs import LARGEST
 from quire.backends.cuda.kernels.interpreted import INTERPRETED
-from quire.backends.cuda.kernels.launching import Kernel
+from quire.backends.cuda.kernels.launching import Kernel, shared_memory
 from quire.backends.cuda.kernels.layers import activate, activation
 from quire.backends.cuda.kernels.programmatic import start_next, wait
 from quire.backends.cuda.kernels.rounding import narrow
@@ -47,6 +48,8 @@ TILES: dict[int, tuple[Tiles, ...]] = {
     1: (Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 64, 4, 6), Tiles(32, 64, 128, 4, 6), Tiles(16, 64, 128, 4, 8)),
 }  # fmt: skip
 """By the bytes of a weight, large ones first: see ``choose``. Measured on an H200."""
+X_BYTES = 2
+"""Of a number of x, but for float32."""
 FLOAT32 = Tiles(16, 32, 32, 4, 2)
 """Of x: without tensor cores, for tests."""
 PROGRAMS = 96
@@ -89,14 +92,16 @@ def gated_linear(
 
 
 @lru_cache(4096)
-def choose(tokens: int, channels: int, weight_bytes: int) -> Tiles:
+def choose(tokens: int, channels: int, weight_bytes: int, shared: int = LARGEST) -> Tiles:
     """The largest tile that gives programs enough, of those for no more tokens than there are; where none does, the smallest that holds
-    them, or 64 of them."""
+    them, or 64 of them. With as many stages as ``shared`` bytes of memory have room for: which do not change results."""
     tiles = TILES[weight_bytes]
     most = min((each.tokens for each in tiles if each.tokens >= tokens), default=tiles[0].tokens)
     fitting = [each for each in tiles if min(most, 64) <= each.tokens <= most]
     enough = (each for each in fitting if -(-tokens // each.tokens) * -(-channels // each.channels) >= PROGRAMS)
-    return next(enough, fitting[-1])
+    found = next(enough, fitting[-1])
+    stage = (found.tokens * X_BYTES + found.channels * weight_bytes) * found.depth
+    return replace(found, stages=max(2, min(found.stages, shared // stage)))
 
 
 def _rows(
@@ -104,9 +109,9 @@ def _rows(
 ) -> None:  # fmt: skip
     tokens, depth = x.shape
     channels = weight.shape[0]
-    tiles = FLOAT32 if x.dtype == torch.float32 else choose(tokens, channels, weight.element_size())
+    tiles = FLOAT32 if x.dtype == torch.float32 else choose(tokens, channels, weight.element_size(), shared_memory())
     programs = -(-tokens // tiles.tokens) * -(-channels // tiles.channels)
-    stages = 4 if programs > MANY and tiles.tokens <= FEW else tiles.stages
+    stages = min(4, tiles.stages) if programs > MANY and tiles.tokens <= FEW else tiles.stages
     constants = channels, depth, tiles.tokens, tiles.channels, tiles.depth, GROUP, gate, INTERPRETED
     _linear.launch((programs,), (x, weight, scales, bias, out, tokens, x.stride(0)), constants, warps=tiles.warps, stages=stages)
 

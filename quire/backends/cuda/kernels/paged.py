@@ -83,6 +83,14 @@ def load_scales(scales, ids, inner, start, t, there, KV_HEADS: tl.constexpr, BLO
 
 
 @triton.jit
+def value_power(values, weights: tl.constexpr):
+    """A power of 2 for the scales of values of 8 bits whose products are of float16, which has nothing between 6e-5 and 0 in full: the
+    scales are a 127th, or a 448th, of the largest number of a vector. It leaves room for all that float16 holds, as a value."""
+    POWER: tl.constexpr = 1.0 if weights != tl.float16 else 64.0 if values.dtype.element_ty == tl.int8 else 256.0
+    return POWER
+
+
+@triton.jit
 def product(a, b, acc, UPCAST: tl.constexpr):
     """a · b (+ acc) in float32; b, keys or values as they are stored, is converted to a's type.
 

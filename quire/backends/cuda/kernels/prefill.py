@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.kernels.launching import Kernel
-from quire.backends.cuda.kernels.paged import block_ids, load_scales, load_tile, product
+from quire.backends.cuda.kernels.paged import block_ids, load_scales, load_tile, product, value_power
 
 
 @Kernel
@@ -61,6 +61,8 @@ def prefill_kernel(
         q, acc, total, largest, keys, values, key_scales, value_scales, kv_head, table, scale,
         tl.maximum(full_start, full_end), end, first, end, KV_HEADS, HEAD_DIM, DIM_PAD, BLOCK_SIZE, WINDOW, ROWS, TILE, True, UPCAST,
     )  # fmt: skip
+    if value_scales is not None:
+        acc *= 1.0 / value_power(values, q.dtype)
     result = acc / tl.where(total == 0, 1.0, total)[:, None]  # 0: no query is there
     at = out + ((start + first_row).to(tl.int64) * HEADS + head) * HEAD_DIM
     tl.store(at + r[:, None] * (HEADS * HEAD_DIM) + d[None, :], result.to(out.dtype.element_ty), mask=here)
@@ -105,7 +107,8 @@ def _visit(
         decay = tl.exp2(largest - reference)  # exactly 1 where no key was higher: a tile that is not seen changes nothing
         total = tl.fma(total, decay, tl.sum(p, 1))
         if value_scales is not None:
-            p *= load_scales(value_scales, ids, inner, j, t, readable, KV_HEADS, BLOCK_SIZE, TILE).to(tl.float32)[None, :]
+            value_scale = load_scales(value_scales, ids, inner, j, t, readable, KV_HEADS, BLOCK_SIZE, TILE).to(tl.float32)
+            p *= value_scale[None, :] * value_power(values, q.dtype)
         v = load_tile(values, ids, inner, j, t, d, there, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
         acc = product(p.to(q.dtype), v, acc * decay[:, None], UPCAST)
         largest = higher
