@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
@@ -12,6 +16,10 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from quire.errors import EngineError
+from quire.server.calls import compiler as compiler_module
+from quire.server.calls.compiler import Compiler
+from quire.structured import Structured
 from quire.text.tokenizer import Tokenizer
 from server.harness import DEADLINE_S, EMBEDDED, Process, Server, events, health, http, wait_clean
 
@@ -228,3 +236,39 @@ def test_a_form_that_runs_wild_later_ends_its_own_request(real: Process) -> None
             assert "structured output can't be followed" in answer.json()["error"]["message"]
         assert other.result(DEADLINE_S).json()["choices"][0]["finish_reason"] == "length"
     wait_clean(real.url)
+
+
+def compile_workers(server: Process) -> list[int]:
+    children = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    pids = [int(pid) for each in children for pid in each.read_text().split()]
+    return [pid for pid in pids if b"compile_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_compiler_that_is_killed_says_nothing_of_the_form(real: Process) -> None:
+    """While it is idle, as by a machine without memory."""
+    for maximum in range(3):
+        schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": maximum}}, "required": ["n"]}
+        assert set(json.loads(text(ask(real, guided_json=schema)))) >= {"n"}
+        workers = compile_workers(real)
+        assert workers
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_compiler_that_is_always_killed() -> None:
+    """It ends the request with an error, and the same form is tried again the next time."""
+    compiler = Compiler(EMBEDDED, 4096, [0])
+    form = Structured.regex("[ab]{3}")
+
+    async def check() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            asked = compiler_module._Worker.ask
+            patch.setattr(compiler_module._Worker, "ask", lambda self, structured: (self.kill(), asked(self, structured))[1])
+            with pytest.raises(EngineError, match=r"was killed, 2 times: try again"):
+                await compiler.check(form)
+        await compiler.check(form)
+
+    try:
+        asyncio.run(check())
+    finally:
+        compiler.close()

@@ -6,6 +6,7 @@ Where it says yes, the engine compiles the form too, and does not meet anything 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -32,6 +33,8 @@ MAX_REMEMBERED = 256
 START_TIMEOUT_S = 120.0
 TIMEOUT_S = 60.0
 """For one form, whatever the machine does meanwhile."""
+TRIES = 2
+"""Of a form whose worker was killed by somebody else, or was held up: that says nothing of the form."""
 
 
 class Compiler:
@@ -80,20 +83,35 @@ class Compiler:
 
     def _try(self, structured: Structured) -> str:
         """On a thread of its own. Raises EngineError where a worker can't be had."""
+        for _ in range(TRIES):
+            worker = self._worker()
+            answer = worker.ask(structured)
+            if worker.alive:
+                self._idle.put(worker)
+            else:
+                self._workers.discard(worker)
+            if answer is not None:
+                return answer
+        raise EngineError(f"{structured.source}: the process that was to compile it was killed, {TRIES} times: try again in a moment")
+
+    def _worker(self) -> _Worker:
+        """One that is idle, or a new one. Raises EngineError."""
+        with contextlib.suppress(Empty):
+            while True:
+                worker = self._idle.get_nowait()
+                if worker.alive:
+                    return worker
+                self._workers.discard(worker)
+        worker = _Worker(self._setup)
+        self._workers.add(worker)
+        if self._closed:
+            worker.kill()
         try:
-            worker = self._idle.get_nowait()
-        except Empty:
-            worker = _Worker(self._setup)
-            self._workers.add(worker)
-            if self._closed:
-                worker.kill()
             worker.wait_ready()
-        answer = worker.ask(structured)
-        if worker.alive:
-            self._idle.put(worker)
-        else:
+        except EngineError:
             self._workers.discard(worker)
-        return answer
+            raise
+        return worker
 
 
 class _Worker:
@@ -124,13 +142,15 @@ class _Worker:
         if self._send(msgspec.msgpack.encode(self._setup), START_TIMEOUT_S) is None:
             raise EngineError("the process that compiles structured output could not start; the request was not tried")
 
-    def ask(self, structured: Structured) -> str:
-        """What is wrong with the form, or "". The worker may have ended then."""
+    def ask(self, structured: Structured) -> str | None:
+        """What is wrong with the form, or ""; None where nobody knows, since the worker was killed. It may have ended in any case."""
         answer = self._send(msgspec.msgpack.encode(structured), TIMEOUT_S)
         if answer is not None:
             return answer.decode()
         code = self._process.wait()
-        if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        if code == -signal.SIGKILL:
+            return None
+        if code == -signal.SIGXCPU:
             cost = f"took more than {CPU_S} s of CPU time"
         else:
             cost = f"needed more than {MEMORY_BYTES >> 20} MiB of memory, or more nesting than there is"

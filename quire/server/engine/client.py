@@ -267,7 +267,7 @@ class EngineClient:
                     self.meter.step(failed)
                     self._deliver(failed)
             case Up():
-                self.up = True
+                self.up, self.dead = True, None
                 self.restarts += 1
                 self._send_due()
             case Died(reason):

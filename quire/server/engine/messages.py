@@ -184,7 +184,7 @@ class Stalled(Message, frozen=True):
 
 
 class Died(Message, frozen=True):
-    """There will be no engine any more; every request in flight is lost."""
+    """No engine could be started, several times in a row; every request in flight is lost. Up may come later."""
 
     reason: str
 

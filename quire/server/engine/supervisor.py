@@ -47,9 +47,11 @@ from quire.server.engine.messages import (
 from quire.server.engine.reader import EngineReader
 
 STARTS = 3
-"""So many times in a row an engine is started before it is given up."""
+"""So many times in a row an engine is started while requests wait for it. Then they end with an error, and others are refused, until one
+starts: what was missing may come back."""
 PAUSE_S = 1.0
-"""Before the second start, and twice that before the third."""
+"""Before the second start, twice that before the third, and so on, up to"""
+LONGEST_PAUSE_S = 60.0
 
 log = logging.getLogger("quire.supervisor")
 
@@ -199,14 +201,23 @@ class Supervisor:
         return Down(f"the engine's process {how}", self._engine.was_killed)
 
     def _restart(self) -> bool:
-        for attempt in range(1, STARTS + 1):
+        """Until there is another engine; False where the server stops before that."""
+        attempt = 0
+        while True:
+            attempt += 1
             started = time.monotonic()
             engine = EngineProcess(self._config, kv_events=self._kv_events, constrained=self._constrained)
             try:
                 engine.loaded()
             except QuireError as e:
-                log.error("attempt %d of %d: %s", attempt, STARTS, e.message)
-                reason = e.message
+                pause = min(PAUSE_S * attempt, LONGEST_PAUSE_S)
+                log.error("attempt %d: %s; another one in %.0f s", attempt, e.message, pause)
+                if attempt >= STARTS:
+                    if attempt == STARTS:
+                        log.error("requests are refused until an engine can be started")
+                    self._receive(Died(f"the engine could not be started again: {e.message}"))
+                if self._stopping.wait(pause):
+                    return False
             else:
                 self._engine = engine
                 if self._stopping.is_set():  # in the meantime
@@ -214,7 +225,3 @@ class Supervisor:
                     return False
                 log.warning("another engine is ready after %.1f s", time.monotonic() - started)
                 return True
-            if self._stopping.wait(PAUSE_S * attempt):
-                return False
-        self._receive(Died(f"the engine could not be started again: {reason}"))
-        return False
