@@ -273,7 +273,7 @@ class ServerConfig(_Checked):
         False, "let text in chat messages that spells out a special token of the model be that token; a message can then end itself and go "
         "on as another role",
     )  # fmt: skip
-    max_prompts_per_request: int = option(256, "most prompts in one /v1/completions request", low=1)
+    max_prompts_per_request: int = option(1024, "most prompts, or inputs of /v1/embeddings, in one request", low=1)
     pooling: str = option(
         "last",
         "what /v1/embeddings makes of a text, unless a request says: the state of its last token, or the mean of all",
@@ -329,6 +329,11 @@ class ServerConfig(_Checked):
     kv_events_format: str = option(
         "map", "with --kv-events: how an event is written; array is for subscribers of before 2026", choices=("map", "array")
     )
+
+    def __post_init__(self) -> None:
+        _Checked.__post_init__(self)
+        if self.served_model_name is not None and not self.model_names:
+            raise ConfigError(f"--served-model-name {self.served_model_name!r} holds no name: leave it out", param="served_model_name")
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "grammar": set(),
     "workload": set(),
     "core": set(),
-    "__init__": {"llm", "sampling_params"},
+    "__init__": {"llm", "sampling_params", "structured"},
     **dict.fromkeys(BASE, BASE),
 }
 STANDARD_LIBRARY_ONLY = {"core", *BASE, "workload"}

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from quire import LLM, SamplingParams
+from quire import LLM, SamplingParams, Structured
 from quire.backends import memory
 from quire.config import EngineConfig, parse_bytes
 from quire.core.sequence import Request, Retention
 from quire.errors import CapacityError, ConfigError, ContextLengthError, InvalidRequestError, ModelLoadError
 from quire.outputs import Choice, SequenceOutput, TokenLogprobs
-from quire.structured import Structured
 from quire.text.output import OutputAssembler, best_choices
 
 PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def push(self, item):"]

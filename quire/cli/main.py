@@ -17,6 +17,20 @@ from quire import __version__
 from quire.cli import batch, bench, chat, doctor, launch, run, serve, top
 from quire.errors import QuireError
 
+FOREIGN = {
+    "--model": "the model is the argument without a name", "-m": "the model is the argument without a name",
+    "--ctx-size": "it is --max-model-len here", "-c": "it is --max-model-len here", "--context-length": "it is --max-model-len here",
+    "--gpu-memory-utilization": "it is --kv-memory here, in bytes", "--mem-fraction-static": "it is --kv-memory here, in bytes",
+    "--n-gpu-layers": "all layers run on --device cuda, or none", "-ngl": "all layers run on --device cuda, or none",
+    "--parallel": "it is --max-num-seqs here", "-np": "it is --max-num-seqs here", "--max-running-requests": "it is --max-num-seqs here",
+    "--alias": "it is --served-model-name here", "--api-key": "it is --api-keys here, a file", "--cache-type-k": "it is --kv-dtype here",
+    "--kv-cache-dtype": "it is --kv-dtype here", "--tensor-parallel-size": "it is --tensor-parallel here",
+    "--tp": "it is --tensor-parallel here",
+}  # fmt: skip
+"""Options of vLLM, llama.cpp and SGLang that have another name here."""
+LIKENESS = 0.75
+"""Of an unknown option to the known one that was meant."""
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line. Subcommands refuse their unknown options themselves, and name the nearest known one."""
@@ -33,7 +47,10 @@ class Parser(argparse.ArgumentParser):
         name, known = argument.partition("=")[0], list(self._option_string_actions)
         if not name.startswith("-"):
             return ""
-        close = [option for option in known if len(name) > 2 and option.startswith(name)] or get_close_matches(name, known, n=1)
+        if name in FOREIGN:
+            return f" ({FOREIGN[name]})"
+        close = [option for option in known if len(name) > 2 and option.startswith(name)]
+        close = close or get_close_matches(name, known, n=1, cutoff=LIKENESS)
         return f" (did you mean {close[0]}?)" if close else ""
 
     def error(self, message: str) -> NoReturn:

@@ -122,4 +122,4 @@ class Constraint:
         return count == 0 or (len(self._made) >= count and self._made[-count:] == list(word[:-1]))
 
     def _lost(self, matcher: LLMatcher) -> EngineError:
-        return EngineError(f"the structured output can't be followed any further: {reason(matcher)}")
+        return EngineError(f"the structured output can't be followed any further: {reason(matcher)}; a simpler form may help")

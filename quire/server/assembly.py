@@ -83,7 +83,8 @@ def load_model(start: Start) -> Serving:
         gc.collect()
         gc.freeze()  # what is there now stays: collecting the garbage of requests need not look at it
         try:
-            print(banner(start.url, start.model, loaded, engine_config, start.phases, since_process_start()), flush=True)
+            keys = start.keys is not None
+            print(banner(start.url, start.model, loaded, engine_config, start.phases, since_process_start(), keys), flush=True)
         except OSError as e:  # a full disk, a reader that has left: no reason not to serve
             logging.getLogger("quire.server").warning("%s is ready, but standard output can't be written: %s", start.url, e.strerror)
 

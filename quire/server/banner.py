@@ -30,8 +30,9 @@ def banner(
     config: EngineConfig,
     phases: Sequence[tuple[str, float]],
     total_s: float,
+    keys: bool = False,
 ) -> str:
-    """``phases``: what took how many seconds, in both processes."""
+    """``phases``: what took how many seconds, in both processes. keys: the server asks for one."""
     num_blocks, block_size, max_model_len = engine.limits.num_blocks, engine.limits.block_size, engine.limits.max_model_len
     tokens = num_blocks * block_size
     dtype = config.weight_width(engine.dtype)
@@ -54,7 +55,7 @@ def banner(
         ("started", f"in {total_s:.2f} s ({times}; some at the same time)"),
     ]
     lines = [f"Quire {__version__}", "", *(f"  {name:<10}{text}" for name, text in rows)]
-    return "\n".join([*lines, "", "Try it:", f"  {curl(url, model)}", "", "Stop with Ctrl-C.", ""])
+    return "\n".join([*lines, "", "Try it:", f"  {curl(url, model, keys)}", "", "Stop with Ctrl-C.", ""])
 
 
 def _policies(engine: Loaded, config: EngineConfig) -> Iterator[str]:
@@ -66,10 +67,11 @@ def _policies(engine: Loaded, config: EngineConfig) -> Iterator[str]:
         yield f"preempted requests are swapped to {_bytes(size)} ({blocks:,} blocks)"
 
 
-def curl(url: str, model: str) -> str:
-    """A line for the shell that streams a completion."""
+def curl(url: str, model: str, keys: bool = False) -> str:
+    """A line for the shell that streams a completion. keys: the server asks for one."""
+    key = " -H 'Authorization: Bearer KEY'" if keys else ""
     body = json.dumps({"model": model, "prompt": "def fibonacci(n):", "max_tokens": 64, "stream": True})
-    return f"curl -N {shlex.quote(url + '/v1/completions')} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    return f"curl -N {shlex.quote(url + '/v1/completions')} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
 def _count(n: int) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 """A message as in the OpenAI API: ``role``, ``content`` (a string, or a list of ``{"type": "text", "text": ...}``), ..."""
 
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of the parts of a message that are text."""
 ROLES = ("developer", "system", "user", "assistant", "tool")
 MAX_RENDERED_CHARS = 16 << 20
 """A template must not turn a small request into a huge prompt."""
@@ -202,8 +204,10 @@ def _content(at: str, content: Any) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(part, str):
             texts.append(part)
-        elif kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        elif kind in TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif kind in TEXT_PARTS:
+            raise InvalidRequestError(f"{at}[{i}] has no text: it must be a string", param=at)
         else:
             raise InvalidRequestError(
                 f"{at}[{i}] has type {kind!r:.60}: this model reads text only, so parts must be of type 'text'", param=at

@@ -62,6 +62,11 @@ def test_lines_are_answered_in_order_and_errors_stand_in_their_place(tmp_path: P
     assert code == 2
     assert "is there already" in err
     assert run(source, target, "--overwrite")[0] == 1
+    before = source.read_bytes()
+    code, err = run(source, source, "--overwrite")
+    assert code == 2
+    assert "is the input itself" in err
+    assert source.read_bytes() == before
 
 
 def test_whatever_ends_it_the_same_command_goes_on(tmp_path: Path) -> None:

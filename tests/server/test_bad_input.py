@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 from typing import Any
@@ -51,8 +52,8 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (COMPLETIONS, text(prompt=["a"] * 9), 400, "prompt", ("9", "at most 8")),
     (COMPLETIONS, text(prompt=["a"] * 8, n=129), 400, "n", ("128", "129")),
     # numbers
-    (COMPLETIONS, text(max_tokens=0), 400, "max_tokens", ("from 1", "got 0", "echo")),
-    (CHAT, chat(max_tokens=0), 400, "max_tokens", ("from 1", "got 0")),
+    (COMPLETIONS, text(max_tokens=0), 400, "max_tokens", ("at least 1", "got 0", "echo")),
+    (CHAT, chat(max_tokens=0), 400, "max_tokens", ("at least 1", "got 0")),
     (COMPLETIONS, text(max_tokens=0, echo=True, beam_width=2), 400, "max_tokens", ("beam search",)),
     (COMPLETIONS, text(max_tokens=-5), 400, "max_tokens", ("-5",)),
     (COMPLETIONS, text(max_tokens=10**30), 400, "max_tokens", ("from 0 to",)),
@@ -176,10 +177,13 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (CHAT, chat(messages=[{"role": "user"}]), 400, "messages[0].content", ("missing",)),
     (CHAT, chat(messages=[{"role": "user", "content": 5}]), 400, "messages[0].content", ("got 5",)),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages[0].content", ("image_url", "text")),
+    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), 400, "messages[0].content", ("[0] has no text",)),
     (CHAT, chat(messages=[{"role": "user", "content": "a b " * 1000}]), 400, "messages", ("512",)),
     (CHAT, chat(max_completion_tokens=9000), 400, "max_completion_tokens", ("max_completion_tokens 9,000", "512")),
     (CHAT, chat(messages=[{"role": "user", "content": "x" * 100_000}]), 400, "messages", ("65,536",)),
-    (CHAT, chat(max_completion_tokens=0), 400, "max_completion_tokens", ("max_completion_tokens", "got 0")),
+    (CHAT, chat(max_completion_tokens=0), 400, "max_completion_tokens", ("max_completion_tokens must be at least 1, got 0",)),
+    (CHAT, chat(max_completion_tokens=-1), 400, "max_completion_tokens", ("max_completion_tokens must be at least 1, got -1",)),
+    (CHAT, chat(reasoning_effort=3), 400, "reasoning_effort", ("a string",)),
     (CHAT, chat(top_logprobs=2), 400, "top_logprobs", ("logprobs",)),
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", ("top_logprobs", "20")),
     (CHAT, chat(logprobs=1), 400, "logprobs", ("true or false",)),
@@ -193,7 +197,7 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (COMPLETIONS, b"[1]", 400, None, ("a list",)),
     (COMPLETIONS, b'"hello"', 400, None, ("a string",)),
     (COMPLETIONS, b'{"prompt": "\xff\xfe"}', 400, None, ("UTF-8", "byte 12")),
-    (COMPLETIONS, b'{"prompt": "\\ud800"}', 400, None, ("JSON",)),
+    (COMPLETIONS, b'{"prompt": "\\ud800"}', 400, None, ("JSON", "half of a pair")),
     (COMPLETIONS, b'{"prompt": ' + b"[" * 50_000, 400, None, ("JSON",)),
     (COMPLETIONS, b'{"prompt": "a", "seed": ' + b"9" * 50_000 + b"}", 400, None, ()),
     (COMPLETIONS, b" " * 200_001, 413, None, ("200,001", "200,000", "--max-body-bytes")),
@@ -249,6 +253,18 @@ def test_table(fake: Server, stream: bool) -> None:
 def test_wrong_content_type(fake: Server, kind: str) -> None:
     answer = http.post(fake.url + COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": kind} if kind else {})
     check_error(answer, 415, None, ("application/json",))
+
+
+def test_a_compressed_body(fake: Server) -> None:
+    body, headers = gzip.compress(json.dumps(text()).encode()), {"content-type": "application/json", "content-encoding": "gzip"}
+    check_error(http.post(fake.url + COMPLETIONS, content=body, headers=headers), 415, None, ("encoding 'gzip' is not supported",))
+    assert http.post(fake.url + COMPLETIONS, json=text(), headers={"content-encoding": "identity"}).status_code == 200
+
+
+def test_probes_without_a_body(fake: Server) -> None:
+    for path in ("/health", "/ping", "/ready"):
+        answer = http.head(fake.url + path)
+        assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_content_type_with_a_charset_is_fine(fake: Server) -> None:

@@ -311,6 +311,17 @@ def test_reasoning_that_the_prompt_has_begun(thinking: Server) -> None:
     assert message["content"] == "Hm.\n</think>\nYes."
 
 
+def test_reasoning_effort(thinking: Server) -> None:
+    backend = says(thinking, "Yes.")
+    prompts = []
+    for fields in ({"reasoning_effort": "none"}, {"reasoning_effort": "low"}, {}):
+        ask(thinking, **fields)
+        prompts.append(backend.prompt.endswith("<think></think>"))
+    assert prompts == [True, False, False]
+    ask(thinking, reasoning_effort="none", chat_template_kwargs={"enable_thinking": True})  # what is said of the template is closer
+    assert not backend.prompt.endswith("<think></think>")
+
+
 def test_options() -> None:
     for options, said in (({"reasoning_parser": "none"}, "<think>Hm.</think>"), ({"tool_parser": "llama3"}, "")):
         server = serve("thinking", **options)

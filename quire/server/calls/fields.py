@@ -26,7 +26,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     # OpenAI's own
     "tools": (), "tool_choice": ("none", "auto"), "functions": (), "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": (), "moderation": (), "web_search_options": (),
-    "reasoning_effort": ("none",), "verbosity": ("medium",), "suffix": ("",),
+    "verbosity": ("medium",), "suffix": ("",),
     # vLLM's
     "logprob_token_ids": (), "thinking_token_budget": (),
     "documents": ([],), "chat_template": (), "mm_processor_kwargs": (), "media_io_kwargs": (),
@@ -37,6 +37,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Known to clients, not supported yet → values that ask for nothing, besides null."""
 
+LIKENESS = 0.75
+"""Of an unknown field to the known one that was meant."""
 Schema = TypeVar("Schema", bound=BaseModel)
 
 _EXPECTED = {
@@ -70,7 +72,7 @@ def parse(
 def _hint(name: str, known: list[str]) -> str:
     from difflib import get_close_matches
 
-    if close := get_close_matches(name[:80], known, n=1):
+    if close := get_close_matches(name[:80], known, n=1, cutoff=LIKENESS):
         return f"did you mean {close[0]}?"
     return f"known are {', '.join(known)}"
 

@@ -44,7 +44,9 @@ async def completion_prompts(context: Context, prompt: object, width: int, add_s
     most = context.config.max_prompts_per_request
     if len(items) > most:
         raise InvalidRequestError(
-            f"prompt holds {len(items):,} prompts; at most {most:,} are allowed: send several requests", param="prompt"
+            f"prompt holds {len(items):,} prompts; at most {most:,} are allowed: send several requests, or serve with a larger "
+            "--max-prompts-per-request",
+            param="prompt",
         )
     if len(items) * width > MAX_SEQUENCES:
         raise InvalidRequestError(

@@ -32,8 +32,10 @@ def completion_params(body: CompletionRequest, defaults: Mapping[str, float]) ->
         prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
     if max_tokens is None:  # the context may hold fewer; see ``fit_default``
         max_tokens = max(DEFAULT_MAX_TOKENS, body.min_tokens or 0)
-    if max_tokens == 0 and not body.echo:
-        raise InvalidRequestError("max_tokens must be from 1, got 0: without output, ask for the prompt with echo", param="max_tokens")
+    if max_tokens < 1 and not (max_tokens == 0 and body.echo):
+        raise InvalidRequestError(
+            f"max_tokens must be at least 1, got {max_tokens}: without output, ask for the prompt with echo and 0", param="max_tokens"
+        )
     return _params(body, defaults, max_tokens, body.logprobs, prompt_logprobs)
 
 
@@ -43,8 +45,8 @@ def chat_params(body: ChatCompletionRequest, defaults: Mapping[str, float]) -> S
         raise InvalidRequestError(f"top_logprobs {body.top_logprobs} needs logprobs to be true", param="top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     with chat_names(body):
-        if max_tokens == 0:
-            raise InvalidRequestError("max_tokens must be from 1, got 0", param="max_tokens")
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens must be at least 1, got {max_tokens}", param="max_tokens")
         return _params(body, defaults, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, body.prompt_logprobs)
 
 

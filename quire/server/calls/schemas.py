@@ -199,6 +199,9 @@ class ChatCompletionRequest(GenerationRequest):
     functions: list[Function] | None = Field(None, description="older name of tools; answered in the older form")
     function_call: FunctionCall = Field(None, description="older name of tool_choice")
     include_reasoning: bool | None = Field(None, description="false: leave the reasoning out of the answer (default: true)")
+    reasoning_effort: str | None = Field(
+        None, description="a variable of the chat template, where it has it; none switches its enable_thinking off, anything else on"
+    )
     add_generation_prompt: bool | None = Field(None, description="end the prompt with the start of an assistant message (default: true)")
     continue_final_message: bool | None = Field(None, description="go on with the last message instead of answering it")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="more variables for the model's chat template")

@@ -31,6 +31,8 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     kind = request.headers.get("content-type", "")
     if kind.split(";")[0].strip().lower() != "application/json":
         raise MediaTypeError(f"the content type must be application/json, got {kind[:80]!r}: send 'Content-Type: application/json'")
+    if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) not in ("identity", ""):
+        raise MediaTypeError(f"the content encoding {encoding[:80]!r} is not supported: send the body as it is")
     return _parse(await _read(request, max_bytes))
 
 
@@ -91,7 +93,10 @@ def _parse(body: bytes) -> dict[str, Any]:
         # NaN and Infinity are let through here, so that the check of the parameter can name it.
         value = from_json(body, allow_inf_nan=True)
     except ValueError as e:
-        raise InvalidRequestError(f"the request body is not valid JSON: {e}") from None
+        what = f"the request body is not valid JSON: {e}"
+        if "surrogate" in what or "hex escape" in what:
+            what += " (half of a pair of \\u escapes is no character: was a text cut in the middle of an emoji?)"
+        raise InvalidRequestError(what) from None
     if not isinstance(value, dict):
         raise InvalidRequestError(f"the request body must be a JSON object, got {kind_of(value)}")
     return value

@@ -41,6 +41,13 @@ async def chat_completions(request: Request) -> Response:
     return await respond(request, generation, form, body)
 
 
+def template_variables(body: ChatCompletionRequest) -> dict[str, Any]:
+    """For the chat template. Templates know one name or the other of how much is to be thought, or neither."""
+    effort = body.reasoning_effort
+    thinking = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    return thinking | (body.chat_template_kwargs or {})
+
+
 @dataclass(slots=True, frozen=True)
 class ChatCall:
     """What a conversation asks of the engine, and how its answer is read."""
@@ -62,7 +69,7 @@ async def chat_call(context: Context, body: ChatCompletionRequest, availability:
             history(body.messages, short_ids=context.tool_format == "mistral"),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
-            template_kwargs=body.chat_template_kwargs,
+            template_kwargs=template_variables(body),
             add_special_tokens=body.add_special_tokens,
             max_bytes=max_text_bytes(context.max_model_len),
             tools=None if tools is None else tools.listed,

@@ -33,9 +33,8 @@ def chat_request(body: ResponsesRequest, tools: GivenTools) -> ChatCompletionReq
     elif tools.choice not in (None, "none", "auto"):
         raise InvalidRequestError("tool_choice asks for a tool, and there is none: give tools of type function", param="tool_choice")
     fields["response_format"] = _response_format((body.text or {}).get("format"))
-    effort = (body.reasoning or {}).get("effort")
-    thinking = {} if effort is None else {"enable_thinking": effort != "none"}
-    fields["chat_template_kwargs"] = thinking | (body.chat_template_kwargs or {}) or None
+    fields["reasoning_effort"] = (body.reasoning or {}).get("effort")
+    fields["chat_template_kwargs"] = body.chat_template_kwargs
     request = parse(ChatCompletionRequest, {name: value for name, value in fields.items() if value is not None})
     request.cache_retention = body.cache_retention
     return request

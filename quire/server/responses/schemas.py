@@ -39,7 +39,7 @@ class ResponsesRequest(BaseModel):
     tool_choice: Any = Field(None, description="none, auto, required, a function, or allowed_tools")
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = Field(None, description="format: text, json_object or json_schema; verbosity is ignored")
-    reasoning: dict[str, Any] | None = Field(None, description="effort none switches enable_thinking of the chat template off")
+    reasoning: dict[str, Any] | None = Field(None, description="effort: reasoning_effort of chats")
     include: list[str] | None = Field(None, description="message.output_text.logprobs; others are ignored")
     top_logprobs: int | None = None
     truncation: str | None = Field(None, description="auto or disabled; nothing is ever cut, a request that is too long is refused")
