@@ -15,13 +15,14 @@ from quire.backends.cuda.backend import CudaBackend
 from quire.backends.cuda.decoder import Decoder
 from quire.backends.cuda.device import check_fp8, open_device, operations
 from quire.backends.cuda.group import Group
+from quire.backends.cuda.kernels.attention_configs import LARGEST_HEAD, padded
 from quire.backends.cuda.memory import device_room
 from quire.backends.cuda.ranks import Ranks
 from quire.backends.cuda.weights import Loader
 from quire.backends.memory import KVMemory, context_length, kv_memory
 from quire.backends.progress import Progress
 from quire.config import EngineConfig
-from quire.errors import CapacityError
+from quire.errors import CapacityError, ConfigError
 from quire.models.weights import load_model, load_spec, resolve_model
 
 Report = Callable[[str, float], None]
@@ -69,6 +70,12 @@ def _open_rank(config: EngineConfig, rank: int, folder: Path | None, report: Rep
     start = perf_counter()
     model = load_model(resolve_model(config.model))
     spec, tensors = model.spec, model.tensors
+    if padded(spec.head_dim) > LARGEST_HEAD:
+        raise ConfigError(
+            f"--device {config.device}: heads of {spec.head_dim} numbers: the attention kernels have tiles for {LARGEST_HEAD} at most: "
+            "use --device cpu",
+            param="device",
+        )
     local = spec
     max_model_len = context_length(config, spec)
     if group is not None:

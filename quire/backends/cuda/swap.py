@@ -18,6 +18,7 @@ from torch import Tensor
 from quire.backends.cuda.cache import KVPool
 from quire.backends.cuda.hazards import hazard_free
 from quire.backends.cuda.staging import to_device
+from quire.errors import CapacityError
 
 AT_ONCE = 64 << 20
 """Bytes that are gathered at a time: where a step has no memory, its copies still find it."""
@@ -32,7 +33,11 @@ class HostBlocks:
         self.shape, self.nbytes = shape, prod(shape)
         self._each = max(1, PIECE // self.nbytes)
         counts = [min(self._each, count - begin) for begin in range(0, count, self._each)]
-        self._pieces = [torch.empty((n, *shape), dtype=torch.uint8, pin_memory=pinned) for n in counts]
+        try:
+            self._pieces = [torch.empty((n, *shape), dtype=torch.uint8, pin_memory=pinned) for n in counts]
+        except RuntimeError as e:
+            wanted, why = count * self.nbytes, str(e).splitlines()[0]
+            raise CapacityError(f"--swap-memory: the host has no {wanted:,} bytes of pinned memory to give ({why}): lower it") from None
 
     def __getitem__(self, block: int) -> Tensor:
         return self._pieces[block // self._each][block % self._each]
@@ -62,11 +67,11 @@ class SwapPool:
         """Back to ``blocks`` of the pool."""
         for memory, host in zip(self._stores, self._hosts, strict=True):
             for part in _parts(len(blocks), host):
-                arrived = torch.empty((len(places[part]), *host.shape), dtype=memory.dtype, device=memory.device)
-                with _Beside(self._stream, arrived) as beside:
+                with _Beside(self._stream) as beside:  # its memory too is the other stream's: nothing that is queued here has used it
+                    arrived = torch.empty((len(places[part]), *host.shape), dtype=memory.dtype, device=memory.device)
                     for i, place in enumerate(places[part]):
                         arrived[i].copy_(host[place], non_blocking=True)
-                beside.wait()
+                beside.wait(arrived)
                 self._ops.copy_blocks(arrived.movedim(0, 2), memory, _pairs(enumerate(blocks[part]), memory))
 
 
@@ -93,16 +98,17 @@ class Copier:
 
 
 class _Beside:
-    """Work on another stream, after what the current one has queued so far. Without a stream: just here."""
+    """Work on another stream; on ``tensor``: after what the current one has queued so far. Without a stream: just here."""
 
-    def __init__(self, stream: Any, tensor: Tensor) -> None:
+    def __init__(self, stream: Any, tensor: Tensor | None = None) -> None:
         self._stream, self._tensor = stream, tensor
         self._context: Any = None
 
     def __enter__(self) -> _Beside:
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            self._tensor.record_stream(self._stream)  # its memory is not reused before that is done
+            if self._tensor is not None:
+                self._stream.wait_stream(torch.cuda.current_stream())
+                self._tensor.record_stream(self._stream)  # its memory is not reused before that is done
             self._context = torch.cuda.stream(self._stream)
             self._context.__enter__()
         return self
@@ -111,10 +117,11 @@ class _Beside:
         if self._context is not None:
             self._context.__exit__(*error)
 
-    def wait(self) -> None:
-        """What the current stream does from now on comes after it."""
+    def wait(self, tensor: Tensor) -> None:
+        """What the current stream does from now on comes after it, and may use ``tensor``, which was made there."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+            tensor.record_stream(torch.cuda.current_stream())
 
 
 def _parts(count: int, host: HostBlocks) -> list[slice]:

@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from backends.cuda.attention_cases import TOLERANCE, Batch, relative_error
+from quire.backends.cuda.cache import DTYPES as DTYPES_BY_NAME
+from quire.backends.cuda.cache import LARGEST
 from quire.backends.cuda.kernels import attention as kernels
 from quire.backends.cuda.reference import attention as reference
 from quire.backends.cuda.tiles import SPLIT, DecodeScratch, DecodeTiles, count_splits, packed_size, prefill_tiles, write_decode_tiles
@@ -62,6 +64,31 @@ def test_a_decoding_row_alone(ops) -> None:
     for sequence in range(len(batch.lengths)):
         assert torch.equal(batch.decode(ops, [sequence], programs=1)[0], together[sequence])
     assert torch.equal(batch.decode(ops, [3, 0, 1]), together[[3, 0, 1]])
+
+
+@OPS
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [pair for pair in DTYPES if pair[1] in ("int8", "fp8")])
+def test_small_values_beside_a_key_that_takes_most(ops, dtype, kv_dtype) -> None:
+    """As of models whose first token is an attention sink: its score is 8 nats above the others', whose values, which are small, are
+    nearly all of the output."""
+    batch = Batch([300], heads=2, kv_heads=2, head_dim=64, block_size=64, dtype=dtype, kv_dtype=kv_dtype)
+    kv, first = batch.kv, int(batch.tables[0, 0])
+    assert kv.key_scales is not None
+    assert kv.value_scales is not None
+    kv.value_scales *= 0.03
+    kv.value_scales[first, :, 0] *= 0.02
+    q = batch.q[0].float() * 0.5
+    batch.q.copy_(q.to(dtype))
+    sink = q * (8 / batch.scale / (q * q).sum(-1, keepdim=True))
+    scale = (sink.abs().amax(-1) / LARGEST[DTYPES_BY_NAME[kv_dtype]] * 1.001).half()
+    numbers = sink / scale.float()[:, None]
+    kv.key_scales[first, :, 0] = scale
+    kv.keys[first, :, 0] = (numbers.round() if kv_dtype == "int8" else numbers).to(kv.keys.dtype)
+    for name, stored, scales in (("keys", kv.keys, kv.key_scales), ("values", kv.values, kv.value_scales)):
+        setattr(batch, name, stored.double().nan_to_num(0) * scales.double().nan_to_num(0)[..., None])
+    expected = batch.expected()
+    for found in (batch.decode(ops), batch.prefill(ops)):
+        assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
 @OPS

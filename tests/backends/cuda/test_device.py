@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import triton
 
 import quire
 from quire.backends.base import open_backend
-from quire.backends.cuda import device
+from quire.backends.cuda import device, swap
 from quire.config import EngineConfig
 from quire.errors import CapacityError, ConfigError
+from sample_models import QWEN3, write_model
 
 CUDA = EngineConfig(device="cuda")
 
@@ -138,3 +140,20 @@ def test_a_gpu_without_fp8(with_gpu: pytest.MonkeyPatch, options: dict[str, str]
     with_gpu.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     with pytest.raises(ConfigError, match=r"fp8: Tesla T4 has compute capability 8\.0; 8\.9 \(Ada\) is the least: take int8"):
         open_backend(EngineConfig(model="m", device="cuda", **options))
+
+
+def test_heads_that_no_tile_has_room_for(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", {**QWEN3, "head_dim": 288, "num_hidden_layers": 1})
+    with pytest.raises(ConfigError, match=r"--device torch-cpu: heads of 288 numbers: .* for 256 at most: use --device cpu"):
+        open_backend(EngineConfig(model=str(folder), device="torch-cpu"))
+
+
+def test_host_memory_that_can_not_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCompile with")
+
+    monkeypatch.setattr(swap.torch, "empty", refuse)
+    with pytest.raises(
+        CapacityError, match=r"--swap-memory: .* 6,144 bytes of pinned memory to give \(CUDA error: out of memory\): lower it"
+    ):
+        swap.HostBlocks(6, (1024,), pinned=True)

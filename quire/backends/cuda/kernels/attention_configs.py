@@ -75,6 +75,8 @@ def kind(dtype: torch.dtype, kv_dtype: torch.dtype) -> Kind:
     return "same" if kv_dtype == dtype else "converted"
 
 
+LARGEST_HEAD = 256
+"""Numbers of a head that a tile has room for."""
 LARGEST = 227 * 1024
 """Bytes of shared memory that a program may have on a Hopper or Blackwell of a data centre, for which the tables were made; on an A100
 163 KiB, on devices with a compute capability of 8.6, 8.9 or 12.0, which people have at home, 99."""
