@@ -41,7 +41,7 @@ def banner(
     fits = " or ".join(f"{num_blocks // -(-length // block_size):,} requests of {length:,} tokens" for length in lengths)
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases)
     rows = [
-        ("URL", f"{url}/v1 (documentation: {url}/docs)"),
+        ("URL", f"{url}/v1" + (" (asks for a key)" if keys else f" (documentation: {url}/docs)")),
         ("page", f"{url}/ shows the memory, live"),
         ("model", f"{model}: {engine.architecture}, {_count(engine.num_parameters)} parameters, {dtype}, context {max_model_len:,} tokens"),
         *([("weights", engine.weight_note)] if engine.weight_note else []),

@@ -86,7 +86,7 @@ def test_bad_messages(messages: Any) -> None:
     [
         (5, "must be a string or a list of parts"),
         ([{"type": "image_url", "image_url": {"url": "data:"}}], "'image_url': this model reads text only"),
-        ([{"type": "text"}], "'text'"),
+        ([{"type": "text"}], r"\[0\] has no text: it must be a string"),
         (object(), "only JSON values"),
     ],
 )

@@ -32,9 +32,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", "/docs", "/openapi.json", *assets.PATHS})
-"""They say nothing of anybody's requests, and those that ask have no keys: probes, and a browser that opens the documentation, or the
-page, which then asks for the key. What the page shows is not among them."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", *assets.PATHS})
+"""They say nothing of anybody's requests, and those that ask have no keys: probes, and a browser that opens the page, which then asks
+for the key. What the page shows is not among them."""
 MIN_KEY_CHARS = 16
 MAX_LIMIT = 1 << 40
 BACKGROUND = 1 << 30
