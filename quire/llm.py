@@ -65,12 +65,16 @@ class LLM:
         self.backend: Backend = open_backend(config)
         self.tokenizer = Tokenizer.load(self.backend.folder)
         spec = self.backend.spec
-        constraints = Constraints(lambda: self.tokenizer, spec.vocab_size, spec.eos_token_ids)
-        self.engine = Engine(self.backend, config, monotonic, constraints=constraints)
-        self.engine.on_preemption(ThrottledLog(logging.getLogger("quire.engine")).warning)
+        self._constraints = Constraints(lambda: self.tokenizer, spec.vocab_size, spec.eos_token_ids)
+        self.engine = self._new_engine()
         self._requests = 0
         self._unread: dict[str, deque[SequenceOutput]] = {}
         """What the engine gave to each open stream, and its reader has not taken yet."""
+
+    def _new_engine(self) -> Engine:
+        engine = Engine(self.backend, self.config, monotonic, constraints=self._constraints)
+        engine.on_preemption(ThrottledLog(logging.getLogger("quire.engine")).warning)
+        return engine
 
     def generate(
         self,
@@ -167,8 +171,15 @@ class LLM:
         return True
 
     def _step(self) -> list[SequenceOutput]:
-        """One step of the engine, whoever asks for it: what it adds to open streams waits there for their readers."""
-        outputs = self.engine.step()
+        """One step of the engine, whoever asks for it: what it adds to open streams waits there for their readers. Where it is interrupted
+        (Ctrl-C), or fails, what was in flight is lost, and what comes after that begins anew."""
+        try:
+            outputs = self.engine.step()
+        except BaseException:
+            self.engine = self._new_engine()
+            for request_id, unread in self._unread.items():
+                unread.append(SequenceOutput(request_id, 0, [], None, "error", "a step of the engine was interrupted"))
+            raise
         for output in outputs:
             if output.request_id in self._unread:
                 self._unread[output.request_id].append(output)

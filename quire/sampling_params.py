@@ -160,7 +160,8 @@ class SamplingParams:
                 raise InvalidRequestError(f"{name} must be true or false, got {getattr(self, name)!r:.60}", param=name)
         put("stop_token_ids", self._token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
         if self.allowed_token_ids is not None:
-            put("allowed_token_ids", self._token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS))
+            allowed = self._token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+            put("allowed_token_ids", tuple(dict.fromkeys(allowed)))
             if not self.allowed_token_ids:
                 raise InvalidRequestError("allowed_token_ids is empty: name at least one token, or leave it out", param="allowed_token_ids")
         put("bad_words", self._texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS))

@@ -76,8 +76,8 @@ class Newcomers:
         self._scheduler = scheduler
         self._plan = plan
         self._room = _room(scheduler, prompts)
-        self._num_partial = len(prompts)
-        """Prompts that are computed in chunks."""
+        self._partial = [seq.order[0] for seq in prompts]
+        """Priorities of the prompts that are computed in chunks."""
         self._computing = Computing(scheduler.manager, prompts)
         self._surveyed = False
 
@@ -127,7 +127,7 @@ class Newcomers:
         lack = max(1, seq.num_tokens - max(start, seq.num_swapped))
         if parent is None and start < seq.num_tokens and self._computing.hold(seq, match):
             return None
-        if lack > self.budget and self._num_partial >= MAX_PARTIAL_PROMPTS:
+        if lack > self.budget and sum(order <= seq.order[0] for order in self._partial) >= MAX_PARTIAL_PROMPTS:
             return None
         if parent is None:
             return Newcomer(seq, None, match, lack, manager.need(seq, match), manager.shared(match))
@@ -150,7 +150,7 @@ class Newcomers:
         self._enter(newcomer)
         count = min(lack, self.budget)
         if count < lack:
-            self._num_partial += 1
+            self._partial.append(seq.order[0])
         if lack > 1:
             self._computing.add(seq)
         begin = seq.num_tokens - lack

@@ -126,7 +126,7 @@ class Scheduler:
             budget = admit(self, plan, prompts, budget)
             self._spend(plan, budget)
             if self.speculation is not None:
-                self.speculation.extend(plan, self._planned, self.running)
+                self.speculation.extend(plan, self._planned, self.running, self.max_num_batched_tokens)
         else:
             self.short = True
         # Beams that wait for another beam hold memory without using it: they give way rather than block it.
@@ -220,9 +220,12 @@ class Scheduler:
         if prompts:
             idle = sum(seq.candidates is not None for seq in running) + (self.early is not None)
             shares = self._shares(prompts, budget - (len(running) - len(prompts) - idle))
+        first = self.waiting[0].order[0] if self.waiting and self._rows else None
         i = 0
         while i < len(running) and budget > 0:
             seq = running[i]
+            if first is not None and budget == 1 and seq.order[0] > first and plan.work:
+                break  # the last position is for one that comes before it and waits
             # The one that started early takes what the others leave.
             if seq is self.early or (seq.in_flight and (seq.waits or seq.ends)):
                 i += 1
@@ -260,7 +263,9 @@ class Scheduler:
     def _shares(self, prompts: list[Sequence], rest: int) -> dict[int, int]:
         """Row → positions of this step for each unfinished prompt: equal parts of ``rest``, the newcomers counting as one more;
         what a short one leaves goes to the others."""
-        parts = len(prompts) + (1 if self.waiting and self._rows and len(prompts) < MAX_PARTIAL_PROMPTS else 0)
+        first = self.waiting[0].order[0] if self.waiting and self._rows else None
+        newcomers = first is not None and (sum(seq.order[0] <= first for seq in prompts) < MAX_PARTIAL_PROMPTS)
+        parts = len(prompts) + newcomers
         shares = {}
         for seq in sorted(prompts, key=lambda s: s.num_tokens - s.num_computed):
             shares[seq.row] = count = max(0, min(seq.num_tokens - seq.num_computed, rest // parts))
@@ -295,7 +300,7 @@ class Scheduler:
             seq.started = True
             seq.unsent.clear()
             search = seq.group.search
-            candidates = 0 if search is None else search.num_candidates
+            candidates = 0 if search is None else search.num_candidates + seq.num_banned
             request = seq.request
             plan.starts.append(
                 RowStart(seq.row, seq.tokens, seq.num_prompt, seq.params, seq.seed, seq.stop_ids, candidates, request.pooling)

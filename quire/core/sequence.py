@@ -210,6 +210,12 @@ class Sequence:
         """Tokens that min_tokens bans: end-of-text (also where it is ignored as an end) and stop tokens."""
         return (*self.request.eos_token_ids, *(self.request.params.stop_token_ids or ()))
 
+    @property
+    def num_banned(self) -> int:
+        """Candidates of a beam that min_tokens may take away, though the search does not end with them."""
+        params = self.request.params
+        return len(self.request.eos_token_ids) if params.ignore_eos and params.min_tokens else 0
+
     def end_reason(self) -> tuple[str, int | None] | None:
         """(finish_reason, stop_reason) if the newest token ends the sequence, else None."""
         params, token = self.request.params, self.tokens[-1]

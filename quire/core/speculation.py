@@ -171,10 +171,11 @@ class Speculation:
         if self._step is not None:
             self._cost.learn(*self._step, seconds)
 
-    def extend(self, plan: StepPlan, planned: list[Sequence], running: list[Sequence]) -> None:
+    def extend(self, plan: StepPlan, planned: list[Sequence], running: list[Sequence], budget: int) -> None:
         """Add drafts to ``plan``, whose work is that of the sequences ``planned``. Nobody is preempted for them."""
         self._step = None
-        if len(planned) >= self._max_positions:
+        most = min(self._max_positions, budget)
+        if len(planned) >= most:
             return
         if self._rest > 0 and len(planned) == self._rows:
             self._rest -= 1
@@ -196,7 +197,7 @@ class Speculation:
         self._rest, self._rows = rest, len(planned)
         if not found or (self._strict and not self._all_fit(running)):
             return
-        room, least_chance = self._max_positions - positions, worth(positions)
+        room, least_chance = most - positions, worth(positions)
         drafts = []
         for i, (work, seq, drafter) in enumerate(found):
             share = -(-room // (len(found) - i))

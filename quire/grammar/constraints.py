@@ -35,25 +35,28 @@ class Constraints:
 
     def prepare(self, structured: Structured | None) -> None:
         """Load and compile what ``open`` will need. Raises InvalidRequestError."""
-        vocabulary = self._loaded()
-        if structured is None or structured in self._programs:
-            return
-        program = compile_structured(structured, vocabulary)
+        self._loaded()
+        if structured is not None:
+            self._program(structured)
+
+    def _program(self, structured: Structured) -> LLMatcher:
+        with self._lock:
+            if (program := self._programs.get(structured)) is not None:
+                self._programs.move_to_end(structured)
+                return program
+        program = compile_structured(structured, self._loaded())
         with self._lock:
             self._programs[structured] = program
             if len(self._programs) > MAX_PROGRAMS:
                 self._programs.popitem(last=False)
+        return program
 
     def open(self, params: SamplingParams, made: Sequence[int]) -> Constraint:
         """For a sequence that has generated ``made``. Raises InvalidRequestError, or EngineError where they are not allowed."""
         vocabulary = self._loaded()
         matcher = None
         if params.structured is not None:
-            self.prepare(params.structured)
-            with self._lock:
-                program = self._programs[params.structured]
-                self._programs.move_to_end(params.structured)
-            matcher = program.deep_copy()
+            matcher = self._program(params.structured).deep_copy()
         allowed = None if params.allowed_token_ids is None else vocabulary.masks.of(params.allowed_token_ids)
         words = [ids for word in params.bad_words or () for ids in vocabulary.spellings(word)]
         return Constraint(vocabulary.masks, matcher, allowed, words, made, ignore_eos=params.ignore_eos)

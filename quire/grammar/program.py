@@ -76,7 +76,9 @@ def _source(structured: Structured) -> str:
     if structured.kind == "regex":
         return LLMatcher.grammar_from_regex(structured.value)
     if structured.kind == "choice":  # one token of the grammar: far cheaper than as many alternatives
-        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(json.loads(structured.value)))
+        choices = dict.fromkeys(json.loads(structured.value))
+        # Strings of Lark have no room for the character 127, which those of JSON have.
+        texts = " | ".join(json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in choices)
         return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
     if not _LARK.search(structured.value) and _GBNF.search(structured.value):
         from llguidance.gbnf_to_lark import gbnf_to_lark

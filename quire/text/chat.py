@@ -166,6 +166,8 @@ def _message(index: int, message: object, template: str) -> dict[str, Any]:
     if reasoning := next((made[key] for key in _REASONING if made.get(key)), None):
         made["reasoning_content"] = reasoning
         made.setdefault("thinking", reasoning)
+    if not made.get("tool_calls"):
+        made.pop("tool_calls", None)  # some servers send an empty list, and templates look whether there is one
     if calls := made.get("tool_calls"):
         made["tool_calls"] = _tool_calls(f"{at}.tool_calls", calls)
         made.setdefault("content", "")  # there are templates that add it to other text
@@ -260,9 +262,9 @@ def _environment() -> jinja2.Environment:
 
         tags = {"generation"}  # noqa: RUF012
 
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -75,7 +75,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """From tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja in ``folder``.
+        """From tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and additional_chat_templates in
+        ``folder``.
 
         Only tokenizer.json must be there. Raises ModelLoadError, naming the file.
         """
@@ -97,6 +98,7 @@ class Tokenizer:
                 text = value.get("content") if isinstance(value, dict) else value
                 if isinstance(text, str):
                     special[name] = text
+        _add_tokens(tokenizer, special.values(), config, folder / "tokenizer_config.json")
         return cls(tokenizer, special_tokens=special, chat_templates=_chat_templates(folder, config))
 
     @property
@@ -238,6 +240,33 @@ class Tokenizer:
         return self._chat.render(messages, add_generation_prompt, continue_final_message, template_kwargs or {}, plain)
 
 
+def _add_tokens(tokenizer: tokenizers.Tokenizer, roles: Iterable[str], config: Mapping[str, Any], path: Path) -> None:
+    """What tokenizer_config.json says of added tokens goes before tokenizer.json, and tokens with a role are special: as in transformers.
+
+    ``path``: of tokenizer_config.json. Raises ModelLoadError.
+    """
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    added = tokenizer.get_added_tokens_decoder()
+    try:
+        entries = {int(i): (entry["content"], {name: bool(entry[name]) for name in flags if name in entry})
+                   for i, entry in (config.get("added_tokens_decoder") or {}).items()}  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelLoadError(f"{path}: 'added_tokens_decoder' must have an object with 'content' for each token's id") from None
+    for token_id, (text, given) in sorted(entries.items()):
+        if (there := added.get(token_id)) and there.content == text and all(getattr(there, name) == flag for name, flag in given.items()):
+            continue
+        token = tokenizers.AddedToken(text, **given)
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if (found := tokenizer.token_to_id(text)) != token_id:
+            raise ModelLoadError(
+                f"{path} has the added token {text!r:.60} at {token_id}, tokenizer.json at {found}: they belong to two models"
+            )
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    for text in dict.fromkeys(roles):
+        if text not in known and tokenizer.token_to_id(text) is not None:
+            tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+
+
 def _check_unicode(text: str) -> None:
     try:
         text.encode()
@@ -262,12 +291,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Name → template. A chat_template.jinja goes before tokenizer_config.json, as in transformers."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return {"default": path.read_text(encoding="utf-8")}
-        except (OSError, ValueError) as e:
-            raise ModelLoadError(f"{path} can't be read: {e}") from None
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files = {"default": folder / "chat_template.jinja"} | {path.stem: path for path in others}
+    found = {}
+    for name, path in files.items():
+        if path.is_file():
+            try:
+                found[name] = path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as e:
+                raise ModelLoadError(f"{path} can't be read: {e}") from None
+    if found:
+        return found
     template = config.get("chat_template")
     if template is None:
         return {}

@@ -178,6 +178,30 @@ def test_a_model_that_knows_no_end() -> None:
         assert constraint.complete
 
 
+def test_choices_of_any_characters() -> None:
+    texts = ["\x7f", "\x00\x1f", '"\\/', "\u2028\ufeff", "é🙂"]
+    tokenizer = Tokenizer.load(EMBEDDED)
+    for text in texts:
+        constraint = constraints("embedded").open(SamplingParams(structured=Structured.choice([text, "other"])), ())
+        assert set(tokenizer.encode(text, False)[:1]) <= set(allowed(constraint)), text
+
+
+def test_a_form_that_another_thread_pushes_out() -> None:
+    """Between its being found and its being taken."""
+    made = constraints("embedded")
+    first = Structured.regex("[ab]{70}")
+    made.prepare(first)
+    taken = made._program
+
+    def push_out(structured: Structured) -> Any:
+        program = taken(structured)
+        made._programs.clear()
+        return program
+
+    made._program = push_out  # type: ignore[method-assign]
+    assert allowed(made.open(SamplingParams(structured=first), ()))
+
+
 def test_the_end_is_not_taken_for_a_choice_where_it_is_ignored() -> None:
     form = Structured.regex("[ab]{1,2}")
     a = Tokenizer.load(EMBEDDED).encode("a", False)[0]

@@ -185,6 +185,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": float("nan")}}, "'factor' must be a number"),
     (LLAMA, {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "'low_freq_factor' 1 must be below"),
     (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+    (
+        LLAMA,
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 4096},
+        "'original_max_pos.* contradict",
+    ),
     (LLAMA, {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}}, "'mrope_section' is not supported"),
     (LLAMA, {"rope_scaling": [1]}, "must be an object"),
     (LLAMA, {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "contradict each other"),

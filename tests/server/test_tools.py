@@ -311,6 +311,13 @@ def test_reasoning_that_the_prompt_has_begun(thinking: Server) -> None:
     assert message["content"] == "Hm.\n</think>\nYes."
 
 
+def test_a_message_that_goes_on_in_its_reasoning(thinking: Server) -> None:
+    says(thinking, " see, <tool_call>?</think>Yes.")
+    begun = {"messages": [USER, {"role": "assistant", "content": "<think>\nLet me"}], "continue_final_message": True}
+    message = ask(thinking, add_generation_prompt=False, **begun)["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("see, <tool_call>?", "Yes.")
+
+
 def test_reasoning_effort(thinking: Server) -> None:
     backend = says(thinking, "Yes.")
     prompts = []

@@ -37,6 +37,9 @@ def test_what_templates_rely_on() -> None:
     assert render("{{ strftime_now('%Y') }}") == str(datetime.now().year)
     assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert render("a{% generation %}b{{ messages[0].role }}{% endgeneration %}c") == "abuserc"
+    assert render("{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}[{{ x }}]") == "1[]", "with a scope of its own"
+    none = {"role": "assistant", "content": "a", "tool_calls": []}
+    assert render("{{ messages[0].tool_calls is defined }}", [none]) == "False", "an empty list is none"
     assert render("{% if true %}\n  x\n  {% endif %}") == "  x\n", "trim_blocks and lstrip_blocks"
     assert render("{{ enable_thinking }}", enable_thinking=False) == "False"
 

@@ -127,6 +127,36 @@ def test_chat_template_forms(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_chat_templates_as_transformers_saves_them(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    write_folder(tmp_path, "llama", {})
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("T{{ tools|length }}")
+    (tmp_path / "chat_template.jinja").write_text("D")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.render_chat(messages) == "D"
+    assert tokenizer.render_chat(messages, template_kwargs={"tools": [{"type": "function"}]}) == "T1"
+
+
+def test_added_tokens_are_those_of_tokenizer_config(tmp_path: Path) -> None:
+    """A fine-tune whose tokenizer.json is older than its tokenizer_config.json; and tokens with a role that no file flags as special."""
+    write_folder(tmp_path, "llama", {})
+    plain = Tokenizer.load(tmp_path)
+    size = plain.vocab_size
+    added = {str(size): {"content": "<|im_start|>", "special": True}, str(size + 1): {"content": "<t>", "special": False}}
+    write_folder(tmp_path, "llama", {"added_tokens_decoder": added, "eos_token": "<t>"})
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("<|im_start|><t>", False) == [size, size + 1]
+    assert {size, size + 1} <= tokenizer.special_ids
+    assert tokenizer.eos_token_id == size + 1
+    write_folder(tmp_path, "llama", {"added_tokens_decoder": {str(size + 7): {"content": "<x>"}}})
+    with pytest.raises(ModelLoadError, match=rf"added token '<x>' at {size + 7}, tokenizer\.json at {size}: they belong to two models"):
+        Tokenizer.load(tmp_path)
+    write_folder(tmp_path, "llama", {"added_tokens_decoder": {"one": {"content": "<x>"}}})
+    with pytest.raises(ModelLoadError, match="'added_tokens_decoder' must have an object with 'content'"):
+        Tokenizer.load(tmp_path)
+
+
 def test_without_a_chat_template() -> None:
     with pytest.raises(InvalidRequestError, match="use /v1/completions"):
         Tokenizer(sample("llama")).render_chat([{"role": "user", "content": "hi"}])

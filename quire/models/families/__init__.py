@@ -33,7 +33,10 @@ def find_family(values: Mapping[str, Any], where: str = "config.json") -> Family
     if names:
         name = names[0] if isinstance(names, list) else names
         if isinstance(name, str) and name in FAMILIES:
-            return FAMILIES[name]
+            family, kind = FAMILIES[name], values.get("model_type")
+            if kind not in (None, family.model_type):  # transformers goes by this one
+                raise ModelLoadError(f"{where}: model_type {kind!r} is not that of {name}, which is {family.model_type!r}")
+            return family
         raise ModelLoadError(f"{where}: architecture {name!r} is not supported; supported: {supported}")
     kind = values.get("model_type")
     for family in FAMILIES.values():
@@ -51,7 +54,7 @@ def spec_from_config(values: Mapping[str, Any], generation: Mapping[str, Any] | 
     """
     family = find_family(values, where)
     config = Config(values, where)
-    config.unsupported(quantization_config=None)
+    config.unsupported(quantization_config=None, is_causal=True)
     spec = family.read(config)
     generated = Config(generation or {}, where.replace("config.json", "generation_config.json"))
     eos = dict.fromkeys((*_token_ids(generated, "eos_token_id"), *_token_ids(config, "eos_token_id")))

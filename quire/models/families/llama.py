@@ -55,6 +55,9 @@ def read_rope(config: Config, head_dim: int) -> RopeSpec:
     factor = rope.number("factor", high=1e6)
     if scaling == "linear":
         return RopeSpec(theta, head_dim, "linear", factor)
+    top = config.values.get("original_max_position_embeddings")
+    if top is not None and top != values.get("original_max_position_embeddings", top):
+        config.refuse("'original_max_position_embeddings' beside and within the rope parameters contradict each other; keep one of them")
     low, high = rope.number("low_freq_factor", high=1e6), rope.number("high_freq_factor", high=1e6)
     if low >= high:
         rope.refuse(f"'low_freq_factor' {low:g} must be below 'high_freq_factor' {high:g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from quire.errors import QuireError
@@ -117,7 +118,8 @@ def _arguments(text: str) -> dict[str, Any]:
     from pydantic_core import from_json
 
     try:
-        value = from_json(text or "{}", allow_partial=True)
+        value = from_json(text or "{}", allow_partial=True, allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # 1e999 is infinite all the same
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import sqlite3
 import time
@@ -26,6 +27,8 @@ from quire.server.batches.records import STAMPED, UNFINISHED, Answer, Batch, Lin
 from quire.server.http.errors import NotFoundError
 
 VERSION = 1
+_OURS = re.compile("file-[0-9a-f]{24}|new-[0-9a-f]{16}")
+"""Names of files that this store makes."""
 _SCHEMA = f"""
 CREATE TABLE files (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL,
@@ -106,9 +109,10 @@ class Store:
         return db
 
     def _sweep(self) -> None:
+        """Remove what was written and not finished. The folder may hold other people's files as well."""
         known = {row[0] for row in self._db.execute("SELECT id FROM files")}
         for path in self._files.iterdir():
-            if path.name not in known:
+            if path.name not in known and _OURS.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:

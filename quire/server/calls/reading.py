@@ -15,7 +15,7 @@ from quire.server.context import Context
 from quire.structured import Structured
 from quire.text.tools import Message, ToolParser, parse_message, parser_for
 from quire.text.tools.constrained import CallGrammar
-from quire.text.tools.formats import FORMATS, THINK, THINK_MARKERS
+from quire.text.tools.formats import END_THINK, FORMATS, THINK, THINK_MARKERS
 
 
 @dataclass(slots=True, frozen=True)
@@ -87,8 +87,10 @@ def reason_of(finish_reason: str, parser: ToolParser) -> str:
     return "tool_calls" if parser.done or (parser.called and finish_reason == "stop") else finish_reason
 
 
-def reading_for(context: Context, tools: Tools | None, params: SamplingParams, prompt: Prompt) -> Reading | None:
-    """None where the text is the message as it is."""
+def reading_for(
+    context: Context, tools: Tools | None, params: SamplingParams, prompt: Prompt, continued: object = None
+) -> Reading | None:  # fmt: skip
+    """None where the text is the message as it is. continued: the content of the message that the answer goes on with."""
     reasoning = context.reasoning and params.structured is None  # else the form begins with the first token
     if tools is None and not reasoning:
         return None
@@ -98,7 +100,8 @@ def reading_for(context: Context, tools: Tools | None, params: SamplingParams, p
     if params.skip_special_tokens:
         ids = {marker: context.tokenizer.token_id(marker) for marker in markers}
         hidden = {marker: i for marker, i in ids.items() if i is not None and i in context.tokenizer.special_ids}
-    in_reasoning = reasoning and (prompt.text or "").rstrip().endswith(THINK)
+    thought = continued if isinstance(continued, str) else ""
+    in_reasoning = reasoning and ((prompt.text or "").rstrip().endswith(THINK) or thought.rfind(THINK) > thought.rfind(END_THINK))
     begins, ends = (context.tokenizer.token_id(marker) if reasoning else None for marker in THINK_MARKERS)
     parallel = tools is None or (tools.parallel and context.parallel_calls)
     return Reading(tools, format, parallel, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()), (begins, ends))

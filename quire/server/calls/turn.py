@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from quire.server.calls.generation import Generation, Piece
-from quire.text.tools import MessageDelta
+from quire.text.tools import MessageDelta, Prose
 
 Kind = Literal["reasoning", "text", "call"]
 
@@ -66,16 +66,15 @@ class Turn:
             yield from self._close()
 
     def _change(self, delta: MessageDelta) -> Iterator[Step]:
-        if delta.reasoning:
-            yield from self._add("reasoning", delta.reasoning)
-        if delta.text:
-            yield from self._add("text", delta.text)
-        for call in delta.calls:
-            if call.index != self._call:
-                self._call = call.index
-                yield from self._begin("call", call.id or "", call.name or "")
-            if call.arguments:
-                yield from self._add("call", call.arguments)
+        for part in delta.parts:
+            if isinstance(part, Prose):
+                yield from self._add("reasoning" if part.reasoning else "text", part.text)
+                continue
+            if part.index != self._call:
+                self._call = part.index
+                yield from self._begin("call", part.id or "", part.name or "")
+            if part.arguments:
+                yield from self._add("call", part.arguments)
 
     def _add(self, kind: Kind, text: str) -> Iterator[Step]:
         block = self._open

@@ -139,6 +139,19 @@ class EngineProcess:
             pass  # it has gone; the reader sees that too
 
 
+def _started(config: EngineConfig, kv_events: str | None, constrained: bool) -> EngineProcess:
+    try:
+        engine = EngineProcess(config, kv_events=kv_events, constrained=constrained)
+    except (OSError, RuntimeError) as e:  # no descriptor, no memory, no process, no thread left: there may be again
+        raise EngineError(f"the engine's process could not be started: {e}") from None
+    try:
+        engine.loaded()
+    except QuireError:
+        engine.close(0)
+        raise
+    return engine
+
+
 class Supervisor:
     """A link to an engine that is replaced when it dies. ``first`` has been loaded.
 
@@ -206,9 +219,8 @@ class Supervisor:
         while True:
             attempt += 1
             started = time.monotonic()
-            engine = EngineProcess(self._config, kv_events=self._kv_events, constrained=self._constrained)
             try:
-                engine.loaded()
+                engine = _started(self._config, self._kv_events, self._constrained)
             except QuireError as e:
                 pause = min(PAUSE_S * attempt, LONGEST_PAUSE_S)
                 log.error("attempt %d: %s; another one in %.0f s", attempt, e.message, pause)

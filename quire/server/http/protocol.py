@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -28,6 +29,9 @@ REFUSAL_S = 2.0
 FRAMING_FACTOR = 8
 """A chunked body may have this many bytes of framing for each byte of content (chunks of one byte need 5)."""
 
+MAX_PIPELINED = 16
+"""Requests that a client may send before the first of them is answered."""
+_UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 CHUNK_HEADS = [b"%x\r\n" % size for size in range(1024)]
 """Of the sizes that chunks have: to write the number costs more than all else that is done with the bytes of a token."""
 
@@ -104,6 +108,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._one_too_many = False
         self._received = 0
         self._content = 0
+        self._between = True
+        """No request has begun, or not all of its headers are there."""
         self._fault: QuireError | None = None
         self._pushes: list[_Push] = []
         """Of the response that is on its way, and of those to requests that were sent before its end."""
@@ -130,7 +136,13 @@ class LimitedProtocol(HttpToolsProtocol):
             ))  # fmt: skip
             return
         self._received += len(data)
+        if self._between:  # nobody is given another protocol, and httptools would throw away the body of who asks for one (HTTP/2)
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
         super().data_received(data)
+        answered = self.cycle is not None and self.cycle.response_complete and not self.pipeline and self._headers_timer is None
+        if answered and self.timeout_keep_alive_task is None and not self.transport.is_closing():  # uvicorn has stopped it for this data
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         if self._received - self._content > MAX_HEADER_BYTES + FRAMING_FACTOR * self._content and not self.transport.is_closing():
             self._refuse(
                 HeadersTooLargeError(f"the request's headers are longer than {MAX_HEADER_BYTES:,} bytes, which is what this server allows")
@@ -148,7 +160,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        self._between = False
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self._fault = InvalidRequestError(f"more than {MAX_PIPELINED} requests were sent before the first was answered")
+            raise self._fault
         push = _Push(self.cycle)  # a later request on this connection has a cycle of its own
         self._pushes = [push, *(other for other in self._pushes if not other.over)]
         self.scope["extensions"] = {PUSH: {"push": push}}
@@ -159,6 +175,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._received = self._content = 0
+        self._between = True
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

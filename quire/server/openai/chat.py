@@ -76,7 +76,8 @@ async def chat_call(context: Context, body: ChatCompletionRequest, availability:
         )
         output = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
         (prompt,) = truncated([prompt], body, context.max_model_len, output)
-    reading = reading_for(context, tools, params, prompt)
+    continued = body.messages[-1].get("content") if body.continue_final_message else None
+    reading = reading_for(context, tools, params, prompt, continued)
     if reading is not None and reading.tools is not None and reading.tools.must:
         with chat_names(body):
             params = must_call(context, reading, params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
 import sys
@@ -24,6 +25,7 @@ from quire.server.calls.prompts import completion_prompts
 from quire.server.calls.schemas import EmbeddingRequest
 from quire.server.calls.truncation import truncated
 from quire.server.context import Context, caller_of, context_of
+from quire.server.http.errors import DeadlineError
 from quire.server.http.ids import CallId, call_id
 from quire.server.http.keys import Caller
 from quire.server.http.limits import read_json
@@ -67,6 +69,9 @@ async def _run(context: Context, caller: Caller, body: EmbeddingRequest, call: C
     except QuireError:
         caller.leave(0)
         raise
+    seconds = 0 if caller.background else context.config.request_timeout
+    late = DeadlineError(f"the request did not end within {seconds} seconds, this server's --request-timeout: send fewer inputs")
+    timer = asyncio.get_running_loop().call_later(seconds, stream.fail, late) if seconds else None
     try:
         while not stream.finished:
             for output in await stream.fetch():
@@ -75,6 +80,8 @@ async def _run(context: Context, caller: Caller, body: EmbeddingRequest, call: C
                 vectors[output.request_id] = output.vector
                 usage.cached_tokens += output.cached_tokens or 0
     finally:
+        if timer is not None:
+            timer.cancel()
         stream.close()
         caller.leave(usage.prompt_tokens)
     data = [

@@ -75,7 +75,10 @@ class _Messages:
                 content = _parts(f"{at}.output", _readable(item.get("output")))
                 self.messages.append({"role": "tool", "tool_call_id": _string(f"{at}.call_id", item.get("call_id")), "content": content})
             case "reasoning":  # what other servers have encrypted, or summed up, nobody can give the model back
-                for part in item.get("content") or ():
+                content = item.get("content") or []
+                if not isinstance(content, list):
+                    raise InvalidRequestError(f"{at}.content must be a list of parts, got {shown(content)}", param=f"{at}.content")
+                for part in content:
                     self._reasoning += _string(f"{at}.content", part.get("text") if isinstance(part, dict) else part)
             case "item_reference":
                 raise InvalidRequestError(f"{at} refers to an item: this server keeps none, so send the item itself", param=at)
@@ -89,6 +92,7 @@ class _Messages:
         if role in ("system", "developer") and len(self.messages) == 1 and self.messages[0]["role"] in ("system", "developer"):
             self.messages[0] = {"role": "system", "content": [*self.messages[0]["content"], *parts]}
         elif role in ("system", "developer", "user"):
+            self._reasoning = ""  # of an answer that was cut off in it
             self.messages.append({"role": role, "content": parts})
         elif role == "assistant":
             self._assistant()["content"] += parts
@@ -126,10 +130,11 @@ def _readable(output: object) -> object:
     if not isinstance(output, list):
         return output
     kinds = {"input_image": "image", "input_file": "document"}
-    return [
-        {"type": "input_text", "text": unreadable(kinds[part["type"]])} if isinstance(part, dict) and part.get("type") in kinds else part
-        for part in output
-    ]
+    made = []
+    for part in output:
+        kind = part.get("type") if isinstance(part, dict) else None
+        made.append({"type": "input_text", "text": unreadable(kinds[kind])} if isinstance(kind, str) and kind in kinds else part)
+    return made
 
 
 def _string(at: str, value: object) -> str:

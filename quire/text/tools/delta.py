@@ -20,17 +20,37 @@ class CallDelta:
 
 
 @dataclass(slots=True)
-class MessageDelta:
-    """What a piece of text adds to a message."""
+class Prose:
+    """A piece of the answer's text, or of the reasoning."""
 
-    text: str = ""
-    reasoning: str = ""
-    calls: list[CallDelta] = field(default_factory=list)
+    reasoning: bool
+    pieces: list[str]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+@dataclass(slots=True)
+class MessageDelta:
+    """What a piece of text adds to a message, in its order."""
+
+    parts: list[Prose | CallDelta] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Prose) and not part.reasoning)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Prose) and part.reasoning)
+
+    @property
+    def calls(self) -> list[CallDelta]:
+        return [part for part in self.parts if isinstance(part, CallDelta)]
 
     def add(self, more: MessageDelta) -> None:
-        self.text += more.text
-        self.reasoning += more.reasoning
-        self.calls += more.calls
+        self.parts += more.parts
 
 
 @dataclass(slots=True)

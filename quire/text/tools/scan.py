@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
-from quire.text.tools.delta import CallDelta, MessageDelta
+from quire.text.tools.delta import CallDelta, MessageDelta, Prose
 
 T = TypeVar("T")
 Reading = Generator[None, None, T]
@@ -50,10 +50,8 @@ class Scan:
         """White space at the end of the text: markup, if markup follows."""
         self._fresh = True
         """Nothing but white space since the start, or since the last call."""
-        self._said: list[str] = []
-        self._thought: list[str] = []
+        self._made: list[Prose | CallDelta] = []
         self._thinking = False
-        self._calls: list[CallDelta] = []
         self._count = 0
         self._arguments: list[str] = []
 
@@ -67,13 +65,12 @@ class Scan:
         if self.ended:
             self._end_spaces()
         self._end_arguments()
-        delta = MessageDelta("".join(self._said), "".join(self._thought), self._calls)
-        self._said, self._thought, self._calls = [], [], []
+        delta, self._made = MessageDelta(self._made), []
         return delta
 
     def _end_spaces(self) -> None:
         if not self._thinking and not self._count:  # else it stands next to markup, or to nothing
-            self._said += self._spaces
+            self._say(self._spaces)
         self._spaces.clear()
 
     @property
@@ -224,12 +221,19 @@ class Scan:
 
     def emit(self, text: str) -> None:
         if body := text.rstrip(SPACE):
-            target = self._thought if self._thinking else self._said
-            target += (*self._spaces, body)
+            self._say((*self._spaces, body))
             self._spaces.clear()
             self._fresh = False
         if len(body) < len(text):
             self._spaces.append(text[len(body) :])
+
+    def _say(self, pieces: Iterable[str]) -> None:
+        self._end_arguments()
+        last = self._made[-1] if self._made else None
+        if isinstance(last, Prose) and last.reasoning == self._thinking:
+            last.pieces += pieces
+        else:
+            self._made.append(Prose(self._thinking, list(pieces)))
 
     def think(self, thinking: bool) -> None:
         """What is emitted from here on is reasoning, or no more."""
@@ -247,7 +251,7 @@ class Scan:
         self._end_arguments()
         digest = hashlib.blake2b(f"{self._key}/{self._count}".encode(), digest_size=12).hexdigest()
         call_id = self._id_form + digest if self._id_form else digest[:9]
-        self._calls.append(CallDelta(self._count, call_id, name, ""))
+        self._made.append(CallDelta(self._count, call_id, name, ""))
         self._count += 1
         self._fresh = True
 
@@ -260,9 +264,11 @@ class Scan:
 
     def _end_arguments(self) -> None:
         if text := "".join(self._arguments):
-            if not self._calls or self._calls[-1].index != self._count - 1:
-                self._calls.append(CallDelta(self._count - 1, None, None, ""))
-            self._calls[-1].arguments += text
+            last = self._made[-1] if self._made else None
+            if not isinstance(last, CallDelta):
+                last = CallDelta(self._count - 1, None, None, "")
+                self._made.append(last)
+            last.arguments += text
         self._arguments.clear()
 
     # Calls

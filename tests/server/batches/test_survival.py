@@ -253,12 +253,20 @@ def test_a_folder_that_is_read_only() -> None:
     assert "can't be written: Permission denied" in found.stdout
 
 
+def test_what_others_keep_in_the_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "files" / "new-folder").mkdir(parents=True)
+    (tmp_path / "files" / "thesis.tex").write_text("mine")
+    (tmp_path / "files" / "file-1").write_text("mine too")
+    Store(tmp_path).close()
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["file-1", "new-folder", "thesis.tex"]
+
+
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (written := store.new_path()).write_bytes(b"abc")
     file = store.add_file(written, "", "a", "batch")
     store.new_path().write_bytes(b"half an upload")
-    store.path("file-without-a-row").write_bytes(b"half a result")
+    store.path(f"file-{'0' * 24}").write_bytes(b"half a result")
     store.close()
     store = Store(tmp_path)
     assert [path.name for path in (tmp_path / "files").iterdir()] == [file.id]
