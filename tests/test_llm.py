@@ -13,7 +13,7 @@ from quire import LLM, SamplingParams, Structured
 from quire.backends import memory
 from quire.config import EngineConfig, parse_bytes
 from quire.core.sequence import Request, Retention
-from quire.errors import CapacityError, ConfigError, ContextLengthError, InvalidRequestError, ModelLoadError
+from quire.errors import CapacityError, ConfigError, ContextLengthError, EngineError, InvalidRequestError, ModelLoadError
 from quire.outputs import Choice, SequenceOutput, TokenLogprobs
 from quire.text.output import OutputAssembler, best_choices
 
@@ -367,3 +367,28 @@ def test_log_probabilities_of_a_prompt(llm: LLM) -> None:
     assert scored.prompt_logprobs[-8:] == made.outputs[0].logprobs
     assert (scored.outputs[0].text, scored.outputs[0].finish_reason) == ("", "length")
     assert made.prompt_logprobs is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_goes_on_after_an_interrupted_step(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(kv_memory="16MiB", threads=1)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    expected = [result.outputs[0].text for result in llm.generate(["import os", "def f("], params, use_tqdm=False)]
+    execute, calls = llm.backend.execute, 0
+
+    def fail(plan: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise error
+        return execute(plan)
+
+    stream = llm.stream("class A", params)
+    assert next(stream) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.backend, "execute", fail)
+        with pytest.raises(error):
+            llm.generate(["import os", "def f("], params, use_tqdm=False)
+    with pytest.raises(EngineError, match="a step of the engine was interrupted"):
+        list(stream)
+    assert [result.outputs[0].text for result in llm.generate(["import os", "def f("], params, use_tqdm=False)] == expected

@@ -12,7 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.fake_backend import FakeBackend, candidates
+from quire.config import EngineConfig
 from quire.core.beam import BeamSearch, EarlyStopping, Hypothesis, Move
+from quire.core.engine import Engine
+from quire.core.sequence import Request
+from quire.sampling_params import SamplingParams
 
 Row = list[tuple[int, float]]
 Model = Callable[[tuple[int, ...]], Row]
@@ -255,3 +260,24 @@ def test_properties(
     while live:
         live = [(*live[m.parent], m.token) for m in wide.advance([model(tokens) for tokens in live])]
     assert wide.hypotheses() == found
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_a_banned_end_that_would_be_ignored_takes_no_candidate_away(width: int) -> None:
+    """min_tokens bans end-of-text, here the best continuation, also where ignore_eos lets the search go on with it."""
+    for first in range(40):
+        prompt = [first, first // 3 + 1]
+        (end,) = (candidates(prompt, 1, 50)[0][0],)
+        engine = Engine(FakeBackend(num_blocks=32), EngineConfig(max_num_seqs=4, max_num_batched_tokens=16))
+        params = SamplingParams(max_tokens=4, n=1, beam_width=width, ignore_eos=True, min_tokens=2)
+        engine.add(Request("a", prompt, params, 0, (end,)))
+        made = []
+        while engine.has_work:
+            made += engine.step()
+        search = BeamSearch(width, 4, (), num_return=1)
+        beams = [prompt]
+        while moves := search.advance(
+            [[c for c in candidates(beam, 50, 50) if len(beam) >= len(prompt) + 2 or c[0] != end] for beam in beams]
+        ):
+            beams = [[*beams[move.parent], move.token] for move in moves]
+        assert [output.token_ids for output in made] == [found.token_ids for found in search.hypotheses()], prompt

@@ -103,3 +103,19 @@ def test_beams_and_samples_make_way_and_come_back() -> None:
     found = drain(engine)
     assert all(found[f"live-{i}"][0] == 1 for i in range(3))
     assert len(found) == 5
+
+
+@pytest.mark.parametrize("lines", [1, 4, 8])
+@pytest.mark.parametrize(("length", "output", "most"), [(4000, 4, 256), (3, 300, 8)], ids=["prompts", "decodes"])
+def test_a_batch_leaves_a_part_of_every_step_to_others(lines: int, length: int, output: int, most: int) -> None:
+    """Long prompts in chunks, or as many sequences that decode as a step has positions: who comes then has a token soon."""
+    backend = FakeBackend(num_blocks=3000, block_size=16, max_model_len=5000)
+    backend._look = lambda *_: None  # type: ignore[method-assign]  # takes the square of the length
+    engine = Engine(backend, EngineConfig(max_num_seqs=64, max_num_batched_tokens=most, speculation="off"))
+    for i in range(lines if length > 100 else 2 * lines):
+        add(engine, f"line {i}", [(i + k * 7) % 49 + 1 for k in range(length)], LATER, output)
+    for _ in range(8):
+        engine.step()
+    add(engine, "live", [1, 2, 3], 0, 5)
+    steps = next(n for n in range(1, 2000) if any(made.request_id == "live" for made in engine.step()))
+    assert steps <= 4

@@ -285,6 +285,36 @@ def test_bytes_that_are_no_text(server: Server) -> None:
     assert refused(http.get(server.url + "/v1/models/%ff%fe%00"), 404)
 
 
+def test_a_client_that_sends_many_requests_at_once(server: Server) -> None:
+    """They would be answered one after the other; each takes memory, and all of them the event loop's time."""
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.settimeout(DEADLINE_S)
+        connection.sendall(b"GET /version HTTP/1.1\r\nhost: a\r\n\r\n" * 5_000)
+        said = b""
+        try:
+            while data := connection.recv(1 << 16):
+                said += data
+        except ConnectionResetError:
+            pass
+    assert said.count(b"HTTP/1.1 200") <= 20
+    assert http.get(server.url + "/health").status_code == 200
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.settimeout(DEADLINE_S)
+        connection.sendall(b"GET /version HTTP/1.1\r\nhost: a\r\n\r\n" * 8)
+        said = b""
+        while said.count(b"HTTP/1.1 200") < 8:
+            data = connection.recv(1 << 16)
+            assert data
+            said += data
+
+
+def test_a_client_that_offers_another_protocol_keeps_its_body(server: Server) -> None:
+    """As curl --http2 and Java's HttpClient do."""
+    headers = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQAoAAAAAIAAAAA"}
+    for _ in range(2):
+        assert http.post(server.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 1}, headers=headers).status_code == 200
+
+
 def test_control_characters_and_odd_text_are_just_text(server: Server) -> None:
     odd = "\x00\x01\x1b[31m\u202e\u2028\ufeff\ufffe\U0010ffff\ue000\uf8ff e\u0301" + "\u0301" * 50
     tokens = post(server, TOKENIZE, {"prompt": odd}).json()["tokens"]

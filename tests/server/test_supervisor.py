@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +19,11 @@ from typing import Any
 
 import pytest
 
+from quire.config import EngineConfig
 from quire.core.sequence import Request, Retention
+from quire.errors import EngineError, QuireError
 from quire.sampling_params import SamplingParams
+from quire.server.engine import supervisor
 from quire.server.engine.messages import Add, decode_to_engine, encode
 from quire.structured import Structured
 from server.harness import (
@@ -358,3 +362,22 @@ def test_requests_cross_the_socket_as_they_are() -> None:
         assert message.read() == request
         assert message.resumed == [[1], None]
         json.dumps(message.request["params"])  # plain data
+
+
+def test_a_start_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No descriptor, no thread, no process: it is tried again and again. And what the system has none of ends nothing."""
+    config = EngineConfig(model=str(tmp_path))
+    with pytest.raises(QuireError):
+        supervisor._started(config, None, False)
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(3):
+        with pytest.raises(QuireError):
+            supervisor._started(config, None, False)
+    wait_until(lambda: (len(os.listdir("/proc/self/fd")), threading.active_count()) <= before, "all of it is gone")
+
+    def none(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(supervisor, "EngineProcess", none)
+    with pytest.raises(EngineError, match=r"the engine's process could not be started: .*Too many open files"):
+        supervisor._started(config, None, False)

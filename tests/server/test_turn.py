@@ -1,0 +1,30 @@
+"""Blocks of a turn are the same however the text comes: with drafts a step brings the end of a call and what is said after it."""
+
+from __future__ import annotations
+
+import pytest
+
+from quire.server.calls.turn import Turn
+from quire.text.tools import parser_for
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"days": [0, 1, 2]}}\n</tool_call>'
+TEXTS = [
+    CALL + "\nI have asked.",
+    "First.\n" + CALL + "\nBetween. " + CALL + "\n" + CALL + "\nLast.",
+    "<think>Hm.</think>\nI ask. " + CALL,
+    "<think>Hm.</think>" + CALL + "Done. <tool_call>{no call}</tool_call> Really.",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_blocks(text: str) -> None:
+    made = []
+    for size in (1, 2, 3, 7, 20, 50, len(text)):
+        parser, turn = parser_for("hermes", ["f"], key="k", reasoning=True), Turn()
+        for at in range(0, len(text), size):
+            list(turn._change(parser.push(text[at : at + size])))
+        list(turn._change(parser.finish()))
+        assert all(block.name == "f" and block.text == '{"days": [0, 1, 2]}' for block in turn.blocks if block.kind == "call")
+        made.append([(block.kind, block.id, block.text) for block in turn.blocks])
+    assert all(blocks == made[0] for blocks in made)
+    assert sum(kind == "call" for kind, _, _ in made[0]) == text.count(CALL)
