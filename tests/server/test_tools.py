@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from quire.server.calls import prompts
 from server.harness import DEADLINE_S, Server, events, http, wait_clean
 from server.scripted import ScriptedBackend, serve_scripted
 
@@ -316,6 +317,19 @@ def test_a_message_that_goes_on_in_its_reasoning(thinking: Server) -> None:
     begun = {"messages": [USER, {"role": "assistant", "content": "<think>\nLet me"}], "continue_final_message": True}
     message = ask(thinking, add_generation_prompt=False, **begun)["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("see, <tool_call>?", "Yes.")
+
+
+def test_reasoning_that_a_prompt_that_was_cut_has_begun(thinking: Server) -> None:
+    says(thinking, "Hm.</think>Yes.")
+    message = ask(thinking, chat_template_kwargs={"deep": True}, truncate_prompt_tokens=6)["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+
+
+def test_what_is_long_is_not_done_on_the_event_loop() -> None:
+    short = {"role": "user", "content": [{"type": "text", "text": "a"}], "x": [{"y": [1, None]}]}
+    assert prompts._size([short, None]) < 100
+    for long in ("a" * 10_000, [0] * 4_000_000, [[]] * 10_000, {str(i): i for i in range(10_000)}, [[["a" * 5_000]], {"b": "c" * 5_000}]):
+        assert prompts._size([short | {"x": long}, None]) >= prompts.LONG_TEXT
 
 
 def test_reasoning_effort(thinking: Server) -> None:

@@ -116,7 +116,7 @@ async def chat_prompt(
             param="messages",
         )
     tokenizer, plain = context.tokenizer, not context.config.special_tokens_in_messages
-    size = sum(_text_size(message) for message in messages)
+    size = MESSAGE_SIZE * len(messages) + _size([messages, template_kwargs])
     if tools is not None:
         template_kwargs = {**(template_kwargs or {}), "tools": tools}
         size += LONG_TEXT  # schemas are long
@@ -150,16 +150,17 @@ def check_template_kwargs(context: Context, variables: dict[str, Any] | None) ->
             )
 
 
-def _text_size(message: dict[str, Any]) -> int:
-    """Characters, or what takes as long."""
-    content = message.get("content")
-    return MESSAGE_SIZE + _content_size(content)
-
-
-def _content_size(content: object) -> int:
-    if isinstance(content, list):
-        return sum(len(str(part.get("text", ""))) if isinstance(part, dict) else 0 for part in content)
-    return len(content) if isinstance(content, str) else 0
+def _size(value: object) -> int:
+    """About the characters of a JSON value, or what takes as long; no further than LONG_TEXT."""
+    size, left = 0, [value]
+    while left and size < LONG_TEXT:
+        each = left.pop()
+        if not isinstance(each, str | list | dict):
+            continue
+        size += len(each)
+        if size < LONG_TEXT and not isinstance(each, str):
+            left += each.values() if isinstance(each, dict) else each
+    return size
 
 
 async def in_thread(size: int, work: Callable[[], T]) -> T:

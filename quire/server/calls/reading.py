@@ -58,6 +58,10 @@ class Reading:
         return message
 
 
+END_TOKENS = 32
+"""Of a prompt whose text is not there (it was cut), so many tell whether it ends in a reasoning that has begun."""
+
+
 class Thought:
     """Counts the tokens of a reasoning, between its markers; none where they are no tokens."""
 
@@ -101,7 +105,8 @@ def reading_for(
         ids = {marker: context.tokenizer.token_id(marker) for marker in markers}
         hidden = {marker: i for marker, i in ids.items() if i is not None and i in context.tokenizer.special_ids}
     thought = continued if isinstance(continued, str) else ""
-    in_reasoning = reasoning and ((prompt.text or "").rstrip().endswith(THINK) or thought.rfind(THINK) > thought.rfind(END_THINK))
+    end = context.tokenizer.decode(prompt.token_ids[-END_TOKENS:], skip_special_tokens=False) if prompt.text is None else prompt.text
+    in_reasoning = reasoning and (end.rstrip().endswith(THINK) or thought.rfind(THINK) > thought.rfind(END_THINK))
     begins, ends = (context.tokenizer.token_id(marker) if reasoning else None for marker in THINK_MARKERS)
     parallel = tools is None or (tools.parallel and context.parallel_calls)
     return Reading(tools, format, parallel, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()), (begins, ends))
