@@ -101,6 +101,9 @@ class LLM:
             replace(self._request(prompt, p), priority=rank, salt=salt, retention=retention)
             for prompt, p, rank in zip(todo, each, _priorities(priority, len(todo)), strict=True)
         ]
+        for structured in dict.fromkeys(request.params.structured for request in requests):
+            if structured is not None:
+                self._constraints.prepare(structured)
         runs = self._run(requests, use_tqdm)
         return [
             RequestOutput(

@@ -392,3 +392,11 @@ def test_goes_on_after_an_interrupted_step(error: type[BaseException], monkeypat
     with pytest.raises(EngineError, match="a step of the engine was interrupted"):
         list(stream)
     assert [result.outputs[0].text for result in llm.generate(["import os", "def f("], params, use_tqdm=False)] == expected
+
+
+def test_forms_are_checked_before_anything_runs() -> None:
+    llm = LLM(kv_memory="16MiB", threads=1, max_waiting=1)
+    params = [SamplingParams(max_tokens=3)] * 6 + [SamplingParams(max_tokens=3, structured=Structured.regex("(?=a)"))]
+    with pytest.raises(InvalidRequestError):
+        llm.generate(["a"] * 7, params, use_tqdm=False)
+    assert llm.engine.stats().steps == 0

@@ -62,17 +62,17 @@ class EngineServer(uvicorn.Server):
     async def _bring_up(self) -> None:
         try:
             serving = await asyncio.to_thread(self._load)
-        except Exception as e:
-            if not self.should_exit:
-                self.failure, self.should_exit = e, True
-                self._wake()
-            return
-        if not self.should_exit:
+            if self.should_exit:
+                return
             serving.client.start(serving.link)
             self._serving = serving
             if serving.batches is not None:
                 await serving.batches.start()
             serving.ready()
+        except Exception as e:
+            if not self.should_exit:
+                self.failure, self.should_exit = e, True
+                self._wake()
 
     async def main_loop(self) -> None:
         """uvicorn looks ten times a second whether it is to end, which is more work than a slow model's tokens. Here it is told."""

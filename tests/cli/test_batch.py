@@ -67,6 +67,9 @@ def test_lines_are_answered_in_order_and_errors_stand_in_their_place(tmp_path: P
     assert code == 2
     assert "is the input itself" in err
     assert source.read_bytes() == before
+    code, err = run(source, tmp_path, "--overwrite")
+    assert code == 2
+    assert "is a folder: name a file" in err
 
 
 def test_whatever_ends_it_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ class Job:
 
 def open_job(source: Path, target: Path, names: tuple[str, ...], config: ServerConfig, overwrite: bool) -> Job:
     """Begin, or go on where the last run stopped. Raises ConfigError, and InvalidRequestError where lines are wrong."""
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder: name a file for the answers")
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError(f"{target} is the input itself, which the answers would replace: choose another name for them")
     state = target.with_name(target.name + ".quire-batch")

@@ -16,7 +16,7 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -149,9 +149,19 @@ class Store:
     def add_file(self, written: Path, tenant: str, filename: str, purpose: str) -> StoredFile:
         """Make what was written to ``new_path()`` a file."""
         file = self._keep(written, tenant, filename, purpose)
-        with self._transaction() as db:
+        with self._or_gone([file]), self._transaction() as db:
             _insert_file(db, file)
         return file
+
+    @contextmanager
+    def _or_gone(self, files: Iterable[StoredFile]) -> Iterator[None]:
+        """Their contents go where it is not written down whose they are."""
+        try:
+            yield
+        except BaseException:
+            for file in files:
+                self.path(file.id).unlink(missing_ok=True)
+            raise
 
     def _keep(self, written: Path, tenant: str, filename: str, purpose: str) -> StoredFile:
         """Give what was written its place; it is there after a power cut too."""
@@ -295,8 +305,9 @@ class Store:
             None if written is None else self._keep(written, batch.tenant, f"{batch.id}_{kind}.jsonl", "batch_output")
             for written, kind in ((output, "output"), (errors, "error"))
         )
-        with self._transaction() as db:
-            for file in filter(None, (output_file, error_file)):
+        files = [file for file in (output_file, error_file) if file is not None]
+        with self._or_gone(files), self._transaction() as db:
+            for file in files:
                 _insert_file(db, file)
             db.execute(
                 "UPDATE batches SET output_file_id = ?, error_file_id = ? WHERE seq = ?",

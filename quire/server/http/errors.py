@@ -138,7 +138,7 @@ def install(app: FastAPI, endpoints: list[str]) -> None:
 
     async def quire_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, QuireError)
-        if error.status != 500:  # 500: it was taken, and failed
+        if error.status not in (500, 504):  # it was taken, and failed, or took too long
             request.app.state.context.client.meter.refuse(error.code)
         return error_response(error, request.url.path)
 

@@ -84,6 +84,8 @@ class Reply:
             if step[0] == "open":
                 self._ids.append(new_id(_PREFIX[step[1].kind], "_"))
             yield step
+        if self._turn.blocks and self._turn.blocks[-1].kind != "text":
+            self._unsent = []  # of a reasoning, or a call
 
     def _claim(self, block: Block) -> list[Any]:
         """The log-probabilities that belong to what is added to a block."""

@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from quire.errors import ConfigError
-from quire.server.batches.records import StoreInUseError
+from quire.server.batches.records import StorageError, StoreInUseError
 from quire.server.batches.store import Store
 from server.harness import DEADLINE_S, Process, generated, health, http, is_gone, start_process, wait_clean, wait_until
 
@@ -251,6 +251,16 @@ def test_a_folder_that_is_read_only() -> None:
             for path in (folder, folder / "files"):
                 path.chmod(0o755)
     assert "can't be written: Permission denied" in found.stdout
+
+
+def test_a_file_that_can_not_be_written_down_is_not_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (written := store.new_path()).write_bytes(b"abc")
+    store._db.execute("DROP TABLE files")
+    with pytest.raises(StorageError):
+        store.add_file(written, "", "a", "batch")
+    store.close()
+    assert not list((tmp_path / "files").iterdir())
 
 
 def test_what_others_keep_in_the_folder_stays(tmp_path: Path) -> None:
