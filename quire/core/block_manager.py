@@ -115,6 +115,8 @@ class BlockManager:
             self.cache.hold(seq.node)
         self.pool.share([block for block in match.blocks if block >= 0])
         self.cache.found(match.blocks)
+        for block in match.blocks:
+            self._retain(seq, block)
         seq.block_table.extend(match.blocks)
         seq.num_borrowed = len(match.blocks)
         seq.num_trimmed = match.blocks.count(-1)
@@ -328,7 +330,7 @@ class BlockManager:
                 parent, node = node, self.cache.publish(node, self.cache.key(seq.tokens, start), block)
                 self.cache.hold(node)
                 self.cache.drop(parent)
-                self._retain(seq, block)
+                self._retain(seq, node.block)  # another one, where two have computed the same
                 seq.num_published += 1
             seq.node = node
             if seq.num_computed == seq.num_prompt:

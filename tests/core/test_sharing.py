@@ -296,6 +296,24 @@ def test_content_that_was_found_again_survives_a_flood() -> None:
     assert outputs[("c", 0)][0].cached_tokens == 16
 
 
+@pytest.mark.parametrize("case", ["first", "later", "again"])
+def test_retention_of_what_is_cached_already(case: str) -> None:
+    """A wish counts for what others have computed, and can be renewed."""
+    now = [0.0]
+    engine = make(24, max_model_len=64, clock=lambda: now[0])
+    wish = Retention(100, 30.0)
+    for name, retention in {"first": [("a", wish), ("b", None)], "later": [("a", None), ("b", wish)], "again": [("a", wish), ("b", wish)]}[
+        case
+    ]:
+        run(engine, ask(name, [40] * 16, max_tokens=1, retention=retention))
+        now[0] += 29.0 if case == "again" else 0.0
+    now[0] = 31.0 if case == "again" else now[0]
+    for i in range(8):
+        for j in range(2):
+            run(engine, ask(f"flood {i} {j}", [(7 * i + k) % 39 for k in range(30)], max_tokens=2))
+    assert run(engine, ask("c", [40] * 16, max_tokens=1))["c", 0][0].cached_tokens == 15
+
+
 @pytest.mark.parametrize(("priority", "wait", "found"), [(0, 0, False), (100, 0, True), (100, 60, False), (1, 0, False)])
 def test_retention_keeps_content_for_a_while_and_pins_nothing(priority: int, wait: float, found: bool) -> None:
     now = 0.0
