@@ -16,7 +16,7 @@ SMALL = ("--model", "llama-160m", "--rows", "1", "--rounds", "1")
 
 def bench(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "quire.cli.main", "bench", "kernels", *args]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environ}, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environ}, timeout=300)
 
 
 def results(*args: str, **environ: str) -> dict[str, Any]:

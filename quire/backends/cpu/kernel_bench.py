@@ -162,10 +162,13 @@ def measure(case: Case, rounds: int, limits: Limits) -> Result:
 
 
 def _time(calls: list[Call], rounds: int) -> list[float]:
-    """Seconds of a call in each round, after each call once: what has just been made is slow to read the first time, under a hypervisor
-    up to five times as slow, and what a call writes has no memory before."""
+    """Seconds of a call in each round, after each call once, or as many as CASE_S has room for: what has just been made is slow to read
+    the first time, under a hypervisor up to five times as slow, and what a call writes has no memory before."""
+    begin = perf_counter()
     for call in calls:
         call()
+        if perf_counter() - begin > CASE_S:
+            break
     turn = cycle(calls)
     times: list[float] = []
     begin = perf_counter()
