@@ -247,9 +247,12 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, roles: Iterable[str], config: M
     """
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     added = tokenizer.get_added_tokens_decoder()
+    entries = {}
     try:
-        entries = {int(i): (entry["content"], {name: bool(entry[name]) for name in flags if name in entry})
-                   for i, entry in (config.get("added_tokens_decoder") or {}).items()}  # fmt: skip
+        for i, entry in (config.get("added_tokens_decoder") or {}).items():
+            entries[int(i)] = entry["content"], {name: bool(entry[name]) for name in flags if name in entry}
+        if not all(isinstance(text, str) for text, _ in entries.values()):
+            raise TypeError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ModelLoadError(f"{path}: 'added_tokens_decoder' must have an object with 'content' for each token's id") from None
     for token_id, (text, given) in sorted(entries.items()):

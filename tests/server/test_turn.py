@@ -9,6 +9,10 @@ from quire.text.tools import parser_for
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"days": [0, 1, 2]}}\n</tool_call>'
 TEXTS = [
+    "<think>Only this",
+    "<think>Only this.</think>",
+    "<think>Hm.</think>Yes.",
+    "Yes. ",
     CALL + "\nI have asked.",
     "First.\n" + CALL + "\nBetween. " + CALL + "\n" + CALL + "\nLast.",
     "<think>Hm.</think>\nI ask. " + CALL,
@@ -21,10 +25,11 @@ def test_blocks(text: str) -> None:
     made = []
     for size in (1, 2, 3, 7, 20, 50, len(text)):
         parser, turn = parser_for("hermes", ["f"], key="k", reasoning=True), Turn()
-        for at in range(0, len(text), size):
-            list(turn._change(parser.push(text[at : at + size])))
-        list(turn._change(parser.finish()))
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        steps = [step for delta in (*map(parser.push, pieces), parser.finish()) for step in turn._change(delta)]
+        assert all(added for what, _, added in steps if what == "add")
         assert all(block.name == "f" and block.text == '{"days": [0, 1, 2]}' for block in turn.blocks if block.kind == "call")
         made.append([(block.kind, block.id, block.text) for block in turn.blocks])
     assert all(blocks == made[0] for blocks in made)
+    assert all(text for _, _, text in made[0])
     assert sum(kind == "call" for kind, _, _ in made[0]) == text.count(CALL)

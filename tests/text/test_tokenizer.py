@@ -152,9 +152,10 @@ def test_added_tokens_are_those_of_tokenizer_config(tmp_path: Path) -> None:
     write_folder(tmp_path, "llama", {"added_tokens_decoder": {str(size + 7): {"content": "<x>"}}})
     with pytest.raises(ModelLoadError, match=rf"added token '<x>' at {size + 7}, tokenizer\.json at {size}: they belong to two models"):
         Tokenizer.load(tmp_path)
-    write_folder(tmp_path, "llama", {"added_tokens_decoder": {"one": {"content": "<x>"}}})
-    with pytest.raises(ModelLoadError, match="'added_tokens_decoder' must have an object with 'content'"):
-        Tokenizer.load(tmp_path)
+    for wrong in ({"one": {"content": "<x>"}}, {"9": {"content": 5}}, {"9": "<x>"}, ["<x>"]):
+        write_folder(tmp_path, "llama", {"added_tokens_decoder": wrong})
+        with pytest.raises(ModelLoadError, match="'added_tokens_decoder' must have an object with 'content'"):
+            Tokenizer.load(tmp_path)
 
 
 def test_without_a_chat_template() -> None:

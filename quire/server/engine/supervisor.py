@@ -140,6 +140,7 @@ class EngineProcess:
 
 
 def _started(config: EngineConfig, kv_events: str | None, constrained: bool) -> EngineProcess:
+    """One that has loaded. Raises QuireError, and leaves nothing."""
     try:
         engine = EngineProcess(config, kv_events=kv_events, constrained=constrained)
     except (OSError, RuntimeError) as e:  # no descriptor, no memory, no process, no thread left: there may be again

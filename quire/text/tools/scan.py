@@ -69,7 +69,7 @@ class Scan:
         return delta
 
     def _end_spaces(self) -> None:
-        if not self._thinking and not self._count:  # else it stands next to markup, or to nothing
+        if self._spaces and not self._thinking and not self._count:  # else it stands next to markup, or to nothing
             self._say(self._spaces)
         self._spaces.clear()
 
