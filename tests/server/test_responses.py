@@ -180,6 +180,12 @@ def test_what_codex_sends_is_taken(client: openai.OpenAI) -> None:
         ({"input": ["x"]}, "input[0]", "must be an object"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", "must be system, developer, user or assistant"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0]", "reads text only"),
+        ({"input": [{"type": "reasoning", "content": 5}]}, "input[0].content", "must be a list of parts"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": []}]}]},
+            "input[0].output[0]",
+            "reads text only",
+        ),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]", "send the item itself"),
         ({"input": [{"type": "computer_call_output"}]}, "input[0]", 'of type "computer_call_output"'),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id", "must be a string"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from quire.server.anthropic.reply import _arguments
 from quire.server.calls.turn import Turn
 from quire.text.tools import parser_for
 
@@ -33,3 +34,10 @@ def test_blocks(text: str) -> None:
     assert all(blocks == made[0] for blocks in made)
     assert all(text for _, _, text in made[0])
     assert sum(kind == "call" for kind, _, _ in made[0]) == text.count(CALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [('{"a": 1e999}', {}), ('{"a": NaN}', {}), ('{"a": [1, "b', {"a": [1]}), ("", {}), ('{"a": 1e30}', {"a": 1e30})]
+)
+def test_arguments_are_json_that_everybody_reads(text: str, expected: object) -> None:
+    assert _arguments(text) == expected

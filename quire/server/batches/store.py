@@ -242,7 +242,11 @@ class Store:
     def unfinished(self) -> list[Batch]:
         """Everybody's, the oldest first."""
         marks = ", ".join("?" for _ in UNFINISHED)
-        return [Batch(*row) for row in self._db.execute(f"SELECT {_BATCH} FROM batches WHERE status IN ({marks}) ORDER BY seq", UNFINISHED)]
+        query = f"SELECT {_BATCH} FROM batches WHERE status IN ({marks}) ORDER BY seq"
+        try:
+            return [Batch(*row) for row in self._db.execute(query, UNFINISHED)]
+        except sqlite3.Error as e:
+            raise StorageError(f"{self.folder / 'batches.db'} can't be read ({e}): put it elsewhere, or name another folder") from None
 
     def fail(self, batch: Batch, errors: str) -> None:
         """The input file is no batch; ``errors``: JSON."""

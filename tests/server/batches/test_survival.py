@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -261,6 +262,23 @@ def test_a_file_that_can_not_be_written_down_is_not_kept(tmp_path: Path) -> None
         store.add_file(written, "", "a", "batch")
     store.close()
     assert not list((tmp_path / "files").iterdir())
+
+
+def test_a_damaged_store_ends_the_start_in_one_line(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "batches.db") as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'batches'").fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+    db.close()
+    with open(tmp_path / "batches.db", "r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    process = start_process("--port", "0", "--batch-dir", str(tmp_path))
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith(f"quire: {tmp_path / 'batches.db'} can't be read ("), err
+    assert err.count("\n") == 1
 
 
 def test_what_others_keep_in_the_folder_stays(tmp_path: Path) -> None:
