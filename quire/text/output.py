@@ -11,6 +11,7 @@ from quire.sampling_params import SamplingParams
 from quire.text.detokenizer import Detokenizer
 from quire.text.stop import StopChecker
 from quire.text.tokenizer import Tokenizer
+from quire.text.tools import MessageDelta, ToolParser
 
 
 @dataclass(slots=True)
@@ -24,6 +25,8 @@ class Delta:
     """For each of ``token_ids``: token id → Logprob, the chosen token first. None unless asked for."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    message: MessageDelta | None = None
+    """What ``text`` adds to the message, where it is read as more than text."""
 
 
 class OutputAssembler:
@@ -36,6 +39,9 @@ class OutputAssembler:
     kept (see Detokenizer); leave them out where the output is a text of its own (a chat message).
 
     shown: special tokens whose text is wanted in any case.
+
+    parser: reads the text as a message. Where it wants no more, the sequence ends with the token that completed the message, as with
+    a stop string.
     """
 
     __slots__ = (
@@ -43,6 +49,7 @@ class OutputAssembler:
         "_finish_reason",
         "_logprobs",
         "_params",
+        "_parser",
         "_stop",
         "_stop_reason",
         "_texts",
@@ -58,11 +65,13 @@ class OutputAssembler:
         params: SamplingParams,
         prompt_token_ids: Iterable[int] = (),
         shown: frozenset[int] = frozenset(),
+        parser: ToolParser | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._params = params
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.skip_special_tokens, prompt_token_ids, shown)
         self._stop = StopChecker(params.stop_strings, params.include_stop_str_in_output) if params.stop_strings else None
+        self._parser = parser
         self._texts: list[str] = []
         self.token_ids: list[int] = []
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
@@ -73,8 +82,9 @@ class OutputAssembler:
 
     def feed(self, output: SequenceOutput) -> Delta:
         """What the client gets for this step. Anything after the end is ignored."""
+        message = None if self._parser is None else MessageDelta()
         if self.finished:
-            return Delta(logprobs=None if self._logprobs is None else [])
+            return Delta(logprobs=None if self._logprobs is None else [], message=message)
         texts, count = [], 0
         for count, token in enumerate(output.token_ids, start=1):
             ends = output.finish_reason == "stop" and output.end_token and count == len(output.token_ids)
@@ -82,11 +92,18 @@ class OutputAssembler:
             # The end-of-text or stop token that ends a sequence has no text, unless stops are asked for in the output.
             if self._detokenizer is not None and (not ends or self._params.include_stop_str_in_output):
                 texts.append(self._check(self._detokenizer.push(token)))
+                if message is not None:
+                    self._read(message, texts[-1])
                 if self.finished:
                     break
         if output.finish_reason is not None and not self.finished:
             texts.append(self._end(output.finish_reason, output.stop_reason))
-        delta = Delta("".join(texts), output.token_ids[:count], None, self._finish_reason, self._stop_reason)
+            if message is not None:
+                self._read(message, texts[-1])
+        if self.finished and message is not None:
+            assert self._parser is not None
+            message.add(self._parser.finish())
+        delta = Delta("".join(texts), output.token_ids[:count], None, self._finish_reason, self._stop_reason, message)
         if output.logprobs is not None:
             self._total_logprob += sum(entry.token[0] for entry in output.logprobs[:count])
         if self._logprobs is not None:
@@ -97,14 +114,10 @@ class OutputAssembler:
             self._texts.append(delta.text)
         return delta
 
-    def stop(self) -> None:
-        """End here: the caller has what it wanted."""
-        self._finish("stop", None)
-
     @property
     def only_text(self) -> Detokenizer | None:
         """What makes the text, where ``feed`` does nothing with a token that may not as well be done without it, but for ``choice``."""
-        return self._detokenizer if self._stop is None and self._logprobs is None else None
+        return self._detokenizer if self._stop is None and self._logprobs is None and self._parser is None else None
 
     @property
     def mean_logprob(self) -> float:
@@ -116,6 +129,13 @@ class OutputAssembler:
     def choice(self, index: int) -> Choice:
         """Everything so far."""
         return Choice(index, "".join(self._texts), self.token_ids, self._logprobs, self._finish_reason, self._stop_reason)
+
+    def _read(self, message: MessageDelta, text: str) -> None:
+        """Add to ``message`` what ``text`` does, and end here where nothing more is wanted."""
+        assert self._parser is not None
+        message.add(self._parser.push(text))
+        if self._parser.done and not self.finished:
+            self._finish("stop", None)
 
     def _check(self, text: str) -> str:
         if self._stop is None:

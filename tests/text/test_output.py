@@ -9,6 +9,7 @@ from quire.outputs import Logprob, SequenceOutput, TokenLogprobs
 from quire.sampling_params import SamplingParams
 from quire.text.output import OutputAssembler, best_choices
 from quire.text.tokenizer import Tokenizer
+from quire.text.tools import Message, parse_message, parser_for
 from sample_tokenizers import sample
 
 BYTES = Tokenizer(sample("byte_level"))
@@ -54,6 +55,30 @@ def test_a_stop_string_ends_the_sequence(step: int, include: bool) -> None:
     assert "wn f" not in BYTES.decode(choice.token_ids[:-1])
     assert assembler.feed(SequenceOutput("r", 0, ids, None, "abort")).token_ids == [], "nothing after the end"
     assert assembler.choice(0).finish_reason == "stop"
+
+
+@given(st.integers(1, 60), st.booleans())
+def test_a_message_that_is_complete_ends_the_sequence(step: int, parallel: bool) -> None:
+    """With the token that completes it, however many come at once."""
+    one = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    ids = tokens(f"I call. {one} and {one}")
+    parser = parser_for("hermes", ["f"], parallel=parallel)
+    assembler = OutputAssembler(BYTES, SamplingParams(), parser=parser)
+    message = Message()
+    for at in range(0, len(ids), step):
+        last = at + step >= len(ids)
+        delta = assembler.feed(SequenceOutput("r", 0, ids[at : at + step], None, "length" if last else None))
+        assert delta.message is not None
+        message.add(delta.message)
+    choice = assembler.choice(0)
+    assert [call.arguments for call in message.calls] == ['{"a": 1}'] * (2 if parallel else 1)
+    if parallel:
+        assert (choice.token_ids, choice.finish_reason) == (ids, "length")
+    else:
+        assert parser.done
+        assert choice.finish_reason == "stop"
+        assert BYTES.decode(choice.token_ids) == f"I call. {one}".removesuffix("</tool_call>")
+    assert message == parse_message(parser_for("hermes", ["f"], parallel=parallel), choice.text)
 
 
 def test_held_back_text_comes_at_the_end() -> None:

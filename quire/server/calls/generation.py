@@ -30,7 +30,7 @@ from quire.server.http.errors import DeadlineError
 from quire.server.http.keys import Caller
 from quire.text.detokenizer import Detokenizer
 from quire.text.output import Delta, OutputAssembler, best_choices, prompt_positions
-from quire.text.tools import Message, MessageDelta, ToolParser
+from quire.text.tools import Message, ToolParser
 
 _ids = Random(os.urandom(32))
 
@@ -49,8 +49,6 @@ class Piece:
     first: bool
     """Nothing was sent of this choice before."""
     delta: Delta
-    message: MessageDelta | None = None
-    """What ``delta.text`` adds to the message, where it is read as more than text."""
 
 
 class Generation:
@@ -85,6 +83,7 @@ class Generation:
         self._requests: list[Request] = []
         self._first_sample: dict[str, int] = {}
         self._assemblers: list[OutputAssembler] = []
+        self._parsers: list[ToolParser | None] = []
         for number, (prompt, params) in enumerate(prompts):
             context.client.limits.check(prompt.token_ids, params)
             request = Request(
@@ -95,12 +94,12 @@ class Generation:
             self._first_sample[request.request_id] = number * self._width
             seen = prompt.token_ids if continues_prompt else ()
             shown = reading.shown if reading is not None else frozenset[int]()
-            self._assemblers += [OutputAssembler(context.tokenizer, params, seen, shown) for _ in range(self._width)]
+            for index in range(len(self._assemblers), len(self._assemblers) + self._width):
+                parser = None if reading is None else reading.parser(f"{call_id}/{index}")
+                self._parsers.append(parser)
+                self._assemblers.append(OutputAssembler(context.tokenizer, params, seen, shown, parser))
         self._reading, self._key = reading, call_id
-        self._parsers: list[ToolParser] = []
-        if reading is not None:
-            self._parsers = [reading.parser(f"{call_id}/{index}") for index in range(len(self._assemblers))]
-            self._thoughts = [reading.thought() for _ in self._assemblers]
+        self._thoughts = [] if reading is None else [reading.thought() for _ in self._assemblers]
         self._started = [False] * len(self._assemblers)
         self._closed = False
         self._uncounted = set(self._first_sample)
@@ -190,7 +189,7 @@ class Generation:
     @property
     def only_text(self) -> Detokenizer | None:
         """Of the only sequence, where nothing is wanted of it but its text, as it comes; else None."""
-        return self._assemblers[0].only_text if len(self._assemblers) == 1 and not self._parsers else None
+        return self._assemblers[0].only_text if len(self._assemblers) == 1 else None
 
     def _read(self, outputs: list[SequenceOutput]) -> list[Piece]:
         assert self._stream is not None
@@ -210,25 +209,16 @@ class Generation:
             assembler = self._assemblers[index]
             delta = assembler.feed(output)
             self.usage.completion_tokens += len(delta.token_ids)
-            message = self._read_message(index, delta) if self._parsers else None
-            if assembler.finished and output.finish_reason is None:  # a stop string, which the engine knows nothing of
+            if self._thoughts:
+                self.usage.reasoning_tokens += self._thoughts[index].take(delta.token_ids)
+            parser = self._parsers[index]
+            if parser is not None and delta.finish_reason is not None:
+                delta.finish_reason = reason_of(delta.finish_reason, parser)
+            if assembler.finished and output.finish_reason is None:  # by its text, which the engine knows nothing of
                 self._stream.end(output.request_id, output.index)
-            pieces.append(Piece(index, not self._started[index], delta, message))
+            pieces.append(Piece(index, not self._started[index], delta))
             self._started[index] = True
         return pieces
-
-    def _read_message(self, index: int, delta: Delta) -> MessageDelta:
-        """What ``delta`` adds to the message. Ends the sequence where nothing more is wanted."""
-        parser, assembler = self._parsers[index], self._assemblers[index]
-        message = parser.push(delta.text)
-        self.usage.reasoning_tokens += self._thoughts[index].take(delta.token_ids)
-        if parser.done and not assembler.finished:
-            assembler.stop()
-            delta.finish_reason = "stop"
-        if delta.finish_reason is not None:
-            message.add(parser.finish())
-            delta.finish_reason = reason_of(delta.finish_reason, parser)
-        return message
 
     def message(self, choice: Choice) -> Message | None:
         """What a finished choice says; None where its text is just text."""

@@ -56,8 +56,8 @@ class Turn:
         delta = piece.delta
         if delta.finish_reason is not None:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-        if piece.message is not None:
-            yield from self._change(piece.message)
+        if delta.message is not None:
+            yield from self._change(delta.message)
         elif delta.text:
             yield from self._add("text", delta.text)
         if delta.finish_reason is not None:

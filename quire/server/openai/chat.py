@@ -111,8 +111,8 @@ class _Form:
             if self._token_ids:
                 start += b',"prompt_token_ids":' + json_bytes(self._prompt.token_ids)
             chunks.append(start + b"}")
-        if piece.message is not None:
-            return chunks + self._message_chunks(piece, piece.message)
+        if delta.message is not None:
+            return chunks + self._message_chunks(piece, delta.message)
         if delta.text or delta.finish_reason or self._token_ids or (self._top is not None and delta.token_ids):
             content = b'{"content":' + text_json(delta.text) + b"}" if delta.text or not delta.finish_reason else b"{}"
             chunks.append(
