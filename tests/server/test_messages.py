@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,6 +42,10 @@ class Engine:
     def __init__(self) -> None:
         self.ours, self.theirs = socket.socketpair()
         self.killed = False
+        self.asked: list[object] = []
+
+    def send(self, message: object) -> None:
+        self.asked.append(message)
 
     def fileno(self) -> int:
         return self.ours.fileno()
@@ -87,3 +92,34 @@ def test_an_engine_that_says_nothing_is_killed(monkeypatch: pytest.MonkeyPatch) 
     assert stalled.seconds > 0.1
     assert engine.killed
     assert reader.hung
+
+
+def test_an_engine_that_says_nothing_is_killed_though_all_who_waited_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them sooner than the timeout, with nothing in flight between them; what was sent has to be answered, and is asked for."""
+    monkeypatch.setattr("quire.server.engine.reader.LOOK_S", 0.01)
+    engine, work, heard = Engine(), [False], list[FromEngine]()
+
+    async def run() -> None:
+        reader = EngineReader(asyncio.get_running_loop(), engine, heard.append, lambda: work[0], 0.5)  # type: ignore[arg-type]
+        reader.start()
+        await _wait(lambda: bool(engine.asked))  # it has begun: what was sent before is not known
+        answer = encode(Alive(1))
+        engine.theirs.sendall(struct.pack("!i", len(answer)) + answer)
+        await _wait(lambda: bool(heard))
+        await asyncio.sleep(1.0)
+        assert not engine.killed, "it owes nothing"
+        assert len(engine.asked) == 1
+        while not reader.gone.is_set():
+            for work[0] in (True, False):
+                reader.told()
+                await asyncio.sleep(0.05)
+        assert reader.hung
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert engine.killed
+    assert len(engine.asked) == 2
+
+
+async def _wait(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)

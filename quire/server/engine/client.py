@@ -196,7 +196,7 @@ class EngineClient:
         self.check()
         if not self.up:
             raise UnavailableError(RESTARTING)
-        if self.stalled is not None and len(self._journal) > 0:
+        if self.stalled is not None:
             raise UnavailableError(
                 f"the engine has not finished a step for {self.stalled:.0f} seconds, though it has work: it will be started again"
             )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from quire.server.engine.messages import FromEngine, Loaded, NotLoaded, Stalled, decode_from_engine
+from quire.server.engine.messages import FromEngine, GetStats, Loaded, NotLoaded, Stalled, decode_from_engine
 
 if TYPE_CHECKING:
     from quire.server.engine.supervisor import EngineProcess
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 READ_BYTES = 1 << 18
 LOOK_S = 1.0
 """So often it is looked whether the engine still finishes steps."""
+UNASKED = -1
+"""Ticket of the counters that are asked for only to hear something."""
 LENGTH_BYTES = 4
 """multiprocessing.connection puts a message's length before it, as a big-endian number (and does else from 2 GiB on)."""
 
 
 class EngineReader:
-    """Reads until the engine has gone, and kills it where it finishes no step for ``timeout`` seconds though there is work.
+    """Reads until the engine has gone, and kills it where it says nothing for ``timeout`` seconds though there is work, or was: those
+    who wait may give up sooner, all of them, again and again, and what was sent to it has to be answered all the same.
 
     ``receive`` is called on the loop's thread, for each message.
     """
@@ -38,6 +41,8 @@ class EngineReader:
         self._buffer = bytearray()
         self._heard = time.monotonic()
         self._stalled = self.hung = False
+        self._owes, self._asked = True, False
+        """Nothing was heard since something was sent (before this began, perhaps); and since it was asked, with nothing in flight."""
         self.gone = threading.Event()
         """The engine has closed its end."""
 
@@ -46,6 +51,13 @@ class EngineReader:
         self._heard = time.monotonic()
         self._loop.add_reader(self._fd, self._read)
         self._timer = self._loop.call_later(LOOK_S, self._look)
+
+    def told(self) -> None:
+        """Something was sent to it. On the loop's thread."""
+        if not self._owes:
+            self._owes, self._asked = True, False
+            if not self._has_work():
+                self._heard = time.monotonic()
 
     def _read(self) -> None:
         try:
@@ -63,13 +75,17 @@ class EngineReader:
             message = decode_from_engine(self._buffer[LENGTH_BYTES:end])
             del self._buffer[:end]
             assert not isinstance(message, Loaded | NotLoaded)
-            self._heard, self._stalled = time.monotonic(), False
+            self._heard, self._stalled, self._owes = time.monotonic(), False, False
             self._receive(message)
 
     def _look(self) -> None:
         now = time.monotonic()
-        if not self._has_work():
-            self._heard, self._stalled = now, False
+        work = self._has_work()
+        if self._owes and not work and not self._asked:
+            self._asked = True
+            self._engine.send(GetStats(UNASKED))
+        if not work and not self._owes:
+            self._heard = now
         elif now - self._heard > self._timeout:
             self.hung = True
             self._engine.kill()

@@ -165,6 +165,7 @@ class Supervisor:
         self._receive: Callable[[FromEngine], None] = lambda message: None
         self._has_work: Callable[[], bool] = lambda: False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._reader: EngineReader | None = None
         self._constrained = False
         """Some request had constraints."""
         self._stopping = threading.Event()
@@ -185,6 +186,8 @@ class Supervisor:
         if isinstance(message, Add):
             self._constrained |= message.request.params.constrained
         self._engine.send(message)
+        if self._reader is not None:
+            self._reader.told()
 
     def stop(self, timeout: float) -> None:
         """End the engine, after its current step if that takes less than ``timeout`` seconds."""
@@ -205,7 +208,7 @@ class Supervisor:
     def _relay(self) -> Down:
         """Have what the engine says handed on until it has gone. How it ended."""
         assert self._loop is not None
-        reader = EngineReader(self._loop, self._engine, self._receive, self._has_work, self._timeout)
+        reader = self._reader = EngineReader(self._loop, self._engine, self._receive, self._has_work, self._timeout)
         with contextlib.suppress(RuntimeError):  # the event loop has closed: the process is ending
             self._loop.call_soon_threadsafe(reader.start)
         reader.gone.wait()
