@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from quire.errors import EngineError
 from quire.grammar.masks import Masks
 from quire.grammar.program import reason
+from quire.grammar.watch import timed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -76,7 +77,7 @@ class Constraint:
         return masks
 
     def _consume(self, matcher: LLMatcher, token: int) -> None:
-        if not matcher.consume_token(token):
+        if not timed(matcher.consume_token, token):
             raise self._lost(matcher)
         if self.forced:
             del self.forced[0]
@@ -86,7 +87,7 @@ class Constraint:
     def _force(self) -> None:
         """Ask for what must follow. Nothing is taken as forced where it may be banned."""
         if self._matcher is not None and self._allowed is None and not self._bad_words and not self._matcher.is_stopped():
-            self.forced = self._matcher.compute_ff_tokens()
+            self.forced = timed(self._matcher.compute_ff_tokens)
 
     def _look(self) -> None:
         """What may come next."""
@@ -101,7 +102,7 @@ class Constraint:
                     raise self._lost(matcher)
                 self.complete = True
                 return
-            found = matcher.compute_bitmask()[: masks.num_bytes]
+            found = timed(matcher.compute_bitmask)[: masks.num_bytes]
             if matcher.is_error():
                 raise self._lost(matcher)
             going_on = masks.going_on(found)

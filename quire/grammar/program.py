@@ -20,9 +20,12 @@ MAX_LEXER_STATES = 20_000
 MAX_GRAMMAR_SIZE = 200_000
 REHEARSAL = 8
 """Tokens."""
-_LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
+_LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:(?!:=))")
 _QUOTED = re.compile(r" \d+ \| .*")
 _GBNF = re.compile(r"(?m)^\s*[\w-]+\s*::=")
+_GBNF_PART = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|[\w-]+', re.DOTALL)
+"""A string, a class, a comment, a name."""
+_GBNF_ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|.)", re.DOTALL)
 
 
 def compile_structured(structured: Structured, vocabulary: Vocabulary) -> LLMatcher:
@@ -84,10 +87,28 @@ def _source(structured: Structured) -> str:
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
         try:
-            return LLMatcher.grammar_from_lark(gbnf_to_lark(structured.value))
+            return LLMatcher.grammar_from_lark(gbnf_to_lark(_prepared(structured.value)))
         except Exception as e:  # of its own, and plain ones
             raise ValueError(f"the GBNF grammar can't be read: {e}") from None
     return LLMatcher.grammar_from_lark(structured.value)
+
+
+def _prepared(gbnf: str) -> str:
+    """For llguidance's conversion, which calls the rule ``root`` ``start``, and drops the zeros that a character's number begins with."""
+    name = "start-"
+    while name in gbnf:
+        name += "0"
+    gbnf = _GBNF_PART.sub(lambda part: name if part[0] == "start" else part[0], gbnf)
+    return _GBNF_ESCAPE.sub(_character, gbnf)
+
+
+def _character(escape: re.Match[str]) -> str:
+    """By itself where it is none of ASCII's."""
+    digits = escape[1] or escape[2]
+    code = int(digits, 16) if digits else -1
+    if code < 0 or code > 0x10FFFF or 0xD800 <= code < 0xE000:
+        return escape[0]
+    return f"\\x{code:02x}" if code < 0x80 else chr(code)
 
 
 def _reason(error: str) -> str:

@@ -4,8 +4,12 @@ constraint that is made anew with the same tokens goes on as the old one."""
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -289,3 +293,41 @@ def test_every_kind_of_tokenizer_makes_a_vocabulary(kind: str) -> None:
 def test_a_vocabulary_that_can_not_spell_it() -> None:
     with pytest.raises(InvalidRequestError, match="none that the model has tokens for"):
         constraints("words").prepare(Structured.json_object())
+
+
+@pytest.mark.parametrize(
+    ("grammar", "texts"),
+    [
+        (r'root ::= "\u00e9ab"', ["éab"]),
+        (r'root ::= "\u0041BCD" "\U0001F642"', ["ABCD🙂"]),
+        (r'root ::= [\u0430-\u0433] "\\u0041"', ["а\\u0041", "г\\u0041"]),
+        (r'root ::= "\u0022\u005c" [\u005d\u002d]', ['"\\]', '"\\-']),
+        ('root ::= start "b"\nstart ::= "a"', ["ab"]),
+    ],
+)
+def test_grammars_of_llama_cpp(grammar: str, texts: list[str]) -> None:
+    vocabulary = constraints("byte_level")._loaded()
+    for text in texts:
+        matcher = compile_structured(Structured.grammar(grammar), vocabulary)
+        for byte in text.encode():
+            assert matcher.consume_token(pieces("byte_level").index(bytes([byte]))), text
+        assert matcher.is_accepting()
+
+
+ENDLESS = """
+from test_constraint import SamplingParams, Structured, constraints
+from quire.grammar import watch
+constraint = constraints("byte_level").open(SamplingParams(structured=Structured.grammar('start: /[0-9]{3}/ A B\\nA: /a+/\\nB: /a+b/')), ())
+watch.CALL_S = 0.5
+watch.limit_calls()
+for byte in b"123a":
+    print(byte, flush=True)
+    constraint.advance([constraints("byte_level")._loaded().tokens.index(bytes([byte]))])
+"""
+
+
+def test_a_call_that_never_ends_ends_its_process() -> None:
+    """A takes every "a", and none is left for B: the library looks for a way on for ever."""
+    done = subprocess.run([sys.executable, "-c", ENDLESS], env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True)
+    assert done.returncode == -signal.SIGALRM, done.stderr
+    assert done.stdout.startswith(b"49\n50\n51\n"), "it begins well"

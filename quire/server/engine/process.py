@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig
 from quire.errors import QuireError
+from quire.grammar.watch import limit_calls
 from quire.logs import ThrottledLog
 from quire.server.engine.messages import Abort, Add, Load, Loaded, NotLoaded, ToEngine, decode_to_engine, encode
 
@@ -76,6 +77,7 @@ def run(connection: Connection) -> None:
     except QuireError as e:
         connection.send_bytes(encode(NotLoaded(e.message, e.param, type(e).__name__)))
         return
+    limit_calls()
     constrained.start(engine)
     connection.send_bytes(encode(loaded))
     from quire.server.engine.loop import EngineLoop

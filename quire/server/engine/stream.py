@@ -58,8 +58,9 @@ class Stream:
         """Nothing more is wanted of any of the requests. May be called twice."""
         self._pause()
         self._client._leave(self._requests, {request_id for request_id, _ in self._open})
+        reason = "abort" if self._failure is None else "error"  # the client's doing, or the server's
         for request_id, index in self._open:
-            self._client.meter.end(request_id, index, "abort")
+            self._client.meter.end(request_id, index, reason)
         self._count(-len(self._open))
         self._open.clear()
 

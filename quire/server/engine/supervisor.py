@@ -30,6 +30,7 @@ import quire
 from quire import errors
 from quire.config import EngineConfig
 from quire.errors import EngineError, QuireError
+from quire.grammar.watch import CALL_S
 from quire.server.engine.messages import (
     Add,
     Died,
@@ -52,6 +53,12 @@ starts: what was missing may come back."""
 PAUSE_S = 1.0
 """Before the second start, twice that before the third, and so on, up to"""
 LONGEST_PAUSE_S = 60.0
+
+WHY = {
+    "SIGKILL": " (where nobody did that by hand, the machine has run out of memory)",
+    "SIGALRM": f" (to follow a form of structured output took more than {CALL_S:g} seconds for one token)",
+}
+"""What signals may mean."""
 
 log = logging.getLogger("quire.supervisor")
 
@@ -122,9 +129,7 @@ class EngineProcess:
         if code >= 0:
             return f"ended with exit code {code}"
         name = signal.Signals(-code).name
-        return f"was killed by {name}" + (
-            " (where nobody did that by hand, the machine has run out of memory)" if name == "SIGKILL" else ""
-        )
+        return f"was killed by {name}{WHY.get(name, '')}"
 
     @property
     def was_killed(self) -> bool:

@@ -153,6 +153,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._start_timer(HEADER_TIMEOUT_S)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._between:  # a trailer: those whom the request passed have not seen it as a header (RFC 9110, section 6.5.1)
+            return
         if len(self.headers) == MAX_HEADERS:
             self._fault = HeadersTooLargeError(f"the request has more than {MAX_HEADERS} headers, which is what this server allows")
             raise self._fault  # ends the parser, which then calls send_400_response
