@@ -91,8 +91,14 @@ class EngineServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._drained_at is not None and self._serving is not None:
             client = self._serving.client  # what is done in the background is done by the next server
-            self.should_exit |= client.in_flight == client.in_background or time.monotonic() > self._drained_at
+            over = client.in_flight == client.in_background and not self._answering
+            self.should_exit |= over or time.monotonic() > self._drained_at
         return await super().on_tick(counter)
+
+    @property
+    def _answering(self) -> bool:
+        """Some client has not been sent all of its answer."""
+        return any(isinstance(each, LimitedProtocol) and each.busy for each in self.server_state.connections)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         serving = self._serving

@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import socket
+import time
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -313,6 +314,41 @@ def test_a_client_that_offers_another_protocol_keeps_its_body(server: Server) ->
     headers = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQAoAAAAAIAAAAA"}
     for _ in range(2):
         assert http.post(server.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 1}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("cut", range(30, 150, 7))
+def test_an_offer_of_another_protocol_in_pieces_is_one_request(server: Server, cut: int) -> None:
+    """Its body is another request, for whoever takes what follows the headers for one."""
+    inner = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: h2c\r\ncontent-type: application/json\r\n"
+    request = head + b"content-length: %d\r\n\r\n" % len(inner) + inner
+    with socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE_S) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(request[:cut])
+        time.sleep(0.02)
+        connection.sendall(request[cut:])
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert len(re.findall(rb"HTTP/1\.1 \d", answer)) == 1, answer
+    assert b"not valid JSON" in answer or b"not JSON" in answer, answer
+    both = raw(server, request + request)
+    assert len(re.findall(rb"HTTP/1\.1 \d", both)) <= 2
+    assert b'"object":"list"' not in both.replace(b" ", b"")
+
+
+def test_trailers_are_no_headers(locked: Server) -> None:
+    """Whoever checks or sets headers before this server does not see them."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
+    body = b"\r\n%x\r\n%b\r\n0\r\n" % (len(SMUGGLED), SMUGGLED)
+    key = b"authorization: Bearer %b\r\n" % KEY.encode()
+    assert b" 401 " not in raw(locked, head + key + body + b"\r\n")
+    assert raw(locked, head + body + key + b"\r\n").startswith(b"HTTP/1.1 401")
+
+
+def test_headers_that_are_too_long_in_one_piece(server: Server) -> None:
+    for size, status in ((50_000, b"200"), (66_000, b"431"), (100_000, b"431")):
+        answer = raw(server, b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx: %b\r\n\r\n" % (b"a" * size))
+        assert answer[9:12] == status, (size, answer[:200])
 
 
 def test_control_characters_and_odd_text_are_just_text(server: Server) -> None:

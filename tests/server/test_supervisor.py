@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -337,6 +339,25 @@ def test_what_does_not_end_in_time_ends_with_an_error(draining: Draining) -> Non
     assert len(found) > 2, "what was made until then has arrived"
     server.go_on()
     assert server.process.wait(DEADLINE_S) == 0
+
+
+def test_sigterm_waits_until_answers_are_sent() -> None:
+    """To a client that reads slowly, though the engine has nothing to do any more."""
+    fields = {"prompt": "import os\n", "max_tokens": 1900, "n": 8, "ignore_eos": True, "stream": True, "logprobs": 5}
+    body = json.dumps(fields).encode()
+    head = b"POST %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n" % COMPLETIONS.encode()
+    with serving("--drain-timeout", "600") as server, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        reader.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        reader.recv(1)
+        wait_until(lambda: health(server.url)["running"] == 0, "all is computed")
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(7)  # longer than the time that it gives to connections at its end
+        said = b"".join(iter(lambda: reader.recv(1 << 16), b""))
+        assert said.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert server.process.wait(DEADLINE_S) == 0
 
 
 def test_a_second_signal_does_not_wait(draining: Draining) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,8 @@ class Runner:
     """Called with what was just kept."""
     finish: Callable[[Store, Batch], None] = results.finish
     """Writes the results, and ends the batch; called again where it was interrupted."""
+    again: bool = True
+    """Go on with a batch whose files can't be read, when they can; else ``finished`` raises what it met."""
     endpoints: Sequence[str] = ()
     """That the application has, of ENDPOINTS."""
     _app: App | None = None
@@ -177,28 +180,41 @@ class Runner:
 
     async def _work(self, batch: Batch, running: _Running) -> None:
         try:
-            if batch.status == "validating":
-                await self._validate(batch)
-                batch = await self.on_disk(self.store.batch, batch.id, batch.tenant)
-            if batch.status == "in_progress":
-                running.lines = asyncio.ensure_future(self._run_lines(batch))
+            while True:
                 try:
-                    await asyncio.wait((running.lines,))
-                finally:
-                    running.lines.cancel()
-                    ended = (await asyncio.gather(running.lines, return_exceptions=True))[0]
-                    running.lines = None
-                if isinstance(ended, Exception):
-                    raise ended
-                await self._patiently(self.store.finalize, batch)
-                batch = await self.on_disk(self.store.batch, batch.id, batch.tenant)
-            if batch.status in ("finalizing", "cancelling"):
-                await self._patiently(self.finish, self.store, batch)
+                    await self._bring_to_end(batch, running)
+                    return
+                except (OSError, sqlite3.Error) as e:  # a network's disk is away for a moment; a cancelled batch ends nevertheless
+                    if not self.again:
+                        raise
+                    self._warnings.warning(f"the batch {batch.id} waits until its files can be read: {e}")
+                    await asyncio.sleep(RETRY_S)
         except Exception as e:
             log.exception("the batch %s stopped; the next start goes on with it", batch.id)
             self._failures.append(e)
         finally:
             self._running.pop(batch.id, None)
+
+    async def _bring_to_end(self, batch: Batch, running: _Running) -> None:
+        """From where it stands by now."""
+        batch = await self.on_disk(self.store.batch, batch.id, batch.tenant)
+        if batch.status == "validating":
+            await self._validate(batch)
+            batch = await self.on_disk(self.store.batch, batch.id, batch.tenant)
+        if batch.status == "in_progress":
+            running.lines = asyncio.ensure_future(self._run_lines(batch))
+            try:
+                await asyncio.wait((running.lines,))
+            finally:
+                running.lines.cancel()
+                ended = (await asyncio.gather(running.lines, return_exceptions=True))[0]
+                running.lines = None
+            if isinstance(ended, Exception):
+                raise ended
+            await self._patiently(self.store.finalize, batch)
+            batch = await self.on_disk(self.store.batch, batch.id, batch.tenant)
+        if batch.status in ("finalizing", "cancelling"):
+            await self._patiently(self.finish, self.store, batch)
 
     async def _validate(self, batch: Batch) -> None:
         endpoints = [batch.endpoint] if batch.endpoint else self.endpoints

@@ -31,6 +31,8 @@ FRAMING_FACTOR = 8
 
 MAX_PIPELINED = 16
 """Requests that a client may send before the first of them is answered."""
+ENDLESS = "/page/events"
+END_OF_HEADERS = b"\r\n\r\n"
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 CHUNK_HEADS = [b"%x\r\n" % size for size in range(1024)]
 """Of the sizes that chunks have: to write the number costs more than all else that is done with the bytes of a token."""
@@ -108,6 +110,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._one_too_many = False
         self._received = 0
         self._content = 0
+        self._head_bytes = 0
+        """Of the headers of the request that has begun."""
+        self._held = b""
+        """The end of what has arrived of the headers: a line that is not complete."""
         self._between = True
         """No request has begun, or not all of its headers are there."""
         self._fault: QuireError | None = None
@@ -136,19 +142,37 @@ class LimitedProtocol(HttpToolsProtocol):
             ))  # fmt: skip
             return
         self._received += len(data)
-        if self._between:  # nobody is given another protocol, and httptools would throw away the body of who asks for one (HTTP/2)
-            head, end, rest = data.partition(b"\r\n\r\n")
-            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
+        if self._between:
+            data = self._without_upgrade(data)
         super().data_received(data)
         answered = self.cycle is not None and self.cycle.response_complete and not self.pipeline and self._headers_timer is None
         if answered and self.timeout_keep_alive_task is None and not self.transport.is_closing():  # uvicorn has stopped it for this data
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         if self._received - self._content > MAX_HEADER_BYTES + FRAMING_FACTOR * self._content and not self.transport.is_closing():
-            self._refuse(
-                HeadersTooLargeError(f"the request's headers are longer than {MAX_HEADER_BYTES:,} bytes, which is what this server allows")
-            )
+            self._refuse(_too_large())
+
+    def _without_upgrade(self, data: bytes) -> bytes:
+        """Nobody is given another protocol, and httptools would throw away the body of who asks for one (HTTP/2): the header gets another
+        name. So lines of headers are passed on whole."""
+        data, self._held = self._held + data, b""
+        head, end, rest = data.partition(END_OF_HEADERS)
+        if not end and (line := head.rfind(b"\r\n")) >= 0:
+            head, self._held = head[:line], head[line:]
+        return _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """One that was sent together with the request before it, or CONNECT. What follows could be read as another request."""
+        self._refuse(InvalidRequestError("this server speaks nothing but HTTP/1.1: leave out the header Upgrade, or wait for each answer"))
+
+    @property
+    def busy(self) -> bool:
+        """A request is not answered to its end, or the answer not sent. The page's feed, which has no end, does not count."""
+        if self.cycle is None or self.cycle.scope["path"] == ENDLESS:
+            return False
+        return not self.cycle.response_complete or self.transport.get_write_buffer_size() > 0
 
     def on_message_begin(self) -> None:
+        self._head_bytes = 0
         super().on_message_begin()
         self._start_timer(HEADER_TIMEOUT_S)
 
@@ -158,6 +182,10 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.headers) == MAX_HEADERS:
             self._fault = HeadersTooLargeError(f"the request has more than {MAX_HEADERS} headers, which is what this server allows")
             raise self._fault  # ends the parser, which then calls send_400_response
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > MAX_HEADER_BYTES:
+            self._fault = _too_large()
+            raise self._fault
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -228,3 +256,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif not self.transport.is_closing():
             self._refuse(TimedOutError(f"the request's headers did not arrive within {HEADER_TIMEOUT_S:g} seconds"))
+
+
+def _too_large() -> QuireError:
+    return HeadersTooLargeError(f"the request's headers are longer than {MAX_HEADER_BYTES:,} bytes, which is what this server allows")

@@ -198,6 +198,23 @@ def test_a_full_disk_stops_batches_and_loses_nothing(tmp_path: Path) -> None:
         assert "Traceback" not in err
 
 
+def test_a_disk_that_is_away_for_a_moment(tmp_path: Path) -> None:
+    """What can't be read now is read later; a batch can be cancelled meanwhile."""
+    with serving(tmp_path / "store") as server, client_of(server) as client:
+        files = [client.files.create(file=("in.jsonl", lines(3)), purpose="batch") for _ in range(2)]
+        for file in files:
+            (tmp_path / "store" / "files" / file.id).rename(tmp_path / file.id)
+        one, other = (client.batches.create(input_file_id=f.id, endpoint=COMPLETIONS, completion_window="24h").id for f in files)
+        time.sleep(1)  # they are tried
+        client.batches.cancel(other)
+        wait_until(lambda: client.batches.retrieve(other).status == "cancelled", "it ends without its input")
+        (tmp_path / files[0].id).rename(tmp_path / "store" / "files" / files[0].id)
+        assert len(results(client, one)) == 3
+        _, err = server.stop()
+    assert "waits until its files can be read" in err
+    assert "Traceback" not in err
+
+
 def refused(*arguments: str) -> str:
     process = start_process("--port", "0", *arguments)
     out, err = process.communicate(timeout=DEADLINE_S)
