@@ -142,6 +142,21 @@ def test_the_map_shows_what_happens(browser: Browser, server: Process, root: Pat
     wait_until(lambda: (now := pixels(browser))["owned"] == now["shared"] == 0 and now["cached"] > 0, "and stays cached")
 
 
+def test_fading_marks_do_not_draw_the_map_all_the_time(browser: Browser, server: Process) -> None:
+    """What the page draws is taken from a server on the same machine."""
+    browser.run("""
+        const clear = CanvasRenderingContext2D.prototype.clearRect;
+        window.drawn = 0;
+        CanvasRenderingContext2D.prototype.clearRect = function (...where) { window.drawn += 1; return clear.apply(this, where); };
+    """)
+    with load(server):
+        wait_until(lambda: pixels(browser)["owned"] > 0, "the map is drawn")
+        browser.run("window.drawn = 0; window.began = performance.now()")
+        time.sleep(3)
+        drawn, seconds = browser.run("return [window.drawn, (performance.now() - window.began) / 1000]")
+    assert 1 < drawn / seconds < 10
+
+
 def test_the_prompt_streams_and_its_blocks_are_marked(browser: Browser, root: Path) -> None:
     browser.type("#prompt-text", HEAD + "    def connect(self):\n")
     browser.type("#n", "4")

@@ -34,7 +34,7 @@ function show() {
   sequences.show();
   document.title = `${facts.running} running · Quire`;
   const share = ((engine.look_s / engine.interval_s) * 100).toFixed(2);
-  setText($("about"), `Quire ${server.version}. Showing this takes ${share} % of the engine's time, and nothing while nobody watches.`);
+  setText($("about"), `Quire ${server.version}. Showing this takes ${share} % of the engine's time, and nothing while nobody watches; what this browser takes comes on top.`);
 }
 
 const sentence = (text) => text[0].toUpperCase() + text.slice(1);

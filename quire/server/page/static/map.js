@@ -8,6 +8,7 @@ import { $, count, duration, make, percent, plural, setText, shortId } from "./f
 const KINDS = ["owned", "shared", "cached", "free", "mine", "tail", "mine-tail", "copied", "evicted", "path", "surface", "ink"];
 const STACK = ["mine", "shared", "owned", "cached"]; // from below, where a square stands for several blocks
 const FLASH_MS = 1200;
+const FADE_MS = 300; // between two steps of a fade where no picture comes, which draws too: each step draws the whole map
 const LARGEST = 24, SMALLEST = 7; // of a square, in pixels with its gap
 const FEWEST = 512; // blocks that are shown at least, where the pool has them
 
@@ -21,6 +22,7 @@ export class BlockMap {
   #keyboard = false;
   #layout = { columns: 1, pitch: LARGEST, each: 1, blocks: 0, squares: 0 };
   #frame = 0;
+  #later = 0; // timer of the next step of a fade
   #still = matchMedia("(prefers-reduced-motion: reduce)");
 
   /** selection: which sequences are to be seen; see requests.js. */
@@ -222,7 +224,8 @@ export class BlockMap {
       context.strokeRect(x + 0.5, y + 0.5, size - 1, size - 1);
     }
     context.globalAlpha = 1;
-    if (this.#flashes.size && !this.#still.matches) this.redraw();
+    clearTimeout(this.#later);
+    if (this.#flashes.size && !this.#still.matches) this.#later = setTimeout(() => this.redraw(), FADE_MS);
   }
 
   // Words.
