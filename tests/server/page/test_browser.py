@@ -227,6 +227,20 @@ def test_a_killed_engine_is_shown_and_then_gone(browser: Browser, server: Proces
     assert "first token" in browser.text("#timing")
 
 
+def test_what_happened_is_told_once(browser: Browser) -> None:
+    """Pictures without an engine to look at leave what was seen last."""
+    told = browser.run("""
+        return import("/page/feed.js").then(({ View }) => {
+            const view = new View(), happened = { preemptions: ["preempted"], copied: [1], evicted: [2] };
+            view.facts = { kv: {}, ...happened };
+            view.apply({ engine: { state: "busy" } });
+            const { preemptions, copied, evicted } = view.facts;
+            return [view.known, preemptions, copied, evicted];
+        });
+    """)
+    assert told == [True, [], [], []]
+
+
 def test_with_the_keyboard_alone(browser: Browser) -> None:
     seen: list[str] = []
     for _ in range(30):

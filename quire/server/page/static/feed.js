@@ -38,7 +38,7 @@ export class View {
   apply(picture) {
     const before = this.facts;
     if (picture.kv === undefined) { // no engine to look at: what was seen last stays, and is shown as that
-      this.facts = { ...before, ...picture };
+      this.facts = { ...before, ...picture, preemptions: [], copied: [], evicted: [] }; // what has happened has been shown
       return;
     }
     this.facts = picture;
