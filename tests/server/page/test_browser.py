@@ -241,6 +241,26 @@ def test_what_happened_is_told_once(browser: Browser) -> None:
     assert told == [True, [], [], []]
 
 
+@contextmanager
+def impatient(browser: Browser) -> Iterator[None]:
+    """What the page waits long for comes soon."""
+    browser.run("window.patient = setTimeout; window.setTimeout = (f, ms) => patient(f, ms >= 30000 ? 1500 : ms)")
+    yield
+    browser.run("window.setTimeout = window.patient")
+
+
+def test_a_silent_connection_counts_as_lost(browser: Browser, server: Process) -> None:
+    with impatient(browser):
+        time.sleep(0.5)  # the next picture begins the wait
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            browser.wait(f"{STATE} === 'away'", "nothing is heard")
+            assert "nothing heard for 40 s" in browser.text("#overlay")
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+        browser.wait(f"{STATE} === 'running'", "it is heard again")
+
+
 def test_with_the_keyboard_alone(browser: Browser) -> None:
     seen: list[str] = []
     for _ in range(30):

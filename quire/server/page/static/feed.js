@@ -3,6 +3,7 @@
 
 const EMPTY = 0, OWNED = 1;
 const RETRY_MS = 1000;
+const SILENT_MS = 40_000; // the server says something every 15 seconds
 
 let key = sessionStorage.getItem("quire-key") ?? "";
 
@@ -112,33 +113,46 @@ function bytes(base64) {
 /** Follows the feed for ever. show(view) after each picture; away(reason) where there is none: "key", or why. */
 export async function follow(view, show, away) {
   for (;;) {
-    let reason = "the server does not answer";
-    try {
-      const response = await fetch("/page/events", { headers: headers(), cache: "no-store" });
-      if (response.ok) {
-        await read(response.body, (picture) => {
-          view.apply(picture);
-          show(view);
-        });
-        reason = "the server has ended the connection";
-      } else {
-        reason = response.status === 401 ? "key" : (await response.json()).error.message;
-      }
-    } catch (error) {
-      if (!(error instanceof TypeError)) console.error(error); // TypeError: the network
-    }
-    await away(reason);
+    await away(await connection(view, show));
     await new Promise((done) => setTimeout(done, RETRY_MS));
   }
 }
 
-/** Calls take(object) for each event of a stream, until it ends. */
-export async function read(body, take) {
+/** Why it has ended. */
+async function connection(view, show) {
+  const abort = new AbortController();
+  let silence = 0;
+  const heard = () => {
+    clearTimeout(silence);
+    silence = setTimeout(() => abort.abort(`nothing heard for ${SILENT_MS / 1000} s`), SILENT_MS);
+  };
+  heard();
+  try {
+    const response = await fetch("/page/events", { headers: headers(), cache: "no-store", signal: abort.signal });
+    if (!response.ok) return response.status === 401 ? "key" : (await response.json()).error.message;
+    await read(response.body, (picture) => {
+      view.apply(picture);
+      show(view);
+    }, heard);
+    return "the server has ended the connection";
+  } catch (error) {
+    if (abort.signal.aborted) return abort.signal.reason;
+    if (!(error instanceof TypeError)) console.error(error); // TypeError: the network
+    return "the server does not answer";
+  } finally {
+    clearTimeout(silence);
+    abort.abort(); // where show() failed, it is still open
+  }
+}
+
+/** Calls take(object) for each event of a stream, until it ends, and heard() for whatever comes. */
+export async function read(body, take, heard = () => {}) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
+    heard();
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
