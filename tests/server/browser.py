@@ -92,6 +92,14 @@ class Browser:
         move = {"type": "pointerMove", "duration": 0, "origin": "viewport", "x": int(box[0]) + x, "y": int(box[1]) + y}
         self._call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
 
+    def tap(self, selector: str, x: int, y: int) -> None:
+        """With a finger, at a place from the element's upper left corner."""
+        box = self.run("const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.left, b.top]", selector)
+        move = {"type": "pointerMove", "duration": 0, "origin": "viewport", "x": int(box[0]) + x, "y": int(box[1]) + y}
+        actions = [move, {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
+        finger = {"type": "pointer", "id": "finger", "parameters": {"pointerType": "touch"}, "actions": actions}
+        self._call("POST", "/actions", {"actions": [finger]})
+
     def size(self, width: int, height: int, *, mobile: bool = False) -> None:
         self.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 

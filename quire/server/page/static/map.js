@@ -34,7 +34,7 @@ export class BlockMap {
     const canvas = this.#canvas;
     canvas.addEventListener("pointermove", (event) => this.#point(event));
     canvas.addEventListener("pointerdown", (event) => this.#point(event));
-    canvas.addEventListener("pointerleave", () => this.#leave());
+    canvas.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && this.#leave()); // a finger leaves with each tap
     canvas.addEventListener("keydown", (event) => this.#press(event));
     canvas.addEventListener("blur", () => this.#leave());
     canvas.addEventListener("click", () => this.#choose());
