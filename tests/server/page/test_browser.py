@@ -261,6 +261,28 @@ def test_a_silent_connection_counts_as_lost(browser: Browser, server: Process) -
         browser.wait(f"{STATE} === 'running'", "it is heard again")
 
 
+def test_the_focus_stays_where_other_rows_go(browser: Browser) -> None:
+    focused = browser.run("""
+        return import("/page/requests.js").then(({ Selection, Sequences }) => {
+            const numbers = { index: 0, blocks: [1], tokens: 1, most: 9, computed: 1, prompt: 1, waits_for: null };
+            const make = (id) => ({ key: id, id: `${id}-0`, ...numbers });
+            const view = { facts: { running: 3, waiting: 0, waiting_for: {} }, sequences: ["a", "b", "c"].map(make) };
+            const shown = new Sequences(view, new Selection()), list = document.createElement("ul");
+            document.querySelector("#sequences").replaceWith(list);
+            list.id = "sequences";
+            shown.show();
+            const row = list.children[2].firstChild;
+            let lost = 0;
+            row.focus();
+            row.addEventListener("blur", () => (lost += 1));
+            view.sequences.shift();
+            shown.show();
+            return [document.activeElement === row, lost, list.children.length];
+        });
+    """)
+    assert focused == [True, 0, 2]
+
+
 def test_with_the_keyboard_alone(browser: Browser) -> None:
     seen: list[str] = []
     for _ in range(30):
@@ -302,6 +324,10 @@ def test_on_a_phone_nothing_is_cut_off(browser: Browser, server: Process, root: 
         wait_until(lambda: pixels(browser)["owned"] > 0, "the map is shown")
         assert browser.run("return document.documentElement.scrollWidth") <= 390
         keep(browser, root, "page-phone", after=4)
+        browser.run("document.querySelector('#map').scrollIntoView()")
+        browser.tap("#map", 12, 12)
+        browser.wait("document.querySelector('#tip').innerText.startsWith('Block')", "the block is described")
+        assert not browser.run("return document.querySelector('#tip').hidden"), "and stays so when the finger leaves"
     low = browser.run("""
         const controls = [...document.querySelectorAll('button, input')].filter((e) => e.offsetParent);
         return controls.filter((e) => e.getBoundingClientRect().right > innerWidth).map((e) => e.id);

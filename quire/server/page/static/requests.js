@@ -75,18 +75,18 @@ export class Sequences {
     const waits = Object.entries(facts.waiting_for).map(([reason, n]) => `${count(n)} ${n === 1 ? REASONS[reason] : REASONS[reason].replace("waits", "wait").replace("its", "their")}`);
     setText($("queue"), [`${count(facts.running)} running`, ...waits].join(", "));
     const shown = sequences.slice(0, MOST);
-    const gone = new Set(this.#rows.keys());
+    const keys = new Set(shown.map((sequence) => sequence.key));
+    for (const [key, row] of this.#rows) {
+      if (keys.has(key)) continue;
+      row.item.remove(); // before the others are looked at: a row that is moved loses the focus
+      this.#rows.delete(key);
+    }
     const list = $("sequences");
     shown.forEach((sequence, i) => {
-      gone.delete(sequence.key);
       const row = this.#row(sequence);
       if (list.children[i] !== row.item) list.insertBefore(row.item, list.children[i] ?? null);
       this.#fill(row, sequence);
     });
-    for (const key of gone) {
-      this.#rows.get(key).item.remove();
-      this.#rows.delete(key);
-    }
     const total = facts.running + facts.waiting;
     const rest = total - shown.length;
     setText($("more"), total === 0 ? "Nothing runs. Send a prompt and watch it take blocks." : rest > 0 ? `and ${count(rest)} more` : "");
