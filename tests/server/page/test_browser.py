@@ -208,6 +208,33 @@ def test_the_prompt_streams_and_its_blocks_are_marked(browser: Browser, root: Pa
     assert any("400" in line for line in browser.complaints())  # Chromium logs the status; it is no error of the page
 
 
+def test_what_a_model_thinks_is_shown_before_its_answer(browser: Browser) -> None:
+    browser.run("""
+        const deltas = [{ role: "assistant", content: "" }, { reasoning: "2 and 2 " }, { reasoning: "make 4" }];
+        const usage = { prompt_tokens: 4, completion_tokens: 6, prompt_tokens_details: { cached_tokens: 0 } };
+        const event = (delta) => `data: ${JSON.stringify({ id: "x", choices: [{ index: 0, delta }], usage })}\n\n`;
+        const real = fetch;
+        window.fetch = async () => {
+            window.fetch = real;
+            return new Response(new ReadableStream({
+                start(stream) {
+                    const send = (delta) => stream.enqueue(new TextEncoder().encode(event(delta)));
+                    deltas.forEach(send);
+                    window.answer = () => (send({ content: "Four." }), stream.close());
+                },
+            }));
+        };
+        document.querySelector("[value=chat]").click();
+    """)
+    browser.click("#send")
+    browser.wait("document.querySelector('.answer .thought')?.innerText === '2 and 2 make 4'", "the thought is shown while it comes")
+    browser.wait("document.querySelector('#timing').innerText.includes('first token')", "and is counted from its first token")
+    browser.run("window.answer()")
+    browser.wait("document.querySelector('#stop').hidden", "the stream ends")
+    assert browser.text(".answer pre").split("\n") == ["2 and 2 make 4", "Four."]
+    browser.run("document.querySelector('[value=completion]').click()")
+
+
 def test_a_killed_engine_is_shown_and_then_gone(browser: Browser, server: Process, gate: Gate, root: Path) -> None:
     browser.type("#prompt-text", HEAD)
     browser.type("#n", "4")

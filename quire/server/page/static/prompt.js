@@ -60,9 +60,9 @@ export class Prompt {
     this.claim(event.id);
     clock.last = performance.now();
     for (const choice of event.choices) {
-      const text = choice.text ?? choice.delta?.content ?? "";
-      if (text && clock.first === null) clock.first = clock.last;
-      answers.add(choice.index, text, choice.finish_reason);
+      const text = choice.text ?? choice.delta?.content ?? "", thought = choice.delta?.reasoning ?? "";
+      if ((text || thought) && clock.first === null) clock.first = clock.last;
+      answers.add(choice.index, text, thought, choice.finish_reason);
     }
     clock.usage = event.usage ?? clock.usage;
     // Tokens come faster than the screen shows them; a layout for each would leave the page no time for anything else.
@@ -120,17 +120,20 @@ class Answers {
   constructor(n, prompt) {
     this.boxes = Array.from({ length: n }, (_, i) => {
       const title = n > 1 ? `sample ${i + 1}` : "";
-      const box = { title, head: make("h3", {}, title), text: document.createTextNode(""), more: "", reason: null };
-      box.element = make("div", { className: "answer" }, box.head, make("pre", {}, make("span", { className: "prompt-part" }, prompt), box.text));
+      const box = { title, head: make("h3", {}, title), thought: document.createTextNode(""), text: document.createTextNode(""), more: { thought: "", text: "" }, reason: null };
+      const before = [make("span", { className: "prompt-part" }, prompt), make("span", { className: "thought" }, box.thought)];
+      box.element = make("div", { className: "answer" }, box.head, make("pre", {}, ...before, box.text));
       box.head.hidden = n === 1;
       return box;
     });
     $("answers").replaceChildren(...this.boxes.map((box) => box.element));
   }
 
-  add(index, text, reason) {
+  /** thought: what a model says to itself before it answers. */
+  add(index, text, thought, reason) {
     const box = this.boxes[index];
-    box.more += text;
+    box.more.text += text;
+    box.more.thought += thought;
     box.reason ??= reason;
   }
 
@@ -138,8 +141,10 @@ class Answers {
   draw() {
     const place = $("answers"), atEnd = place.scrollTop + place.clientHeight > place.scrollHeight - 8;
     for (const box of this.boxes) {
-      if (box.more) box.text.appendData(box.more);
-      box.more = "";
+      for (const [part, more] of Object.entries(box.more)) {
+        if (more) box[part].appendData(more);
+        box.more[part] = "";
+      }
       if (box.reason && !box.head.textContent.includes("ended by")) {
         box.head.hidden = false;
         box.head.textContent = [box.title, `ended by ${box.reason}`].filter(Boolean).join(", ");
