@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -85,8 +85,11 @@ def pictures(url: str, key: str | None) -> Iterator[dict[str, Any]]:
 
     scheme, host, port, path = check(url)
     kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    connection = kind(host, port, timeout=SILENT_S)
+    if key and not (key.isascii() and key.isprintable() and " " not in key):  # http.client's own message would show it
+        raise ConfigError("the API key has spaces, line ends or characters beyond ASCII: no header can bring it", param="api_key")
+    connection: http.client.HTTPConnection | None = None
     try:
+        connection = kind(host, port, timeout=SILENT_S)
         connection.request("GET", f"{path}/page/events", headers={"Authorization": f"Bearer {key}"} if key else {})
         response = connection.getresponse()
         if response.status == 401:
@@ -97,11 +100,12 @@ def pictures(url: str, key: str | None) -> Iterator[dict[str, Any]]:
         for line in response:
             if line.startswith(b"data: "):
                 yield json.loads(line[6:])
-    except (OSError, http.client.HTTPException) as e:
+    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: a name or a path that can't be asked for
         reason = (e.strerror if isinstance(e, OSError) else "") or str(e) or type(e).__name__
         raise UnreachableError(f"no server answers at {url} ({reason}): start one with quire serve, or name another --url") from None
     finally:
-        connection.close()
+        if connection is not None:
+            connection.close()
 
 
 def _live(url: str, key: str | None) -> int:
@@ -171,18 +175,23 @@ def _terminal() -> Iterator[Any]:
             return ""
         return os.read(keyboard, 1).decode("ascii", "replace")
 
-    at_once = signal.signal(signal.SIGINT, signal.default_int_handler)  # an exit on the spot would leave the terminal as it is
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    # An exit on the spot would leave the terminal as it is.
+    at_once = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         if keyboard is not None:
             tty.setcbreak(keyboard)
         sys.stdout.write("\x1b[?1049h\x1b[?25l")
         yield pressed
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would leave it half done
-        sys.stdout.write("\x1b[?25h\x1b[?1049l")
-        sys.stdout.flush()
-        if keyboard is not None and before is not None:
-            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGINT, at_once)
+        for number in at_once:
+            signal.signal(number, signal.SIG_IGN)  # a second one would leave it half done
+        with suppress(OSError, termios.error):  # after SIGHUP there may be no terminal
+            sys.stdout.write("\x1b[?25h\x1b[?1049l")
+            sys.stdout.flush()
+            if keyboard is not None and before is not None:
+                termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        for number, handler in at_once.items():
+            signal.signal(number, handler)

@@ -96,6 +96,8 @@ def test_the_key_may_be_in_the_environment_and_a_wrong_one_is_told(server: Serve
     [
         ("http://127.0.0.1:1", 1, "no server answers at http://127.0.0.1:1"), ("ftp://127.0.0.1", 2, "is not an address"),
         ("http://", 2, "is not an address"), ("http://127.0.0.1:99999", 2, "is not an address"),
+        ("http://exa mple:80", 1, "no server answers at http://exa mple:80"), (f"http://{'a' * 70}.com", 1, "no server answers"),
+        ("http://127.0.0.1:1/\u00e9 x", 1, "no server answers"),
     ],
 )  # fmt: skip
 def test_no_server_there(url: str, code: int, words: str) -> None:
@@ -103,6 +105,24 @@ def test_no_server_there(url: str, code: int, words: str) -> None:
     assert (done.returncode, done.stdout) == (code, "")
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["k\u00e9y-0123456789", "key-012345\n6789", "key-012345 6789"])
+def test_a_key_that_no_header_can_bring(key: str) -> None:
+    done = top("--url", "http://127.0.0.1:1", "--api-key", key)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "the API key has" in done.stderr
+    assert "0123" not in done.stderr
+
+
+def test_a_url_that_cannot_be_asked_for_is_told_live() -> None:
+    terminal = Terminal(f"http://{'a' * 70}.com")
+    try:
+        terminal.wait("no server answers")
+        os.write(terminal.master, b"q")
+        assert terminal.end() == 0
+    finally:
+        terminal.process.kill()
 
 
 def test_something_else_is_there(fake_http: str) -> None:
@@ -182,16 +202,16 @@ def test_live_through_the_death_of_an_engine_and_of_the_server(tmp_path: Path) -
         process.kill()
 
 
-@pytest.mark.parametrize("how", ["key", "signal"])
-def test_ctrl_c_leaves_the_terminal_as_it_was(how: str) -> None:
+@pytest.mark.parametrize("how", ["key", signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_signals_leave_the_terminal_as_it_was(how: str | signal.Signals) -> None:
     terminal = Terminal("http://127.0.0.1:1")
     try:
         terminal.wait("no server answers")
-        if how == "key":
+        if isinstance(how, str):
             os.write(terminal.master, b"\x03")
         else:
-            terminal.process.send_signal(signal.SIGINT)
-        assert terminal.end() == 130
+            terminal.process.send_signal(how)
+        assert terminal.end() == 128 + (signal.SIGINT if isinstance(how, str) else how)
     finally:
         terminal.process.kill()
 
