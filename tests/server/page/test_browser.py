@@ -310,6 +310,27 @@ def test_the_focus_stays_where_other_rows_go(browser: Browser) -> None:
     assert focused == [True, 0, 2]
 
 
+def test_without_storage_and_in_forced_colours(window: Browser, server: Process) -> None:
+    blocked = """
+        const blocked = { get() { throw new Error("blocked"); } };
+        Object.defineProperties(window, { localStorage: blocked, sessionStorage: blocked });
+    """
+    added = window.command("Page.addScriptToEvaluateOnNewDocument", source=blocked)
+    try:
+        window.open(server.url + "/")
+        window.wait(f"{STATE} === 'running'", "the page shows a running engine")
+        window.click("#theme")
+        assert window.text("#theme") == "Light"
+    finally:
+        window.command("Page.removeScriptToEvaluateOnNewDocument", **added)
+    window.media(forced_colors="active")
+    seen = window.run("return [...document.querySelectorAll('#legend i')].map((e) => getComputedStyle(e).backgroundColor)")
+    window.media()
+    assert len(set(seen)) > 2, "the legend has colours"
+    window.run("document.querySelector('#temperature').value = 0.65")
+    assert window.run("return document.querySelector('#temperature').validity.valid")
+
+
 def test_with_the_keyboard_alone(browser: Browser) -> None:
     seen: list[str] = []
     for _ in range(30):
@@ -373,6 +394,10 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(window: Browser, tmp_path: 
         window.type("#key", "sk-wrong-0123456789")
         window.press(ENTER)
         window.wait("document.querySelector('#key-dialog').open && document.querySelector('#key').value === ''", "it asks again")
+        window.type("#key", "sk-älice-0123456789")
+        window.press(ENTER)
+        assert window.run("return document.querySelector('#key').validationMessage").startswith("A key has no spaces")
+        assert window.run("return document.querySelector('#key-dialog').open")
         window.type("#key", KEY)
         window.press(ENTER)
         window.wait(f"{STATE} === 'running'", "the page shows the engine")

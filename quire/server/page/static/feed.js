@@ -5,12 +5,30 @@ const EMPTY = 0, OWNED = 1;
 const RETRY_MS = 1000;
 const SILENT_MS = 40_000; // the server says something every 15 seconds
 
-let key = sessionStorage.getItem("quire-key") ?? "";
+/** What the browser has kept, "" where there is nothing. Storage that is blocked throws when it is touched. */
+export function recall(storage, name) {
+  try {
+    return window[storage].getItem(name) ?? "";
+  } catch {
+    return "";
+  }
+}
+
+export function keep(storage, name, value) {
+  try {
+    window[storage].setItem(name, value);
+  } catch {} // then it is gone with the page
+}
+
+let key = recall("sessionStorage", "quire-key");
 
 export function setKey(value) {
   key = value.trim();
-  sessionStorage.setItem("quire-key", key);
+  keep("sessionStorage", "quire-key", key);
 }
+
+/** Whether a header can bring it. */
+export const isKey = (value) => /^[\x21-\x7e]*$/.test(value.trim());
 
 export const hasKey = () => key !== "";
 

@@ -1,6 +1,6 @@
 // Puts the parts together: feed → view → map, numbers, sequences.
 
-import { follow, hasKey, setKey, View } from "./feed.js";
+import { follow, hasKey, isKey, keep, recall, setKey, View } from "./feed.js";
 import { $, setText } from "./format.js";
 import { BlockMap } from "./map.js";
 import { Happened, Numbers } from "./numbers.js";
@@ -71,7 +71,7 @@ function askForKey() {
   $("key-button").hidden = false;
   if (!dialog.open) dialog.showModal();
   return new Promise((done) => dialog.addEventListener("close", () => {
-    if ($("key").value) setKey($("key").value);
+    if ($("key").value && isKey($("key").value)) setKey($("key").value);
     $("key").value = "";
     done();
   }, { once: true }));
@@ -91,12 +91,16 @@ function theme(name) {
 $("theme").addEventListener("click", () => {
   const now = THEMES.findIndex(([name]) => name === $("theme").dataset.theme);
   const [next] = THEMES[(now + 1) % THEMES.length];
-  localStorage.setItem("quire-theme", next);
+  keep("localStorage", "quire-theme", next);
   theme(next);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => theme($("theme").dataset.theme));
-theme(THEMES.some(([name]) => name === localStorage.getItem("quire-theme")) ? localStorage.getItem("quire-theme") : "auto");
+const kept = recall("localStorage", "quire-theme");
+theme(THEMES.some(([name]) => name === kept) ? kept : "auto");
 
 $("key-button").hidden = !hasKey();
 $("key-button").addEventListener("click", askForKey);
+$("key").addEventListener("input", () => {
+  $("key").setCustomValidity(isKey($("key").value) ? "" : "A key has no spaces, and no characters beyond ASCII. Was it copied whole, and nothing else?");
+});
 follow(view, show, away);
