@@ -310,6 +310,26 @@ def test_the_focus_stays_where_other_rows_go(browser: Browser) -> None:
     assert focused == [True, 0, 2]
 
 
+def test_a_tab_that_nobody_looks_at_leaves_its_connection(browser: Browser, server: Process) -> None:
+    hide = """
+        Object.defineProperty(document, "hidden", { value: arguments[0], configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    """
+    with impatient(browser):
+        browser.requests()
+        browser.run(hide, True)
+        time.sleep(2.5)
+        before = browser.run("return document.querySelector('#map-summary').innerText")
+        with load(server, 2):
+            time.sleep(1)
+            assert browser.run("return document.querySelector('#map-summary').innerText") == before
+            assert not any("/page/events" in url for url in browser.requests())
+            browser.run(hide, False)
+            wait_until(lambda: any("/page/events" in url for url in browser.requests()), "it connects again")
+            wait_until(lambda: browser.run("return document.querySelector('#map-summary').innerText") != before, "and shows what is new")
+    browser.run("delete document.hidden")
+
+
 def test_without_storage_and_in_forced_colours(window: Browser, server: Process) -> None:
     blocked = """
         const blocked = { get() { throw new Error("blocked"); } };

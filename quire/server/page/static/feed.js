@@ -4,6 +4,8 @@
 const EMPTY = 0, OWNED = 1;
 const RETRY_MS = 1000;
 const SILENT_MS = 40_000; // the server says something every 15 seconds
+const UNSEEN_MS = 30_000; // a browser has six connections to a server: tabs that nobody looks at leave theirs to others
+const UNSEEN = "unseen";
 
 /** What the browser has kept, "" where there is nothing. Storage that is blocked throws when it is touched. */
 export function recall(storage, name) {
@@ -131,20 +133,44 @@ function bytes(base64) {
 /** Follows the feed for ever. show(view) after each picture; away(reason) where there is none: "key", or why. */
 export async function follow(view, show, away) {
   for (;;) {
-    await away(await connection(view, show));
+    const reason = await connection(view, show);
+    if (reason === UNSEEN) {
+      await seen();
+      continue;
+    }
+    await away(reason);
     await new Promise((done) => setTimeout(done, RETRY_MS));
   }
+}
+
+/** Until somebody looks at the page. */
+function seen() {
+  return new Promise((done) => {
+    const look = () => {
+      if (document.hidden) return;
+      document.removeEventListener("visibilitychange", look);
+      done();
+    };
+    document.addEventListener("visibilitychange", look);
+    look();
+  });
 }
 
 /** Why it has ended. */
 async function connection(view, show) {
   const abort = new AbortController();
-  let silence = 0;
+  let silence = 0, absence = 0;
   const heard = () => {
     clearTimeout(silence);
     silence = setTimeout(() => abort.abort(`nothing heard for ${SILENT_MS / 1000} s`), SILENT_MS);
   };
+  const look = () => {
+    clearTimeout(absence);
+    if (document.hidden) absence = setTimeout(() => abort.abort(UNSEEN), UNSEEN_MS);
+  };
   heard();
+  look();
+  document.addEventListener("visibilitychange", look);
   try {
     const response = await fetch("/page/events", { headers: headers(), cache: "no-store", signal: abort.signal });
     if (!response.ok) return response.status === 401 ? "key" : (await response.json()).error.message;
@@ -159,6 +185,8 @@ async function connection(view, show) {
     return "the server does not answer";
   } finally {
     clearTimeout(silence);
+    clearTimeout(absence);
+    document.removeEventListener("visibilitychange", look);
     abort.abort(); // where show() failed, it is still open
   }
 }
