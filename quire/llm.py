@@ -65,7 +65,8 @@ class LLM:
         self.backend: Backend = open_backend(config)
         self.tokenizer = Tokenizer.load(self.backend.folder)
         spec = self.backend.spec
-        self._constraints = Constraints(lambda: self.tokenizer, spec.vocab_size, spec.eos_token_ids)
+        tokenizer = self.tokenizer  # what holds on to this object would keep the model's memory until the next collection of garbage
+        self._constraints = Constraints(lambda: tokenizer, spec.vocab_size, spec.eos_token_ids)
         self.engine = self._new_engine()
         self._requests = 0
         self._unread: dict[str, deque[SequenceOutput]] = {}
@@ -132,18 +133,23 @@ class LLM:
         Several streams may be open, and ``generate`` may be called meanwhile: they share the engine's steps.
         Raises InvalidRequestError at once, EngineError from the iterator.
         """
-        request = self._request(prompt, params or self.get_default_sampling_params())
-        for name, count in (("n", request.params.n), ("best_of", request.params.num_outputs)):
-            if count != 1:
-                raise InvalidRequestError(f"stream() gives one sample, got {name}={count}: use generate()", param=name)
-        return self._stream(request)
+        return self._stream(self._request(prompt, self._for_stream(params)))
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """``stream`` the next message of a conversation, in the model's own format. Raises InvalidRequestError where it has none."""
         text = self.tokenizer.render_chat(messages)
         # Templates spell out the special tokens themselves.
         prompt: TokensPrompt = {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
-        return self._stream(self._request(prompt, params or self.get_default_sampling_params()), continues_prompt=False)
+        return self._stream(self._request(prompt, self._for_stream(params)), continues_prompt=False)
+
+    def _for_stream(self, params: SamplingParams | None) -> SamplingParams:
+        params = self._params(params, 1)[0]
+        for name, count in (("n", params.n), ("best_of", params.num_outputs)):
+            if count != 1:
+                raise InvalidRequestError(f"a stream gives one sample, got {name}={count}: use generate()", param=name)
+        if params.structured is not None:
+            self._constraints.prepare(params.structured)
+        return params
 
     def _stream(self, request: Request, continues_prompt: bool = True) -> Iterator[str]:
         assembler = OutputAssembler(self.tokenizer, request.params, request.prompt_token_ids if continues_prompt else ())
@@ -231,6 +237,8 @@ class LLM:
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or self.get_default_sampling_params()] * count
+        if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+            raise InvalidRequestError("sampling_params must be a SamplingParams, or a list of them", param="sampling_params")
         if len(params) != count:
             raise InvalidRequestError(
                 f"{count} prompts but {len(params)} SamplingParams: give one, or one for each prompt", param="sampling_params"

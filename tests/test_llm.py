@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +25,30 @@ PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def push(self,
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM("embedded", block_size=16, kv_dtype="float16", kv_memory="64MiB", max_num_batched_tokens=512, max_num_seqs=64, seed=0)
+
+
+def test_memory_is_free_once_nobody_holds_it() -> None:
+    """At once, not at the next collection of garbage: the next model may need the room."""
+    gc.disable()
+    try:
+        llm = LLM("embedded", kv_memory="16MiB")
+        llm.generate("a", SamplingParams(max_tokens=2))
+        backend = weakref.ref(llm.backend)
+        del llm
+        assert backend() is None
+    finally:
+        gc.enable()
+
+
+def test_wrong_kinds_of_parameters(llm: LLM) -> None:
+    for wrong in ({"max_tokens": 3}, [None], [{"max_tokens": 3}], "x", 5):
+        with pytest.raises(InvalidRequestError, match="must be a SamplingParams"):
+            llm.generate("a", wrong)  # type: ignore[arg-type]
+    for params in (SamplingParams(n=2), SamplingParams(best_of=2)):
+        with pytest.raises(InvalidRequestError, match="a stream gives one sample"):
+            llm.stream_chat([{"role": "user", "content": "a"}], params)
+    with pytest.raises(InvalidRequestError):
+        llm.stream("a", SamplingParams(structured=Structured.regex("(")))
 
 
 def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from quire.config import ServerConfig
 from server.harness import Process, http, wait_clean
 from server.scraping import Scrape
 
@@ -37,6 +38,16 @@ def alert_queries() -> Iterator[str]:
     for line in text.splitlines():
         if line.strip().startswith("expr:"):
             yield line.partition("expr:")[2].strip()
+
+
+def test_an_engine_that_is_stuck_is_told_before_it_is_replaced() -> None:
+    text = (DEPLOY / "prometheus" / "alerts.yml").read_text(encoding="utf-8")
+    alert = text[text.index("QuireEngineIsStuck") :].partition("- alert")[0]
+    found = re.search(r"\[(\d+)(s|m)\].*\n\s*for: (\d+)(s|m)", alert)
+    assert found
+    seconds = {"s": 1, "m": 60}
+    takes = int(found[1]) * seconds[found[2]] + int(found[3]) * seconds[found[4]]
+    assert takes + 15 < ServerConfig().engine_timeout, "and the time between two looks"
 
 
 @pytest.fixture(scope="module")

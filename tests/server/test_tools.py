@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from quire.server.calls import prompts
+from quire.server.calls import answers, prompts
 from server.harness import DEADLINE_S, Server, events, http, wait_clean
 from server.scripted import ScriptedBackend, serve_scripted
 
@@ -300,6 +300,20 @@ def test_reasoning(thinking: Server) -> None:
     assert message == {"role": "assistant", "content": "Yes.", "refusal": None}
     whole, _ = streamed(thinking, include_reasoning=False)
     assert (whole["reasoning"], whole["content"]) == ("", "Yes.")
+
+
+def test_a_stream_says_that_it_lives_while_nothing_is_told(thinking: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies cut off what is silent, though tokens come all the time: of a reasoning that is left out."""
+    monkeypatch.setattr(answers, "PING_S", 0.1)
+    backend = says(thinking, "<think>" + "Hm. " * 20 + "</think>Yes.")
+    backend.delay_s = 0.03
+    try:
+        fields = {"messages": [USER], "include_reasoning": False, "stream": True}
+        text = http.post(thinking.url + CHAT, json=fields).text
+    finally:
+        backend.delay_s = 0.0
+    silent = text[: text.index('"content":"Y')]
+    assert silent.count(": ping") >= 2, text
 
 
 def test_reasoning_that_the_prompt_has_begun(thinking: Server) -> None:

@@ -136,6 +136,25 @@ def test_messages_streams_what_the_whole_answer_says(server: Server, backend: Sc
     assert found[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_clients_own_runner_of_tools(backend: ScriptedBackend, claude: anthropic.Anthropic, stream: bool) -> None:
+    """It asks for a conversation kept by the server first, and sends it whole where it is told that there is none."""
+    asked: list[str] = []
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """The weather."""
+        asked.append(city)
+        backend.says = "It is warm."
+        return "31 degrees"
+
+    backend.says = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    run = claude.beta.messages.tool_runner(model="fake", max_tokens=300, messages=[USER], tools=[get_weather], stream=stream)  # type: ignore[call-overload]
+    assert run.until_done().content[-1].text == "It is warm."
+    assert asked == ["Rome"]
+    assert "31 degrees" in backend.prompt
+
+
 def test_messages_tool_choice(backend: ScriptedBackend, claude: anthropic.Anthropic) -> None:
     backend.says = CALLS
     fields: dict[str, Any] = {"model": "fake", "max_tokens": 500, "messages": [USER], "tools": MESSAGES_TOOLS}

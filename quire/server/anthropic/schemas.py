@@ -28,10 +28,11 @@ IGNORED = frozenset((
 ))  # fmt: skip
 """Sent by clients; without influence on the tokens that come back."""
 
-REFUSED: dict[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],), "safeguards": ([],)}
+REFUSED: dict[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],), "safeguards": ([],), "thread": ()}
 """Known to clients, not supported → values that ask for nothing, besides null.
 
 Safeguards judge the calls of tools, on the server: whoever asks for them has to know that nobody does. Claude Code asks its user then.
+The official client's runner of tools asks for a thread on the server first, and sends whole conversations where it is refused.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
+from time import monotonic
 from typing import Protocol
 
 from fastapi import Request
@@ -72,16 +73,20 @@ async def events(generation: Generation, writer: Writer, push: Push | None = Non
             if made := writer.start():
                 yield made
             pusher = None if push is None else Pusher(generation, writer, push)
+            sent = monotonic()
             while not generation.finished:
                 if pusher is not None:
                     pusher.resume()
                 pieces = await generation.next(PING_S)
                 if pusher is not None and pusher.failure is not None:
                     raise pusher.failure
-                if made := writer.write(pieces):
+                made, now = writer.write(pieces), monotonic()
+                if made or (pusher is not None and pusher.pushed):
+                    sent = now
+                elif not pieces or now - sent >= PING_S:  # tokens may come that say nothing: of a reasoning that is left out, for example
+                    made, sent = writer.ping, now
+                if made:
                     yield made
-                elif not pieces and not (pusher is not None and pusher.pushed):
-                    yield writer.ping
                 if pusher is not None:
                     pusher.pushed = False
         yield writer.end()

@@ -47,10 +47,10 @@ class Pusher:
         try:
             if made := self._writer.write(self._generation.take()):
                 self._push.write(made)
+                self.pushed = True
             self._look()
         except Exception as e:
             self.failure = e
-        self.pushed = True
         return self.failure is None and not self._generation.finished
 
     def _shortcut(self) -> Shortcut | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import Response
 
@@ -102,6 +102,10 @@ _ANTHROPIC_TYPES = {
 }  # fmt: skip
 
 
+_NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+"""By which the official client knows that it has to send conversations whole."""
+
+
 def anthropic_error_bytes(error: QuireError) -> bytes:
     """The form of Anthropic's API, which has no place for the parameter's name."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
@@ -109,7 +113,10 @@ def anthropic_error_bytes(error: QuireError) -> bytes:
     if isinstance(error, ContextLengthError):  # clients know by these words that it is time to shorten the conversation
         numbers = "" if error.prompt is None else f"{error.prompt} tokens > {error.most} maximum: "  # as Anthropic writes them
         message = f"prompt is too long: {numbers}{message}"
-    return json.dumps({"type": "error", "error": {"type": kind, "message": message}}, ensure_ascii=False).encode("utf-8", "replace")
+    made: dict[str, Any] = {"type": kind, "message": message}
+    if error.param == "thread":
+        made["details"] = _NO_THREADS
+    return json.dumps({"type": "error", "error": made}, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def is_anthropic(path: str) -> bool:
