@@ -106,3 +106,21 @@ def test_configuration_files(tmp_path: Path) -> None:
             read_config_file(str(path))
     with pytest.raises(ConfigError, match="can't read"):
         read_config_file(str(tmp_path / "absent.toml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("served_model_name", ["a", "b"], "a text"),
+        ("batch_dir", 5, "a text"),
+        ("vllm_metrics", 5, "true or false"),
+        ("host", {"a": 1}, "a text"),
+    ],
+)
+def test_options_of_another_type(name: str, value: Any, wanted: str) -> None:
+    """In a file of options, or from Python: anything is true for Python, so "no" would be."""
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be {wanted}, got"):
+        resolve((ServerConfig,), {}, {name: value}, {})
+    for wrong in ("no", 1, []):
+        with pytest.raises(ConfigError, match="--prefix-caching must be true or false"):
+            EngineConfig(prefix_caching=wrong)  # type: ignore[arg-type]

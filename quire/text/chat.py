@@ -76,6 +76,11 @@ class ChatTemplates:
             more = plain(more)
         if continue_final_message and not isinstance(chat[-1].get("content"), str):
             raise InvalidRequestError("continue_final_message needs text content in the last message", param="continue_final_message")
+        if continue_final_message and chat[-1].get("tool_calls"):
+            raise InvalidRequestError(
+                "continue_final_message continues a text, and the last message has tool_calls: leave them out, or send their results",
+                param="continue_final_message",
+            )
         known = {"tools": None, "documents": None, **self._variables, **more, "add_generation_prompt": add_generation_prompt}
 
         def prompt(chat: list[dict[str, Any]]) -> str:
@@ -195,6 +200,11 @@ def _in_turns(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
+def text_of(content: Any) -> str:
+    """The text of a message's content; none where there is no content. Raises InvalidRequestError."""
+    return "" if content is None else _content("content", content)
+
+
 def _content(at: str, content: Any) -> str:
     """The text of a message's content; text parts are joined by line breaks."""
     if isinstance(content, str):
@@ -208,6 +218,8 @@ def _content(at: str, content: Any) -> str:
             texts.append(part)
         elif kind in TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif kind == "refusal" and isinstance(part.get("refusal"), str):
+            texts.append(part["refusal"])
         elif kind in TEXT_PARTS:
             raise InvalidRequestError(f"{at}[{i}] has no text: it must be a string", param=at)
         else:

@@ -333,6 +333,43 @@ def test_a_message_that_goes_on_in_its_reasoning(thinking: Server) -> None:
     assert (message["reasoning_content"], message["content"]) == ("see, <tool_call>?", "Yes.")
 
 
+def test_a_message_of_parts_goes_on_in_its_reasoning(thinking: Server) -> None:
+    says(thinking, " see.</think>Yes.")
+    begun = {"role": "assistant", "content": [{"type": "text", "text": "<think>\nLet me"}]}
+    message = ask(thinking, add_generation_prompt=False, messages=[USER, begun], continue_final_message=True)["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("see.", "Yes.")
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    fields = {"messages": [USER, begun | {"tool_calls": [call]}], "continue_final_message": True, "add_generation_prompt": False}
+    answer = http.post(thinking.url + CHAT, json=fields)
+    assert answer.status_code == 400
+    assert "continues a text" in answer.json()["error"]["message"]
+
+
+def test_what_a_model_refused_to_say_is_part_of_the_history(thinking: Server) -> None:
+    backend = says(thinking, "Yes.")
+    ask(thinking, messages=[USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "I will not."}]}, USER])
+    assert "I will not." in backend.prompt
+
+
+def test_a_call_that_a_stop_string_cuts_is_none(family: tuple[str, Server]) -> None:
+    name, server = family
+    says(server, ONE[name])
+    choice = ask(server, stop="Rhein")["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    whole, _ = streamed(server, stop="Rhein")
+    assert whole["finish_reason"] == "stop"
+
+
+def test_line_breaks_in_arguments_are_written_as_json_has_them(family: tuple[str, Server]) -> None:
+    """Small models break the lines of the code that they pass."""
+    name, server = family
+    says(server, ONE[name].replace("Köln", "Kö\nl\tn"))
+    for arguments in (
+        ask(server)["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"], streamed(server)[0]["calls"][0][2]
+    ):  # fmt: skip
+        assert json.loads(arguments)["city"] == 'Kö\nl\tn "am" {Rhein}'
+
+
 def test_reasoning_that_a_prompt_that_was_cut_has_begun(thinking: Server) -> None:
     says(thinking, "Hm.</think>Yes.")
     message = ask(thinking, chat_template_kwargs={"deep": True}, truncate_prompt_tokens=6)["choices"][0]["message"]

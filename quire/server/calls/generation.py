@@ -213,7 +213,7 @@ class Generation:
                 self.usage.reasoning_tokens += self._thoughts[index].take(delta.token_ids)
             parser = self._parsers[index]
             if parser is not None and delta.finish_reason is not None:
-                delta.finish_reason = reason_of(delta.finish_reason, parser)
+                delta.finish_reason = reason_of(delta.finish_reason, delta.stop_reason, parser)
             if assembler.finished and output.finish_reason is None:  # by its text, which the engine knows nothing of
                 self._stream.end(output.request_id, output.index)
             pieces.append(Piece(index, not self._started[index], delta))

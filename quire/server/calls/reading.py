@@ -13,6 +13,7 @@ from quire.server.calls.prompts import Prompt
 from quire.server.calls.tools import Tools
 from quire.server.context import Context
 from quire.structured import Structured
+from quire.text.chat import text_of
 from quire.text.tools import Message, ToolParser, parse_message, parser_for
 from quire.text.tools.constrained import CallGrammar
 from quire.text.tools.formats import END_THINK, FORMATS, THINK, THINK_MARKERS
@@ -54,7 +55,7 @@ class Reading:
         parser = self.parser(key)
         message = parse_message(parser, choice.text)
         if choice.finish_reason is not None:
-            choice.finish_reason = reason_of(choice.finish_reason, parser)
+            choice.finish_reason = reason_of(choice.finish_reason, choice.stop_reason, parser)
         return message
 
 
@@ -86,9 +87,10 @@ class Thought:
         return count
 
 
-def reason_of(finish_reason: str, parser: ToolParser) -> str:
-    """``tool_calls``, where there is a call and it was not cut off."""
-    return "tool_calls" if parser.done or (parser.called and finish_reason == "stop") else finish_reason
+def reason_of(finish_reason: str, stop_reason: int | str | None, parser: ToolParser) -> str:
+    """``tool_calls``, where there is a call and it was not cut off: by the limit of tokens, or by a stop string within it."""
+    cut = finish_reason != "stop" or (parser.open and isinstance(stop_reason, str))
+    return "tool_calls" if parser.done or (parser.called and not cut) else finish_reason
 
 
 def reading_for(
@@ -104,7 +106,7 @@ def reading_for(
     if params.skip_special_tokens:
         ids = {marker: context.tokenizer.token_id(marker) for marker in markers}
         hidden = {marker: i for marker, i in ids.items() if i is not None and i in context.tokenizer.special_ids}
-    thought = continued if isinstance(continued, str) else ""
+    thought = text_of(continued)
     end = context.tokenizer.decode(prompt.token_ids[-END_TOKENS:], skip_special_tokens=False) if prompt.text is None else prompt.text
     in_reasoning = reasoning and (end.rstrip().endswith(THINK) or thought.rfind(THINK) > thought.rfind(END_THINK))
     begins, ends = (context.tokenizer.token_id(marker) if reasoning else None for marker in THINK_MARKERS)

@@ -97,6 +97,11 @@ class ToolParser(Protocol):
         """There was a call."""
         ...
 
+    @property
+    def open(self) -> bool:
+        """The last call's arguments have no end yet."""
+        ...
+
     def push(self, text: str) -> MessageDelta:
         """What ``text`` adds."""
         ...

@@ -133,7 +133,7 @@ def _named(scan: Scan) -> Reading[bool]:
     if (yield from scan.space()) != "{":
         return False
     scan.open_call(name)
-    yield from scan.value(scan.argue)
+    scan.open = not (yield from scan.value(scan.argue))
     scan.close_call()
     return True
 

@@ -26,6 +26,10 @@ class _Parser:
     def called(self) -> bool:
         return self._scan.called
 
+    @property
+    def open(self) -> bool:
+        return self._scan.open
+
     def push(self, text: str) -> MessageDelta:
         if self._reader is None:
             return MessageDelta()

@@ -26,6 +26,7 @@ BESIDE = ("id", "type", "index")
 _PLAIN = re.compile(r'[^"\\{}\[\]<]*')
 _IN_STRING = re.compile(r'[^"\\]*')
 _SCALAR = re.compile(r"[^,}\]\s<]*")
+_CONTROL = re.compile(r"[\x00-\x1f]")
 _SPACES = re.compile(rf"[{SPACE}]*")
 
 
@@ -41,7 +42,7 @@ class Scan:
         self.hidden = tuple(hidden)
         self.stops: tuple[str, ...] = ()
         """Markers that end a JSON value, outside of its strings: what can't be JSON any more is not waited for."""
-        self.done = self.ended = False
+        self.done = self.ended = self.open = False
         self._key, self._id_form, self._parallel = key, id_form, parallel
         self._text, self._at = "", 0
         self._held: list[str] | None = None
@@ -198,7 +199,7 @@ class Scan:
                 if (yield from self.peek()):
                     give(self.take(1))
             else:
-                yield from self.run(_IN_STRING, give)
+                yield from self.run(_IN_STRING, lambda text: give(_CONTROL.sub(_escaped, text)))
         return False
 
     # What becomes of it
@@ -253,7 +254,7 @@ class Scan:
         call_id = self._id_form + digest if self._id_form else digest[:9]
         self._made.append(CallDelta(self._count, call_id, name, ""))
         self._count += 1
-        self._fresh = True
+        self._fresh = self.open = True
 
     def close_call(self) -> None:
         self.done = not self._parallel
@@ -297,7 +298,7 @@ class Scan:
                 return False
             elif char == "{" and name is not None:
                 self.open_call(name)
-                yield from self.value(self.argue)
+                self.open = not (yield from self.value(self.argue))
             elif (got := (yield from self._arguments_text(char))) is None:
                 return False
             else:
@@ -313,6 +314,7 @@ class Scan:
             self.take(1)
             self.open_call(name)
             self.argue(arguments or "{}")
+            self.open = False
         elif char == "}":
             self.take(1)
         self.close_call()
@@ -329,6 +331,11 @@ class Scan:
         if not whole or not (text == "null" or text.startswith("{")):
             return None
         return "" if text == "null" else text
+
+
+def _escaped(control: re.Match[str]) -> str:
+    """As JSON has to have it, where a model breaks a line in the middle of a string."""
+    return json.dumps(control[0])[1:-1]
 
 
 def _ignore(_: str) -> None:
