@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ class LLM:
 
     ``model`` is a folder in Hugging Face format, or ``"embedded"``. The other parameters are those of EngineConfig.
     Raises ModelLoadError, ConfigError or CapacityError.
+
+    Several threads may use it; their calls of ``generate`` take turns, since one has all of the machine already.
     """
 
     def __init__(self, model: str | Path = EMBEDDED_MODEL, **options: Any) -> None:
@@ -69,6 +72,8 @@ class LLM:
         self._constraints = Constraints(lambda: tokenizer, spec.vocab_size, spec.eos_token_ids)
         self.engine = self._new_engine()
         self._requests = 0
+        self._lock = threading.RLock()
+        """Held by who runs the engine; and it may collect a stream that was dropped meanwhile."""
         self._unread: dict[str, deque[SequenceOutput]] = {}
         """What the engine gave to each open stream, and its reader has not taken yet."""
 
@@ -105,7 +110,8 @@ class LLM:
         for structured in dict.fromkeys(request.params.structured for request in requests):
             if structured is not None:
                 self._constraints.prepare(structured)
-        runs = self._run(requests, use_tqdm)
+        with self._lock:
+            runs = self._run(requests, use_tqdm)
         return [
             RequestOutput(
                 request.request_id,
@@ -120,7 +126,8 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Forget what was computed so far: no later request finds it."""
-        self.engine.reset_prefix_cache()
+        with self._lock:
+            self.engine.reset_prefix_cache()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's authors recommend (generation_config.json), over the defaults of SamplingParams."""
@@ -153,23 +160,30 @@ class LLM:
 
     def _stream(self, request: Request, continues_prompt: bool = True) -> Iterator[str]:
         assembler = OutputAssembler(self.tokenizer, request.params, request.prompt_token_ids if continues_prompt else ())
-        unread = self._unread[request.request_id] = deque()
+        unread: deque[SequenceOutput] = deque()
+        with self._lock:
+            self._unread[request.request_id] = unread
         try:
-            while not self._add(request):
-                self._step()
-            while not assembler.finished and (unread or self.engine.has_work):
-                if not unread:
+            with self._lock:
+                while not self._add(request):
                     self._step()
-                    continue
-                output = unread.popleft()
+            while not assembler.finished:
+                with self._lock:
+                    if not unread:
+                        if not self.engine.has_work:
+                            break
+                        self._step()
+                        continue
+                    output = unread.popleft()
                 delta = assembler.feed(output)
                 if delta.text:
                     yield delta.text
                 if output.finish_reason == "error":
                     raise EngineError(str(output.stop_reason))
         finally:
-            del self._unread[request.request_id]
-            self.engine.abort(request.request_id)
+            with self._lock:
+                del self._unread[request.request_id]
+                self.engine.abort(request.request_id)
 
     def _add(self, request: Request) -> bool:
         """Queue ``request``, unless ``max_waiting`` sequences wait already."""
@@ -258,8 +272,9 @@ class LLM:
         else:
             raise InvalidRequestError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {prompt!r:.60}", param="prompt")
         self.engine.limits.check(tokens, params)
-        number = self._requests
-        self._requests += 1
+        with self._lock:
+            number = self._requests
+            self._requests += 1
         seed = params.seed if params.seed is not None else _derived_seed(self.config.seed, number)
         return Request(str(number), tokens, params, seed % (1 << 64), self.backend.spec.eos_token_ids)
 

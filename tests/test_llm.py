@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,20 @@ def test_memory_is_free_once_nobody_holds_it() -> None:
         assert backend() is None
     finally:
         gc.enable()
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    """Each gets what it would have got alone: nothing of one is lost to another, streams included."""
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    alone = [llm.generate(prompt, params)[0].outputs[0].text for prompt in PROMPTS]
+
+    def one(number: int) -> str:
+        prompt = PROMPTS[number % 3]
+        return "".join(llm.stream(prompt, params)) if number % 2 else llm.generate(prompt, params)[0].outputs[0].text
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(one, range(18))) == alone * 6
+    assert not llm.engine.has_work
 
 
 def test_wrong_kinds_of_parameters(llm: LLM) -> None:
