@@ -52,6 +52,7 @@ def open_device(name: str, index: int = 0) -> Any:
         )
     _check_triton(name)
     torch.cuda.set_device(index)
+    _check_compiler()
     return torch.device("cuda", index)
 
 
@@ -93,6 +94,20 @@ def _check_triton(name: str) -> None:
             "with the PyTorch that goes with it (2.9 or newer), or use --device cpu",
             param="device",
         )
+
+
+def _check_compiler() -> None:
+    """Triton compiles what it talks to the driver with, at first use."""
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils
+    except Exception as e:  # a RuntimeError without a compiler, a CalledProcessError without headers
+        raise ConfigError(
+            f"--device cuda: Triton can't compile what it needs ({_first_line(e)}): install a C compiler and the headers of Python "
+            "(Debian: apt-get install gcc python3-dev), or name the compiler in CC",
+            param="device",
+        ) from None
 
 
 def _missing(name: str, what: str) -> ConfigError:

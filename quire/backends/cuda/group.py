@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quire.errors import ConfigError
+
 TIMEOUT = timedelta(minutes=10)
 """Of one operation. The largest part of a model may take long to load."""
 
@@ -22,6 +24,11 @@ class Group:
 
     def __init__(self, rank: int, size: int, folder: Path, device: torch.device) -> None:
         self.rank, self.size, self._device = rank, size, device
+        if dist.is_initialized():
+            raise ConfigError(
+                f"--tensor-parallel {size}: this process has opened a model on several devices already: start another one for this",
+                param="tensor_parallel",
+            )
         store = dist.FileStore(str(folder / "store"), size)
         options = {"device_id": device} if device.type == "cuda" else {}
         backend = "nccl" if device.type == "cuda" else "gloo"

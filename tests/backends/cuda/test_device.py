@@ -15,6 +15,7 @@ import triton
 import quire
 from quire.backends.base import open_backend
 from quire.backends.cuda import device, swap
+from quire.backends.cuda.group import Group
 from quire.config import EngineConfig
 from quire.errors import CapacityError, ConfigError
 from sample_models import QWEN3, write_model
@@ -31,6 +32,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(device, "_check_compiler", lambda: None)
     return monkeypatch
 
 
@@ -65,6 +67,25 @@ def test_an_old_gpu(with_gpu: pytest.MonkeyPatch) -> None:
 def test_fewer_gpus_than_asked_for(with_gpu: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="4 GPUs are asked for, this machine shows 1"):
         device.open_device("cuda", 3)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton says it where it wants to compile its launcher: on machines that have the libraries alone."""
+
+    class Driver:
+        @property
+        def utils(self) -> None:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore text")
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    with pytest.raises(ConfigError, match=r"Failed to find C compiler.*: install a C compiler and the headers of Python"):
+        device._check_compiler()
+
+
+def test_a_second_model_on_several_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match="--tensor-parallel 2: this process has opened a model on several devices already"):
+        Group(0, 2, tmp_path, torch.device("cpu"))
 
 
 def test_no_triton(with_gpu: pytest.MonkeyPatch) -> None:
