@@ -93,6 +93,13 @@ def _source(structured: Structured) -> str:
     return LLMatcher.grammar_from_lark(structured.value)
 
 
+def json_rule(structured: Structured) -> str:
+    """A form of kind ``json`` as the right side of a rule of Lark."""
+    space = WHITESPACE if structured.whitespace is None else structured.whitespace
+    guidance = {"whitespace_pattern": space} if space else {"whitespace_flexible": False}
+    return f"%json {json.dumps(json.loads(structured.value) | {'x-guidance': guidance})}"
+
+
 def _prepared(gbnf: str) -> str:
     """For llguidance's conversion, which calls the rule ``root`` ``start``, and drops the zeros that a character's number begins with."""
     name = "start-"

@@ -72,6 +72,28 @@ def test_required_and_named(family: Server) -> None:
     wait_clean(family.url)
 
 
+def test_calls_or_the_form_of_the_answer(family: Server) -> None:
+    """What agents with a typed result send: neither keeps the other from coming."""
+    answer = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"], "additionalProperties": False}
+    format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": answer, "strict": True}}
+    forms: list[Any] = [{"response_format": format}, {"structured_outputs": {"json": answer, "disable_any_whitespace": True}}]
+    seen = set()
+    for seed in range(60):
+        (made,) = ask(family, seed=seed, tools=TOOLS, **forms[seed % 2], parallel_tool_calls=False, max_tokens=300)["choices"]
+        message = made["message"]
+        if made["finish_reason"] == "length":
+            continue
+        seen.add(made["finish_reason"])
+        if made["finish_reason"] == "tool_calls":
+            assert message["content"] is None
+            check([(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]])
+        else:
+            assert "tool_calls" not in message
+            jsonschema.validate(json.loads(message["content"]), answer)
+    assert seen == {"tool_calls", "stop"}
+    wait_clean(family.url)
+
+
 def test_the_embedded_model_calls_functions(embedded: Process) -> None:
     fields: dict[str, Any] = {"model": "embedded", "messages": [USER], "tools": TOOLS, "max_tokens": 200, "temperature": 1.5}
     with openai.OpenAI(base_url=embedded.url + "/v1", api_key="none", timeout=DEADLINE_S, max_retries=0) as client:

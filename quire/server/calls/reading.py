@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from quire.errors import InvalidRequestError
+from quire.grammar.program import json_rule
 from quire.outputs import Choice
 from quire.sampling_params import SamplingParams
 from quire.server.calls.prompts import Prompt
@@ -97,7 +98,8 @@ def reading_for(
     context: Context, tools: Tools | None, params: SamplingParams, prompt: Prompt, continued: object = None
 ) -> Reading | None:  # fmt: skip
     """None where the text is the message as it is. continued: the content of the message that the answer goes on with."""
-    reasoning = context.reasoning and params.structured is None  # else the form begins with the first token
+    # A form begins with the first token, but where calls are the alternative.
+    reasoning = context.reasoning and (params.structured is None or (tools is not None and params.structured.kind == "json"))
     if tools is None and not reasoning:
         return None
     format = None if tools is None else context.tool_format
@@ -114,14 +116,17 @@ def reading_for(
     return Reading(tools, format, parallel, reasoning, in_reasoning, tuple(hidden), frozenset(hidden.values()), (begins, ends))
 
 
-def must_call(context: Context, reading: Reading, params: SamplingParams) -> SamplingParams:
-    """Parameters under which nothing but calls can be generated, after the reasoning. Raises InvalidRequestError."""
+def calls_or_form(context: Context, reading: Reading, params: SamplingParams) -> SamplingParams:
+    """Parameters under which nothing but calls can be generated, after the reasoning, or, where none is insisted on, what has the form
+    of the answer. Raises InvalidRequestError."""
     assert reading.tools is not None
     assert reading.format is not None
     tokens = {text: i for i, text in context.tokenizer.added_tokens.items()}
-    tools = reading.tools
-    grammar = CallGrammar(reading.format, tools.functions, tokens, reading.parallel, reading.reasoning, reading.in_reasoning)
-    return replace(params, structured=Structured.grammar(grammar.lark(), source="tools"))
+    tools, source, answer = reading.tools, "tools", None
+    if not tools.must and params.structured is not None:
+        source, answer = params.structured.source, json_rule(params.structured)
+    grammar = CallGrammar(reading.format, tools.functions, tokens, reading.parallel, reading.reasoning, reading.in_reasoning, answer)
+    return replace(params, structured=Structured.grammar(grammar.lark(), source=source))
 
 
 def check_format(context: Context) -> None:

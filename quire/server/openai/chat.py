@@ -15,7 +15,7 @@ from quire.server.calls.fields import parse
 from quire.server.calls.generation import Generation, Piece
 from quire.server.calls.logprobs import Labels, chat_logprobs, prompt_logprobs
 from quire.server.calls.prompts import Prompt, chat_prompt
-from quire.server.calls.reading import Reading, check_format, must_call, reading_for
+from quire.server.calls.reading import Reading, calls_or_form, check_format, reading_for
 from quire.server.calls.sampling import chat_names, chat_params
 from quire.server.calls.schemas import ChatCompletionRequest
 from quire.server.calls.tools import ALWAYS, Availability, history, read_tools
@@ -78,9 +78,11 @@ async def chat_call(context: Context, body: ChatCompletionRequest, availability:
         (prompt,) = truncated([prompt], body, context.max_model_len, output)
     continued = body.messages[-1].get("content") if body.continue_final_message else None
     reading = reading_for(context, tools, params, prompt, continued)
-    if reading is not None and reading.tools is not None and reading.tools.must:
-        with chat_names(body):
-            params = must_call(context, reading, params)
+    if reading is not None and reading.tools is not None:
+        form = params.structured
+        if reading.tools.must or (form is not None and form.kind == "json"):
+            with chat_names(body):
+                params = calls_or_form(context, reading, params)
     return ChatCall(prompt, params, reading)
 
 

@@ -1,4 +1,5 @@
-"""Grammars that allow nothing but calls, for requests that insist on one. Calls look as the model itself would write them."""
+"""Grammars of calls: for requests that insist on one, and for those that have a form for the answer, which is the alternative. Calls look
+as the model itself would write them."""
 
 from __future__ import annotations
 
@@ -30,15 +31,20 @@ class CallGrammar:
     reasoning: bool = False
     """It may think first, and does, where the prompt has begun that (``in_reasoning``)."""
     in_reasoning: bool = False
+    answer: str | None = None
+    """What may stand in place of calls: the right side of a rule."""
 
     def lark(self) -> str:
         """In llguidance's dialect of Lark."""
         first, between, last, rule = self._form()
         calls = f"{first} call ({between} call)* {last}" if self.parallel else f"{first} call {last}"
         names = " | ".join(f"f{i}" for i in range(len(self.functions)))
-        lines = [f"start: {self._thinking()} calls", f"calls: {calls}", f"call: {rule.format(names=f'({names})')}"]
+        what = "calls" if self.answer is None else "(calls | answer)"
+        lines = [f"start: {self._thinking()} {what}", f"calls: {calls}", f"call: {rule.format(names=f'({names})')}"]
         for i, function in enumerate(self.functions):
             lines += [f"f{i}: {self._function(i, function['name'])}", f"a{i}: %json {_schema(function)}"]
+        if self.answer is not None:
+            lines.append(f"answer: {self.answer}")
         if self.reasoning:
             lines += self._thought()
         return "\n".join(lines) + "\n"
