@@ -94,10 +94,13 @@ def _source(structured: Structured) -> str:
 
 
 def json_rule(structured: Structured) -> str:
-    """A form of kind ``json`` as the right side of a rule of Lark."""
+    """A form of kind ``json`` as the right side of a rule of Lark. Raises InvalidRequestError."""
     space = WHITESPACE if structured.whitespace is None else structured.whitespace
     guidance = {"whitespace_pattern": space} if space else {"whitespace_flexible": False}
-    return f"%json {json.dumps(json.loads(structured.value) | {'x-guidance': guidance})}"
+    try:
+        return f"%json {json.dumps(json.loads(structured.value) | {'x-guidance': guidance})}"
+    except RecursionError:
+        raise structured.error("the JSON schema is nested too deeply") from None
 
 
 def _prepared(gbnf: str) -> str:
