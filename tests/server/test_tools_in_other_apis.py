@@ -136,6 +136,15 @@ def test_messages_streams_what_the_whole_answer_says(server: Server, backend: Sc
     assert found[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+def test_arguments_that_are_no_json_are_handed_back_as_they_are(backend: ScriptedBackend, claude: anthropic.Anthropic) -> None:
+    """A tool that is called with nothing might do something."""
+    for text in ('{"city": "Rome",}', '{"city": "\\x41"}', '{"days": 1e999}'):
+        backend.says = f'<tool_call>\n{{"name": "get_weather", "arguments": {text}}}\n</tool_call>'
+        (block,) = claude.messages.create(model="fake", max_tokens=300, messages=[USER], tools=MESSAGES_TOOLS).content
+        assert block.type == "tool_use"
+        assert block.input == {"INVALID_JSON": text}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_clients_own_runner_of_tools(backend: ScriptedBackend, claude: anthropic.Anthropic, stream: bool) -> None:
     """It asks for a conversation kept by the server first, and sends it whole where it is told that there is none."""

@@ -121,5 +121,5 @@ def _arguments(text: str) -> dict[str, Any]:
         value = from_json(text or "{}", allow_partial=True, allow_inf_nan=False)
         json.dumps(value, allow_nan=False)  # 1e999 is infinite all the same
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return {"INVALID_JSON": text}  # as Anthropic advises to hand such arguments back: a tool that is called with nothing might run
+    return value if isinstance(value, dict) else {"INVALID_JSON": text}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def read_lines(
 ) -> tuple[list[Line], list[dict[str, Any]]]:
     """The lines of the file, and its errors as the API lists them; lines count only where there are none.
 
-    endpoints: those that a line may name. check_model raises for a model that is not served. Blank lines are skipped. Raises OSError.
+    endpoints: those that a line may name. check_model raises for a model that is not served. Blank lines are skipped, and so is a byte
+    order mark. Raises OSError.
     """
     lines: list[Line] = []
     errors: list[dict[str, Any]] = []
@@ -47,6 +49,8 @@ def read_lines(
             found += 1
             errors.append(_error("too_many_tasks", f"the file has more than {max_lines:,} lines: split it", None, None))
             break
+        if number == 1 and data is not None and data.startswith(BOM_UTF8):  # what some editors write before a text
+            offset, data = offset + len(BOM_UTF8), data.removeprefix(BOM_UTF8)
         try:
             if data is None:
                 raise _LineError("line_too_long", f"the line has more than {max_line_bytes:,} bytes")

@@ -173,6 +173,12 @@ def test_a_batch_of_chats(client: openai.OpenAI) -> None:
     assert batch.error_file_id is None
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(client: openai.OpenAI) -> None:
+    """As editors on Windows write it."""
+    batch = run(client, "\ufeff" + line("a") + "\r\n" + line("b"))
+    assert [answer["custom_id"] for answer in results(client, batch.output_file_id)] == ["a", "b"]
+
+
 @pytest.mark.parametrize(("text", "errors"), [
     ("", [("empty_file", None, "no lines")]),
     ("\n  \n", [("empty_file", None, "no lines")]),
