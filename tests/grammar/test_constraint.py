@@ -315,7 +315,7 @@ def test_grammars_of_llama_cpp(grammar: str, texts: list[str]) -> None:
 
 
 ENDLESS = """
-from test_constraint import SamplingParams, Structured, constraints
+from grammar.test_constraint import SamplingParams, Structured, constraints
 from quire.grammar import watch
 constraint = constraints("byte_level").open(SamplingParams(structured=Structured.grammar('start: /[0-9]{3}/ A B\\nA: /a+/\\nB: /a+b/')), ())
 watch.CALL_S = 0.5
