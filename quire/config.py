@@ -61,7 +61,8 @@ class _Checked:
             if (choices := meta.get("choices")) and (value not in choices or type(value) is not type(choices[0])):
                 raise ConfigError(f"{flag} {value!r} is not supported; choose from: {', '.join(map(str, choices))}", param=f.name)
             kind = str(f.type).partition(" ")[0]
-            if (kind == "bool" and not isinstance(value, bool)) or (kind == "str" and not isinstance(value, str | os.PathLike)):
+            size = meta.get("metavar") == "SIZE" and type(value) is int  # a number of bytes
+            if (kind == "bool" and not isinstance(value, bool)) or (kind == "str" and not (size or isinstance(value, str | os.PathLike))):
                 raise ConfigError(f"{flag} must be {'true or false' if kind == 'bool' else 'a text'}, got {value!r:.60}", param=f.name)
             low, high = meta.get("low"), meta.get("high")
             if low is None and high is None:

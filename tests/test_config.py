@@ -124,3 +124,10 @@ def test_options_of_another_type(name: str, value: Any, wanted: str) -> None:
     for wrong in ("no", 1, []):
         with pytest.raises(ConfigError, match="--prefix-caching must be true or false"):
             EngineConfig(prefix_caching=wrong)  # type: ignore[arg-type]
+
+
+def test_sizes_may_be_numbers_of_bytes() -> None:
+    (config,) = resolve((EngineConfig,), {}, {"kv_memory": 64 << 20, "swap_memory": 0}, {})
+    assert (config.kv_bytes, config.swap_bytes) == (64 << 20, 0)
+    with pytest.raises(ConfigError, match="--kv-memory must be a text, got True"):
+        EngineConfig(kv_memory=True)  # type: ignore[arg-type]
