@@ -129,7 +129,7 @@ class EngineConfig(_Checked):
         "swaps where there is swap memory",
         choices=("auto", "recompute", "swap"),
     )
-    swap_memory: str = option("0", "memory beside the KV cache that preempted requests are swapped to, e.g. 1GiB", metavar="SIZE")
+    swap_memory: str = option("0", "memory that preempted requests are swapped to, e.g. 1GiB; for each GPU", metavar="SIZE")
     max_waiting: int = option(1024, "most samples that wait to be started; further requests are refused (HTTP 429)", low=1, high=1 << 20)
     max_num_batched_tokens: int = option(
         None,

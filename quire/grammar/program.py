@@ -10,6 +10,7 @@ from quire.structured import Structured
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits
+    from llguidance._lib import JsonCompileOptions
 
     from quire.grammar.vocabulary import Vocabulary
 
@@ -72,10 +73,7 @@ def _source(structured: Structured) -> str:
     from llguidance import LLMatcher
 
     if structured.kind == "json":
-        space = WHITESPACE if structured.whitespace is None else structured.whitespace
-        if space:
-            return LLMatcher.grammar_from_json_schema(structured.value, overrides={"whitespace_pattern": space})
-        return LLMatcher.grammar_from_json_schema(structured.value, overrides={"whitespace_flexible": False})
+        return LLMatcher.grammar_from_json_schema(structured.value, overrides=_spacing(structured))
     if structured.kind == "regex":
         return LLMatcher.grammar_from_regex(structured.value)
     if structured.kind == "choice":  # one token of the grammar: far cheaper than as many alternatives
@@ -93,12 +91,16 @@ def _source(structured: Structured) -> str:
     return LLMatcher.grammar_from_lark(structured.value)
 
 
+def _spacing(structured: Structured) -> JsonCompileOptions:
+    """What may stand between the parts of JSON, as an option of llguidance."""
+    space = WHITESPACE if structured.whitespace is None else structured.whitespace
+    return {"whitespace_pattern": space} if space else {"whitespace_flexible": False}
+
+
 def json_rule(structured: Structured) -> str:
     """A form of kind ``json`` as the right side of a rule of Lark. Raises InvalidRequestError."""
-    space = WHITESPACE if structured.whitespace is None else structured.whitespace
-    guidance = {"whitespace_pattern": space} if space else {"whitespace_flexible": False}
     try:
-        return f"%json {json.dumps(json.loads(structured.value) | {'x-guidance': guidance})}"
+        return f"%json {json.dumps(json.loads(structured.value) | {'x-guidance': _spacing(structured)})}"
     except RecursionError:
         raise structured.error("the JSON schema is nested too deeply") from None
 

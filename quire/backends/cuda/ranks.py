@@ -84,10 +84,10 @@ class Ranks:
         connection.send_bytes(json.dumps([rank, str(self.folder), asdict(config)]).encode())
         self._processes.append(process)
         self._connections.append(connection)
-        threading.Thread(target=_watch, args=(process, rank, size, self._closing, self._grace_s), daemon=True).start()
+        threading.Thread(target=_watch, args=(process, rank, size, self._closing, self._grace_s, self.folder), daemon=True).start()
 
 
-def _watch(process: subprocess.Popen[bytes], rank: int, size: int, closing: threading.Event, grace_s: list[float]) -> None:
+def _watch(process: subprocess.Popen[bytes], rank: int, size: int, closing: threading.Event, grace_s: list[float], folder: Path) -> None:
     """An engine that waits for a device that is gone would wait for ever, in a call that nothing can interrupt: it ends."""
     code = process.wait()
     if closing.wait(grace_s[0]):
@@ -95,6 +95,7 @@ def _watch(process: subprocess.Popen[bytes], rank: int, size: int, closing: thre
     how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with status {code}"
     log.error("rank %d of %d, process %d, %s: the engine can't go on without it", rank, size, process.pid, how)
     sys.stderr.flush()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(DEAD_RANK)
 
 

@@ -56,9 +56,9 @@ while True:
 """
 
 
-def run(script: str, *arguments: str) -> subprocess.Popen[str]:
+def run(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -72,8 +72,8 @@ def test_the_tokens_of_one_device(name: str, sizes: tuple[int, ...]) -> None:
     assert len({out for out, _ in found}) == 1, found
 
 
-def test_a_dead_rank_ends_the_engine_with_a_reason() -> None:
-    engine = run(SERVE)
+def test_a_dead_rank_ends_the_engine_with_a_reason(tmp_path: Path) -> None:
+    engine = run(SERVE, TMPDIR=str(tmp_path))
     assert engine.stdout is not None
     rank = int(engine.stdout.readline())
     time.sleep(0.2)
@@ -82,6 +82,7 @@ def test_a_dead_rank_ends_the_engine_with_a_reason() -> None:
     assert engine.returncode == 70
     assert "rank 1 of 2, process" in err
     assert "was killed (SIGKILL)" in err
+    assert not list(tmp_path.glob("quire-*")), "where the ranks have met"
 
 
 def test_a_rank_ends_with_its_engine() -> None:

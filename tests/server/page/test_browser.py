@@ -154,7 +154,7 @@ def test_fading_marks_do_not_draw_the_map_all_the_time(browser: Browser, server:
         browser.run("window.drawn = 0; window.began = performance.now()")
         time.sleep(3)
         drawn, seconds = browser.run("return [window.drawn, (performance.now() - window.began) / 1000]")
-    assert 1 < drawn / seconds < 10
+    assert 0 < drawn < 10 * seconds
 
 
 def test_the_prompt_streams_and_its_blocks_are_marked(browser: Browser, root: Path) -> None:
