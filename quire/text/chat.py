@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,8 @@ def _message(index: int, message: object, template: str) -> dict[str, Any]:
         raise InvalidRequestError(f"{at}.role must be one of {', '.join(ROLES)}; got {role!r:.60}", param=f"{at}.role")
     if role == "developer" and "developer" not in template:
         made["role"] = "system"  # the newer name of the same role; most templates know only the older one
+    if role == "assistant" and isinstance(refusal := made.get("refusal"), str):
+        made.setdefault("content", refusal)  # the API has it beside a content of null
     if "content" in made:
         made["content"] = _content(f"{at}.content", made["content"])
     elif role != "assistant":
@@ -230,7 +233,10 @@ def _content(at: str, content: Any) -> str:
 
 
 def _tool_calls(at: str, calls: Any) -> list[Any]:
-    """Tool calls with their arguments as objects: the API has them as JSON text, templates want to walk them."""
+    """Tool calls with their arguments as objects: the API has them as JSON text, templates want to walk them.
+
+    What is not JSON stays as it is: a model wrote it, and has to see what the tool's result speaks of.
+    """
     if not isinstance(calls, list):
         raise InvalidRequestError(f"{at} must be a list, got {calls!r:.60}", param=at)
     for i, call in enumerate(calls):
@@ -238,10 +244,8 @@ def _tool_calls(at: str, calls: Any) -> list[Any]:
         if not isinstance(function, dict):
             raise InvalidRequestError(f"{at}[{i}].function must be an object", param=at)
         if isinstance(arguments := function.get("arguments"), str):
-            try:
+            with suppress(ValueError, RecursionError):
                 function["arguments"] = _plain(json.loads(arguments or "{}"), f"{at}[{i}].function.arguments")
-            except (ValueError, RecursionError) as e:
-                raise InvalidRequestError(f"{at}[{i}].function.arguments is not JSON: {e}", param=at) from None
     return calls
 
 

@@ -302,6 +302,14 @@ def test_reasoning(thinking: Server) -> None:
     assert (whole["reasoning"], whole["content"]) == ("", "Yes.")
 
 
+def test_a_reasoning_behind_text_is_text(thinking: Server) -> None:
+    for text, counted in (("Yes <think>Hm.</think>", False), (" \n<think>Hm.</think>Yes.", True)):
+        says(thinking, text)
+        answer = ask(thinking)
+        assert ("reasoning" in answer["choices"][0]["message"]) is counted
+        assert (answer["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0) is counted
+
+
 def test_a_stream_says_that_it_lives_while_nothing_is_told(thinking: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proxies cut off what is silent, though tokens come all the time: of a reasoning that is left out."""
     monkeypatch.setattr(answers, "PING_S", 0.1)
@@ -368,6 +376,16 @@ def test_line_breaks_in_arguments_are_written_as_json_has_them(family: tuple[str
         ask(server)["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"], streamed(server)[0]["calls"][0][2]
     ):  # fmt: skip
         assert json.loads(arguments)["city"] == 'Kö\nl\tn "am" {Rhein}'
+
+
+def test_line_breaks_in_arguments_that_are_a_string() -> None:
+    server = serve("hermes")
+    says(server, '<tool_call>{"name": "now", "arguments": "{\\n\\"city\\": \\"a\\nb\\"}"}</tool_call>')
+    for arguments in (
+        ask(server)["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"], streamed(server)[0]["calls"][0][2]
+    ):  # fmt: skip
+        assert json.loads(arguments) == {"city": "a\nb"}
+    server.stop()
 
 
 def test_reasoning_that_a_prompt_that_was_cut_has_begun(thinking: Server) -> None:
@@ -452,12 +470,8 @@ WRONG: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"tools": None, "functions": [WEATHER], "function_call": {"name": "nope"}}, "function_call", ("'nope'",)),
     ({"tools": None, "function_call": {"name": "now"}}, "function_call", ("needs functions",)),
     ({"messages": [USER, {"role": "assistant", "tool_calls": 5}]}, "messages[1].tool_calls", ("a list",)),
-    ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-     "messages[1].tool_calls", ("not JSON",)),
     ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
      "messages", ("surrogate",)),
-    ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' + "[" * 90_000}}]}]},
-     "messages[1].tool_calls", ("not JSON",)),
     ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 900 + "]" * 900}}]}]},
      "messages[1].tool_calls[0].function.arguments", ("100 levels",)),
     ({"messages": [USER, {"role": "tool", "tool_call_id": "x"}]}, "messages[1].content", ("missing",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any
 
@@ -115,12 +116,18 @@ def test_tool_calls_and_reasoning() -> None:
     template = "{{ messages[0].tool_calls[0].function.arguments.x[1] }}{{ 'a' + messages[0].content }}{{ messages[0].reasoning_content }}"
     assert render(template, [message]) == "2ahm", "no content beside the calls is an empty text, which templates can add to others"
     assert call["function"]["arguments"] == '{"x": [1, 2]}', "the caller's messages stay as they are"
-    call["function"]["arguments"] = "{"
-    with pytest.raises(InvalidRequestError, match="arguments is not JSON"):
-        render(template, [message])
-    call["function"]["arguments"] = "[" * 100_000
-    with pytest.raises(InvalidRequestError, match="arguments is not JSON"):
-        render(template, [message])
+    for text in ('{"x": ', "[" * 100_000, '{"x": %s}' % ("9" * 5_000)):
+        call["function"]["arguments"] = text
+        shown = render("{{ messages[0].tool_calls[0].function.arguments | tojson }}", [message])
+        assert shown == json.dumps(text), "a model sees what it wrote"
+
+
+def test_a_refusal_stands_for_content_that_is_null() -> None:
+    template = "{{ messages[0].content }}"
+    assert render(template, [{"role": "assistant", "content": None, "refusal": "I will not."}]) == "I will not."
+    assert render(template, [{"role": "assistant", "content": "Yes.", "refusal": None}]) == "Yes."
+    with pytest.raises(InvalidRequestError, match="content is missing"):
+        render(template, [{"role": "user", "refusal": "I will not."}])
 
 
 @pytest.mark.parametrize("levels", [chat.MAX_DEPTH, 600, 10_000])

@@ -99,7 +99,7 @@ class Generation:
                 self._parsers.append(parser)
                 self._assemblers.append(OutputAssembler(context.tokenizer, params, seen, shown, parser))
         self._reading, self._key = reading, call_id
-        self._thoughts = [] if reading is None else [reading.thought() for _ in self._assemblers]
+        self._thoughts = [] if reading is None else [reading.thought(context.tokenizer) for _ in self._assemblers]
         self._started = [False] * len(self._assemblers)
         self._closed = False
         self._uncounted = set(self._first_sample)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,9 +15,11 @@ from quire.server.calls.tools import Tools
 from quire.server.context import Context
 from quire.structured import Structured
 from quire.text.chat import text_of
+from quire.text.tokenizer import Tokenizer
 from quire.text.tools import Message, ToolParser, parse_message, parser_for
 from quire.text.tools.constrained import CallGrammar
 from quire.text.tools.formats import END_THINK, FORMATS, THINK, THINK_MARKERS
+from quire.text.tools.scan import SPACE
 
 
 @dataclass(slots=True, frozen=True)
@@ -48,8 +50,8 @@ class Reading:
             hidden=self.hidden,
         )
 
-    def thought(self) -> Thought:
-        return Thought(*self.think_ids, self.in_reasoning)
+    def thought(self, tokenizer: Tokenizer) -> Thought:
+        return Thought(*self.think_ids, self.in_reasoning, lambda token: not tokenizer.decode((token,)).strip(SPACE))
 
     def message(self, choice: Choice, key: str) -> Message:
         """What a whole choice says. Its finish_reason is set too."""
@@ -65,12 +67,12 @@ END_TOKENS = 32
 
 
 class Thought:
-    """Counts the tokens of a reasoning, between its markers; none where they are no tokens."""
+    """Counts the tokens of a reasoning, between its markers; none where they are no tokens, or behind text: they are text there."""
 
-    __slots__ = ("_begins", "_ends", "_state")
+    __slots__ = ("_begins", "_blank", "_ends", "_state")
 
-    def __init__(self, begins: int | None, ends: int | None, opened: bool) -> None:
-        self._begins, self._ends = begins, ends
+    def __init__(self, begins: int | None, ends: int | None, opened: bool, blank: Callable[[int], bool]) -> None:
+        self._begins, self._ends, self._blank = begins, ends, blank
         self._state: Literal["before", "in", "after"] = "after" if ends is None else "in" if opened else "before"
 
     def take(self, token_ids: Sequence[int]) -> int:
@@ -81,7 +83,7 @@ class Thought:
                 break
             if token == self._begins:
                 self._state = "in"
-            elif token == self._ends:
+            elif token == self._ends or (self._state == "before" and not self._blank(token)):
                 self._state = "after"
             else:
                 count += self._state == "in"

@@ -26,6 +26,7 @@ BESIDE = ("id", "type", "index")
 _PLAIN = re.compile(r'[^"\\{}\[\]<]*')
 _IN_STRING = re.compile(r'[^"\\]*')
 _SCALAR = re.compile(r"[^,}\]\s<]*")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _SPACES = re.compile(rf"[{SPACE}]*")
 
@@ -324,7 +325,9 @@ class Scan:
         """Arguments that come before the name, or as a string, or as null; None where they are something else."""
         if char == '"':
             text = yield from self.string()
-            return text if text is not None and text.lstrip(SPACE).startswith("{") else None
+            if text is None or not text.lstrip(SPACE).startswith("{"):
+                return None
+            return _STRING.sub(lambda string: _CONTROL.sub(_escaped, string[0]), text)
         parts: list[str] = []
         whole = yield from self.value(parts.append)
         text = "".join(parts)
