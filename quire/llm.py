@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections import deque
@@ -18,11 +17,12 @@ from quire.backends.base import Backend, open_backend
 from quire.config import EMBEDDED_MODEL, EngineConfig
 from quire.core.admission import empty_prompt
 from quire.core.engine import Engine
-from quire.core.sequence import Request, Retention, salt_bytes
+from quire.core.plan import Pooling
+from quire.core.sequence import Request, Retention, request_seed, salt_bytes
 from quire.errors import EngineError, InvalidRequestError, QueueFullError
 from quire.grammar.constraints import Constraints
 from quire.logs import ThrottledLog
-from quire.outputs import RequestOutput, SequenceOutput, TokenLogprobs, Usage
+from quire.outputs import Embedding, EmbeddingOutput, RequestOutput, SequenceOutput, TokenLogprobs, Usage, unit_vector
 from quire.sampling_params import SamplingParams
 from quire.text.chat import Message
 from quire.text.output import OutputAssembler, best_choices, prompt_positions
@@ -32,13 +32,20 @@ PROGRESS_AFTER_S = 1.0
 """A progress bar appears on work that takes longer than this."""
 
 
+class TextPrompt(TypedDict):
+    """The same as the text alone."""
+
+    prompt: str
+
+
 class TokensPrompt(TypedDict):
     """A prompt that is already tokenized."""
 
     prompt_token_ids: list[int]
 
 
-Prompt = str | TokensPrompt
+Prompt = str | TextPrompt | TokensPrompt
+Conversation = Sequence[Message]
 
 
 class LLM:
@@ -100,9 +107,11 @@ class LLM:
         Everything is checked before anything runs. Raises InvalidRequestError. A sample that fails in the engine has
         finish_reason ``error`` and the message in stop_reason; the others go on.
         """
-        todo = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
+        todo = _prompts(prompts)
         each = self._params(sampling_params, len(todo))
         salt = salt_bytes(cache_salt)
+        if not isinstance(retention, Retention | None):
+            raise InvalidRequestError(f"retention must be a Retention or None, got {retention!r:.60}", param="retention")
         requests = [
             replace(self._request(prompt, p), priority=rank, salt=salt, retention=retention)
             for prompt, p, rank in zip(todo, each, _priorities(priority, len(todo)), strict=True)
@@ -115,7 +124,7 @@ class LLM:
         return [
             RequestOutput(
                 request.request_id,
-                prompt if isinstance(prompt, str) else None,
+                _text(prompt),
                 request.prompt_token_ids,
                 best_choices(run.samples, request.params.n),
                 Usage(len(request.prompt_token_ids), sum(len(sample.token_ids) for sample in run.samples), run.cached_tokens),
@@ -123,6 +132,59 @@ class LLM:
             )
             for prompt, request, run in zip(todo, requests, runs, strict=True)
         ]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, in the model's own format; what it writes comes as it is, tool calls too.
+
+        ``tools``: the functions that the model is told of, as the API has them. ``continue_final_message``: go on with the last
+        message (with ``add_generation_prompt=False``). ``options``: those of ``generate``. Raises InvalidRequestError, also where
+        the model has no chat template.
+        """
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise InvalidRequestError(
+                f"chat_template_kwargs must be a mapping or None, got {chat_template_kwargs!r:.60}", param="chat_template_kwargs"
+            )
+        several = isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], list | tuple)
+        conversations: Sequence[Any] = messages if several else [messages]
+        variables = {**({} if tools is None else {"tools": tools}), **(chat_template_kwargs or {})}
+        prompts: list[Prompt] = [
+            self._chat_prompt(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                template_kwargs=variables,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, **options)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last", use_tqdm: bool = True) -> list[EmbeddingOutput]:
+        """A vector of length 1 of each prompt: what the last layer says of its last token, or of all of them (``mean``).
+
+        Each has ``TransformerSpec.embedding_size`` numbers, float32. Raises InvalidRequestError; EngineError where one fails.
+        """
+        if pooling not in ("mean", "last"):
+            raise InvalidRequestError(f"pooling must be mean or last, got {pooling!r:.60}", param="pooling")
+        nothing = SamplingParams(max_tokens=0)
+        requests = [replace(self._request(prompt, nothing), pooling=pooling) for prompt in _prompts(prompts)]
+        with self._lock:
+            runs = self._run(requests, use_tqdm)
+        outputs = []
+        for request, run in zip(requests, runs, strict=True):
+            if run.vector is None:
+                raise EngineError(f"the request could not be finished: {run.samples[0].choice(0).stop_reason}")
+            outputs.append(EmbeddingOutput(request.request_id, request.prompt_token_ids, Embedding(unit_vector(run.vector))))
+        return outputs
 
     def reset_prefix_cache(self) -> None:
         """Forget what was computed so far: no later request finds it."""
@@ -144,10 +206,11 @@ class LLM:
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """``stream`` the next message of a conversation, in the model's own format. Raises InvalidRequestError where it has none."""
-        text = self.tokenizer.render_chat(messages)
+        return self._stream(self._request(self._chat_prompt(messages), self._for_stream(params)), continues_prompt=False)
+
+    def _chat_prompt(self, messages: Conversation, **how: Any) -> TokensPrompt:
         # Templates spell out the special tokens themselves.
-        prompt: TokensPrompt = {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
-        return self._stream(self._request(prompt, self._for_stream(params)), continues_prompt=False)
+        return {"prompt_token_ids": self.tokenizer.encode(self.tokenizer.render_chat(messages, **how), add_special_tokens=False)}
 
     def _for_stream(self, params: SamplingParams | None) -> SamplingParams:
         params = self._params(params, 1)[0]
@@ -231,6 +294,8 @@ class LLM:
                         run.cached_tokens = output.cached_tokens
                     if output.prompt_logprobs is not None:
                         run.scores = output.prompt_logprobs
+                    if output.vector is not None:
+                        run.vector = output.vector
                     sample = run.samples[output.index]
                     if sample.finished:
                         continue
@@ -260,22 +325,22 @@ class LLM:
         return list(params)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        if prompt == "":
-            raise empty_prompt()
-        if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
+        if (text := _text(prompt)) is not None:
+            if not text:
+                raise empty_prompt()
+            tokens = self.tokenizer.encode(text)
         elif isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
-            given: Any = prompt["prompt_token_ids"]
+            given: Any = prompt["prompt_token_ids"]  # type: ignore[typeddict-item]
             tokens = list(given) if isinstance(given, Sequence) else []
             if not isinstance(given, Sequence) or not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
                 raise InvalidRequestError("prompt_token_ids must be a list of integers", param="prompt")
         else:
-            raise InvalidRequestError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {prompt!r:.60}", param="prompt")
+            raise InvalidRequestError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {_shown(prompt)}", param="prompt")
         self.engine.limits.check(tokens, params)
         with self._lock:
             number = self._requests
             self._requests += 1
-        seed = params.seed if params.seed is not None else _derived_seed(self.config.seed, number)
+        seed = params.seed if params.seed is not None else request_seed(self.config.seed, number)
         return Request(str(number), tokens, params, seed % (1 << 64), self.backend.spec.eos_token_ids)
 
 
@@ -287,6 +352,21 @@ class _Run:
     cached_tokens: int = 0
     scores: list[TokenLogprobs] | None = None
     """Of the prompt."""
+    vector: list[float] | None = None
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    return list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
+
+
+def _text(prompt: Prompt) -> str | None:
+    """None where it is no text."""
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) and "prompt_token_ids" not in prompt else prompt
+    return text if isinstance(text, str) else None
+
+
+def _shown(prompt: object) -> str:
+    return f"{' '.join(repr(prompt).split()):.60}"
 
 
 def _priorities(priority: int | Sequence[int] | None, count: int) -> list[int]:
@@ -295,8 +375,3 @@ def _priorities(priority: int | Sequence[int] | None, count: int) -> list[int]:
     if len(priority) != count:
         raise InvalidRequestError(f"{count} prompts but {len(priority)} priorities: give one, or one for each prompt", param="priority")
     return list(priority)
-
-
-def _derived_seed(seed: int, number: int) -> int:
-    """Seed of the ``number``-th request that brought none: the same script with the same ``LLM(seed=)`` repeats itself."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "little")

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import math
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -62,6 +65,27 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """For each token of the prompt: token id → Logprob, the prompt's own comes first; None for the first token, which nothing
     predicts. None unless asked for."""
+
+
+@dataclass(slots=True, frozen=True)
+class Embedding:
+    embedding: list[float]
+    """Of length 1, rounded to float32."""
+
+
+@dataclass(slots=True, frozen=True)
+class EmbeddingOutput:
+    """The vector of one prompt, in the order in which prompts were given."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: Embedding
+
+
+def unit_vector(vector: Sequence[float]) -> list[float]:
+    """``vector`` divided by its length, rounded to float32; zeros stay zeros."""
+    length = math.sqrt(math.fsum(x * x for x in vector)) or 1.0
+    return array("f", [x / length for x in vector]).tolist()
 
 
 @dataclass(slots=True)

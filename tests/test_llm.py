@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quire import LLM, SamplingParams, Structured
@@ -18,6 +19,7 @@ from quire.config import EngineConfig, parse_bytes
 from quire.core.sequence import Request, Retention
 from quire.errors import CapacityError, ConfigError, ContextLengthError, EngineError, InvalidRequestError, ModelLoadError
 from quire.outputs import Choice, SequenceOutput, TokenLogprobs
+from quire.text.chat import Message
 from quire.text.output import OutputAssembler, best_choices
 
 PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def push(self, item):"]
@@ -135,6 +137,45 @@ def test_stop_strings_end_a_sample_and_free_it(llm: LLM) -> None:
     assert llm.engine.stats().kv.used_blocks == 0
     with_stop = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=stop, include_stop_str_in_output=True)
     assert llm.generate(PROMPTS[0], with_stop)[0].outputs[0].text == whole[: whole.index(stop)] + stop
+
+
+def test_prompts_may_be_written_as_vllm_has_them(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=6, temperature=0)
+    plain, named = (llm.generate(prompt, params)[0] for prompt in ("def add(a", {"prompt": "def add(a"}))
+    assert (named.prompt, named.outputs[0].text) == (plain.prompt, plain.outputs[0].text)
+    wrong: list[Any] = [np.array(["a", "b"]), [np.array([1, 2])], None, {"prompt": None}, [{}]]
+    for prompt in wrong:
+        with pytest.raises(InvalidRequestError, match="a prompt is a string or"):
+            llm.generate(prompt, params)
+
+
+def test_chat(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=6, temperature=0)
+    talks: list[list[Message]] = [[{"role": "user", "content": text}] for text in ("What is a list?", "Sort it.")]
+    both = llm.chat(talks, params)
+    assert [llm.chat(talk, params)[0].outputs[0].text for talk in talks] == [output.outputs[0].text for output in both]
+    assert "".join(llm.stream_chat(talks[0], params)) == both[0].outputs[0].text
+    begun: list[Message] = [*talks[0], {"role": "assistant", "content": both[0].outputs[0].text[:5]}]
+    more = llm.chat(begun, params, add_generation_prompt=False, continue_final_message=True)[0]
+    assert llm.tokenizer.decode(more.prompt_token_ids).endswith(both[0].outputs[0].text[:5])
+    for messages, options in (
+        ([], {}), ("Hello", {}), (5, {}), ([5], {}), ([talks[0], 5], {}), ([[]], {}), (talks[0], {"chat_template_kwargs": 5}),
+        (talks[0], {"continue_final_message": True}), (talks[0], {"retention": {}}),
+    ):  # fmt: skip
+        with pytest.raises(InvalidRequestError):
+            llm.chat(messages, params, **options)  # type: ignore[arg-type]
+
+
+def test_embeddings(llm: LLM) -> None:
+    vectors = [np.array(output.outputs.embedding) for output in llm.embed(["def add(a, b):", "import os"])]
+    assert [len(vector) for vector in vectors] == [llm.backend.spec.embedding_size] * 2
+    assert np.allclose([vector @ vector for vector in vectors], 1, atol=1e-6)
+    assert llm.embed("import os")[0].outputs.embedding == vectors[1].tolist(), "whatever runs beside it"
+    assert llm.embed("import os", pooling="mean")[0].outputs.embedding != vectors[1].tolist()
+    with pytest.raises(InvalidRequestError, match="mean or last"):
+        llm.embed("import os", pooling="cls")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="2,048"):
+        llm.embed("a" * 9_000)
 
 
 def test_stream_gives_the_same_text_and_can_be_left(llm: LLM) -> None:

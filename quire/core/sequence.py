@@ -14,6 +14,7 @@ logits are still wanted.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -233,3 +234,8 @@ class Sequence:
 def derive_seed(seed: int, index: int) -> int:
     """Seed of the request's index-th sequence: the request's own for the first, then spread by an odd constant (Weyl)."""
     return (seed + index * 0x9E3779B97F4A7C15) % (1 << 64)
+
+
+def request_seed(seed: int, number: int) -> int:
+    """Seed of the ``number``-th request that brought none of its own: the same work with the same ``seed`` repeats itself."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "little")

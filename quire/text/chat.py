@@ -69,7 +69,7 @@ class ChatTemplates:
                 param="continue_final_message",
             )
         name = self._choose(variables)
-        if isinstance(messages, str | bytes | Mapping) or not messages:
+        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
             raise InvalidRequestError(f"messages must be a list of at least one message, got {messages!r:.60}", param="messages")
         chat = [_message(i, m, self._sources[name]) for i, m in enumerate(messages)]
         more = _plain(variables, "chat_template_kwargs")

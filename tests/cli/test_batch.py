@@ -72,6 +72,18 @@ def test_lines_are_answered_in_order_and_errors_stand_in_their_place(tmp_path: P
     assert "is a folder: name a file" in err
 
 
+def test_lines_without_seed_follow_the_seed_of_the_command(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", *({"prompt": "import ", "max_tokens": 12, "temperature": 1.5} for _ in range(2)))
+
+    def texts(name: str, *arguments: str) -> list[str]:
+        assert run(source, tmp_path / name, *arguments)[0] == 0
+        return [each["response"]["body"]["choices"][0]["text"] for each in read(tmp_path / name)]
+
+    first, again, other = texts("first"), texts("again", "--max-num-seqs", "1"), texts("other", "--seed", "1")
+    assert first == again != other
+    assert first[0] != first[1]
+
+
 def test_whatever_ends_it_the_same_command_goes_on(tmp_path: Path) -> None:
     count = 60
     source = write(

@@ -139,7 +139,7 @@ def run(
         most = loaded.limits.max_num_seqs * 5 // 4 + 1  # a few wait, so that no row is ever empty
         runner = Runner(
             job.store, client, Gate(client, most, most), max_lines=MAX_LINES, max_line_bytes=server_config.max_body_bytes,
-            on_progress=progress, finish=lambda store, batch: _finish(job.target, store, batch), again=False,
+            on_progress=progress, finish=lambda store, batch: _finish(job.target, store, batch), again=False, seed=engine_config.seed,
         )  # fmt: skip
         context = Context(
             client, tokenizer, server_config, names[0], tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults), aliases=names[1:],

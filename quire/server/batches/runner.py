@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from quire.config import ServerConfig
+from quire.core.sequence import request_seed
 from quire.errors import QuireError
 from quire.logs import ThrottledLog
 from quire.server.batches import results
@@ -105,6 +106,8 @@ class Runner:
     """Writes the results, and ends the batch; called again where it was interrupted."""
     again: bool = True
     """Go on with a batch whose files can't be read, when they can; else ``finished`` raises what it met."""
+    seed: int | None = None
+    """What the seeds of lines that bring none are made of; None: they are random."""
     endpoints: Sequence[str] = ()
     """That the application has, of ENDPOINTS."""
     _app: App | None = None
@@ -265,7 +268,10 @@ class Runner:
     async def _run_line(self, batch: Batch, line: Line, source: int) -> None:
         data = await asyncio.to_thread(os.pread, source, line.length, line.offset)
         value = parse_line(data)  # as it was validated
-        body, caller = json_bytes(value["body"]), Caller(batch.tenant, background=True)
+        body = value["body"]
+        if self.seed is not None and body.get("seed") is None:
+            body["seed"] = request_seed(self.seed, line.number)
+        body, caller = json_bytes(body), Caller(batch.tenant, background=True)
         while True:
             reply = await self._post(value["url"], body, caller)
             if reply.status not in (429, 499, 503):

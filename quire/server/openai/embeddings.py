@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import math
 import sys
 import time
 from array import array
@@ -18,7 +17,7 @@ from fastapi.responses import Response
 from quire.core.plan import Pooling
 from quire.core.sequence import Request as EngineRequest
 from quire.errors import EngineError, InvalidRequestError, QuireError
-from quire.outputs import Usage
+from quire.outputs import Usage, unit_vector
 from quire.sampling_params import SamplingParams, integer
 from quire.server.calls.fields import parse, shown
 from quire.server.calls.prompts import completion_prompts
@@ -98,14 +97,13 @@ async def _run(context: Context, caller: Caller, body: EmbeddingRequest, call: C
 
 def _written(vector: list[float], body: EmbeddingRequest) -> list[float] | str:
     """The first ``dimensions`` numbers, divided by their length, as float32 in the wanted form."""
-    kept = vector[: body.dimensions]
-    length = math.sqrt(math.fsum(x * x for x in kept)) or 1.0
-    numbers = array("f", [x / length for x in kept])
+    numbers = unit_vector(vector[: body.dimensions])
     if body.encoding_format != "base64":
-        return numbers.tolist()
+        return numbers
+    packed = array("f", numbers)
     if sys.byteorder == "big":
-        numbers.byteswap()
-    return base64.b64encode(numbers.tobytes()).decode()
+        packed.byteswap()
+    return base64.b64encode(packed.tobytes()).decode()
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str | None:
