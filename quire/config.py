@@ -161,7 +161,12 @@ class EngineConfig(_Checked):
     )
     cuda_graphs: bool = option(True, "on a GPU: capture decode steps, and run them with one launch each")
     threads: int | None = option(None, "threads that compute (default: the cores that this process may use)", low=1, high=256)
-    seed: int = option(0, "seeds the requests that bring no seed of their own (offline API, quire batch run; for a server they are random)", low=0, high=(1 << 63) - 1)
+    seed: int = option(
+        0,
+        "seeds the requests that bring no seed of their own (offline API, batch run; in a server they are random)",
+        low=0,
+        high=(1 << 63) - 1,
+    )
     kv_debug: bool = field(
         default=False, metadata={"help": "fill fresh KV blocks with NaN, to find reads of memory that was never written"}
     )

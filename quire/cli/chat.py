@@ -91,11 +91,12 @@ class Chat:
         """Until the input ends. The exit code: that of the last error, where something failed."""
         from quire.cli.terminal import read_message
 
-        while (text := read_message()) is not None:
+        while (said := read_message()) is not None:
+            text, is_line = said
             if not text.strip():
                 continue
             try:
-                if text.startswith("/"):
+                if is_line and text.startswith("/"):
                     if not self._command(*text.strip().partition(" ")[::2]):
                         break
                 else:

@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The first process of a container is not ended by a signal that it has no handler for: `docker stop`, before the server
         # takes SIGTERM over, would wait in vain.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    _open_closed_streams()
     args = build_parser().parse_args(argv)
     try:
         code: int = args.run(args)
@@ -89,6 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quire: {e.strerror or e}{f': {e.filename}' if e.filename else ''}", file=sys.stderr)
         _forget_output()
         return 1
+
+
+def _open_closed_streams() -> None:
+    """Where the caller closed standard streams (``>&-``) they are nothing's: the next file or socket would be given their numbers, and
+    what is printed would end there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
 def _forget_output() -> None:

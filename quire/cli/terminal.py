@@ -10,18 +10,20 @@ import sys
 QUOTES = '"""'
 
 
-def read_message(prompt: str = "> ") -> str | None:
+def read_message(prompt: str = "> ") -> tuple[str, bool] | None:
     """What the user says next: a line, a paste of several, or what stands between two lines of three quotes; None at the end.
 
-    At a terminal with line editing and a history; Ctrl-C drops what was typed so far.
+    With it: whether it is just a line, which may be a command. At a terminal with line editing and a history; Ctrl-C drops what was typed so far.
     """
     line = _read(prompt)
-    if line is None or line.strip() != QUOTES:
-        return line
+    if line is None:
+        return None
+    if line.strip() != QUOTES:
+        return line, "\n" not in line.strip()
     lines: list[str] = []
     while (line := _read(". ")) is not None and line.strip() != QUOTES:
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(lines), False
 
 
 def _read(prompt: str) -> str | None:

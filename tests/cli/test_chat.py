@@ -38,14 +38,14 @@ def chat(stdin: str, *arguments: str) -> tuple[int, str, str]:
 
 def test_a_conversation_with_a_model_in_this_process(tmp_path: Path) -> None:
     kept = tmp_path / "kept.json"
-    said = ["import os", "/system answer in Python", '"""', "def f(x):", "    return", '"""', "/regenerate", f"/save {kept}",
+    said = ["import os", "/system answer in Python", '"""', "/etc/hosts", '"""', "/clear", '"""', "def f(x):", "    return", '"""', "/regenerate", f"/save {kept}",
             f"/save {kept}", "/nothing", "/clear", "/regenerate", "/help", "/exit", "never said"]  # fmt: skip
     code, out, err = chat("\n".join(said), "--max-tokens", "8", "--temperature", "0", "--kv-memory", "32MiB")
     first, second, third = (each["content"] for each in json.loads(kept.read_text())["messages"])
     assert (first, second) == ("answer in Python", "def f(x):\n    return"), "the conversation begins again with a new system message"
     assert third
     assert out.count(third) == 2, "answered, and again"
-    assert err.count("[8 tokens") == 3
+    assert err.count("[8 tokens") == 4
     assert "tokens/s, the first after" in err
     for words in ("File exists", "there is no command /nothing", "nothing was answered yet", "/regenerate    "):
         assert words in err
@@ -112,7 +112,7 @@ def test_a_terminal(server: Server) -> None:
     try:
         read_until(b"/help lists the commands")
         read_until(b"> ")
-        os.write(master, b"\x1b[200~first line\rsecond line\x1b[201~\r")
+        os.write(master, b"\x1b[200~/first line\rsecond line\x1b[201~\r")
         wait_until(lambda: server.client.in_flight == 1, "it is being answered")
         os.write(master, b"\x03")
         read_until(b"; stopped]")

@@ -147,6 +147,14 @@ def test_bytes_that_are_no_text_are_a_bad_prompt() -> None:
     assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_empty(closed: str) -> None:
+    command = f"{sys.executable} -P -m quire.cli.main run --max-tokens 2 {closed}"
+    done = subprocess.run(command, shell=True, input="import os\n", capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("import os") is ("<" not in closed and ">&-" not in closed.split())
+
+
 def test_a_terminal_that_is_not_utf_8_shows_what_it_can() -> None:
     done = quire("run", "-p", "é", "--max-tokens", "1", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
