@@ -16,6 +16,12 @@ MAX_CHARS = {"json": 128 << 10, "regex": 16 << 10, "choice": 128 << 10, "grammar
 """Of a form's text, by its kind."""
 MAX_CHOICES = 10_000
 MAX_WHITESPACE_CHARS = 256
+REMARKS = ("title", "description", "$comment", "$schema")
+"""Keywords of JSON schemas that only readers need."""
+STRING_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+"""Values of ``format`` that are enforced. Others are remarks (JSON Schema 2020-12, Validation, section 7)."""
+VALUES = ("const", "enum", "default", "examples")
+"""What these keywords hold is no schema."""
 _NAMES = {"json": "the JSON schema", "regex": "the regular expression", "choice": "the list of choices", "grammar": "the grammar"}
 
 
@@ -63,7 +69,7 @@ class Structured:
         if not isinstance(schema, Mapping):
             raise InvalidRequestError(f"{source}: a JSON schema is an object, got {schema!r:.60}", param=source)
         try:
-            text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            text = json.dumps(lean(schema), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         except RecursionError:
             raise _too_deep(source) from None
         except (TypeError, ValueError) as e:
@@ -99,6 +105,20 @@ class Structured:
 
     def error(self, what: str) -> InvalidRequestError:
         return InvalidRequestError(f"{self.source}: {what}", param=self.source)
+
+
+def lean(schema: Any) -> Any:
+    """A JSON schema without remarks, which are most of it."""
+    if isinstance(schema, list):
+        return [lean(entry) for entry in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {key: value if key in VALUES else lean(value) for key, value in schema.items() if not _is_remark(key, value)}
+
+
+def _is_remark(key: str, value: Any) -> bool:
+    """A property may have such a name; what it maps to is no text then."""
+    return isinstance(value, str) and (key in REMARKS or (key == "format" and value not in STRING_FORMATS))
 
 
 def _parsed(text: str, source: str) -> Any:

@@ -13,7 +13,8 @@ QUOTES = '"""'
 def read_message(prompt: str = "> ") -> tuple[str, bool] | None:
     """What the user says next: a line, a paste of several, or what stands between two lines of three quotes; None at the end.
 
-    With it: whether it is just a line, which may be a command. At a terminal with line editing and a history; Ctrl-C drops what was typed so far.
+    With it: whether it is just a line, which may be a command. At a terminal with line editing and a history; Ctrl-C drops what was
+    typed so far.
     """
     line = _read(prompt)
     if line is None:

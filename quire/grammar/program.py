@@ -73,7 +73,7 @@ def _source(structured: Structured) -> str:
     from llguidance import LLMatcher
 
     if structured.kind == "json":
-        return LLMatcher.grammar_from_json_schema(structured.value, overrides=_spacing(structured))
+        return LLMatcher.grammar_from_json_schema(structured.value, overrides=_options(structured))
     if structured.kind == "regex":
         return LLMatcher.grammar_from_regex(structured.value)
     if structured.kind == "choice":  # one token of the grammar: far cheaper than as many alternatives
@@ -91,16 +91,18 @@ def _source(structured: Structured) -> str:
     return LLMatcher.grammar_from_lark(structured.value)
 
 
-def _spacing(structured: Structured) -> JsonCompileOptions:
-    """What may stand between the parts of JSON, as an option of llguidance."""
+def _options(structured: Structured) -> JsonCompileOptions:
+    """llguidance's options for a schema: what may stand between the parts of JSON; oneOf is enforced as anyOf is, which is the same
+    where no text fits two alternatives, as in unions with a discriminator."""
     space = WHITESPACE if structured.whitespace is None else structured.whitespace
-    return {"whitespace_pattern": space} if space else {"whitespace_flexible": False}
+    options: JsonCompileOptions = {"whitespace_pattern": space} if space else {"whitespace_flexible": False}
+    return {**options, "coerce_one_of": True}
 
 
 def json_rule(structured: Structured) -> str:
     """A form of kind ``json`` as the right side of a rule of Lark. Raises InvalidRequestError."""
     try:
-        return f"%json {json.dumps(json.loads(structured.value) | {'x-guidance': _spacing(structured)})}"
+        return f"%json {json.dumps(json.loads(structured.value) | {'x-guidance': _options(structured)})}"
     except RecursionError:
         raise structured.error("the JSON schema is nested too deeply") from None
 

@@ -38,8 +38,9 @@ def chat(stdin: str, *arguments: str) -> tuple[int, str, str]:
 
 def test_a_conversation_with_a_model_in_this_process(tmp_path: Path) -> None:
     kept = tmp_path / "kept.json"
-    said = ["import os", "/system answer in Python", '"""', "/etc/hosts", '"""', "/clear", '"""', "def f(x):", "    return", '"""', "/regenerate", f"/save {kept}",
-            f"/save {kept}", "/nothing", "/clear", "/regenerate", "/help", "/exit", "never said"]  # fmt: skip
+    said = ["import os", "/system answer in Python", '"""', "/etc/hosts", '"""', "/clear", '"""', "def f(x):", "    return", '"""',
+            "/regenerate", f"/save {kept}", f"/save {kept}", "/nothing", "/clear", "/regenerate", "/help",
+            "/exit", "never said"]  # fmt: skip
     code, out, err = chat("\n".join(said), "--max-tokens", "8", "--temperature", "0", "--kv-memory", "32MiB")
     first, second, third = (each["content"] for each in json.loads(kept.read_text())["messages"])
     assert (first, second) == ("answer in Python", "def f(x):\n    return"), "the conversation begins again with a new system message"

@@ -9,12 +9,12 @@ import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import openai
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from quire.errors import EngineError
 from quire.server.calls import compiler as compiler_module
@@ -141,6 +141,36 @@ def test_openai_client_parses_into_a_model(real: Process) -> None:
     assert isinstance(parsed.choices[0].message.parsed, Thing)
     with client.chat.completions.stream(model=model, messages=messages, response_format=Thing, seed=1, max_tokens=400) as stream:
         assert stream.get_final_completion().choices[0].message.parsed == parsed.choices[0].message.parsed
+
+
+class Circle(BaseModel):
+    kind: Literal["circle"]
+    radius: int = Field(ge=1, le=9)
+
+
+class Square(BaseModel):
+    kind: Literal["square"]
+    side: int = Field(ge=1, le=9)
+
+
+Shape = TypeAdapter(Annotated[Circle | Square, Field(discriminator="kind")])
+
+
+def test_a_union_with_a_discriminator(real: Process) -> None:
+    """Pydantic writes it as a oneOf of references."""
+    schema = Shape.json_schema()
+    assert "$ref" in schema["oneOf"][0]
+    for seed in range(4):
+        Shape.validate_json(text(ask(real, response_format=response_format(schema), seed=seed)))
+
+
+def test_formats_that_nobody_enforces_are_remarks(real: Process) -> None:
+    schema = {"type": "object", "required": ["format", "day"], "additionalProperties": False, "properties": {
+        "format": {"type": "string", "format": "password", "maxLength": 3}, "day": {"type": "string", "format": "date"},
+    }}  # fmt: skip
+    made = json.loads(text(ask(real, response_format=response_format(schema))))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", made["day"])
+    assert len(made["format"]) <= 3
 
 
 def test_bad_words_and_allowed_tokens(real: Process) -> None:

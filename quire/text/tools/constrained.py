@@ -8,15 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quire.structured import lean
 from quire.text.tools.formats import END_THINK, THINK
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """White space within arguments, as chat templates write it."""
-
-
-REMARKS = ("title", "description", "$comment", "$schema")
-VALUES = ("const", "enum", "default", "examples")
-"""What these keywords hold is no schema."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -93,16 +89,5 @@ def _text(text: str) -> str:
 
 def _schema(function: Mapping[str, Any]) -> str:
     """The arguments. Keywords that can't be enforced are left to chance, but for a function that is ``strict``."""
-    guidance = SPACING | {"lenient": not function.get("strict")}
-    return json.dumps({"type": "object"} | _lean(function.get("parameters") or {}) | {"x-guidance": guidance})
-
-
-def _lean(schema: Any) -> Any:
-    """A schema without what only readers need, which is most of it."""
-    if isinstance(schema, list):
-        return [_lean(entry) for entry in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    # A property may have one of these names; what it maps to is no text then.
-    kept = {key: value for key, value in schema.items() if not (key in REMARKS and isinstance(value, str))}
-    return {key: value if key in VALUES else _lean(value) for key, value in kept.items()}
+    guidance = SPACING | {"lenient": not function.get("strict"), "coerce_one_of": True}
+    return json.dumps({"type": "object"} | lean(function.get("parameters") or {}) | {"x-guidance": guidance})
