@@ -143,12 +143,12 @@ def test_openai_client_parses_into_a_model(real: Process) -> None:
         assert stream.get_final_completion().choices[0].message.parsed == parsed.choices[0].message.parsed
 
 
-class Circle(BaseModel):
+class Circle(BaseModel, extra="forbid"):
     kind: Literal["circle"]
     radius: int = Field(ge=1, le=9)
 
 
-class Square(BaseModel):
+class Square(BaseModel, extra="forbid"):
     kind: Literal["square"]
     side: int = Field(ge=1, le=9)
 
