@@ -143,12 +143,12 @@ def test_openai_client_parses_into_a_model(real: Process) -> None:
         assert stream.get_final_completion().choices[0].message.parsed == parsed.choices[0].message.parsed
 
 
-class Circle(BaseModel, extra="forbid"):
+class Circle(BaseModel):
     kind: Literal["circle"]
     radius: int = Field(ge=1, le=9)
 
 
-class Square(BaseModel, extra="forbid"):
+class Square(BaseModel):
     kind: Literal["square"]
     side: int = Field(ge=1, le=9)
 
@@ -161,7 +161,11 @@ def test_a_union_with_a_discriminator(real: Process) -> None:
     schema = Shape.json_schema()
     assert "$ref" in schema["oneOf"][0]
     for seed in range(4):
-        Shape.validate_json(text(ask(real, response_format=response_format(schema), seed=seed)))
+        answer = ask(real, response_format=response_format(schema), seed=seed, max_tokens=30)  # other properties may follow, without end
+        assert answer.status_code == 200, answer.text
+        assert re.match(
+            r'\{\s*"kind"\s*:\s*"(circle"\s*,\s*"radius|square"\s*,\s*"side)"\s*:\s*[1-9]\b', answer.json()["choices"][0]["text"]
+        )
 
 
 def test_formats_that_nobody_enforces_are_remarks(real: Process) -> None:
