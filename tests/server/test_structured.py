@@ -9,12 +9,12 @@ import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jsonschema
 import openai
 import pytest
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field
 
 from quire.errors import EngineError
 from quire.server.calls import compiler as compiler_module
@@ -143,29 +143,11 @@ def test_openai_client_parses_into_a_model(real: Process) -> None:
         assert stream.get_final_completion().choices[0].message.parsed == parsed.choices[0].message.parsed
 
 
-class Circle(BaseModel):
-    kind: Literal["circle"]
-    radius: int = Field(ge=1, le=9)
-
-
-class Square(BaseModel):
-    kind: Literal["square"]
-    side: int = Field(ge=1, le=9)
-
-
-Shape = TypeAdapter(Annotated[Circle | Square, Field(discriminator="kind")])
-
-
-def test_a_union_with_a_discriminator(real: Process) -> None:
-    """Pydantic writes it as a oneOf of references."""
-    schema = Shape.json_schema()
-    assert "$ref" in schema["oneOf"][0]
-    for seed in range(4):
-        answer = ask(real, response_format=response_format(schema), seed=seed, max_tokens=30)  # other properties may follow, without end
-        assert answer.status_code == 200, answer.text
-        assert re.match(
-            r'\{\s*"kind"\s*:\s*"(circle"\s*,\s*"radius|square"\s*,\s*"side)"\s*:\s*[1-9]\b', answer.json()["choices"][0]["text"]
-        )
+def test_one_of_alternatives_that_may_overlap(real: Process) -> None:
+    """As by zod's union; llguidance refuses it by itself."""
+    few = {"type": "string", "maxLength": 3}
+    made = json.loads(text(ask(real, response_format=response_format({"oneOf": [few, {"type": "string", "pattern": "^a{2,5}$"}]}))))
+    assert len(made) <= 3 or re.fullmatch("a{2,5}", made)
 
 
 def test_formats_that_nobody_enforces_are_remarks(real: Process) -> None:
