@@ -61,16 +61,16 @@ class RequestLimits:
                 param="prompt", prompt=prompt, most=most,
             )  # fmt: skip
         room = context - prompt
+        if params.min_tokens > room:
+            raise ContextLengthError(
+                f"prompt {prompt:,} + min_tokens {params.min_tokens:,} > context {context:,}: lower min_tokens to at most {room:,}",
+                param="min_tokens",
+            )
         if params.max_tokens is not None and params.max_tokens > room:
             raise ContextLengthError(
                 f"prompt {prompt:,} + max_tokens {params.max_tokens:,} > context {context:,}: lower max_tokens to at most {room:,}, "
                 "or serve with a longer --max-model-len if the model allows it",
                 param="max_tokens",
-            )
-        if params.min_tokens > room:
-            raise ContextLengthError(
-                f"prompt {prompt:,} + min_tokens {params.min_tokens:,} > context {context:,}: lower min_tokens to at most {room:,}",
-                param="min_tokens",
             )
         lists = {"stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias, "allowed_token_ids": params.allowed_token_ids}
         for name, ids in lists.items():

@@ -82,8 +82,8 @@ def create_app(context: Context) -> FastAPI:
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path, method))
-    for path, handler in (("/health", health), ("/ping", health), ("/ready", ready)):  # probes that want no body
-        app.add_api_route(path, handler, methods=["HEAD"], response_model=None, include_in_schema=False)
+        if method == "GET" and handler is not page.events:
+            app.add_api_route(path, handler, methods=["HEAD"], response_model=None, include_in_schema=False)
     openapi.install(app)
     paths = list(dict.fromkeys(path.replace(":path", "") for _, path, _ in routes))
     errors.install(app, [*paths, "/docs"])

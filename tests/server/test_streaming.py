@@ -203,6 +203,25 @@ def test_slow_reader_gets_everything(fake: Server, monkeypatch: pytest.MonkeyPat
     assert (unsent > 0) == (logprobs is None)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_of_http_1_0_gets_no_chunks(fake: Server, stream: bool) -> None:
+    """It knows no framing: what has no length ends with the connection."""
+    fields = body(22, max_tokens=20, stream=stream)
+    usual = http.post(fake.url + COMPLETIONS, json=fields)
+    payload = json.dumps(fields).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE_S) as connection:
+        connection.sendall(head.encode() + payload)
+        got = b"".join(iter(lambda: connection.recv(65536), b""))
+    headers, _, rest = got.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in headers
+    assert b"connection: close" in headers
+    if stream:
+        assert stream_text(events(rest.decode())) == stream_text(events(usual.text))
+    else:
+        assert json.loads(rest)["choices"] == usual.json()["choices"]
+
+
 def test_requests_in_a_row_on_one_connection_get_each_its_own(fake: Server) -> None:
     """Both are sent at once (HTTP pipelining): what is pushed past the application belongs to the first until that one has ended."""
     requests = [body(20, max_tokens=60, stream=True), body(21, max_tokens=60, stream=True)]

@@ -192,6 +192,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._between = False
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            _unframed(self.cycle)
         if len(self.pipeline) > MAX_PIPELINED:
             self._fault = InvalidRequestError(f"more than {MAX_PIPELINED} requests were sent before the first was answered")
             raise self._fault
@@ -256,6 +258,19 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif not self.transport.is_closing():
             self._refuse(TimedOutError(f"the request's headers did not arrive within {HEADER_TIMEOUT_S:g} seconds"))
+
+
+def _unframed(cycle: RequestResponseCycle) -> None:
+    """For a client of HTTP/1.0, which knows no chunks: what has no length ends with the connection (RFC 9112, sections 6.1 and 6.3)."""
+    cycle.chunked_encoding = False
+    send = cycle.send
+
+    async def send_plainly(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_plainly  # type: ignore[method-assign]
 
 
 def _too_large() -> QuireError:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +431,51 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(window: Browser, tmp_path: 
         window.wait(f"{STATE} === 'away' || {STATE} === 'stopping'", "a stopped server is shown")
     finally:
         process.kill()
+
+
+@contextmanager
+def behind_a_path(url: str) -> Iterator[str]:
+    """A reverse proxy that has the server under a path of its own, as companies have it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not self.path.startswith("/models/quire/"):
+                self.send_error(404)
+                return
+            content = self.rfile.read(int(self.headers.get("content-length", 0)))
+            path, sent = self.path.removeprefix("/models/quire"), {"content-type": "application/json", "accept": "*/*"}
+            with contextlib.suppress(OSError), http.stream(self.command, url + path, content=content, headers=sent) as answer:
+                self.send_response(answer.status_code)
+                self.send_header("content-type", answer.headers["content-type"])
+                self.end_headers()
+                for part in answer.iter_bytes():
+                    self.wfile.write(part)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}/models/quire/"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+def test_the_page_behind_a_path(window: Browser, server: Process) -> None:
+    with behind_a_path(server.url) as url:
+        window.complaints(), window.requests()
+        window.open(url)
+        window.wait(f"{STATE} === 'running'", "the page shows the engine")
+        window.type("#prompt-text", "def f(")
+        window.click("#send")
+        window.wait("document.querySelector('#timing').innerText.includes('first token')", "the prompt is answered")
+        assert not window.complaints()
+        assert not [asked for asked in window.requests() if not asked.startswith((url, "data:"))]
+        window.open("about:blank")
 
 
 def test_a_pool_of_many_blocks_is_shown_in_proportion(window: Browser) -> None:

@@ -172,7 +172,7 @@ async function connection(view, show) {
   look();
   document.addEventListener("visibilitychange", look);
   try {
-    const response = await fetch("/page/events", { headers: headers(), cache: "no-store", signal: abort.signal });
+    const response = await fetch("page/events", { headers: headers(), cache: "no-store", signal: abort.signal });
     if (!response.ok) return response.status === 401 ? "key" : (await response.json()).error.message;
     await read(response.body, (picture) => {
       view.apply(picture);

@@ -36,7 +36,7 @@ export class Prompt {
     this.#busy(true);
     this.#say("…");
     try {
-      const response = await fetch(chat ? "/v1/chat/completions" : "/v1/completions", {
+      const response = await fetch(chat ? "v1/chat/completions" : "v1/completions", {
         method: "POST", headers: headers({ "content-type": "application/json" }), body: JSON.stringify(body), signal: this.#abort.signal,
       });
       if (response.status === 401) this.needKey();
