@@ -53,5 +53,5 @@ async def detokenize(request: Request) -> Response:
     # The inverse of /tokenize: what the tokenizer puts before every prompt is no part of the prompt.
     before = context.tokenizer.encode("")
     tokens = body.tokens[len(before) :] if body.tokens[: len(before)] == before else body.tokens
-    text = context.tokenizer.decode(tokens, skip_special_tokens=False)
+    text = await in_thread(len(tokens), lambda: context.tokenizer.decode(tokens, skip_special_tokens=False))
     return Response(json_bytes({"prompt": text}), media_type="application/json")
