@@ -22,6 +22,8 @@ from quire.server.http.errors import UnavailableError
 from quire.server.http.keys import App, KeyCheck, Keys, Receive, Scope, Send
 from quire.server.metrics.kv_sources import kv_event_sources
 from quire.server.metrics.route import metrics
+from quire.server.ollama import endpoint as ollama
+from quire.server.ollama import models
 from quire.server.openai import info, render
 from quire.server.openai.chat import chat_completions
 from quire.server.openai.chunks import json_bytes
@@ -61,6 +63,14 @@ def create_app(context: Context) -> FastAPI:
         ("GET", "/v1/responses/{response_id}/input_items", stored_response),
         ("POST", "/v1/messages", messages),
         ("POST", "/v1/messages/count_tokens", count_tokens),
+        ("POST", "/api/chat", ollama.chat),
+        ("POST", "/api/generate", ollama.generate),
+        ("POST", "/api/embed", ollama.embed),
+        ("POST", "/api/embeddings", ollama.embeddings),
+        ("POST", "/api/show", models.show),
+        ("GET", "/api/tags", models.tags),
+        ("GET", "/api/ps", models.running),
+        ("GET", "/api/version", models.version),
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
         ("GET", "/tokenizer_info", info.tokenizer_info),

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from quire.config import EngineConfig, ServerConfig
 from quire.errors import QuireError
 from quire.server.app import create_app
-from quire.server.banner import banner
+from quire.server.banner import banner, short_count
 from quire.server.batches.runner import open_runner
 from quire.server.calls.compiler import Compiler
-from quire.server.context import Context
+from quire.server.context import Context, ModelFacts
 from quire.server.engine.client import EngineClient
 from quire.server.engine.supervisor import EngineProcess, Supervisor
 from quire.server.http.keys import Keys
@@ -27,6 +27,7 @@ from quire.server.metrics.totals import Machine
 
 if TYPE_CHECKING:
     from quire.server.batches.store import Store
+    from quire.server.engine.messages import Loaded
 
 
 @dataclass(slots=True, frozen=True)
@@ -74,8 +75,8 @@ def load_model(start: Start) -> Serving:
     batches = None if start.store is None else open_runner(start.store, client, config)
     app = create_app(Context(
         client, tokenizer, config, start.model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-        embedding_size=loaded.spec.embedding_size, aliases=start.aliases, keys=start.keys, machine=machine,
-        publisher=start.observers.publisher, compiler=compiler, batches=batches,
+        embedding_size=loaded.spec.embedding_size, facts=_facts(loaded, engine_config), aliases=start.aliases, keys=start.keys,
+        machine=machine, publisher=start.observers.publisher, compiler=compiler, batches=batches,
     ))  # fmt: skip
 
     def ready() -> None:
@@ -90,3 +91,10 @@ def load_model(start: Start) -> Serving:
 
     link = Supervisor(start.engine, engine_config, config.engine_timeout, start.kv_events)
     return Serving(client, link, ready, batches)
+
+
+def _facts(loaded: Loaded, config: EngineConfig) -> ModelFacts:
+    family = loaded.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()
+    count = loaded.num_parameters
+    on_gpu = loaded.weight_bytes if config.device_kind == "gpu" else 0
+    return ModelFacts(family, count, short_count(count).replace(" ", ""), config.weight_width(loaded.dtype), loaded.weight_bytes, on_gpu)

@@ -43,7 +43,10 @@ def banner(
     rows = [
         ("URL", f"{url}/v1" + (" (asks for a key)" if keys else f" (documentation: {url}/docs)")),
         ("page", f"{url}/ shows the memory, live"),
-        ("model", f"{model}: {engine.architecture}, {_count(engine.num_parameters)} parameters, {dtype}, context {max_model_len:,} tokens"),
+        (
+            "model",
+            f"{model}: {engine.architecture}, {short_count(engine.num_parameters)} parameters, {dtype}, context {max_model_len:,} tokens",
+        ),
         *([("weights", engine.weight_note)] if engine.weight_note else []),
         (
             "KV pool",
@@ -74,7 +77,7 @@ def curl(url: str, model: str, keys: bool = False) -> str:
     return f"curl -N {shlex.quote(url + '/v1/completions')} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
-def _count(n: int) -> str:
+def short_count(n: int) -> str:
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= size:
             return f"{n / size:.1f} {unit}"

@@ -24,6 +24,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, frozen=True)
+class ModelFacts:
+    """What the served model is, for those who list models."""
+
+    family: str = ""
+    """Of its architecture, as in ``model_type``."""
+    num_parameters: int = 0
+    parameter_size: str = ""
+    """The same, as people say it."""
+    weights: str = ""
+    """Their format."""
+    weight_bytes: int = 0
+    vram_bytes: int = 0
+    """Of them, those in a GPU's memory."""
+
+
+@dataclass(slots=True, frozen=True)
 class Context:
     client: EngineClient
     tokenizer: Tokenizer
@@ -37,6 +53,7 @@ class Context:
     salts: Salts = field(default_factory=Salts)
     embedding_size: int = 0
     """Numbers of a vector of /v1/embeddings."""
+    facts: ModelFacts = field(default_factory=ModelFacts)
     aliases: tuple[str, ...] = ()
     """Other names of the served model."""
     keys: Keys | None = None

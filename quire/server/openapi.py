@@ -11,7 +11,15 @@ from quire.config import MAX_TIMEOUT_S
 from quire.sampling_params import MAX_BEAMS, MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_TOKENS
 from quire.server.anthropic.schemas import CountTokensRequest, MessagesRequest
 from quire.server.calls import schemas
-from quire.server.http.errors import is_anthropic
+from quire.server.http.errors import is_anthropic, is_ollama
+from quire.server.ollama.reply import MEDIA_TYPE
+from quire.server.ollama.schemas import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from quire.server.responses.schemas import ResponsesRequest
 
 _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
@@ -35,6 +43,14 @@ _SUMMARIES: dict[str, tuple[str, type[BaseModel] | None]] = {
     "/v1/responses/{response_id}/input_items": ("Not found: no response is kept", None),
     "/v1/messages": ("Answer a conversation, in the form of Anthropic's Messages API", MessagesRequest),
     "/v1/messages/count_tokens": ("How many tokens a conversation has", CountTokensRequest),
+    "/api/chat": ("Answer a conversation, in the form of Ollama's API", OllamaChatRequest),
+    "/api/generate": ("Answer a prompt, in the form of Ollama's API", OllamaGenerateRequest),
+    "/api/embed": ("One vector for each input, in the form of Ollama's API", OllamaEmbedRequest),
+    "/api/embeddings": ("One vector, in the older form of Ollama's API", OllamaEmbeddingsRequest),
+    "/api/show": ("The served model, as Ollama's clients ask for it", OllamaShowRequest),
+    "/api/tags": ("The names of the served model, as Ollama's clients ask for them", None),
+    "/api/ps": ("The served model, which is loaded, as Ollama's clients ask for it", None),
+    "/api/version": ("The version of Ollama's API that is answered", None),
     "/tokenize": ("A text or a conversation as token ids", schemas.TokenizeRequest),
     "/detokenize": ("Token ids as text", schemas.DetokenizeRequest),
     "POST /v1/files": ("Upload the lines of a batch", schemas.FileUpload),
@@ -86,6 +102,7 @@ _ANTHROPIC_ERROR = {
         "error": {"type": "object", "properties": {"type": {"type": "string"}, "message": {"type": "string"}}},
     },
 }
+_OLLAMA_ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
 _ERRORS = {
     400: "a field, a prompt or the body's syntax is wrong; the message has the numbers and the remedy",
     401: "no API key, or one that nobody has (where the server asks for keys)",
@@ -101,7 +118,8 @@ _BODILESS = (400, 401, 404, 503)
 """Errors of routes that take no body."""
 _KINDS: dict[str, tuple[str, ...]] = {
     "/v1/completions": ("text/event-stream",), "/v1/chat/completions": ("text/event-stream",), "/v1/responses": ("text/event-stream",),
-    "/v1/messages": ("text/event-stream",), "/metrics": ("text/plain", "application/openmetrics-text"), "/": ("text/html",),
+    "/v1/messages": ("text/event-stream",), "/api/chat": (MEDIA_TYPE,), "/api/generate": (MEDIA_TYPE,),
+    "/metrics": ("text/plain", "application/openmetrics-text"), "/": ("text/html",),
     "/page/events": ("text/event-stream",), "/page/{name}": ("text/css", "text/javascript", "image/svg+xml"),
     "/v1/files/{file_id}/content": ("application/jsonl", "application/octet-stream", "text/plain"),
 }  # fmt: skip
@@ -128,10 +146,8 @@ def describe(path: str, method: str) -> dict[str, Any]:
     if schema is not None:
         kind = "multipart/form-data" if schema is schemas.FileUpload else "application/json"
         content = {kind: {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
-        name = "AnthropicError" if is_anthropic(path) else "Error"
         described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
-    else:
-        name = "Error"
+    name = "AnthropicError" if is_anthropic(path) else "OllamaError" if is_ollama(path) else "Error"
     error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
     errors = _ERRORS if schema is not None else {status: _ERRORS[status] for status in _BODILESS}
     described["responses"] = {status: {"description": text, "content": error} for status, text in errors.items()}
@@ -161,7 +177,7 @@ def install(app: FastAPI) -> None:
             models = [(schema, "validation") for _, schema in _SUMMARIES.values() if schema is not None]
             _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
             made.setdefault("components", {}).setdefault("schemas", {}).update(
-                _with_limits(definitions["$defs"]) | {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
+                _with_limits(definitions["$defs"]) | {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR, "OllamaError": _OLLAMA_ERROR}
             )
             app.openapi_schema = made
         return app.openapi_schema

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -17,7 +15,7 @@ from quire.server.calls.generation import new_id
 from quire.server.calls.sampling import names
 from quire.server.context import caller_of, context_of
 from quire.server.http.limits import read_json
-from quire.server.openai.chat import chat_call, chat_generation
+from quire.server.openai.chat import capped_call, chat_call, chat_generation
 from quire.server.openai.chunks import json_bytes
 
 _NAMES = {
@@ -38,9 +36,7 @@ async def messages(request: Request) -> Response:
         chat = chat_request(body, tools)
         call = await chat_call(context, chat, tools.availability)
         # As with Anthropic, who asks for more than the context has room for gets what there is, and is told at the end.
-        room = context.max_model_len - len(call.prompt.token_ids)
-        if capped := max(1, call.params.min_tokens) <= room < body.max_tokens:
-            call = replace(call, params=replace(call.params, max_tokens=room))
+        call, capped = capped_call(context, call)
         generation = chat_generation(context, caller_of(request), message_id, chat, call)
         reply = Reply(message_id, context.model, generation, capped=capped)
         return await deliver(request, generation, reply, bool(body.stream))

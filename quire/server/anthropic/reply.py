@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from quire.errors import QuireError
 from quire.server.calls.generation import Generation, Piece
-from quire.server.calls.turn import Block, Turn
+from quire.server.calls.turn import Block, Turn, arguments_of
 from quire.server.http.errors import anthropic_error_bytes
 from quire.server.openai.chunks import json_bytes, text_json
 
@@ -110,16 +109,4 @@ def _content(block: Block, whole: bool = False) -> dict[str, Any]:
         return {"type": "text", "text": block.text}
     if block.kind == "reasoning":
         return {"type": "thinking", "thinking": block.text, "signature": UNSIGNED if whole else ""}
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": _arguments(block.text) if whole else {}}
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    """Of a call. Where the end of the output has cut it off: what is there, which is what Anthropic's client makes of a stream too."""
-    from pydantic_core import from_json
-
-    try:
-        value = from_json(text or "{}", allow_partial=True, allow_inf_nan=False)
-        json.dumps(value, allow_nan=False)  # 1e999 is infinite all the same
-    except ValueError:
-        return {"INVALID_JSON": text}  # as Anthropic advises to hand such arguments back: a tool that is called with nothing might run
-    return value if isinstance(value, dict) else {"INVALID_JSON": text}
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": arguments_of(block.text) if whole else {}}

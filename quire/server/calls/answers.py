@@ -53,11 +53,11 @@ class Writer(Protocol):
         ...
 
 
-async def deliver(request: Request, generation: Generation, writer: Writer, stream: bool) -> Response:
-    """Run a generation, and answer. What can't be queued is refused before the answer begins."""
+async def deliver(request: Request, generation: Generation, writer: Writer, stream: bool, kind: str = EventStream.media_type) -> Response:
+    """Run a generation, and answer. What can't be queued is refused before the answer begins. kind: of a stream, its media type."""
     await generation.submit()
     if stream:
-        return EventStream(events(generation, writer, push_of(request.scope)), generation.close)
+        return EventStream(events(generation, writer, push_of(request.scope)), generation.close, kind)
     with generation:
         return await answer(request, writer.whole(generation))
 

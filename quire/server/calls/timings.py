@@ -29,17 +29,20 @@ class Timings:
             self.first_tokens = sum(len(output.token_ids) for output in outputs)
             self.queued_s = min(self.last - self.submitted, next((o.queued_s for o in outputs if o.queued_s is not None), 0.0))
 
+    def parts(self) -> tuple[float, float, float]:
+        """Seconds in the queue, with the prompt, and with what came after the first tokens."""
+        first = self.last if self.first is None else self.first
+        return self.queued_s, first - self.submitted - self.queued_s, self.last - first
+
     def describe(self, usage: Usage) -> dict[str, dict[str, Any]]:
         """Both objects, in milliseconds, as members of an answer. Rates are 0 where there is nothing to measure."""
-        first = self.last if self.first is None else self.first
-        to_first, predicted = first - self.submitted, self.last - first
-        prompt = to_first - self.queued_s
+        queued, prompt, predicted = self.parts()
         computed = usage.prompt_tokens - usage.cached_tokens
         later = usage.completion_tokens - self.first_tokens
         each = predicted / later if later > 0 else 0.0
         return {
             "timings": {
-                "queue_ms": _ms(self.queued_s),
+                "queue_ms": _ms(queued),
                 "cache_n": usage.cached_tokens,
                 "prompt_n": computed,
                 "prompt_ms": _ms(prompt),
@@ -51,9 +54,9 @@ class Timings:
                 "predicted_per_second": _rate(later, predicted),
             },
             "metrics": {
-                "time_to_first_token_ms": _ms(to_first),
+                "time_to_first_token_ms": _ms(queued + prompt),
                 "generation_time_ms": _ms(predicted),
-                "queue_time_ms": _ms(self.queued_s),
+                "queue_time_ms": _ms(queued),
                 "mean_itl_ms": _ms(each),
                 "tokens_per_second": _rate(later, predicted),
             },

@@ -1,10 +1,12 @@
-"""What an assistant says in its turn, block by block: /v1/messages has them as content blocks, /v1/responses as output items."""
+"""What an assistant says in its turn, block by block: /v1/messages has them as content blocks, /v1/responses as output
+items, /api/chat as lines."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from quire.server.calls.generation import Generation, Piece
 from quire.text.tools import MessageDelta, Prose
@@ -95,3 +97,16 @@ class Turn:
         if (block := self._open) is not None:
             self._open = None
             yield "close", block, ""
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """Of a call, as an object. Where the end of the output has cut it off: what is there, which is what Anthropic's client makes of a
+    stream too."""
+    from pydantic_core import from_json
+
+    try:
+        value = from_json(text or "{}", allow_partial=True, allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # 1e999 is infinite all the same
+    except ValueError:
+        return {"INVALID_JSON": text}  # as Anthropic advises to hand such arguments back: a tool that is called with nothing might run
+    return value if isinstance(value, dict) else {"INVALID_JSON": text}

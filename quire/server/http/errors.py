@@ -119,6 +119,16 @@ def anthropic_error_bytes(error: QuireError) -> bytes:
     return json.dumps({"type": "error", "error": made}, ensure_ascii=False).encode("utf-8", "replace")
 
 
+def ollama_error_bytes(error: QuireError) -> bytes:
+    """The form of Ollama's API: nothing but the message."""
+    return json.dumps({"error": error.message}, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def is_ollama(path: str) -> bool:
+    """Whether a route is one of Ollama's API."""
+    return path.startswith("/api/")
+
+
 def is_anthropic(path: str) -> bool:
     """Whether a route is one of Anthropic's API."""
     return path.startswith("/v1/messages")
@@ -135,8 +145,8 @@ def error_response(error: QuireError, path: str = "") -> Response:
         headers["retry-after"] = str(math.ceil(error.retry_after_s)) if isinstance(error, RateLimitError) else "1"
     if error.status in (408, 413):
         headers["connection"] = "close"  # part of the body may still be on its way
-    body = anthropic_error_bytes(error) if is_anthropic(path) else error_bytes(error)
-    return Response(body, status_code=error.status, media_type="application/json", headers=headers)
+    write = anthropic_error_bytes if is_anthropic(path) else ollama_error_bytes if is_ollama(path) else error_bytes
+    return Response(write(error), status_code=error.status, media_type="application/json", headers=headers)
 
 
 def install(app: FastAPI, endpoints: list[str]) -> None:

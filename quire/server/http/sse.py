@@ -85,15 +85,16 @@ async def answer(request: Request, work: Coroutine[Any, Any, bytes]) -> Response
 
 
 class EventStream(Response):
-    """Server-sent events. ``events`` gives whole events in bytes; ``close`` is called at the end, or when the client hangs up.
+    """Events, server-sent ones if ``kind`` is not another media type. ``events`` gives whole events in bytes; ``close`` is called at the
+    end, or when the client hangs up.
 
     A client that reads slowly stops ``events`` at its next item, through the transport's flow control.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], kind: str = media_type) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type=kind)
         del self.headers["content-length"]
         self._events, self._close = events, close
 

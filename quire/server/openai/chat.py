@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -84,6 +84,14 @@ async def chat_call(context: Context, body: ChatCompletionRequest, availability:
             with chat_names(body):
                 params = calls_or_form(context, reading, params)
     return ChatCall(prompt, params, reading)
+
+
+def capped_call(context: Context, call: ChatCall) -> tuple[ChatCall, bool]:
+    """For APIs where max_tokens may be more than the context has room for, which is then what there is; whether that was so."""
+    room, most = context.max_model_len - len(call.prompt.token_ids), call.params.max_tokens
+    if most is None or not max(1, call.params.min_tokens) <= room < most:
+        return call, False
+    return replace(call, params=replace(call.params, max_tokens=room)), True
 
 
 def chat_generation(context: Context, caller: Caller, call_id: str, body: ChatCompletionRequest, call: ChatCall) -> Generation:

@@ -38,30 +38,36 @@ async def embeddings(request: Request) -> Response:
     context, caller = context_of(request), caller_of(request)
     body = parse(EmbeddingRequest, await read_json(request, context.config.max_body_bytes))
     context.check_model(body.model)
-    pooling = cast(Pooling, _one_of("pooling", body.pooling, ("mean", "last")) or context.config.pooling)
     _one_of("encoding_format", body.encoding_format, ("float", "base64"))
+    call = call_id(request, "embd", body.request_id)
+    requests = await prepared(context, caller, body, call)
+    return await answer(request, _run(context, caller, body, call, requests))
+
+
+async def prepared(context: Context, caller: Caller, body: EmbeddingRequest, call: CallId) -> list[EngineRequest]:
+    """One request for each input. Raises InvalidRequestError or ContextLengthError."""
+    pooling = cast(Pooling, _one_of("pooling", body.pooling, ("mean", "last")) or context.config.pooling)
     if body.dimensions is not None:
         hint = f": this model's vectors have {context.embedding_size:,} numbers"
         integer("dimensions", body.dimensions, 1, context.embedding_size, hint)
-    call = call_id(request, "embd", body.request_id)
     with _input_names():
         prompts = await completion_prompts(context, body.input, 1, body.add_special_tokens is not False)
         prompts = truncated(prompts, body, context.max_model_len, 0)
         for prompt in prompts:
             context.client.limits.check(prompt.token_ids, NOTHING)
     salt = context.salts.derive(body.cache_salt, caller.tenant)
-    requests = [
+    return [
         EngineRequest(
             f"{call.own}-{i}", prompt.token_ids, NOTHING, 0, priority=caller.priority(body.priority or 0), salt=salt, pooling=pooling
         )
         for i, prompt in enumerate(prompts)
     ]
-    return await answer(request, _run(context, caller, body, call, requests))
 
 
-async def _run(context: Context, caller: Caller, body: EmbeddingRequest, call: CallId, requests: list[EngineRequest]) -> bytes:
+async def vectors(context: Context, caller: Caller, requests: list[EngineRequest]) -> tuple[list[list[float]], Usage]:
+    """Of each request, as the model says it: not normalised. Raises EngineError."""
     usage = Usage(prompt_tokens=sum(len(request.prompt_token_ids) for request in requests))
-    vectors: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
     caller.enter()
     try:
         stream = context.client.submit(requests, background=caller.background)
@@ -76,16 +82,19 @@ async def _run(context: Context, caller: Caller, body: EmbeddingRequest, call: C
             for output in await stream.fetch():
                 if output.vector is None:
                     raise EngineError(f"the request could not be finished: {output.stop_reason}")
-                vectors[output.request_id] = output.vector
+                found[output.request_id] = output.vector
                 usage.cached_tokens += output.cached_tokens or 0
     finally:
         if timer is not None:
             timer.cancel()
         stream.close()
         caller.leave(usage.prompt_tokens)
-    data = [
-        {"object": "embedding", "index": i, "embedding": _written(vectors[request.request_id], body)} for i, request in enumerate(requests)
-    ]
+    return [found[request.request_id] for request in requests], usage
+
+
+async def _run(context: Context, caller: Caller, body: EmbeddingRequest, call: CallId, requests: list[EngineRequest]) -> bytes:
+    made, usage = await vectors(context, caller, requests)
+    data = [{"object": "embedding", "index": i, "embedding": _written(vector, body)} for i, vector in enumerate(made)]
     return json_bytes({
         "id": call.shown, "object": "list", "created": int(time.time()), "model": context.model, "data": data,
         "usage": {
