@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quire.server.anthropic.reply import _arguments
+from quire.server.calls.turn import arguments_of
 from quire.server.calls.turn import Turn
 from quire.text.tools import parser_for
 
@@ -44,4 +44,4 @@ def test_blocks(text: str) -> None:
     ],
 )  # fmt: skip
 def test_arguments_are_json_that_everybody_reads(text: str, expected: object) -> None:
-    assert _arguments(text) == expected
+    assert arguments_of(text) == expected
