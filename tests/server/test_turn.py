@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quire.server.calls.turn import arguments_of
-from quire.server.calls.turn import Turn
+from quire.server.calls.turn import Turn, arguments_of
 from quire.text.tools import parser_for
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"days": [0, 1, 2]}}\n</tool_call>'
