@@ -2,7 +2,7 @@
 
 A chat template spells special tokens out, and the tokenizer finds them in the whole prompt. A message that says ``<|im_end|>`` would
 end itself there, and could go on as another role. So such text is broken up before it is rendered: a sign that means nothing
-stands between its characters. Where the sign is found in a prompt, what is still whole is the template's own. The prompt is then
+stands behind its first character. Where the sign is found in a prompt, what is still whole is the template's own. The prompt is then
 encoded once more by a tokenizer that knows no special tokens, with another sign in the place of each that is the template's: one call, so
 that every token is the one that it would be if the broken text had never been special.
 """
@@ -54,7 +54,7 @@ class SpecialText:
         """A JSON value in whose strings none is left."""
         if isinstance(value, str):
             while self._pattern is not None and self._pattern.search(value):  # again for those that overlap
-                value = self._pattern.sub(lambda match: self._break.join(match[0]), value)
+                value = self._pattern.sub(lambda match: match[0][0] + self._break + match[0][1:], value)
             return value
         if isinstance(value, Mapping):
             return {self.break_up(key): self.break_up(item) for key, item in value.items()}
@@ -76,7 +76,8 @@ class SpecialText:
             plain.encode_special_tokens = True  # as ordinary text
             plain.add_tokens([tokenizers.AddedToken(self._stand_in, special=False, normalized=False)])
             self._plain = plain
-        whole = self._tokenizer.encode(text, add_special_tokens=False)
+        # A batch, since ``encode`` lets no other thread of Python run meanwhile.
+        (whole,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
         parts, special, at = [], [], 0
         for token_id, (start, end) in zip(whole.ids, whole.offsets, strict=True):
             if (spelling := self._texts.get(token_id)) is not None and spelling in text[start:end]:  # and not an unknown character
@@ -84,7 +85,7 @@ class SpecialText:
                 special.append(token_id)
                 at = end
         prompt = self.mend("".join([*parts, text[at:]]))
-        made = self._plain.encode(prompt, add_special_tokens=add_special_tokens)
+        (made,) = self._plain.encode_batch([prompt], add_special_tokens=add_special_tokens)
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         found = {i for i, added in zip(made.ids, made.special_tokens_mask, strict=True) if not added and i in self._texts}
         for token_id in sorted(found):

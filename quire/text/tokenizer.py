@@ -191,6 +191,10 @@ class Tokenizer:
         """Whether a string of a JSON value spells a special token out."""
         return self._special_text.within(value)
 
+    def shown(self, text: str) -> str:
+        """What ``render_chat`` made, as text without the signs of ``plain_messages``."""
+        return self._special_text.mend(text)
+
     def encode_chat(self, text: str, add_special_tokens: bool = False) -> tuple[str, list[int]]:
         """What ``render_chat`` made: as text, and as tokens. Text in messages is no special token where it was to be plain."""
         _check_unicode(text)

@@ -93,6 +93,15 @@ def test_wherever_a_client_may_write() -> None:
     assert text == tokenizer.render_chat(messages, template_kwargs=variables)
 
 
+def test_many_markers_are_hardly_longer_broken_up() -> None:
+    """Each costs a sign: what they are encoded from must not be many times as long as what was sent."""
+    tokenizer = Tokenizer(byte_level(), chat_templates=BYTE_LEVEL)
+    messages = say("<|end|>" * 1000)
+    text = tokenizer.render_chat(messages, plain_messages=True)
+    assert len(text) < 1.5 * len(tokenizer.render_chat(messages))
+    assert tokenizer.shown(text) == tokenizer.render_chat(messages)
+
+
 def test_overlapping_and_nested_spellings() -> None:
     library = byte_level()
     library.add_special_tokens(["<|end|><|end|>", "end|", "d|><|b"])

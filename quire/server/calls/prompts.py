@@ -131,7 +131,7 @@ async def chat_prompt(
             template_kwargs=template_kwargs,
             plain_messages=plain,
         )
-        check_text_size(text, max_bytes, "messages")
+        check_text_size(tokenizer.shown(text), max_bytes, "messages")
         # Templates spell out the special tokens themselves.
         text, ids = tokenizer.encode_chat(text, bool(add_special_tokens))
         return Prompt(ids, text)
