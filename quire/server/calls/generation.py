@@ -17,7 +17,7 @@ from quire import sampling_params
 from quire.config import MAX_TIMEOUT_S
 from quire.core.sequence import Request, Retention
 from quire.errors import EngineError, InvalidRequestError
-from quire.outputs import Choice, Logprob, SequenceOutput, Usage
+from quire.outputs import Choice, Logprob, SequenceOutput, TokenLogprobs, Usage
 from quire.sampling_params import SamplingParams
 from quire.server.calls.prompts import Prompt
 from quire.server.calls.reading import Reading, reason_of
@@ -104,8 +104,8 @@ class Generation:
         self._closed = False
         self._uncounted = set(self._first_sample)
         """Requests of which it is not known how much was cached."""
-        self.prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}
-        """Of the prompts that they were asked for, by their numbers: there before any piece of their choices."""
+        self._scores: dict[int, list[TokenLogprobs]] = {}
+        """Of the prompts whose log-probabilities were asked for, by their numbers: there before any piece of their choices."""
         self.timings = Timings()
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts))
 
@@ -204,8 +204,7 @@ class Generation:
                 self.usage.cached_tokens += output.cached_tokens
             index = self._first_sample[output.request_id] + output.index
             if output.prompt_logprobs is not None:
-                number = index // self._width
-                self.prompt_logprobs[number] = prompt_positions(self.tokenizer, self.prompts[number].token_ids, output.prompt_logprobs)
+                self._scores[index // self._width] = output.prompt_logprobs
             assembler = self._assemblers[index]
             delta = assembler.feed(output)
             self.usage.completion_tokens += len(delta.token_ids)
@@ -219,6 +218,16 @@ class Generation:
             pieces.append(Piece(index, not self._started[index], delta))
             self._started[index] = True
         return pieces
+
+    def prompt_logprobs(self, number: int) -> list[dict[int, Logprob] | None]:
+        """Of one of the prompts, where they were asked for."""
+        return prompt_positions(self.tokenizer, self.prompts[number].token_ids, self._scores[number])
+
+    def num_logprobs(self) -> int:
+        """How many an answer has, or would have, that tells all of them."""
+        params = [request.params for request in self._requests]
+        prompts = sum(len(self._requests[i].prompt_token_ids) * (1 + (params[i].prompt_logprobs or 0)) for i in self._scores)
+        return prompts + sum(0 if p.logprobs is None else self.usage.completion_tokens * (1 + p.logprobs) for p in params[:1])
 
     def message(self, choice: Choice) -> Message | None:
         """What a finished choice says; None where its text is just text."""

@@ -32,7 +32,7 @@ from quire.server.ollama.schemas import (
     OllamaGenerateRequest,
 )
 from quire.server.openai.chat import ChatCall, capped_call, chat_call, chat_generation
-from quire.server.openai.chunks import json_bytes
+from quire.server.openai.chunks import json_bytes, written
 from quire.server.openai.embeddings import prepared, vectors
 
 _NAMES = {
@@ -92,10 +92,11 @@ async def embed(request: Request) -> Response:
         fields["truncate_prompt_tokens"] = -1
     start = time.monotonic()
     made, usage = await _vectors(request, context, parse(EmbeddingRequest, fields))
-    return _json({
-        "model": body.model or context.model, "embeddings": made, "total_duration": round(1e9 * (time.monotonic() - start)),
-        "load_duration": 0, "prompt_eval_count": usage.prompt_tokens,
-    })  # fmt: skip
+    duration = round(1e9 * (time.monotonic() - start))
+    return Response(await written(len(made) * context.embedding_size, lambda: {
+        "model": body.model or context.model, "embeddings": [unit_vector(vector[: body.dimensions]) for vector in made],
+        "total_duration": duration, "load_duration": 0, "prompt_eval_count": usage.prompt_tokens,
+    }), media_type="application/json")  # fmt: skip
 
 
 async def embeddings(request: Request) -> Response:
@@ -104,15 +105,14 @@ async def embeddings(request: Request) -> Response:
     body = parse(OllamaEmbeddingsRequest, await _body(request), IGNORED, REFUSED)
     check_model(context, body.model)
     (vector,), _ = await _vectors(request, context, parse(EmbeddingRequest, {"input": body.prompt}))
-    return _json({"embedding": vector})
+    return _json({"embedding": unit_vector(vector)})
 
 
 async def _vectors(request: Request, context: Context, body: EmbeddingRequest) -> tuple[list[list[float]], Usage]:
-    """Of length 1, one for each input."""
+    """One for each input, not normalised."""
     caller = caller_of(request)
     requests = await prepared(context, caller, body, call_id(request, "embd", None))
-    made, usage = await while_connected(request.receive, vectors(context, caller, requests))
-    return [unit_vector(vector[: body.dimensions]) for vector in made], usage
+    return await while_connected(request.receive, vectors(context, caller, requests))
 
 
 def _json(value: Any) -> Response:

@@ -11,7 +11,7 @@ from quire.server.calls.logprobs import Labels, chat_logprobs
 from quire.server.calls.turn import Block, Turn, arguments_of
 from quire.server.context import Context
 from quire.server.http.errors import ollama_error_bytes
-from quire.server.openai.chunks import json_bytes
+from quire.server.openai.chunks import json_bytes, written
 
 MEDIA_TYPE = "application/x-ndjson"
 
@@ -100,7 +100,7 @@ class Reply:
         made = self._form.line("".join(parts["text"]), **more) | self._done()
         if self._top is not None:
             made["logprobs"] = positions
-        return json_bytes(made)
+        return await written(generation.num_logprobs(), lambda: made)
 
     def _logprobs(self, token_ids: list[int], positions: list[Any]) -> list[dict[str, Any]]:
         entries: list[dict[str, Any]] = chat_logprobs(self._labels, token_ids, positions, self._top or 0)["content"]

@@ -24,7 +24,7 @@ from quire.server.context import Context, caller_of, context_of
 from quire.server.http.ids import call_id
 from quire.server.http.keys import Caller
 from quire.server.http.limits import max_text_bytes, read_json
-from quire.server.openai.chunks import head, json_bytes, reason_json, respond, text_json, usage_object
+from quire.server.openai.chunks import head, json_bytes, reason_json, respond, text_json, usage_object, written
 from quire.server.openai.message_form import MessageForm
 from quire.text.output import Delta
 from quire.text.tools import Message, MessageDelta
@@ -156,6 +156,9 @@ class _Form:
 
     async def whole(self, generation: Generation) -> bytes:
         choices = await generation.run()
+        return await written(generation.num_logprobs(), lambda: self._whole(generation, choices))
+
+    def _whole(self, generation: Generation, choices: list[Choice]) -> dict[str, Any]:
         made: dict[str, Any] = {
             "id": self._id, "object": "chat.completion", "created": self._created, "model": self._model,
             "system_fingerprint": None,
@@ -165,8 +168,8 @@ class _Form:
         if self._token_ids:
             made["prompt_token_ids"] = self._prompt.token_ids
         if self._prompt_top is not None:
-            made["prompt_logprobs"] = prompt_logprobs(self._prompt.token_ids, generation.prompt_logprobs[0], self._prompt_top)
-        return json_bytes(made)
+            made["prompt_logprobs"] = prompt_logprobs(self._prompt.token_ids, generation.prompt_logprobs(0), self._prompt_top)
+        return made
 
     def _choice(self, choice: Choice, message: Message | None) -> dict[str, Any]:
         content: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}

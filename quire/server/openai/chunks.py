@@ -6,7 +6,9 @@ each client.
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
@@ -20,6 +22,11 @@ from quire.server.calls.generation import Generation, Piece
 from quire.server.calls.schemas import GenerationRequest, StreamOptions
 from quire.server.http.errors import error_bytes
 from quire.server.http.sse import DONE, PING
+
+MANY_VALUES = 4096
+"""From so many on an answer takes milliseconds to write."""
+SLICE = 16
+"""Entries of a list that are written at a time: positions with twenty log-probabilities each, or vectors."""
 
 
 class Form(Protocol):
@@ -126,3 +133,20 @@ def usage_json(usage: Usage) -> bytes:
 
 def json_bytes(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def written(values: int, make: Callable[[], Any]) -> bytes:
+    """What ``make`` gives as JSON. values: about how many numbers and texts are in it; where they are many it is made on another thread,
+    and others are answered meanwhile."""
+    return json_bytes(make()) if values < MANY_VALUES else await asyncio.to_thread(lambda: _in_slices(make()))
+
+
+def _in_slices(value: Any) -> bytes:
+    """``json_bytes``, which lets no other thread run before it returns, of small parts."""
+    if isinstance(value, dict):
+        return b"{" + b",".join([json_bytes(key) + b":" + _in_slices(item) for key, item in value.items()]) + b"}"
+    if not isinstance(value, list):
+        return json_bytes(value)
+    if len(value) < SLICE:
+        return b"[" + b",".join([_in_slices(item) for item in value]) + b"]"
+    return b"[" + b",".join([json_bytes(value[at : at + SLICE])[1:-1] for at in range(0, len(value), SLICE)]) + b"]"

@@ -20,7 +20,7 @@ from quire.server.calls.truncation import truncated
 from quire.server.context import Context, caller_of, context_of
 from quire.server.http.ids import call_id
 from quire.server.http.limits import read_json
-from quire.server.openai.chunks import head, json_bytes, reason_json, respond, text_json, usage_object
+from quire.server.openai.chunks import head, json_bytes, reason_json, respond, text_json, usage_object, written
 
 
 async def completions(request: Request) -> Response:
@@ -80,7 +80,7 @@ class _Form:
 
     async def whole(self, generation: Generation) -> bytes:
         choices = await generation.run()
-        return json_bytes({
+        return await written(generation.num_logprobs(), lambda: {
             "id": self._id, "object": "text_completion", "created": self._created, "model": self._model,
             "system_fingerprint": None,
             "choices": [self._choice(choice) for choice in choices],
@@ -99,7 +99,7 @@ class _Form:
         if self._logprobs is not None and choice.logprobs is not None:
             made["logprobs"] = self._take(choice.index, True, choice.token_ids, choice.logprobs)
         if self._prompt_logprobs is not None:
-            ids, positions = self._prompts[number].token_ids, self._generation.prompt_logprobs[number]
+            ids, positions = self._prompts[number].token_ids, self._generation.prompt_logprobs(number)
             made["prompt_logprobs"] = prompt_logprobs(ids, positions, self._prompt_logprobs)
         if self._token_ids:
             made |= {"token_ids": choice.token_ids, "prompt_token_ids": self._prompts[number].token_ids}
@@ -111,7 +111,7 @@ class _Form:
         logprobs, number = self._logprobs[index], index // self._n
         if not first or self._echo is None:
             return logprobs.take(token_ids, positions)
-        echoed = logprobs.echo(self._prompts[number], self._generation.prompt_logprobs[number])
+        echoed = logprobs.echo(self._prompts[number], self._generation.prompt_logprobs(number))
         return joined(echoed, logprobs.take(token_ids, positions))
 
 

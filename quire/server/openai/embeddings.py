@@ -29,7 +29,7 @@ from quire.server.http.ids import CallId, call_id
 from quire.server.http.keys import Caller
 from quire.server.http.limits import read_json
 from quire.server.http.sse import answer
-from quire.server.openai.chunks import json_bytes
+from quire.server.openai.chunks import written
 
 NOTHING = SamplingParams(max_tokens=0)
 
@@ -94,9 +94,9 @@ async def vectors(context: Context, caller: Caller, requests: list[EngineRequest
 
 async def _run(context: Context, caller: Caller, body: EmbeddingRequest, call: CallId, requests: list[EngineRequest]) -> bytes:
     made, usage = await vectors(context, caller, requests)
-    data = [{"object": "embedding", "index": i, "embedding": _written(vector, body)} for i, vector in enumerate(made)]
-    return json_bytes({
-        "id": call.shown, "object": "list", "created": int(time.time()), "model": context.model, "data": data,
+    return await written(len(made) * context.embedding_size, lambda: {
+        "id": call.shown, "object": "list", "created": int(time.time()), "model": context.model,
+        "data": [{"object": "embedding", "index": i, "embedding": _written(vector, body)} for i, vector in enumerate(made)],
         "usage": {
             "prompt_tokens": usage.prompt_tokens, "total_tokens": usage.total_tokens, "completion_tokens": 0,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},

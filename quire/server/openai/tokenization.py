@@ -12,7 +12,7 @@ from quire.server.calls.schemas import DetokenizeRequest, TokenizeRequest
 from quire.server.calls.tools import check_tools, history
 from quire.server.context import context_of
 from quire.server.http.limits import MIN_TEXT_BYTES, check_text_size, max_text_bytes, read_json
-from quire.server.openai.chunks import json_bytes
+from quire.server.openai.chunks import json_bytes, written
 
 
 async def tokenize(request: Request) -> Response:
@@ -41,9 +41,10 @@ async def tokenize(request: Request) -> Response:
             tools=tools,
         )
         ids = prompt.token_ids
-    strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
-    made = {"count": len(ids), "max_model_len": context.max_model_len, "tokens": ids, "token_strs": strings}
-    return Response(json_bytes(made), media_type="application/json")
+    return Response(await written(len(ids), lambda: {
+        "count": len(ids), "max_model_len": context.max_model_len, "tokens": ids,
+        "token_strs": [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None,
+    }), media_type="application/json")  # fmt: skip
 
 
 async def detokenize(request: Request) -> Response:

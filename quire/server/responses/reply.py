@@ -13,7 +13,7 @@ from quire.server.calls.logprobs import Labels, chat_logprobs
 from quire.server.calls.turn import Block, Step, Turn
 from quire.server.context import Context
 from quire.server.http.sse import PING
-from quire.server.openai.chunks import json_bytes, text_json
+from quire.server.openai.chunks import json_bytes, text_json, written
 from quire.server.responses.schemas import ResponsesRequest
 from quire.server.responses.tools import GivenTools
 
@@ -75,7 +75,7 @@ class Reply:
                 for step, block, _ in self._steps(piece):
                     if step == "add":
                         self._claim(block)
-        return json_bytes(self._response(self._status))
+        return await written(generation.num_logprobs(), lambda: self._response(self._status))
 
     def _steps(self, piece: Piece) -> Iterator[Step]:
         if self._top is not None and piece.delta.logprobs:
