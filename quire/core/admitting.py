@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quire.core.admission import expected_footprint, footprint
-from quire.core.holding import Computing, is_held, sibling
+from quire.core.holding import Computing, KnownToWait, sibling
 from quire.core.prefix_cache import NOTHING, Match
 from quire.core.sequence import Sequence
 
@@ -51,6 +51,11 @@ def admit(scheduler: Scheduler, plan: StepPlan, prompts: list[Sequence], budget:
     return newcomers.budget
 
 
+def is_crowd(seq: Sequence, partial: list[int]) -> bool:
+    """Whether ``seq`` would be one prompt in chunks too many. partial: the priorities of those that are computed so."""
+    return sum(order <= seq.order[0] for order in partial) >= MAX_PARTIAL_PROMPTS
+
+
 @dataclass(slots=True)
 class Newcomer:
     """A waiting sequence that is not passed over, and what it would begin with."""
@@ -79,6 +84,7 @@ class Newcomers:
         self._partial = [seq.order[0] for seq in prompts]
         """Priorities of the prompts that are computed in chunks."""
         self._computing = Computing(scheduler.manager, prompts)
+        self._known_to_wait = KnownToWait(scheduler.manager)
         self._surveyed = False
 
     def admit(self, may_start_early: bool) -> None:
@@ -93,7 +99,7 @@ class Newcomers:
             if seq is scheduler.refused:
                 scheduler.short = True
                 return
-            if is_held(seq):
+            if self._known_to_wait(seq):
                 i += 1
                 continue
             looked_at += 1
@@ -116,9 +122,10 @@ class Newcomers:
         """What ``seq`` would begin with; None where it is passed over."""
         manager = self._scheduler.manager
         seq.held = None
-        parent, wait = sibling(manager, seq)
-        if wait or seq.candidates is not None or seq.in_flight:
+        seq.crowded = False
+        if seq.candidates is not None or seq.in_flight:
             return None
+        parent, _ = sibling(manager, seq)
         fresh_fork = parent is not None and seq.num_tokens == seq.num_prompt
         match = NOTHING if fresh_fork else manager.match(seq)
         if seq.host_blocks is not None or match.num_positions > seq.num_prompt:
@@ -127,7 +134,8 @@ class Newcomers:
         lack = max(1, seq.num_tokens - max(start, seq.num_swapped))
         if parent is None and start < seq.num_tokens and self._computing.hold(seq, match):
             return None
-        if lack > self.budget and sum(order <= seq.order[0] for order in self._partial) >= MAX_PARTIAL_PROMPTS:
+        if lack > self.budget and is_crowd(seq, self._partial):
+            seq.crowded = True
             return None
         if parent is None:
             return Newcomer(seq, None, match, lack, manager.need(seq, match), manager.shared(match))

@@ -48,10 +48,12 @@ def advance(scheduler: Scheduler, group: Group) -> list[SequenceOutput]:
             scheduler.remove(beam)
     group.sequences.clear()
     taken: set[int] = set()
-    for slot, move in enumerate(moves):
+    kept = {beams[i].index for i in goes_on}
+    free = iter([index for index in range(len(moves)) if index not in kept])
+    for move in moves:
         parent = beams[move.parent]
         if move.parent in taken:
-            group.sequences.append(_fork(scheduler, parent, slot, move.token))
+            group.sequences.append(_fork(scheduler, parent, next(free), move.token))
         else:
             taken.add(move.parent)
             group.sequences.append(parent)
@@ -70,10 +72,10 @@ def _candidates(beam: Sequence) -> list[tuple[int, float]]:
     return candidates
 
 
-def _fork(scheduler: Scheduler, parent: Sequence, slot: int, token: int) -> Sequence:
+def _fork(scheduler: Scheduler, parent: Sequence, index: int, token: int) -> Sequence:
     """A new beam: ``parent``'s tokens and blocks, and one more token."""
     child = replace(
-        parent, index=slot, tokens=[*parent.tokens, token], order=(*parent.order[:2], slot), row=-1, status=Status.WAITING, unsent=[],
+        parent, index=index, tokens=[*parent.tokens, token], order=(*parent.order[:2], index), row=-1, status=Status.WAITING, unsent=[],
         num_computed=0, block_table=[], num_sent=0, num_trimmed=0, num_borrowed=0, shared_tail=False, node=None, num_published=0,
         host_blocks=None, num_swapped=0, num_lost=0, started=False,
     )  # fmt: skip

@@ -382,8 +382,8 @@ class BlockManager:
             else:
                 table.append(self._take_one())
                 self._copy(place, table[-1])
+                self.counters.blocks_swapped_in += 1
         self._host_free.extend(place for place in host if place >= 0)
-        self.counters.blocks_swapped_in += len(table) - seq.num_borrowed
         seq.num_computed = max(seq.num_borrowed * self.block_size, seq.num_swapped)
         seq.host_blocks = None
         seq.num_swapped = 0

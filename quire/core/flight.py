@@ -121,6 +121,7 @@ def commit(scheduler: Scheduler, flight: Flight, result: StepResult) -> list[Seq
             output.finish_reason, output.stop_reason = end
             output.preemptions = seq.group.preemptions
             scheduler.policy.ended(seq.num_generated, end[0] == "stop")
+            _leave_prompt(scheduler, seq)
             scheduler.remove(seq)
         outputs.append(output)
     for group in searches:
@@ -143,6 +144,21 @@ def _launch(manager: BlockManager, work: RowWork, seq: Sequence) -> None:
     if work.score:
         seq.unscored = range(work.score.stop, seq.unscored.stop)
     seq.in_flight += brings(work, seq)
+
+
+def _leave_prompt(scheduler: Scheduler, seq: Sequence) -> None:
+    """One of several samples ends before others could share its prompt: one of them takes that over, where no cache keeps it and there
+    is a row."""
+    manager, siblings = scheduler.manager, seq.group.sequences
+    if manager.caching or seq.num_generated > 1 or len(siblings) == 1 or not scheduler.num_free_rows:
+        return
+    if not manager.can_fork(seq, seq.num_prompt) or any(other.status is Status.RUNNING for other in siblings if other is not seq):
+        return
+    heir = next((other for other in siblings if other.status is Status.WAITING and other.num_tokens == other.num_prompt), None)
+    if heir is not None and not heir.unscored:
+        scheduler.waiting.remove(heir)
+        manager.fork(seq, heir, seq.num_prompt)
+        scheduler.run(heir)
 
 
 def _first(seq: Sequence, output: SequenceOutput) -> SequenceOutput:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from quire.core.block_manager import BlockManager
 from quire.core.content import Node
 from quire.core.prefix_cache import Match
-from quire.core.sequence import Sequence, Status
+from quire.core.sequence import Group, Sequence, Status
 
 
 def sibling(manager: BlockManager, seq: Sequence) -> tuple[Sequence | None, bool]:
@@ -24,6 +24,28 @@ def sibling(manager: BlockManager, seq: Sequence) -> tuple[Sequence | None, bool
                 return other, False
             wait = wait or other.num_computed < other.num_prompt
     return None, wait
+
+
+class KnownToWait:
+    """Tells of waiting sequences whether they wait for a prompt that somebody else computes. For one look at the queue: of many samples
+    of a request only one is asked."""
+
+    def __init__(self, manager: BlockManager) -> None:
+        self._manager = manager
+        self._groups: set[Group] = set()
+        """Those whose prompt is being computed."""
+
+    def __call__(self, seq: Sequence) -> bool:
+        if is_held(seq):
+            return True
+        group = seq.group
+        if len(group.sequences) == 1 or seq.unscored:
+            return False
+        if group not in self._groups:
+            if not sibling(self._manager, seq)[1]:
+                return False
+            self._groups.add(group)
+        return True
 
 
 class Computing:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quire.core.admitting import MAX_LOOKED_AT
-from quire.core.holding import is_held
+from quire.core.admitting import MAX_LOOKED_AT, is_crowd
+from quire.core.holding import KnownToWait, sibling
 
 if TYPE_CHECKING:
     from quire.core.scheduler import Scheduler
+    from quire.core.sequence import Group, Sequence
 
 
 def make_way(scheduler: Scheduler) -> None:
@@ -28,11 +29,42 @@ def make_way(scheduler: Scheduler) -> None:
     if scheduler.refused is head or (scheduler.short and (head is scheduler.early or scheduler.manager.cache.window)):
         reason = f"request {head.request.request_id} has a higher priority, and needs its memory"
         scheduler.preempt(len(running) - 1, "order", reason)
-    ready = [seq for seq in waiting[:MAX_LOOKED_AT] if seq.candidates is None and not seq.in_flight and not is_held(seq)]
-    for seq in ready[scheduler.num_free_rows :]:
-        if not running or seq.order[0] >= running[-1].order[0]:
+    could_start, spare, most = CouldStart(scheduler), scheduler.num_free_rows, MAX_LOOKED_AT
+    for seq in list(waiting):
+        if not most or not running or seq.order[0] >= running[-1].order[0]:
             return
-        scheduler.preempt(len(running) - 1, "order", f"request {seq.request.request_id} has a higher priority, and needs its row")
+        if not could_start(seq):  # a row would be free in vain
+            continue
+        most -= 1
+        if spare:
+            spare -= 1
+        else:
+            scheduler.preempt(len(running) - 1, "order", f"request {seq.request.request_id} has a higher priority, and needs its row")
+
+
+class CouldStart:
+    """Tells of one waiting sequence after the other whether it would not be passed over (admitting.py) if it had a row, as those before
+    it have then."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._manager = scheduler.manager
+        self._known_to_wait = KnownToWait(scheduler.manager)
+        running, early = scheduler.running, scheduler.early
+        self._partial = [seq.order[0] for seq in running if len(seq.tokens) - seq.num_computed > 1 and seq is not early]
+        """Priorities of the prompts that are computed in chunks."""
+        self._groups: set[Group] = set()
+        """Those whose first sample starts: the others wait for their prompt."""
+
+    def __call__(self, seq: Sequence) -> bool:
+        if seq.candidates is not None or seq.in_flight or self._known_to_wait(seq) or seq.group in self._groups:
+            return False
+        if seq.crowded:
+            if is_crowd(seq, self._partial):
+                return False
+            self._partial.append(seq.order[0])
+        if len(seq.group.sequences) > 1 and sibling(self._manager, seq)[0] is None:
+            self._groups.add(seq.group)
+        return True
 
 
 def choose_victim(scheduler: Scheduler, i: int) -> int:

@@ -17,14 +17,15 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable
+from itertools import islice
 from operator import attrgetter
 
 from quire.core.admission import AdmissionPolicy
-from quire.core.admitting import MAX_PARTIAL_PROMPTS, admit
+from quire.core.admitting import MAX_LOOKED_AT, admit, is_crowd
 from quire.core.block_manager import BlockManager
 from quire.core.events import Listener, Preempted, PreemptionCause
 from quire.core.flight import Flight, brings, commit, launch, should_read
-from quire.core.holding import is_held, sibling
+from quire.core.holding import KnownToWait
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
 from quire.core.preemption import choose_victim, make_way
 from quire.core.sequence import Sequence, Status
@@ -195,12 +196,16 @@ class Scheduler:
 
     def queue(self) -> Queue:
         """What the waiting sequences wait for."""
-        counts: Counter[str] = Counter(map(self.waits_for, self.waiting))
+        counts: Counter[str] = Counter(self.waits_for(self.waiting))
         return Queue(**counts)
 
-    def waits_for(self, seq: Sequence) -> WaitsFor:
-        """What a waiting sequence waited for in the last step."""
-        if is_held(seq) or seq.candidates is not None or sibling(self.manager, seq)[1]:
+    def waits_for(self, waiting: list[Sequence]) -> list[WaitsFor]:
+        """What each of some waiting sequences waited for in the last step."""
+        known_to_wait = KnownToWait(self.manager)
+        return [self._waits_for(seq, known_to_wait) for seq in waiting]
+
+    def _waits_for(self, seq: Sequence, known_to_wait: KnownToWait) -> WaitsFor:
+        if seq.candidates is not None or known_to_wait(seq):
             return "prompt"
         if not self._rows:
             return "rows"
@@ -263,8 +268,9 @@ class Scheduler:
     def _shares(self, prompts: list[Sequence], rest: int) -> dict[int, int]:
         """Row → positions of this step for each unfinished prompt: equal parts of ``rest``, the newcomers counting as one more;
         what a short one leaves goes to the others."""
-        first = self.waiting[0].order[0] if self.waiting and self._rows else None
-        newcomers = first is not None and (sum(seq.order[0] <= first for seq in prompts) < MAX_PARTIAL_PROMPTS)
+        newcomers = bool(self.waiting and self._rows)
+        if newcomers and is_crowd(self.waiting[0], [seq.order[0] for seq in prompts]):
+            newcomers = self._short_one_waits(rest // (len(prompts) + 1), max(seq.order[0] for seq in prompts))
         parts = len(prompts) + newcomers
         shares = {}
         for seq in sorted(prompts, key=lambda s: s.num_tokens - s.num_computed):
@@ -272,6 +278,12 @@ class Scheduler:
             rest -= count
             parts -= 1
         return shares
+
+    def _short_one_waits(self, size: int, order: int) -> bool:
+        """One of at most ``size`` tokens, and of no lower priority than ``order``."""
+        known_to_wait = KnownToWait(self.manager)
+        looked_at = islice((seq for seq in self.waiting if not known_to_wait(seq)), MAX_LOOKED_AT)
+        return any(seq.num_tokens <= size and seq.order[0] <= order for seq in looked_at)
 
     def _spend(self, plan: StepPlan, budget: int) -> None:
         """What newcomers did not take of the budget goes to the planned prompts, in order."""

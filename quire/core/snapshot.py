@@ -86,13 +86,14 @@ class Watch:
 
     def snapshot(self) -> Snapshot:
         scheduler, pool = self.scheduler, self.scheduler.manager.pool
+        waiting = scheduler.waiting[:MAX_WAITING]
         touched = pool.num_touched
         taken = Snapshot(
             states=bytes(pool.states[:touched]),
             since=pool.since[:touched].tobytes(),
             now=self.clock(),
             sequences=[_view(seq, None) for seq in scheduler.running]
-            + [_view(seq, scheduler.waits_for(seq)) for seq in scheduler.waiting[:MAX_WAITING]],
+            + [_view(seq, why) for seq, why in zip(waiting, scheduler.waits_for(waiting), strict=True)],
             copied=[block for block in self.copied if block < pool.num_blocks],  # and not in the swap pool
             evicted=list(self.evicted),
             preemptions=[str(event) for event in self.preempted],

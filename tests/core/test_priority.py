@@ -105,6 +105,47 @@ def test_beams_and_samples_make_way_and_come_back() -> None:
     assert len(found) == 5
 
 
+def crowd(max_num_seqs: int, max_num_batched_tokens: int, **options: Any) -> tuple[Engine, list[str]]:
+    """An engine whose rows all decode, at the lowest priority; and who was preempted."""
+    backend = FakeBackend(num_blocks=4000, block_size=16, max_model_len=2000)
+    backend._look = lambda *_: None  # type: ignore[method-assign]  # takes the square of the length
+    config = EngineConfig(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, speculation="off", admission="watermark", **options
+    )
+    engine = Engine(backend, config)
+    victims: list[str] = []
+    engine.listen(lambda event: victims.append(event.request_id) if isinstance(event, Preempted) else None)
+    for i in range(max_num_seqs):
+        add(engine, f"later-{i}", [i] * 20, LATER, 1000)
+    while any(not seq.num_generated for seq in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+    return engine, victims
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_samples_take_rows_when_they_can_start(caching: bool) -> None:
+    """And not while the first one computes their prompt, again and again in each of its steps."""
+    engine, victims = crowd(8, 32, prefix_caching=caching)
+    add(engine, "live", list(range(49)) * 10, 0, 4, n=4)
+    while any(name.startswith("live") for name in engine._live):
+        engine.step()
+    assert len(victims) == 4, "one for each sample"
+
+
+@pytest.mark.parametrize("count", [5, 12])
+def test_prompts_that_are_one_too_many_take_no_rows(count: int) -> None:
+    """At most four are computed in chunks: a row for a fifth would be free in vain."""
+    engine, victims = crowd(16, 64)
+    for i in range(count):
+        add(engine, f"live-{i}", [(i + k * 7) % 49 for k in range(500)], 0, 1)
+    steps = used = 0
+    while any(name.startswith("live") for name in engine._live):
+        engine.step()
+        steps, used = steps + 1, used + len(engine.scheduler.running)
+    assert len(victims) <= count + 4, "each takes a row once; with the last of them some come too early"
+    assert used / steps > 14
+
+
 @pytest.mark.parametrize("lines", [1, 4, 8])
 @pytest.mark.parametrize(("length", "output", "most"), [(4000, 4, 256), (3, 300, 8)], ids=["prompts", "decodes"])
 def test_a_batch_leaves_a_part_of_every_step_to_others(lines: int, length: int, output: int, most: int) -> None:

@@ -76,6 +76,16 @@ def test_samples_compute_the_prompt_once_and_copy_its_last_block_on_write(cachin
         assert tokens(outputs[("b", index)]) == expected_output(prompt, derive_seed(3, index), 5)
 
 
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("max_tokens", [1, 2])
+def test_samples_that_end_at_once_compute_the_prompt_once(caching: bool, max_tokens: int) -> None:
+    engine = make(prefix_caching=caching, max_num_batched_tokens=16)
+    prompt = list(range(40))
+    outputs = run(engine, ask("a", prompt, n=5, max_tokens=max_tokens))
+    assert [tokens(outputs[("a", i)]) for i in range(5)] == [expected_output(prompt, derive_seed(0, i), max_tokens) for i in range(5)]
+    assert engine.stats().tokens_computed == 40 + 4 + 5 * (max_tokens - 1), "each of the others computes the last position again"
+
+
 def test_samples_that_come_later_still_find_the_prompt() -> None:
     engine = make(max_num_seqs=1)
     outputs = run(engine, ask("a", list(range(10)), n=3, max_tokens=4))
@@ -100,6 +110,15 @@ def test_beams_share_and_end_together() -> None:
     assert engine.stats().tokens_computed == 10 + 5 * 4
     assert any(isinstance(event, BlockShared) for event in events)
     assert any(isinstance(event, BlockCopied) for event in events)
+
+
+def test_beams_have_names_of_their_own() -> None:
+    engine = make()
+    engine.add(ask("a", list(range(10)), n=2, beam_width=4, max_tokens=12))
+    while engine.has_work:
+        engine.step()
+        alive = [seq.index for seq in engine.scheduler.running + engine.scheduler.waiting]
+        assert len(set(alive)) == len(alive)
 
 
 def test_a_failing_beam_ends_its_search_only() -> None:
@@ -239,6 +258,17 @@ def test_swap_moves_blocks_to_the_host_and_back() -> None:
     assert engine.stats().tokens_recomputed == 0
 
 
+def test_what_left_the_window_is_not_swapped() -> None:
+    engine = make(num_host_blocks=16, window=8, prefix_caching=False)
+    engine.add(ask("a", list(range(30)), max_tokens=8))
+    for _ in range(4):
+        engine.step()
+    engine.scheduler.preempt(0, "memory", "the test says so")
+    drain(engine)
+    counters = engine.stats().kv.counters
+    assert counters.blocks_swapped_in == counters.blocks_swapped_out > 0
+
+
 def test_a_full_swap_pool_falls_back_to_computing_again() -> None:
     engine = make(num_host_blocks=2, prefix_caching=False)
     engine.add(ask("a", list(range(12)), max_tokens=8))
@@ -270,6 +300,35 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     engine.add(ask("short", [49] * 8, max_tokens=2))
     assert [o.request_id for o in engine.step()] == ["short"]
     drain(engine)
+
+
+def first_step(engine: Engine, name: str) -> int:
+    """In which a request has its first token."""
+    return next(n for n in range(1, 2000) if any(output.request_id == name for output in engine.step()))
+
+
+@pytest.mark.parametrize(("count", "n"), [(1, 1), (4, 1), (8, 1), (4, 17)])
+def test_a_short_prompt_does_not_wait_for_many_long_ones(count: int, n: int) -> None:
+    """More than are computed in chunks at a time, so that some wait before it."""
+    engine = make(4000, max_model_len=1000, max_num_seqs=32)
+    engine.backend._look = lambda *_: None  # type: ignore[attr-defined]  # takes the square of the length
+    for i in range(count):
+        engine.add(ask(f"long-{i}", [(i + k * 7) % 49 for k in range(900)], n=n, max_tokens=4))
+    for _ in range(3):
+        engine.step()
+    engine.add(ask("short", [49, 48, 47], max_tokens=2))
+    assert first_step(engine, "short") <= 2
+
+
+@pytest.mark.parametrize("n", [64, 65, 128])
+def test_nobody_waits_for_the_samples_of_another(n: int) -> None:
+    """Those that wait for their request's prompt are not what is looked at of the queue."""
+    engine = make(4000, max_model_len=1000, max_num_seqs=256)
+    engine.backend._look = lambda *_: None  # type: ignore[attr-defined]  # takes the square of the length
+    engine.add(ask("many", [k % 49 for k in range(900)], n=n, max_tokens=4))
+    engine.step()
+    engine.add(ask("short", [49, 48, 47], max_tokens=2))
+    assert first_step(engine, "short") == 1
 
 
 def test_blocks_that_left_the_window_are_given_back() -> None:
