@@ -336,7 +336,7 @@ class LLM:
                 raise InvalidRequestError("prompt_token_ids must be a list of integers", param="prompt")
         else:
             raise InvalidRequestError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {_shown(prompt)}", param="prompt")
-        self.engine.limits.check(tokens, params)
+        self.engine.limits.check(tokens, params, self.backend.spec.eos_token_ids)
         with self._lock:
             number = self._requests
             self._requests += 1

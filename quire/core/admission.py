@@ -43,7 +43,7 @@ class RequestLimits:
     num_blocks: int
     block_size: int
 
-    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+    def check(self, prompt_token_ids: list[int], params: SamplingParams, eos_token_ids: tuple[int, ...] = ()) -> None:
         """Raises InvalidRequestError or ContextLengthError with the numbers and the remedy."""
         prompt, context = len(prompt_token_ids), self.max_model_len
         if prompt == 0:
@@ -79,6 +79,13 @@ class RequestLimits:
                     raise InvalidRequestError(
                         f"{name}: token id {token} is out of range: the vocabulary has ids 0 to {self.vocab_size - 1}", param=name
                     )
+        allowed = params.allowed_token_ids
+        if allowed and params.min_tokens and set(allowed) <= {*eos_token_ids, *(params.stop_token_ids or ())}:
+            raise InvalidRequestError(
+                f"allowed_token_ids holds nothing but tokens that end the output, and min_tokens {params.min_tokens:,} bans those: allow "
+                "others, or leave out min_tokens",
+                param="allowed_token_ids",
+            )
         if params.use_beam_search:
             self._check_beams(prompt, params.num_beams, self.max_tokens(prompt_token_ids, params))
 

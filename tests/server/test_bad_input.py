@@ -80,6 +80,7 @@ TABLE: list[tuple[str, Any, int, str | None, tuple[str, ...]]] = [
     (COMPLETIONS, text(presence_penalty=3), 400, "presence_penalty", ("3",)),
     (COMPLETIONS, text(repetition_penalty=0), 400, "repetition_penalty", ("0.01",)),
     (COMPLETIONS, text(min_tokens=5), 400, "min_tokens", ("5", "2")),
+    (COMPLETIONS, text(allowed_token_ids=[7], stop_token_ids=[7], min_tokens=1), 400, "allowed_token_ids", ("min_tokens 1 bans",)),
     (COMPLETIONS, {"prompt": "x", "min_tokens": 9_000}, 400, "min_tokens", ("9,000", "lower min_tokens")),
     (COMPLETIONS, text(stop_token_ids=[99999]), 400, "stop_token_ids", ("99999", "4095")),
     (COMPLETIONS, text(stop_token_ids=[1.5]), 400, "stop_token_ids.0", ("an integer",)),

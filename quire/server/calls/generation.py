@@ -85,7 +85,7 @@ class Generation:
         self._assemblers: list[OutputAssembler] = []
         self._parsers: list[ToolParser | None] = []
         for number, (prompt, params) in enumerate(prompts):
-            context.client.limits.check(prompt.token_ids, params)
+            context.client.limits.check(prompt.token_ids, params, context.eos_token_ids)
             request = Request(
                 f"{call_id}-{number}", prompt.token_ids, params, draw_seed(params), context.eos_token_ids,
                 priority=caller.priority(body.priority or 0), salt=salt, retention=retention,
