@@ -22,6 +22,8 @@ STRING_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", 
 """Values of ``format`` that are enforced. Others are remarks (JSON Schema 2020-12, Validation, section 7)."""
 VALUES = ("const", "enum", "default", "examples")
 """What these keywords hold is no schema."""
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""These hold schemas by names, which may be any."""
 _NAMES = {"json": "the JSON schema", "regex": "the regular expression", "choice": "the list of choices", "grammar": "the grammar"}
 
 
@@ -113,11 +115,16 @@ def lean(schema: Any) -> Any:
         return [lean(entry) for entry in schema]
     if not isinstance(schema, Mapping):
         return schema
-    return {key: value if key in VALUES else lean(value) for key, value in schema.items() if not _is_remark(key, value)}
+    made = {}
+    for key, value in schema.items():
+        if key in NAMED and isinstance(value, Mapping):
+            made[key] = {name: lean(each) for name, each in value.items()}
+        elif not _is_remark(key, value):
+            made[key] = value if key in VALUES else lean(value)
+    return made
 
 
 def _is_remark(key: str, value: Any) -> bool:
-    """A property may have such a name; what it maps to is no text then."""
     return isinstance(value, str) and (key in REMARKS or (key == "format" and value not in STRING_FORMATS))
 
 

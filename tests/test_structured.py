@@ -47,6 +47,20 @@ def test_what_is_refused(make: Any, message: str) -> None:
     assert len(caught.value.message) < 300
 
 
+def test_remarks_are_left_out_and_names_are_none() -> None:
+    """Properties may be called as keywords are."""
+    names = ("title", "description", "format", "default", "const", "enum", "examples", "properties")
+    schema = {
+        "title": "T",
+        "type": "object",
+        "properties": {name: {"type": "string", "format": "password", "title": name} for name in names},
+    }
+    kept = json.loads(Structured.json(schema).value)
+    assert kept == {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+    value = {"title": "x", "format": "binary"}
+    assert json.loads(Structured.json({"const": value, "examples": [value]}).value) == {"const": value, "examples": [value]}
+
+
 def test_errors_name_where_it_came_from() -> None:
     with pytest.raises(InvalidRequestError, match="guided_json: ") as caught:
         Structured.json("{", source="guided_json")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from quire.core.admission import expected_footprint, footprint
 from quire.core.holding import Computing, KnownToWait, sibling
 from quire.core.prefix_cache import NOTHING, Match
-from quire.core.sequence import Sequence
+from quire.core.sequence import Group, Sequence
 
 if TYPE_CHECKING:
     from quire.core.plan import StepPlan
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 MAX_PARTIAL_PROMPTS = 4
 """Prompts that are computed in chunks at the same time; with more of them each would only finish later."""
 MAX_LOOKED_AT = 64
-"""Waiting sequences that are looked at in a step; those that are known to wait for another's prompt do not count."""
+"""Waiting sequences that are looked at in a step; those that are known to wait for another's prompt do not count, nor those that are known
+to be one prompt in chunks too many."""
 
 
 def admit(scheduler: Scheduler, plan: StepPlan, prompts: list[Sequence], budget: int) -> int:
@@ -85,6 +86,7 @@ class Newcomers:
         """Priorities of the prompts that are computed in chunks."""
         self._computing = Computing(scheduler.manager, prompts)
         self._known_to_wait = KnownToWait(scheduler.manager)
+        self._crowded: set[Group] = set()
         self._surveyed = False
 
     def admit(self, may_start_early: bool) -> None:
@@ -99,7 +101,7 @@ class Newcomers:
             if seq is scheduler.refused:
                 scheduler.short = True
                 return
-            if self._known_to_wait(seq):
+            if seq.group in self._crowded or self._known_to_wait(seq) or self._is_crowded(seq):
                 i += 1
                 continue
             looked_at += 1
@@ -122,7 +124,6 @@ class Newcomers:
         """What ``seq`` would begin with; None where it is passed over."""
         manager = self._scheduler.manager
         seq.held = None
-        seq.crowded = False
         if seq.candidates is not None or seq.in_flight:
             return None
         parent, _ = sibling(manager, seq)
@@ -131,15 +132,21 @@ class Newcomers:
         if seq.host_blocks is not None or match.num_positions > seq.num_prompt:
             parent = None
         start = match.num_positions if parent is None else seq.num_prompt
-        lack = max(1, seq.num_tokens - max(start, seq.num_swapped))
+        lack = seq.lack = max(1, seq.num_tokens - max(start, seq.num_swapped))
         if parent is None and start < seq.num_tokens and self._computing.hold(seq, match):
             return None
-        if lack > self.budget and is_crowd(seq, self._partial):
-            seq.crowded = True
+        if self._is_crowded(seq):
             return None
         if parent is None:
             return Newcomer(seq, None, match, lack, manager.need(seq, match), manager.shared(match))
         return Newcomer(seq, parent, match, lack, manager.need_fork(seq), seq.num_prompt // manager.block_size)
+
+    def _is_crowded(self, seq: Sequence) -> bool:
+        """It would be one prompt in chunks too many, and so would all samples of its request."""
+        if seq.lack is None or seq.lack <= self.budget or not is_crowd(seq, self._partial):
+            return False
+        self._crowded.add(seq.group)
+        return True
 
     def _fits(self, newcomer: Newcomer) -> bool:
         """There is room for all that it has to compute, and the policy lets it in, which is not asked where nobody runs."""
@@ -200,6 +207,7 @@ class Newcomers:
             counters.hit_tokens += group.cached_tokens
             group.queued_s = scheduler.clock() - group.added
         scheduler.run(seq)
+        self._known_to_wait.started(seq)
 
 
 def _go_on(scheduler: Scheduler, plan: StepPlan, early: Sequence, prompts: list[Sequence], budget: int) -> int:

@@ -27,13 +27,12 @@ def sibling(manager: BlockManager, seq: Sequence) -> tuple[Sequence | None, bool
 
 
 class KnownToWait:
-    """Tells of waiting sequences whether they wait for a prompt that somebody else computes. For one look at the queue: of many samples
-    of a request only one is asked."""
+    """Tells of waiting sequences whether they wait for a prompt that somebody else computes. For one look at the queue: of the samples of
+    a request one is asked, and again when one has ``started``."""
 
     def __init__(self, manager: BlockManager) -> None:
         self._manager = manager
-        self._groups: set[Group] = set()
-        """Those whose prompt is being computed."""
+        self._groups: dict[Group, bool] = {}
 
     def __call__(self, seq: Sequence) -> bool:
         if is_held(seq):
@@ -41,11 +40,13 @@ class KnownToWait:
         group = seq.group
         if len(group.sequences) == 1 or seq.unscored:
             return False
-        if group not in self._groups:
-            if not sibling(self._manager, seq)[1]:
-                return False
-            self._groups.add(group)
-        return True
+        waits = self._groups.get(group)
+        if waits is None:
+            waits = self._groups[group] = sibling(self._manager, seq)[1]
+        return waits
+
+    def started(self, seq: Sequence) -> None:
+        self._groups.pop(seq.group, None)
 
 
 class Computing:

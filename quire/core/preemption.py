@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quire.core.admitting import MAX_LOOKED_AT, is_crowd
+from quire.core.admitting import MAX_LOOKED_AT, MAX_PARTIAL_PROMPTS, is_crowd
 from quire.core.holding import KnownToWait, sibling
 
 if TYPE_CHECKING:
@@ -52,18 +52,30 @@ class CouldStart:
         running, early = scheduler.running, scheduler.early
         self._partial = [seq.order[0] for seq in running if len(seq.tokens) - seq.num_computed > 1 and seq is not early]
         """Priorities of the prompts that are computed in chunks."""
+        self._part = max(1, (scheduler.max_num_batched_tokens - len(running)) // (MAX_PARTIAL_PROMPTS + 1))
+        """Positions of a prompt that is computed at once also beside those."""
         self._groups: set[Group] = set()
-        """Those whose first sample starts: the others wait for their prompt."""
+        """Those whose first sample starts, so that the others wait for their prompt; or can't, so that no other can."""
+        self._looks = MAX_LOOKED_AT
 
     def __call__(self, seq: Sequence) -> bool:
-        if seq.candidates is not None or seq.in_flight or self._known_to_wait(seq) or seq.group in self._groups:
+        group = seq.group
+        if seq.candidates is not None or seq.in_flight or group in self._groups or self._known_to_wait(seq):
             return False
-        if seq.crowded:
+        several = len(group.sequences) > 1
+        if several and sibling(self._manager, seq)[0] is not None:  # it shares the prompt
+            return True
+        if seq.lack is None:
+            if not self._looks:
+                return False
+            self._looks -= 1
+            seq.lack = max(1, seq.num_tokens - max(self._manager.match(seq).num_positions, seq.num_swapped))
+        if several:
+            self._groups.add(group)
+        if seq.lack > self._part:
             if is_crowd(seq, self._partial):
                 return False
             self._partial.append(seq.order[0])
-        if len(seq.group.sequences) > 1 and sibling(self._manager, seq)[0] is None:
-            self._groups.add(seq.group)
         return True
 
 

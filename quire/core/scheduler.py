@@ -17,11 +17,10 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable
-from itertools import islice
 from operator import attrgetter
 
 from quire.core.admission import AdmissionPolicy
-from quire.core.admitting import MAX_LOOKED_AT, admit, is_crowd
+from quire.core.admitting import admit, is_crowd
 from quire.core.block_manager import BlockManager
 from quire.core.events import Listener, Preempted, PreemptionCause
 from quire.core.flight import Flight, brings, commit, launch, should_read
@@ -280,10 +279,9 @@ class Scheduler:
         return shares
 
     def _short_one_waits(self, size: int, order: int) -> bool:
-        """One of at most ``size`` tokens, and of no lower priority than ``order``."""
+        """One that has at most ``size`` positions to compute, and no lower priority than ``order``."""
         known_to_wait = KnownToWait(self.manager)
-        looked_at = islice((seq for seq in self.waiting if not known_to_wait(seq)), MAX_LOOKED_AT)
-        return any(seq.num_tokens <= size and seq.order[0] <= order for seq in looked_at)
+        return any((seq.lack or seq.num_tokens) <= size and seq.order[0] <= order and not known_to_wait(seq) for seq in self.waiting)
 
     def _spend(self, plan: StepPlan, budget: int) -> None:
         """What newcomers did not take of the budget goes to the planned prompts, in order."""
@@ -340,6 +338,7 @@ class Scheduler:
         """running[i] gives its row back, and waits at its place in the queue. Its blocks are freed, though still findable, or swapped
         out."""
         seq = self.running.pop(i)
+        seq.lack = None
         positions = seq.num_computed
         self.manager.counters.preempted[cause] += 1
         seq.group.preemptions += 1

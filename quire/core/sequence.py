@@ -142,8 +142,8 @@ class Sequence:
     """Of a beam: its most likely next tokens, until all beams have theirs."""
     held: tuple[Sequence, int] | None = None
     """While waiting: who computes the tokens that it would compute next, and how many positions they have in common."""
-    crowded: bool = False
-    """While waiting: it was one prompt too many of those that are computed in chunks, when it was last looked at."""
+    lack: int | None = None
+    """While waiting: positions that it would have to compute, when it was last looked at; None before."""
     in_flight: int = 0
     """Tokens that launched steps bring at most, and nobody has read yet. A beam's candidates, and the end of a prompt of which nothing
     is generated, count as one."""

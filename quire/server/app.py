@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import Response
 
 from quire import __version__
@@ -45,7 +46,7 @@ def around(app: App, config: ServerConfig, keys: Keys | None, refused: Callable[
 
 def create_app(context: Context) -> FastAPI:
     """The ASGI application for one served model; ``around`` it goes what checks keys."""
-    app = FastAPI(title="Quire", version=__version__, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Quire", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     app.state.feed = Feed(context.client, context.model)
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
@@ -94,6 +95,7 @@ def create_app(context: Context) -> FastAPI:
         app.add_api_route(path, handler, methods=[method], response_model=None, **openapi.describe(path, method))
         if method == "GET" and handler is not page.events:
             app.add_api_route(path, handler, methods=["HEAD"], response_model=None, include_in_schema=False)
+    app.add_route("/docs", docs, include_in_schema=False)
     openapi.install(app)
     paths = list(dict.fromkeys(path.replace(":path", "") for _, path, _ in routes))
     errors.install(app, [*paths, "/docs"])
@@ -171,6 +173,10 @@ async def ready(request: Request) -> Response:
     while the server drains."""
     context_of(request).client.check_ready()
     return _json({"status": "ready"})
+
+
+async def docs(request: Request) -> Response:
+    return get_swagger_ui_html(openapi_url="openapi.json", title="Quire")  # relative: the server may stand behind a path
 
 
 async def version(request: Request) -> Response:

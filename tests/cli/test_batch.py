@@ -79,6 +79,8 @@ def test_lines_without_seed_follow_the_seed_of_the_command(tmp_path: Path) -> No
         assert run(source, tmp_path / name, *arguments)[0] == 0
         return [each["response"]["body"]["choices"][0]["text"] for each in read(tmp_path / name)]
 
+    vectors = write(tmp_path / "vectors.jsonl", {"input": "import os"}, url="/v1/embeddings")
+    assert run(vectors, tmp_path / "vectors-out")[0] == 0, "they have no seed"
     first, again, other = texts("first"), texts("again", "--max-num-seqs", "1"), texts("other", "--seed", "1")
     assert first == again != other
     assert first[0] != first[1]

@@ -132,7 +132,7 @@ def test_samples_take_rows_when_they_can_start(caching: bool) -> None:
     assert len(victims) == 4, "one for each sample"
 
 
-@pytest.mark.parametrize("count", [5, 12])
+@pytest.mark.parametrize("count", [5, 12, 100])
 def test_prompts_that_are_one_too_many_take_no_rows(count: int) -> None:
     """At most four are computed in chunks: a row for a fifth would be free in vain."""
     engine, victims = crowd(16, 64)
@@ -142,8 +142,8 @@ def test_prompts_that_are_one_too_many_take_no_rows(count: int) -> None:
     while any(name.startswith("live") for name in engine._live):
         engine.step()
         steps, used = steps + 1, used + len(engine.scheduler.running)
-    assert len(victims) <= count + 4, "each takes a row once; with the last of them some come too early"
-    assert used / steps > 14
+    assert len(victims) <= count + 4, "one for each; with the last of them some come too early"
+    assert used / steps > 15
 
 
 @pytest.mark.parametrize("lines", [1, 4, 8])

@@ -307,7 +307,7 @@ def first_step(engine: Engine, name: str) -> int:
     return next(n for n in range(1, 2000) if any(output.request_id == name for output in engine.step()))
 
 
-@pytest.mark.parametrize(("count", "n"), [(1, 1), (4, 1), (8, 1), (4, 17)])
+@pytest.mark.parametrize(("count", "n"), [(1, 1), (4, 1), (8, 1), (4, 17), (100, 1)])
 def test_a_short_prompt_does_not_wait_for_many_long_ones(count: int, n: int) -> None:
     """More than are computed in chunks at a time, so that some wait before it."""
     engine = make(4000, max_model_len=1000, max_num_seqs=32)
@@ -317,7 +317,7 @@ def test_a_short_prompt_does_not_wait_for_many_long_ones(count: int, n: int) -> 
     for _ in range(3):
         engine.step()
     engine.add(ask("short", [49, 48, 47], max_tokens=2))
-    assert first_step(engine, "short") <= 2
+    assert first_step(engine, "short") <= 2 + count // 64
 
 
 @pytest.mark.parametrize("n", [64, 65, 128])

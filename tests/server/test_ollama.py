@@ -165,6 +165,44 @@ def test_calls_and_their_results(thinking: Server) -> None:
     wait_clean(thinking.url)
 
 
+def test_several_calls_are_told_apart(thinking: Server) -> None:
+    """Clients put together the parts of calls with the same index."""
+    says(thinking, CALL + CALL.removeprefix("Let me see.").replace("Köln", "Bonn"))
+    fields = {"messages": [USER], "tools": [WEATHER]}
+    whole = http.post(thinking.url + "/api/chat", json=fields | {"stream": False}).json()["message"]["tool_calls"]
+    lines = [json.loads(line) for line in http.post(thinking.url + "/api/chat", json=fields).text.splitlines()]
+    for calls in (whole, [call for line in lines for call in line.get("message", {}).get("tool_calls", ())]):
+        assert [(call["function"]["index"], call["function"]["arguments"]["city"]) for call in calls] == [(0, "Köln"), (1, "Bonn")]
+
+
+def test_what_clients_send_that_asks_for_nothing(real: Process) -> None:
+    fields = {
+        "model": "embedded", "messages": [USER | {"role": "User", "images": []}], "stream": False, "format": "", "think": False,
+        "tools": [], "keep_alive": "5m", "truncate": False, "shift": True, "_debug_render_only": False, "logprobs": False,
+        "options": {"num_ctx": 8192, "num_predict": 4.0, "seed": 42.0, "num_gqa": 8, "mirostat": 0, "typical_p": 1.0, "num_thread": 2},
+    }  # fmt: skip
+    answer = http.post(real.url + "/api/chat", json=fields)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["eval_count"] == 4
+    assert http.post(real.url + "/api/show", json={"name": "embedded", "model": ""}).status_code == 200
+    assert http.post(real.url + "/api/embeddings", json={"prompt": ""}).json() == {"embedding": []}
+
+
+def test_bodies_without_a_content_type(real: Process) -> None:
+    """As in the examples of Ollama's documentation. What a page of another site sends brings its origin."""
+    body = json.dumps({"model": "embedded", "prompt": "x", "stream": False, "options": {"num_predict": 2}})
+    for kind in ({}, {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}):
+        assert http.post(real.url + "/api/generate", content=body, headers=kind).status_code == 200
+        other = http.post(real.url + "/api/generate", content=body, headers=kind | {"origin": "http://elsewhere.test"})
+        assert other.status_code == 415
+
+
+def test_an_answer_of_one_step_has_a_speed(real: Process) -> None:
+    answer = client_of(real).generate("embedded", "x", options={"num_predict": 1, "temperature": 0})
+    assert answer.eval_count == 1
+    assert answer.eval_duration > 1000, "nanoseconds"  # type: ignore[operator]
+
+
 def test_what_a_model_thinks(thinking: Server) -> None:
     client = client_of(thinking)
     says(thinking, "<think>Hm.</think>Yes.")
@@ -188,7 +226,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str]] = [
     ("/api/chat", {"messages": [USER], "options": 5}, 400, "options must be an object"),
     ("/api/chat", {"messages": [USER | {"images": ["aGk="]}]}, 400, "reads text only"),
     ("/api/chat", {"messages": [{"role": "boss", "content": "x"}]}, 400, "'boss'"),
-    ("/api/chat", {"messages": [USER], "tools": [WEATHER]}, 400, "tool"),
+    ("/api/chat", {"messages": [USER], "tools": [WEATHER]}, 400, "does not support tools"),
     ("/api/chat", {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]}, 400, "an object"),
     ("/api/chat", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "with a name"),
     ("/api/generate", {"prompt": "x", "suffix": "y"}, 400, "suffix is not supported"),

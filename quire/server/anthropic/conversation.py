@@ -18,6 +18,7 @@ from quire.server.anthropic.tools import GivenTools, tool_choice
 from quire.server.calls.fields import parse, shown
 from quire.server.calls.schemas import ChatCompletionRequest
 from quire.server.calls.tools import unreadable
+from quire.server.openai.chat import thinks
 
 BILLING_LINE = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n?")
 """What Claude Code puts first into the system prompt, different in each request: it is for Anthropic's accounting and no part of the
@@ -146,10 +147,9 @@ def _response_format(format: object) -> dict[str, Any]:
 
 
 def _thinking(thinking: dict[str, Any] | None) -> dict[str, Any]:
-    """The variable by which the templates of models that may think, or not, are told (Qwen3 and others)."""
     if thinking is None:
         return {}
     kind = thinking.get("type")
     if kind not in ("enabled", "adaptive", "between_tools", "disabled"):
         raise InvalidRequestError(f"thinking.type must be enabled, adaptive or disabled, got {shown(kind)}", param="thinking")
-    return {"enable_thinking": kind != "disabled"}
+    return thinks(kind != "disabled")

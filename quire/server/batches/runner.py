@@ -269,7 +269,7 @@ class Runner:
         data = await asyncio.to_thread(os.pread, source, line.length, line.offset)
         value = parse_line(data)  # as it was validated
         body = value["body"]
-        if self.seed is not None and body.get("seed") is None:
+        if self.seed is not None and value["url"] != "/v1/embeddings" and body.get("seed") is None:
             body["seed"] = request_seed(self.seed, line.number)
         body, caller = json_bytes(body), Caller(batch.tenant, background=True)
         while True:

@@ -51,7 +51,7 @@ class Reading:
         )
 
     def thought(self, tokenizer: Tokenizer) -> Thought:
-        return Thought(*self.think_ids, self.in_reasoning, lambda token: not tokenizer.decode((token,)).strip(SPACE))
+        return Thought(*self.think_ids, self.in_reasoning, lambda token: not tokenizer.token_text(token).strip(SPACE))
 
     def message(self, choice: Choice, key: str) -> Message:
         """What a whole choice says. Its finish_reason is set too."""
@@ -138,7 +138,7 @@ def check_format(context: Context) -> None:
         raise InvalidRequestError(
             "this server was started with --tool-parser none: leave out tools"
             if wanted == "none"
-            else "this model's chat template has none of the known formats of tool calls, so they could not be told from text: leave out "
-            f"tools, or serve with --tool-parser and one of {', '.join(FORMATS)}, if the model knows it",
+            else f"{context.model!r} does not support tools: its chat template has none of the known formats of calls, so they could not "
+            f"be told from text; leave out tools, or serve with --tool-parser and one of {', '.join(FORMATS)}, if the model knows it",
             param="tools",
         )

@@ -10,6 +10,7 @@ from quire.server.calls.fields import parse, shown
 from quire.server.calls.schemas import ChatCompletionRequest
 from quire.server.context import Context
 from quire.server.ollama.schemas import IGNORED_OPTIONS, REFUSED_OPTIONS, OllamaChatRequest, OllamaGenerateRequest, Options
+from quire.server.openai.chat import thinks
 
 _OTHER_NAME = {"num_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
 
@@ -41,7 +42,8 @@ def _prompt(body: OllamaGenerateRequest) -> list[dict[str, Any]]:
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:
-    values = parse(Options, options, IGNORED_OPTIONS, REFUSED_OPTIONS).model_dump(exclude_none=True)
+    whole = {name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in options.items()}
+    values = parse(Options, whole, IGNORED_OPTIONS, REFUSED_OPTIONS).model_dump(exclude_none=True)
     if values.get("num_predict", 1) < 1:
         del values["num_predict"]
     if values.get("seed", 0) < 0:
@@ -68,7 +70,7 @@ def _thinking(context: Context, think: object) -> dict[str, Any]:
         raise InvalidRequestError(f"{context.model!r} does not support thinking: leave out think", param="think")
     if isinstance(think, str):
         return {"reasoning_effort": think}
-    return {"chat_template_kwargs": {"enable_thinking": think}}
+    return {"chat_template_kwargs": thinks(bool(think))}
 
 
 def _turns(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -79,7 +81,8 @@ def _turns(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
         at = f"messages[{i}]"
         if message.get("images"):
             raise InvalidRequestError(f"{at} has images: this model reads text only", param=f"{at}.images")
-        turn: dict[str, Any] = {"role": message.get("role"), "content": message.get("content") or ""}
+        role = message.get("role")
+        turn: dict[str, Any] = {"role": role.lower() if isinstance(role, str) else role, "content": message.get("content") or ""}
         if (thinking := message.get("thinking")) is not None:
             turn["reasoning_content"] = thinking
         if calls := message.get("tool_calls"):

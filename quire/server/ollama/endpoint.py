@@ -104,6 +104,8 @@ async def embeddings(request: Request) -> Response:
     context = context_of(request)
     body = parse(OllamaEmbeddingsRequest, await _body(request), IGNORED, REFUSED)
     check_model(context, body.model)
+    if not body.prompt:
+        return _json({"embedding": []})
     (vector,), _ = await _vectors(request, context, parse(EmbeddingRequest, {"input": body.prompt}))
     return _json({"embedding": unit_vector(vector)})
 

@@ -62,7 +62,7 @@ async def show(request: Request) -> Response:
     context = context_of(request)
     given = await read_json(request, context.config.max_body_bytes)
     body = parse(OllamaShowRequest, given, IGNORED, REFUSED | {"system": ("",), "options": ({},)})
-    name = given.get("name") if body.model is None else body.model
+    name = body.model or given.get("name") or None
     check_model(context, name if isinstance(name, str) else None)
     facts, template = context.facts, context.tokenizer.chat_template
     defaults = "\n".join(f"{name} {value}" for name, value in context.sampling_defaults.items())

@@ -52,6 +52,8 @@ class Reply:
     def __init__(self, context: Context, form: Form, generation: Generation, top_logprobs: int | None) -> None:
         self._form, self._generation, self._turn = form, generation, Turn()
         self._labels, self._top = Labels(context.tokenizer, False), top_logprobs
+        self._calls = 0
+        """That were told in a stream."""
 
     def start(self) -> bytes:
         return b""
@@ -67,7 +69,8 @@ class Reply:
             elif step == "add" and block.kind == "reasoning":
                 lines.append(self._form.line(thinking=text))
             elif step == "close" and block.kind == "call":
-                lines.append(self._form.line(tool_calls=[_call(block)]))
+                lines.append(self._form.line(tool_calls=[_call(block, self._calls)]))
+                self._calls += 1
         if piece.delta.logprobs:
             lines = lines or [self._form.line()]
             lines[0]["logprobs"] = self._logprobs(piece.delta.token_ids, piece.delta.logprobs)
@@ -93,7 +96,7 @@ class Reply:
         parts: dict[str, list[str]] = {"text": [], "reasoning": []}
         for block in self._turn.blocks:
             parts.setdefault(block.kind, []).append(block.text)
-        calls = [_call(block) for block in self._turn.blocks if block.kind == "call"]
+        calls = [_call(block, i) for i, block in enumerate(block for block in self._turn.blocks if block.kind == "call")]
         more: dict[str, Any] = {"thinking": "".join(parts["reasoning"])} if parts["reasoning"] else {}
         if calls:
             more["tool_calls"] = calls
@@ -109,7 +112,11 @@ class Reply:
     def _done(self) -> dict[str, Any]:
         """Durations are in nanoseconds; clients divide by them."""
         usage, timings = self._generation.usage, self._generation.timings
-        queued, prompt, predicted = (max(1, round(1e9 * seconds)) for seconds in timings.parts())
+        queued, prompt, predicted = timings.parts()
+        if timings.first_tokens >= usage.completion_tokens:  # all came at once: by the numbers of tokens
+            both, share = prompt + predicted, usage.completion_tokens / max(1, usage.total_tokens)
+            prompt, predicted = both * (1 - share), both * share
+        queued, prompt, predicted = (max(1, round(1e9 * seconds)) for seconds in (queued, prompt, predicted))
         return {
             "done": True, "done_reason": "length" if self._turn.finish_reason == "length" else "stop",
             "total_duration": queued + prompt + predicted, "load_duration": 0,
@@ -118,5 +125,6 @@ class Reply:
         }  # fmt: skip
 
 
-def _call(block: Block) -> dict[str, Any]:
-    return {"id": block.id, "function": {"name": block.name, "arguments": arguments_of(block.text)}}
+def _call(block: Block, index: int) -> dict[str, Any]:
+    """index: among the calls of an answer; clients put together what has the same one."""
+    return {"id": block.id, "function": {"index": index, "name": block.name, "arguments": arguments_of(block.text)}}

@@ -27,16 +27,18 @@ _MESSAGE = {
     },
 }
 
-IGNORED = frozenset(("keep_alive", "name", "verbose", "insecure"))
-"""Sent by clients; without influence on what comes back: the model stays loaded."""
+IGNORED = frozenset(("keep_alive", "name", "verbose", "insecure", "truncate", "shift"))
+"""Sent by clients; without influence on what comes back: the model stays loaded, and no conversation is cut."""
 REFUSED: dict[str, tuple[Any, ...]] = {
     "images": ([],), "suffix": ("",), "template": ("",), "context": ([],), "width": (0,), "height": (0,), "steps": (0,),
+    "_debug_render_only": (False,),
 }  # fmt: skip
 """Known to clients, not supported → values that ask for nothing, besides null."""
 IGNORED_OPTIONS = frozenset((
     "num_ctx",  # the context is what the server was started with; a prompt that is too long for it is refused, and not cut
     "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock",
-    "embedding_only", "num_keep", "mirostat_tau", "mirostat_eta", "penalize_newline",
+    "embedding_only", "num_gqa", "rope_frequency_base", "rope_frequency_scale",
+    "num_keep", "mirostat_tau", "mirostat_eta", "penalize_newline",
     "repeat_last_n",  # repeat_penalty looks at all of the text
 ))  # fmt: skip
 REFUSED_OPTIONS: dict[str, tuple[Any, ...]] = {"tfs_z": (1,), "typical_p": (1,), "mirostat": (0,)}

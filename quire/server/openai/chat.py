@@ -41,10 +41,15 @@ async def chat_completions(request: Request) -> Response:
     return await respond(request, generation, form, body)
 
 
+def thinks(wanted: bool) -> dict[str, bool]:
+    """The variables by which the templates of models that may think, or not, are told (Qwen3; DeepSeek, Granite)."""
+    return {"enable_thinking": wanted, "thinking": wanted}
+
+
 def template_variables(body: ChatCompletionRequest) -> dict[str, Any]:
     """For the chat template. Templates know one name or the other of how much is to be thought, or neither."""
     effort = body.reasoning_effort
-    thinking = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    thinking = {} if effort is None else {"reasoning_effort": effort, **thinks(effort != "none")}
     return thinking | (body.chat_template_kwargs or {})
 
 
