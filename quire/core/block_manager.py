@@ -330,6 +330,9 @@ class BlockManager:
                 parent, node = node, self.cache.publish(node, self.cache.key(seq.tokens, start), block)
                 self.cache.hold(node)
                 self.cache.drop(parent)
+                if 0 <= node.block != block >= 0 and not self.pool.ref_counts[node.block]:
+                    # The same is in an idle block: that one would be evicted while this one is in use, and the content be lost.
+                    self.pool.discard(self.cache.move(node, block))
                 self._retain(seq, node.block)  # another one, where two have computed the same
                 seq.num_published += 1
             seq.node = node

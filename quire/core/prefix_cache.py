@@ -150,6 +150,16 @@ class PrefixCache:
                 self.listener(BlockStored(block, node.number, before, decode(key), node.salt))
         return node
 
+    def move(self, node: Node, block: int) -> int:
+        """``node``'s content, whose block is idle, is also in ``block``, which has an owner, and stays there from now on. Returns the
+        idle one, which is empty now."""
+        idle = node.block
+        self._order.revive(idle)
+        del self._nodes[idle]
+        node.block = block
+        self._nodes[block] = node
+        return idle
+
     def forget_beyond(self, block: int, count: int) -> None:
         """All but the first ``count`` tokens of ``block`` are about to be overwritten: longer content is forgotten."""
         node = self._nodes.get(block)

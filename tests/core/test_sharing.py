@@ -229,6 +229,21 @@ def test_a_hash_collision_serves_nobody_elses_tokens(monkeypatch: pytest.MonkeyP
     assert tokens(outputs[("b", 0)]) == expected_output(b, 0, 2)
 
 
+def test_what_is_computed_again_stays_findable() -> None:
+    """Its first copy is idle, and evicted while the second is in use."""
+    engine = make(24, max_num_seqs=2)
+    prompt = list(range(8))
+    first = tokens(run(engine, ask("a", prompt, max_tokens=24))[("a", 0)])
+    engine.add(ask("b", prompt, max_tokens=24))
+    for _ in range(22):
+        engine.step()
+    assert engine.stats().kv.cached_blocks <= 3, "what both have made is there once"
+    engine.add(ask("c", [49] * 56, max_tokens=2))
+    assert tokens(drain(engine)[("b", 0)])[-2:] == first[-2:]
+    outputs = run(engine, ask("d", [*prompt, *first[:20], 48], max_tokens=1))
+    assert outputs[("d", 0)][0].cached_tokens == 28
+
+
 def test_a_preempted_sequence_finds_its_own_blocks() -> None:
     engine = make()
     engine.add(ask("a", list(range(12)), max_tokens=8))

@@ -16,12 +16,12 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from quire.errors import EngineError
 from quire.server.calls import compiler as compiler_module
 from quire.server.calls.compiler import Compiler
+from quire.server.http.errors import UnavailableError
 from quire.structured import Structured
 from quire.text.tokenizer import Tokenizer
-from server.harness import DEADLINE_S, EMBEDDED, Process, Server, events, health, http, wait_clean
+from server.harness import DEADLINE_S, EMBEDDED, Process, Server, events, health, http, raw_request, wait_clean, wait_until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SCHEMA = {
@@ -280,7 +280,7 @@ def test_a_compiler_that_is_always_killed() -> None:
         with pytest.MonkeyPatch.context() as patch:
             asked = compiler_module._Worker.ask
             patch.setattr(compiler_module._Worker, "ask", lambda self, structured: (self.kill(), asked(self, structured))[1])
-            with pytest.raises(EngineError, match=r"was killed, 2 times: try again"):
+            with pytest.raises(UnavailableError, match=r"was killed, 2 times: try again"):
                 await compiler.check(form)
         await compiler.check(form)
 
@@ -288,3 +288,32 @@ def test_a_compiler_that_is_always_killed() -> None:
         asyncio.run(check())
     finally:
         compiler.close()
+
+
+class StuckCompiler:
+    """As one with many slow forms before it."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+    async def check(self, structured: Structured) -> None:
+        self.waiting += 1
+        try:
+            await asyncio.sleep(DEADLINE_S)
+        finally:
+            self.waiting -= 1
+
+
+def test_deadlines_and_hang_ups_while_a_form_waits_to_be_compiled(fake: Server) -> None:
+    context, stuck = fake.app.state.context, StuckCompiler()
+    object.__setattr__(context, "compiler", stuck)
+    body = {"prompt": "x", "guided_regex": "[ab]"}
+    try:
+        late = http.post(fake.url + COMPLETIONS, json=body | {"timeout": 0.2})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        with raw_request(fake.port, COMPLETIONS, body):
+            wait_until(lambda: stuck.waiting == 1, "it waits")
+        wait_until(lambda: stuck.waiting == 0, "nobody waits for it any more")
+    finally:
+        object.__setattr__(context, "compiler", None)
+    wait_clean(fake.url)

@@ -14,7 +14,7 @@ from quire.errors import QuireError
 from quire.server.calls.generation import Generation, Piece
 from quire.server.calls.pusher import Pusher
 from quire.server.http.errors import INTERNAL
-from quire.server.http.sse import PING_S, EventStream, Push, answer, push_of
+from quire.server.http.sse import PING_S, EventStream, Push, answer, push_of, while_connected
 
 log = logging.getLogger("quire.server")
 
@@ -55,7 +55,10 @@ class Writer(Protocol):
 
 async def deliver(request: Request, generation: Generation, writer: Writer, stream: bool, kind: str = EventStream.media_type) -> Response:
     """Run a generation, and answer. What can't be queued is refused before the answer begins. kind: of a stream, its media type."""
-    await generation.submit()
+    if generation.to_compile:  # which may take a while, and others may stand before it
+        await while_connected(request.receive, generation.submit())
+    else:
+        await generation.submit()
     if stream:
         return EventStream(events(generation, writer, push_of(request.scope)), generation.close, kind)
     with generation:

@@ -22,8 +22,9 @@ from queue import Empty, SimpleQueue
 import msgspec
 
 import quire
-from quire.errors import EngineError, InvalidRequestError, QueueFullError
+from quire.errors import InvalidRequestError, QueueFullError
 from quire.server.calls.compile_worker import CPU_S, MEMORY_BYTES, Setup
+from quire.server.http.errors import UnavailableError
 from quire.structured import Structured
 
 WORKERS = 2
@@ -82,7 +83,7 @@ class Compiler:
                 self._known.popitem(last=False)
 
     def _try(self, structured: Structured) -> str:
-        """On a thread of its own. Raises EngineError where a worker can't be had."""
+        """On a thread of its own. Raises UnavailableError where a worker can't be had."""
         for _ in range(TRIES):
             worker = self._worker()
             answer = worker.ask(structured)
@@ -92,10 +93,10 @@ class Compiler:
                 self._workers.discard(worker)
             if answer is not None:
                 return answer
-        raise EngineError(f"{structured.source}: the process that was to compile it was killed, {TRIES} times: try again in a moment")
+        raise UnavailableError(f"{structured.source}: the process that was to compile it was killed, {TRIES} times: try again in a moment")
 
     def _worker(self) -> _Worker:
-        """One that is idle, or a new one. Raises EngineError."""
+        """One that is idle, or a new one. Raises UnavailableError."""
         with contextlib.suppress(Empty):
             while True:
                 worker = self._idle.get_nowait()
@@ -108,7 +109,7 @@ class Compiler:
             worker.kill()
         try:
             worker.wait_ready()
-        except EngineError:
+        except UnavailableError:
             self._workers.discard(worker)
             raise
         return worker
@@ -138,9 +139,9 @@ class _Worker:
         return self._process.poll() is None
 
     def wait_ready(self) -> None:
-        """Until it has loaded the vocabulary. Raises EngineError."""
+        """Until it has loaded the vocabulary. Raises UnavailableError."""
         if self._send(msgspec.msgpack.encode(self._setup), START_TIMEOUT_S) is None:
-            raise EngineError("the process that compiles structured output could not start; the request was not tried")
+            raise UnavailableError("the process that compiles structured output could not start; the request was not tried: try again")
 
     def ask(self, structured: Structured) -> str | None:
         """What is wrong with the form, or ""; None where nobody knows, since the worker was killed. It may have ended in any case."""

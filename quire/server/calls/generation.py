@@ -28,6 +28,7 @@ from quire.server.context import Context
 from quire.server.engine.stream import Shortcut, Stream
 from quire.server.http.errors import DeadlineError
 from quire.server.http.keys import Caller
+from quire.structured import Structured
 from quire.text.detokenizer import Detokenizer
 from quire.text.output import Delta, OutputAssembler, best_choices, prompt_positions
 from quire.text.tools import Message, ToolParser
@@ -115,24 +116,41 @@ class Generation:
         self._caller.enter()
         self.timings.submitted = monotonic()
         try:
-            for structured in {request.params.structured for request in self._requests}:
-                if structured is not None and self._compiler is not None:
-                    await self._compiler.check(structured)
+            await self._compile()
             self._stream = self._client.submit(self._requests, background=self._caller.background)
         except BaseException:  # the client may hang up meanwhile
             self._caller.leave(0)
             raise
         if self._timeout is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._timeout, self._too_late)
+            left = self._timeout - (monotonic() - self.timings.submitted)
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, left), self._too_late)
+
+    @property
+    def to_compile(self) -> set[Structured]:
+        """Forms that are tried before the requests are queued."""
+        forms = {request.params.structured for request in self._requests}
+        return set() if self._compiler is None else {form for form in forms if form is not None}
+
+    async def _compile(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                for structured in self.to_compile:
+                    assert self._compiler is not None
+                    await self._compiler.check(structured)
+        except TimeoutError:
+            raise self._late() from None
 
     def _too_late(self) -> None:
         """Also where the client is not reading: what is fetched later is what had arrived, and then the error."""
         assert self._stream is not None
-        self._stream.fail(DeadlineError(
+        self._stream.fail(self._late())
+
+    def _late(self) -> DeadlineError:
+        return DeadlineError(
             f"the request did not end within {self._timeout:g} seconds, its timeout or this server's --request-timeout: ask for fewer "
             "tokens, or for more time",
             param="timeout",
-        ))  # fmt: skip
+        )
 
     def close(self) -> None:
         """May be called twice."""

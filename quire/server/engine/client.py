@@ -132,7 +132,7 @@ class EngineClient:
         self.meter.begin(requests)
         for request in requests:
             self._streams[request.request_id] = stream
-            self._journal.add(request)
+            self._journal.add(request, self.meter.now())
         self._send_due()
         return stream
 
@@ -219,6 +219,7 @@ class EngineClient:
     def _send_due(self) -> None:
         if self.up and self._link is not None:
             for entry in self._journal.due():
+                entry.waited_s = self.meter.now() - entry.added
                 self._link.send(Add(entry.request, entry.resumed))
 
     def _post(self, message: FromEngine) -> None:
@@ -239,6 +240,9 @@ class EngineClient:
                 if self._ways:
                     tokens = self._carry(tokens)
                     self._count_carried(output.request_id for output in outputs)
+                for output in outputs:
+                    if output.queued_s is not None:  # by the engine's clock, since it has the request
+                        output.queued_s += self._journal.waited_s(output.request_id)
                 self.meter.step(outputs)
                 self.meter.tokens(tokens)
                 self._deliver(outputs)

@@ -36,6 +36,10 @@ class Entry:
     """What they amount to."""
     sent: bool = False
     """The engine that runs now has it."""
+    added: float = 0.0
+    """When it was submitted, by the client's clock."""
+    waited_s: float = 0.0
+    """Until it was sent to an engine, the last time."""
 
     def __post_init__(self) -> None:
         self.emitted = [[] for _ in range(self.request.params.num_outputs)]
@@ -68,8 +72,8 @@ class Journal:
         """Sequences in flight that no engine has."""
         return sum(tokens is not None for entry in self._entries.values() if not entry.sent for tokens in entry.emitted)
 
-    def add(self, request: Request) -> None:
-        entry = self._entries[request.request_id] = Entry(request)
+    def add(self, request: Request, now: float = 0.0) -> None:
+        entry = self._entries[request.request_id] = Entry(request, added=now)
         self._unsent.append(entry)
 
     def note(self, output: SequenceOutput) -> None:
@@ -101,6 +105,11 @@ class Journal:
         request ``is_clear``."""
         entry = self._entries.get(request_id)
         return None if entry is None else entry.emitted[0]
+
+    def waited_s(self, request_id: str) -> float:
+        """How long a request waited for an engine that took it."""
+        entry = self._entries.get(request_id)
+        return 0.0 if entry is None else entry.waited_s
 
     def is_clear(self, request_id: str) -> bool:
         """No engine has died under it since it made a token."""

@@ -106,6 +106,8 @@ class Preparation:
         self._inbox = inbox
         self._queue: SimpleQueue[Add | Abort] = SimpleQueue()
         self._waiting: set[str] = set()
+        self._gone: set[str] = set()
+        """Of them, those that nobody wants any more: the engine does not hear of them."""
 
     def start(self, engine: Engine) -> None:
         threading.Thread(target=self._run, args=(engine,), name="quire-constraints", daemon=True).start()
@@ -120,6 +122,8 @@ class Preparation:
             case Abort(request_id, _):
                 if request_id not in self._waiting:
                     return False
+                if message.index is None:
+                    self._gone.add(request_id)
             case _:
                 return False
         self._queue.put(message)
@@ -128,12 +132,17 @@ class Preparation:
     def _run(self, engine: Engine) -> None:
         while True:
             message = self._queue.get()
-            if isinstance(message, Add) and engine.constraints is not None:
-                with contextlib.suppress(QuireError):  # the engine meets it again, and says so
-                    engine.constraints.prepare(message.request.params.structured)
-            self._inbox.put(message)
-            if isinstance(message, Add):
-                self._waiting.discard(message.request.request_id)
+            if isinstance(message, Abort):
+                self._gone.discard(message.request_id)
+                self._inbox.put(message)
+                continue
+            request = message.request
+            if request.request_id not in self._gone:
+                if engine.constraints is not None:
+                    with contextlib.suppress(QuireError):  # the engine meets it again, and says so
+                        engine.constraints.prepare(request.params.structured)
+                self._inbox.put(message)
+            self._waiting.discard(request.request_id)
 
 
 def load_engine(config: EngineConfig, measure_limits: bool = False) -> tuple[Engine, Loaded]:

@@ -18,6 +18,8 @@ from quire.errors import ContextLengthError, QuireError
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
+PROBES = ("/health", "/ready", "/ping")
+"""What these answer is no call that was refused."""
 INTERNAL = "internal error; the server's log has the details"
 
 
@@ -155,7 +157,7 @@ def install(app: FastAPI, endpoints: list[str]) -> None:
 
     async def quire_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, QuireError)
-        if error.status not in (500, 504):  # it was taken, and failed, or took too long
+        if error.status not in (500, 504) and request.url.path not in PROBES:  # else it was taken, and failed, or took too long
             request.app.state.context.client.meter.refuse(error.code)
         return error_response(error, request.url.path)
 

@@ -24,7 +24,7 @@ def advice(snapshot: Snapshot, limits: RequestLimits, preemptions: int) -> Itera
         what = "1 sequence" if preemptions == 1 else f"{preemptions:,} sequences"
         yield (
             f"{what} had to give memory back in the last minute, and will compute part of it again. Raise --kv-memory, lower "
-            "--max-num-seqs, or serve with --admission no-evict, under which nobody is preempted for want of memory."
+            "--max-num-seqs, or serve with --admission no-evict, under which hardly anybody is preempted for want of memory."
         )
     if (count := queue.rows) and kv.free_blocks > ROOM * kv.num_blocks:
         yield (
