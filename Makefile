@@ -10,7 +10,7 @@ MODEL ?= embedded
 # Two processes, a file each: most tests wait for a server or use one core.
 TWO := -n 2 --dist loadfile
 
-.PHONY: help serve test test-again test-oracle test-page test-clients test-emulated lint clean preflight
+.PHONY: help serve test test-again test-oracle test-page test-clients test-emulated test-sanitized lint clean preflight
 
 help:
 	@echo "make serve        install into $(VENV) and serve the embedded model on 127.0.0.1:8000 (MODEL=folder for another)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-page    the page in headless Chromium (a part of make test, where Chromium is)"
 	@echo "make test-clients  the tests with clients that are heavy to install: LiteLLM, LangChain, lm-evaluation-harness, vllm-router (850 MB); Claude Code, Codex and opencode where they are on the PATH"
 	@echo "make test-emulated the AVX-512 kernels' tests on any machine with AVX2; installs cmake, ninja and nanobind into $(VENV)"
+	@echo "make test-sanitized the kernels' tests with GCC's address and undefined-behaviour sanitizers; SANITIZE=thread: with its race detector"
 	@echo "make test-fuzz    20,000 requests made up from the OpenAPI document; make test-chaos: engines killed under 300 streams"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove $(VENV) and build folders"
@@ -99,6 +100,18 @@ test-emulated: $(VENV)/.emulated
 	@$(BIN)/cmake --install $(EMULATED) --prefix $(EMULATED)/python > /dev/null
 	@PYTHONPATH=$(EMULATED)/python $(BIN)/python -P -c 'import sys; from quire.backends.cpu import _native as n; sys.exit(None if n.__file__.startswith(sys.argv[1]) and "avx512vnni" in n.available_isas() else "The AVX-512 kernels are emulated with AVX2, FMA and F16C, which this CPU lacks: it has kernels for " + ", ".join(n.available_isas()))' $(EMULATED)
 	PYTHONPATH=$(EMULATED)/python $(BIN)/pytest -k avx512 tests/backends/cpu
+
+# With GCC's sanitizers, in a copy too. SANITIZE=thread looks for data races: there the two tests that limit the memory fail.
+SANITIZE := address
+SANITIZED := $(CURDIR)/build/$(SANITIZE)
+SANITIZER := $(if $(filter thread,$(SANITIZE)),thread,address$(shell printf ,)undefined)
+test-sanitized: $(VENV)/.emulated
+	@echo "Compiling the native code with -fsanitize=$(SANITIZER) into build/$(SANITIZE) (four minutes the first time) ..."
+	@$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g1 -fsanitize=$(SANITIZER) -fno-sanitize-recover=all -fno-omit-frame-pointer" -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > /dev/null
+	@$(BIN)/cmake --build $(SANITIZED) -- --quiet
+	@rm -rf $(SANITIZED)/python && mkdir $(SANITIZED)/python && cp -r quire $(SANITIZED)/python/
+	@$(BIN)/cmake --install $(SANITIZED) --prefix $(SANITIZED)/python > /dev/null
+	LD_PRELOAD="$$(g++ -print-file-name=lib$(if $(filter thread,$(SANITIZE)),t,a)san.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/python $(BIN)/pytest tests/backends/cpu
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .

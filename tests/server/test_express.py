@@ -11,6 +11,7 @@ import pytest
 
 from quire.core.admission import RequestLimits
 from quire.core.sequence import Request
+from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
 from quire.server.engine._express import Express, carry
 from quire.server.engine.client import EngineClient
@@ -142,5 +143,24 @@ def test_the_journal_sees_the_first_token_after_a_death(pair: tuple[socket.socke
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
         assert (counted, emitted, client.meter.generation_tokens) == ([2, 2], [1] * 5, 5)
+
+    asyncio.run(run())
+
+
+def test_time_without_an_engine_is_time_in_the_queue() -> None:
+    """The engine counts from when it has the request."""
+
+    async def run() -> None:
+        client, link = EngineClient(LIMITS, 10), Link()
+        client.start(link)
+        link.post(Down("killed", True))
+        stream = client.submit([Request("a", [1, 2], SamplingParams(max_tokens=100), 0)], background=False)
+        await asyncio.sleep(0.05)
+        link.post(Up())
+        link.post(Outputs([SequenceOutput("a", 0, [1], cached_tokens=0, queued_s=0.01)], []))
+        (output,) = await stream.fetch()
+        assert output.queued_s is not None
+        assert output.queued_s >= 0.06
+        stream.close()
 
     asyncio.run(run())
