@@ -324,6 +324,8 @@ class BlockManager:
         size, computed = self.block_size, min(seq.num_computed, len(seq.tokens))
         node = seq.node
         if node is not None:
+            if node.block < 0 and (seq.num_published + 1) * size <= computed:
+                self._restore(seq)
             while (seq.num_published + 1) * size <= computed:
                 start = seq.num_published * size
                 block = seq.block_table[seq.num_published]
@@ -341,6 +343,18 @@ class BlockManager:
         else:
             seq.num_published = computed // size
         self._set_advance(seq)
+
+    def _restore(self, seq: Sequence) -> None:
+        """What ``seq`` has made others made too, and theirs was evicted: from here on its own is found."""
+        node, i = seq.node, seq.num_published - 1
+        gone: list[tuple[Node, int]] = []
+        while node is not None and node.parent is not None and seq.block_table[i] >= 0:
+            if node.block < 0:
+                gone.append((node, i))
+            node, i = node.parent, i - 1
+        for node, i in reversed(gone):
+            assert node.parent is not None
+            self.cache.publish(node.parent, node.key, seq.block_table[i])
 
     def _publish_tail(self, seq: Sequence) -> None:
         """Publish the partly filled last block, unless another owner may go on to write it."""
@@ -365,6 +379,7 @@ class BlockManager:
     def _vacate(self, seq: Sequence) -> None:
         """Give back the blocks of the pool, the last first: it goes first when memory is needed."""
         if seq.block_table:
+            self._restore(seq)
             self._publish_tail(seq)
             self.pool.release([block for block in reversed(seq.block_table) if block >= 0])
             seq.block_table.clear()

@@ -244,6 +244,34 @@ def test_what_is_computed_again_stays_findable() -> None:
     assert outputs[("d", 0)][0].cached_tokens == 28
 
 
+def test_what_another_has_made_stays_findable() -> None:
+    """Two make the same at the same time. One ends, and its blocks are evicted while the other goes on."""
+    engine = make(24, max_num_seqs=3)
+    known: set[int] = set()
+    orphans: list[Event] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, BlockStored):
+            if event.parent and event.parent not in known:
+                orphans.append(event)
+            known.add(event.content)
+        elif isinstance(event, BlockEvicted | BlockRemoved):
+            known.discard(event.content)
+
+    engine.listen(listen)
+    prompt = list(range(8))
+    for name, count in (("a", 13), ("b", 32)):
+        engine.add(ask(name, prompt, max_tokens=count))
+    for _ in range(15):
+        engine.step()
+    engine.add(ask("c", [49] * 56, max_tokens=2))
+    made = tokens(drain(engine)[("b", 0)])
+    assert not orphans, "below what nobody can find"
+    whole = expected_output(prompt, 0, 32)
+    assert whole[-len(made) :] == made
+    assert run(engine, ask("d", [*prompt, *whole[:28], 48], max_tokens=1))[("d", 0)][0].cached_tokens == 36
+
+
 def test_a_preempted_sequence_finds_its_own_blocks() -> None:
     engine = make()
     engine.add(ask("a", list(range(12)), max_tokens=8))

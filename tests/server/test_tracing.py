@@ -131,6 +131,7 @@ def test_a_collector_that_never_answers_holds_up_nobody() -> None:
             code, err = process.stop()
             assert code == 0
             assert "Traceback" not in err
+            assert "traces could not be sent" in err
         finally:
             process.kill()
 

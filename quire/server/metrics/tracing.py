@@ -32,6 +32,8 @@ DELAY_MS = 1000
 """Spans are sent at least so often."""
 CLOSE_S = 3.0
 """At the end: so long the last spans have."""
+MOST_WAITING = 2048
+"""Spans that wait to be sent; what is more is dropped."""
 CARRIED = (b"traceparent", b"tracestate")
 
 
@@ -56,8 +58,12 @@ class Tracer:
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": "quire", "service.version": __version__}), shutdown_on_exit=False
         )
-        exporter = _tolerant(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S), endpoint)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=DELAY_MS))
+        self._endpoint, self._warn = endpoint, ThrottledLog(logging.getLogger("quire.server")).warning
+        self._made = 0
+        self._told = 0
+        """Of them, those that were sent, or of which the log says that they were not."""
+        exporter = self._tolerant(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S))
+        self._provider.add_span_processor(BatchSpanProcessor(exporter, MOST_WAITING, schedule_delay_millis=DELAY_MS))
         self._tracer = self._provider.get_tracer("quire", __version__)
         self._propagator = TraceContextTextMapPropagator()
         self._carrier: ContextVar[dict[str, str] | None] = ContextVar("quire-trace", default=None)
@@ -95,12 +101,41 @@ class Tracer:
         if record.finished_reason == "error":
             span.set_status(StatusCode.ERROR)
         span.end(epoch + int(now * 1e9))
+        self._made += 1
+        if (lost := self._made - self._told - 2 * MOST_WAITING) > 0:  # as many are being sent at most
+            self._told += lost
+            self._warn(f"traces are made faster than {self._endpoint} takes them, and some are lost")
 
     def close(self) -> None:
         """Send what is left, if that is possible soon."""
         thread = threading.Thread(target=self._provider.shutdown, daemon=True)
         thread.start()
         thread.join(CLOSE_S)
+        if (lost := self._made - self._told) > 0:
+            logging.getLogger("quire.server").warning("%d traces could not be sent to %s before the end", lost, self._endpoint)
+
+    def _tolerant(self, exporter: SpanExporter) -> SpanExporter:
+        """``exporter``, whose failures are a line in the log."""
+        from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+        tracer = self
+
+        class Tolerant(SpanExporter):
+            def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+                try:
+                    result = exporter.export(spans)
+                except Exception as e:
+                    result = SpanExportResult.FAILURE
+                    logging.getLogger("quire.server").debug("%r", e)
+                if result is not SpanExportResult.SUCCESS:
+                    tracer._warn(f"{len(spans):,} traces could not be sent to {tracer._endpoint}, and are lost")
+                tracer._told += len(spans)
+                return result
+
+            def shutdown(self) -> None:
+                exporter.shutdown()
+
+        return Tolerant()
 
     def _attributes(self, record: RequestRecord, now: float) -> dict[str, Any]:
         request, params = record.request, record.request.params
@@ -132,29 +167,6 @@ class Tracer:
             found["gen_ai.latency.time_in_model_decode"] = record.decode_s
             found["gen_ai.latency.time_in_model_inference"] = record.prefill_s + record.decode_s
         return found
-
-
-def _tolerant(exporter: SpanExporter, endpoint: str) -> SpanExporter:
-    """``exporter``, whose failures are a line in the log."""
-    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-
-    warn = ThrottledLog(logging.getLogger("quire.server")).warning
-
-    class Tolerant(SpanExporter):
-        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-            try:
-                result = exporter.export(spans)
-            except Exception as e:
-                result = SpanExportResult.FAILURE
-                logging.getLogger("quire.server").debug("%r", e)
-            if result is not SpanExportResult.SUCCESS:
-                warn(f"{len(spans):,} traces could not be sent to {endpoint}, and are lost")
-            return result
-
-        def shutdown(self) -> None:
-            exporter.shutdown()
-
-    return Tolerant()
 
 
 def open_tracer(config: ServerConfig, model: str) -> Tracer | None:
