@@ -87,6 +87,7 @@ class Newcomers:
         self._computing = Computing(scheduler.manager, prompts)
         self._known_to_wait = KnownToWait(scheduler.manager)
         self._crowded: set[Group] = set()
+        """Requests whose prompt is one too many, for all of their samples."""
         self._surveyed = False
 
     def admit(self, may_start_early: bool) -> None:
@@ -101,7 +102,7 @@ class Newcomers:
             if seq is scheduler.refused:
                 scheduler.short = True
                 return
-            if seq.group in self._crowded or self._known_to_wait(seq) or self._is_crowded(seq):
+            if self._known_to_wait(seq) or self._is_crowded(seq):
                 i += 1
                 continue
             looked_at += 1
@@ -142,10 +143,14 @@ class Newcomers:
         return Newcomer(seq, parent, match, lack, manager.need_fork(seq), seq.num_prompt // manager.block_size)
 
     def _is_crowded(self, seq: Sequence) -> bool:
-        """It would be one prompt in chunks too many, and so would all samples of its request."""
+        """It would be one prompt in chunks too many, as far as that is known."""
+        fresh = seq.num_tokens == seq.num_prompt
+        if fresh and seq.group in self._crowded:
+            return True
         if seq.lack is None or seq.lack <= self.budget or not is_crowd(seq, self._partial):
             return False
-        self._crowded.add(seq.group)
+        if fresh:
+            self._crowded.add(seq.group)
         return True
 
     def _fits(self, newcomer: Newcomer) -> bool:
