@@ -22,6 +22,7 @@ from quire.core.sequence import Request, Retention, request_seed, salt_bytes
 from quire.errors import EngineError, InvalidRequestError, QueueFullError
 from quire.grammar.constraints import Constraints
 from quire.logs import ThrottledLog
+from quire.models.spec import ModelCost
 from quire.outputs import Embedding, EmbeddingOutput, RequestOutput, SequenceOutput, TokenLogprobs, Usage, unit_vector
 from quire.sampling_params import SamplingParams
 from quire.text.chat import Message
@@ -185,6 +186,11 @@ class LLM:
                 raise EngineError(f"the request could not be finished: {run.samples[0].choice(0).stop_reason}")
             outputs.append(EmbeddingOutput(request.request_id, request.prompt_token_ids, Embedding(unit_vector(run.vector))))
         return outputs
+
+    def cost(self) -> ModelCost:
+        """What the steps of this model ask of this machine, in the widths that it is served in."""
+        backend = self.backend
+        return ModelCost(backend.spec, backend.weight_bytes(), backend.head_bytes(), self.config.kv_width(backend.spec.dtype))
 
     def reset_prefix_cache(self) -> None:
         """Forget what was computed so far: no later request finds it."""

@@ -9,17 +9,32 @@ from pathlib import Path
 import quire
 
 ROOT = Path(quire.__file__).parent
-BASE = {"errors", "config", "sampling_params", "structured", "outputs", "logs"}
+BASE = {"errors", "config", "sampling_params", "structured", "outputs", "logs", "machine"}
 """Modules that everything may import. They import each other only."""
 
 SHARED = {"backends.rows", "backends.parameters", "backends.memory", "backends.pooling", "backends.progress"}
 
 # Room → rooms (or single modules) that it may import, besides itself and BASE.
 ALLOWED: dict[str, set[str]] = {
-    "cli": {"server", "bench", "llm", "workload", "core", "text", "models", "backends.base", "backends.cpu"},
+    "cli": {
+        "server",
+        "bench",
+        "planner",
+        "simulator",
+        "llm",
+        "workload",
+        "core",
+        "text",
+        "models",
+        "backends.base",
+        "backends.memory",
+        "backends.cpu",
+    },
     "server": {"core", "text", "grammar", "models.spec", "backends.base"},
-    "bench": {"workload", "core", "models.spec", "models.weights", "text", "llm"},
-    "llm": {"core", "text", "grammar", "backends.base"},
+    "bench": {"workload", "core", "models.spec", "models.weights", "text", "llm", "simulator"},
+    "planner": {"core.plan", "models.spec", "models.quantization", "models.parallel", "backends.memory"},
+    "simulator": {"workload", "core", "models.spec", "llm"},
+    "llm": {"core", "text", "grammar", "models.spec", "backends.base"},
     "backends": set(),
     "backends.base": {"models", "core.plan", "backends.cpu", "backends.cuda"},
     "backends.rows": {"core.plan"},

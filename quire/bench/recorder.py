@@ -7,19 +7,18 @@ from time import perf_counter
 from typing import Any
 
 from quire.core.engine import Executor
-from quire.core.plan import StepPlan, StepResult
-from quire.models.spec import TransformerSpec
+from quire.core.plan import StepExtent, StepPlan, StepResult
+from quire.machine import StepCost
+from quire.models.spec import ModelCost
 
 
 @dataclass(slots=True, frozen=True)
-class StepCost:
+class Step:
     """What one step needed at least, and what it took."""
 
     sequences: int
-    tokens: int
-    """Positions computed."""
-    flops: int
-    bytes_read: int
+    extent: StepExtent
+    cost: StepCost
     seconds: float
     """In the backend."""
 
@@ -28,10 +27,9 @@ class Recorder:
     """Stands between engine and backend, and changes nothing. Where steps overlap, a step takes from the end of the one before it to its
     own."""
 
-    def __init__(self, backend: Executor, spec: TransformerSpec, weight_bytes: int, head_bytes: int, kv_dtype: str) -> None:
-        """weight_bytes, head_bytes: what a step reads, as the Backend tells it. kv_dtype: the width in memory."""
-        self.steps: list[StepCost] = []
-        self.spec = spec
+    def __init__(self, backend: Executor, cost: ModelCost) -> None:
+        self.steps: list[Step] = []
+        self.spec = cost.spec
         self.num_blocks = backend.num_blocks
         self.num_host_blocks = backend.num_host_blocks
         self.window = backend.window
@@ -40,12 +38,12 @@ class Recorder:
         self.overlaps = backend.overlaps
         self._backend: Any = backend
         self._last_end = 0.0
-        self._weight_bytes, self._head_bytes, self._kv_dtype = weight_bytes, head_bytes, kv_dtype
+        self._cost_of = cost.of
 
     def execute(self, plan: StepPlan) -> StepResult:
         start = perf_counter()
         result: StepResult = self._backend.execute(plan)
-        self.steps.append(self._cost(plan, perf_counter() - start))
+        self.steps.append(self._step(plan, perf_counter() - start))
         return result
 
     def launch(self, plan: StepPlan) -> tuple[StepPlan, float, Any]:
@@ -55,23 +53,10 @@ class Recorder:
         plan, start, inner = pending
         result: StepResult = self._backend.collect(inner)
         end = perf_counter()
-        self.steps.append(self._cost(plan, end - max(start, self._last_end)))
+        self.steps.append(self._step(plan, end - max(start, self._last_end)))
         self._last_end = end
         return result
 
-    def _cost(self, plan: StepPlan, seconds: float) -> StepCost:
+    def _step(self, plan: StepPlan, seconds: float) -> Step:
         extent = plan.extent
-        return StepCost(
-            sequences=len(plan.work),
-            tokens=extent.positions,
-            flops=self.spec.flops(extent.positions, extent.context, extent.rows, extent.rows_context),
-            bytes_read=self.spec.bytes_read(
-                1,
-                extent.sampling_steps,
-                extent.keys,
-                weight_bytes=self._weight_bytes,
-                head_bytes=self._head_bytes,
-                kv_dtype=self._kv_dtype,
-            ),
-            seconds=seconds,
-        )
+        return Step(len(plan.work), extent, self._cost_of(extent), seconds)

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from quire import __version__
-from quire.bench.recorder import Recorder, StepCost
+from quire.bench.recorder import Recorder, Step
 from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.sequence import Request
@@ -95,7 +95,7 @@ def run(config: EngineConfig, num_requests: int, prompt: Lengths, output: Length
     llm = LLM.from_config(config)
     spec = llm.backend.spec
     workload = synthetic(num_requests, prompt, output, spec.vocab_size, config.seed)
-    recorder = Recorder(llm.backend, spec, llm.backend.weight_bytes(), llm.backend.head_bytes(), config.kv_width(spec.dtype))
+    recorder = Recorder(llm.backend, llm.cost())
     engine = Engine(recorder, config)
     for request in (_request(0, WARM_UP), *(_request(i, w) for i, w in enumerate(workload))):
         engine.limits.check(request.prompt_token_ids, request.params)
@@ -130,15 +130,15 @@ def _drain(engine: Engine, workload: list[WorkloadRequest]) -> list[EngineStats]
 def _summarize(
     workload: list[WorkloadRequest],
     elapsed: float,
-    steps: list[StepCost],
+    steps: list[Step],
     samples: list[EngineStats],
     before: EngineStats,
     after: EngineStats,
     limits: Limits,
 ) -> Throughput:
     prompt_tokens, output_tokens = sum(len(w.prompt_token_ids) for w in workload), sum(w.output_tokens for w in workload)
-    flops, bytes_read = sum(s.flops for s in steps), sum(s.bytes_read for s in steps)
-    least = sum(max(s.flops / limits.flops_per_s, s.bytes_read / limits.bytes_per_s) for s in steps)
+    flops, bytes_read = sum(s.cost.flops for s in steps), sum(s.cost.bytes_read for s in steps)
+    least = sum(max(s.cost.flops / limits.flops_per_s, s.cost.bytes_read / limits.bytes_per_s) for s in steps)
     return Throughput(
         output_tokens_per_s=output_tokens / elapsed,
         total_tokens_per_s=(prompt_tokens + output_tokens) / elapsed,

@@ -16,7 +16,9 @@ Canonical tensor names (``{i}`` counts layers from 0; linears are [out, in], as 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from quire.machine import StepCost
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -192,25 +194,44 @@ class TransformerSpec:
         mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
         return self.num_layers * (self.hidden_size * (2 * q + 2 * kv) + mlp)
 
-    def bytes_read(self, steps: int, sampling_steps: int, keys: int, *, weight_bytes: int, head_bytes: int, kv_dtype: str) -> int:
-        """Bytes of memory that steps read at least: weights once a step, and the KV of every row once; activations stay in caches
-        and are left out.
 
-        sampling_steps: those with a row of logits; only they read ``head_bytes`` of ``weight_bytes``, as the backend tells them.
-        keys: positions whose KV is read, summed over rows.
+class Extent(Protocol):
+    """What steps do, counted: core's StepExtent, which says what each of these is."""
+
+    steps: int
+    sampling_steps: int
+    positions: int
+    keys: int
+    context: int
+    rows: int
+    rows_context: int
+
+
+@dataclass(slots=True, frozen=True)
+class ModelCost:
+    """What the steps of a model ask of a machine, in the widths that it is served in."""
+
+    spec: TransformerSpec
+    weight_bytes: int
+    """That a step reads, as the backend tells them."""
+    head_bytes: int
+    """Of which only steps with a row of logits read (lm_head)."""
+    kv_dtype: str
+
+    def of(self, extent: Extent) -> StepCost:
+        """The operations, and the memory that is read at least: weights once a step, and the KV of every row once.
+
+        Two operations for each multiply-add; norms and activations are left out (below 1 %, and in caches). In the last layer
+        positions without a row of logits need keys and values only.
         """
-        return steps * (weight_bytes - head_bytes) + sampling_steps * head_bytes + keys * self.kv_bytes_per_token(kv_dtype)
-
-    def flops(self, num_tokens: int, context_sum: int, num_sampled: int, sampled_context_sum: int) -> int:
-        """Floating-point operations of a step.
-
-        num_tokens: positions computed. context_sum: sum over them of the keys that each attends to. num_sampled: rows of
-        logits. sampled_context_sum: keys that these attend to; in the last layer the other positions need keys and values
-        only. Two operations per multiply-add; norms and activations are left out (below 1 %).
-        """
-        per_layer = self.matmul_parameters() // self.num_layers
-        kv = self.hidden_size * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim  # with the queries, a part of one product
-        last = num_tokens * kv + num_sampled * (per_layer - kv)
-        linear = 2 * (num_tokens * (self.num_layers - 1) * per_layer + last)
-        attention = 4 * self.num_heads * self.head_dim * ((self.num_layers - 1) * context_sum + sampled_context_sum)
-        return linear + attention + 2 * num_sampled * self.vocab_size * self.embedding_size
+        spec = self.spec
+        per_layer = spec.matmul_parameters() // spec.num_layers
+        kv = spec.hidden_size * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim  # with the queries, a part of one product
+        last = extent.positions * kv + extent.rows * (per_layer - kv)
+        head = extent.rows * spec.vocab_size * spec.embedding_size
+        return StepCost(
+            linear_flops=2 * (extent.positions * (spec.num_layers - 1) * per_layer + last + head),
+            weight_bytes=extent.steps * (self.weight_bytes - self.head_bytes) + extent.sampling_steps * self.head_bytes,
+            attention_flops=4 * spec.num_heads * spec.head_dim * ((spec.num_layers - 1) * extent.context + extent.rows_context),
+            kv_bytes=extent.keys * spec.kv_bytes_per_token(self.kv_dtype),
+        )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ServerConfig
 from quire.errors import QuireError
+from quire.models.spec import ModelCost
 from quire.server.app import create_app
 from quire.server.banner import banner, short_count
 from quire.server.batches.runner import open_runner
@@ -23,7 +24,6 @@ from quire.server.http.keys import Keys
 from quire.server.launch import since_process_start
 from quire.server.loading import Door, Serving
 from quire.server.metrics.observers import Observers
-from quire.server.metrics.totals import Machine
 
 if TYPE_CHECKING:
     from quire.server.batches.store import Store
@@ -71,12 +71,12 @@ def load_model(start: Start) -> Serving:
     start.observers.attach(client)
     compiler = Compiler(start.folder, loaded.limits.vocab_size, loaded.eos_token_ids)
     start.ends.callback(compiler.close)
-    machine = Machine(loaded.spec, engine_config.kv_width(loaded.spec.dtype), loaded.weight_bytes, loaded.head_bytes, loaded.machine_limits)
+    cost = ModelCost(loaded.spec, loaded.weight_bytes, loaded.head_bytes, engine_config.kv_width(loaded.spec.dtype))
     batches = None if start.store is None else open_runner(start.store, client, config)
     app = create_app(Context(
         client, tokenizer, config, start.model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
         embedding_size=loaded.spec.embedding_size, facts=_facts(loaded, engine_config), aliases=start.aliases, keys=start.keys,
-        machine=machine, publisher=start.observers.publisher, compiler=compiler, batches=batches,
+        cost=cost, machine_limits=loaded.machine_limits, publisher=start.observers.publisher, compiler=compiler, batches=batches,
     ))  # fmt: skip
 
     def ready() -> None:

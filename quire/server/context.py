@@ -10,12 +10,12 @@ from fastapi import Request
 
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
+from quire.models.spec import ModelCost
 from quire.server.calls.compiler import Compiler
 from quire.server.calls.salts import Salts
 from quire.server.engine.client import EngineClient
 from quire.server.http.keys import Caller, Keys
 from quire.server.metrics.kv_publisher import KVPublisher
-from quire.server.metrics.totals import Machine
 from quire.text.tokenizer import Tokenizer
 from quire.text.tools.formats import END_THINK, detect, takes_one_call
 
@@ -58,8 +58,10 @@ class Context:
     """Other names of the served model."""
     keys: Keys | None = None
     """None: everybody may use the server."""
-    machine: Machine | None = None
-    """What steps cost, and what the engine's device can do at most; None where that is not known."""
+    cost: ModelCost | None = None
+    """What steps ask of the engine's device; None where that is not known."""
+    machine_limits: tuple[float, float] | None = None
+    """Bytes that it reads per second, operations per second, as measured; None where that was not asked for."""
     publisher: KVPublisher | None = None
     """Of KV events."""
     compiler: Compiler | None = None

@@ -9,10 +9,10 @@ from typing import Literal
 
 from quire import __version__
 from quire.core.stats import EngineStats, KVStats, Queue
+from quire.models.spec import ModelCost
 from quire.server.engine.client import EngineClient
 from quire.server.metrics.histogram import Histogram
 from quire.server.metrics.meter import RequestMeter
-from quire.server.metrics.totals import Machine
 
 NO_LABELS: Mapping[str, str] = {}
 Value = float | Histogram
@@ -40,9 +40,12 @@ def labelled(kind: Literal["gauge", "counter"], name: str, help: str, label: str
     return Metric(kind, name, help, [({label: key}, value) for key, value in values.items()])
 
 
-def families(client: EngineClient, model: str, machine: Machine | None) -> Iterator[Metric]:
-    """All of them. While the engine is away nothing runs and its pool is empty; counters stay where they are."""
-    info = {"version": __version__, "model": model, "architecture": machine.spec.architecture if machine else ""}
+def families(client: EngineClient, model: str, cost: ModelCost | None, machine_limits: tuple[float, float] | None) -> Iterator[Metric]:
+    """All of them. While the engine is away nothing runs and its pool is empty; counters stay where they are.
+
+    machine_limits: bytes read and operations per second, as measured; None where that was not asked for.
+    """
+    info = {"version": __version__, "model": model, "architecture": cost.spec.architecture if cost else ""}
     yield Metric("gauge", "quire_info", "1; the labels say what is served, and by which version", [(info, 1.0)])
     yield from _requests(client.meter)
     yield from _engine(client)
@@ -50,12 +53,12 @@ def families(client: EngineClient, model: str, machine: Machine | None) -> Itera
     if last is not None:
         yield from _memory(last.kv if client.totals.stats is not None else _empty(last.kv), counters)
     yield from _steps(counters)
-    if machine is not None:
-        extent = client.totals.extent()
-        yield counter("quire_flops", "operations of the model, two for each multiply-add", machine.flops(extent))
-        yield counter("quire_read_bytes", "memory that steps read at least: weights, and the KV of every row", machine.bytes_read(extent))
-        if machine.limits is not None:
-            read, compute = machine.limits
+    if cost is not None:
+        done = cost.of(client.totals.extent())
+        yield counter("quire_flops", "operations of the model, two for each multiply-add", done.flops)
+        yield counter("quire_read_bytes", "memory that steps read at least: weights, and the KV of every row", done.bytes_read)
+        if machine_limits is not None:
+            read, compute = machine_limits
             yield gauge("quire_machine_read_bytes_per_second", "memory bandwidth of this machine, measured at the start", read)
             yield gauge("quire_machine_flops_per_second", "arithmetic of this machine, measured at the start", compute)
 

@@ -50,7 +50,7 @@ class _Snapshot:
 
     def collect(self) -> Iterator[Family]:
         context = self._context
-        ours = list(families(context.client, context.model, context.machine))
+        ours = list(families(context.client, context.model, context.cost, context.machine_limits))
         yield from map(_family, ours)
         if context.config.vllm_metrics:
             yield from map(_family, aliases(ours, context.model))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from quire.core.plan import StepExtent
 from quire.core.stats import EngineStats
-from quire.models.spec import TransformerSpec
 
 
 class EngineTotals:
@@ -56,28 +55,3 @@ class EngineTotals:
         """What all steps asked of the device."""
         counters = self.counters()
         return StepExtent(**{f.name: counters[f"extent_{f.name}"] for f in fields(StepExtent)})
-
-
-@dataclass(slots=True, frozen=True)
-class Machine:
-    """What the engine's device does for a position, and what it can do at most."""
-
-    spec: TransformerSpec
-    kv_dtype: str
-    weight_bytes: int
-    head_bytes: int
-    limits: tuple[float, float] | None
-    """Bytes read per second, operations per second, as measured; None where that was not asked for."""
-
-    def flops(self, extent: StepExtent) -> int:
-        return self.spec.flops(extent.positions, extent.context, extent.rows, extent.rows_context)
-
-    def bytes_read(self, extent: StepExtent) -> int:
-        return self.spec.bytes_read(
-            extent.steps,
-            extent.sampling_steps,
-            extent.keys,
-            weight_bytes=self.weight_bytes,
-            head_bytes=self.head_bytes,
-            kv_dtype=self.kv_dtype,
-        )
