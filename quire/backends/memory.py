@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.errors import CapacityError, ConfigError
 from quire.models.quantization import Quantization
-from quire.models.spec import TransformerSpec
+from quire.models.spec import DTYPE_BYTES, TransformerSpec
 
 AUTO_SHARE = 0.8
 """Of the memory that weights and step buffers leave: what ``--kv-memory auto`` takes at most."""
+
+GPU_SHARE = 0.95
+"""The same on a GPU: the rest is for what the allocator loses, and for others on the device."""
+GPU_CONTEXT = 1 << 29
+"""Bytes that CUDA takes of a device for itself, about."""
 
 _ROOT = Path("/")
 _GROUP_FILES = (
@@ -53,6 +58,16 @@ def host_room(config: EngineConfig, spec: TransformerSpec) -> Room:
     dtype, quantization = None if config.dtype == "auto" else config.dtype, Quantization.of(config)
     weights = spec.weight_bytes(dtype) if quantization is None else quantization.weight_bytes(spec, dtype)
     return Room(available_bytes(), weights, step_buffer_bytes(config, spec))
+
+
+def planned_room(config: EngineConfig, spec: TransformerSpec, memory: int | None) -> Room:
+    """Where the KV pool will have to fit. memory: bytes of a device that is not at hand; None: what this machine has free. spec: of what
+    one device holds. On a GPU buffers are estimated, which its backend measures."""
+    room = host_room(config, spec)
+    if config.device_kind == "cpu":
+        return room if memory is None else replace(room, available=memory)
+    buffers = gpu_buffer_bytes(config, spec)
+    return Room((room.available or 0 if memory is None else memory) - GPU_CONTEXT, room.weights, buffers, GPU_SHARE, holds_swap=False)
 
 
 def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int, room: Room) -> KVMemory:
@@ -137,6 +152,15 @@ def step_buffer_bytes(config: EngineConfig, spec: TransformerSpec) -> int:
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     position = 2 * spec.hidden_size + heads + spec.intermediate_size
     return 4 * (config.max_num_batched_tokens * position + config.num_seqs(1 << 30) * spec.vocab_size)
+
+
+def gpu_buffer_bytes(config: EngineConfig, spec: TransformerSpec) -> int:
+    """About the bytes that steps take beside weights and KV pool on a GPU: the activations of the longest prefill in the width of the
+    weights, logits in float32 and what sampling makes of them, and once more of the largest decode step for captured steps."""
+    width, rows = DTYPE_BYTES[config.weight_width(spec.dtype)], config.num_seqs(1 << 30)
+    heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    position = width * (4 * spec.hidden_size + heads + 3 * spec.intermediate_size)
+    return config.max_num_batched_tokens * position + 2 * rows * (position + 4 * 4 * spec.vocab_size)
 
 
 def _mib(size: int) -> int:

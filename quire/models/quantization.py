@@ -13,7 +13,7 @@ from typing import Final, NoReturn
 
 from quire.config import EngineConfig
 from quire.errors import ConfigError
-from quire.models.spec import TransformerSpec
+from quire.models.spec import DTYPE_BYTES, ModelCost, TransformerSpec
 
 GROUP_SIZES: Final = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128), "fp8": (0,)}
 """Inputs that share a scale, 0 for all of an output's; the first is the default."""
@@ -68,6 +68,10 @@ class Quantization:
             total += self.head.nbytes(spec.vocab_size, spec.embedding_size)
         return total
 
+    def linear_bytes(self, spec: TransformerSpec) -> int:
+        """Bytes of all linears but lm_head: what a step reads."""
+        return sum(kind.nbytes(n, k) for name, (n, k, kind) in self._linears(spec).items() if name != "lm_head")
+
     def check(self, spec: TransformerSpec) -> None:
         """Raises ConfigError where the group size does not divide the inputs of some linear."""
         for name, (_, k, kind) in self._linears(spec).items():
@@ -88,3 +92,15 @@ class Quantization:
         else:
             remedy = "no group size does for all of this model's layers; use --quantize int8, whose scales need no groups"
         raise ConfigError(f"--group-size {self.group_size} does not divide the {k:,} inputs of {name}: {remedy}", param="group_size")
+
+
+def planned_cost(config: EngineConfig, spec: TransformerSpec) -> ModelCost:
+    """What steps will ask of a machine, before the model is loaded; a backend that has it says the same, with padding."""
+    quantization, width = Quantization.of(config), config.weight_width(spec.dtype)
+    if quantization is None:
+        tables = 2 * spec.hidden_size * spec.embedding_size if spec.embedding_size != spec.hidden_size else 0
+        linears = (spec.matmul_parameters() + tables) * DTYPE_BYTES[width]
+        head = spec.vocab_size * spec.embedding_size * DTYPE_BYTES[width]
+    else:
+        linears, head = quantization.linear_bytes(spec), quantization.head.nbytes(spec.vocab_size, spec.embedding_size)
+    return ModelCost(spec, linears + head, head, config.kv_width(spec.dtype))

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from quire.backends.cuda.decoder import Decoder
-from quire.backends.memory import KVMemory, Room, host_room
+from quire.backends.memory import GPU_SHARE, KVMemory, Room, host_room
 from quire.config import EngineConfig
 from quire.core.plan import RowStart, RowWork, StepPlan
 from quire.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from quire.backends.cuda.backend import CudaBackend
-
-SHARE = 0.95
-"""Of what is left: the rest is for what the allocator loses, and for others on the device."""
 
 
 def device_room(config: EngineConfig, decoder: Decoder, device: torch.device, make: Callable[..., CudaBackend]) -> Room:
@@ -29,7 +26,7 @@ def device_room(config: EngineConfig, decoder: Decoder, device: torch.device, ma
     decoder.forget_pool()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return Room(free, 0, buffers, SHARE, holds_swap=False)
+    return Room(free, 0, buffers, GPU_SHARE, holds_swap=False)
 
 
 def _step_bytes(config: EngineConfig, device: torch.device, make: Callable[..., CudaBackend]) -> int:

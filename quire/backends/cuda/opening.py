@@ -23,6 +23,7 @@ from quire.backends.memory import KVMemory, context_length, kv_memory
 from quire.backends.progress import Progress
 from quire.config import EngineConfig
 from quire.errors import CapacityError, ConfigError
+from quire.models.parallel import check as check_parallel
 from quire.models.weights import load_model, load_spec, resolve_model
 
 Report = Callable[[str, float], None]
@@ -34,7 +35,7 @@ def open_cuda(config: EngineConfig, report: Report | None = None) -> CudaBackend
     if size == 1:
         return open_rank(config, report=report)
     open_device(config.device, size - 1)
-    parallel.check(load_spec(config.model), size)
+    check_parallel(load_spec(config.model), size)
     ranks = Ranks(config, size)
     try:
         backend = open_rank(config, 0, ranks.folder, report)

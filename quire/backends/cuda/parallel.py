@@ -7,26 +7,15 @@ give a part of a sum, which two all-reduces a layer complete. lm_head is divided
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from quire.errors import ConfigError
+from quire.models.parallel import part_of
 from quire.models.spec import TransformerSpec
 
 Tensors = Mapping[str, npt.NDArray[Any]]
-
-
-def check(spec: TransformerSpec, size: int) -> None:
-    """Raises ConfigError where the model can't be divided among ``size`` devices."""
-    parts = {"attention heads": spec.num_heads, "KV heads": spec.num_kv_heads, "inner units of a feed-forward": spec.intermediate_size}
-    for what, count in parts.items():
-        if count % size:
-            fitting = [str(n) for n in range(2, size) if not any(each % n for each in parts.values())]
-            remedy = f"choose {' or '.join(fitting)}" if fitting else "leave it out"
-            raise ConfigError(f"--tensor-parallel {size} does not divide the model's {count:,} {what}: {remedy}", param="tensor_parallel")
 
 
 def shard(spec: TransformerSpec, tensors: Tensors, rank: int, size: int) -> tuple[TransformerSpec, dict[str, npt.NDArray[Any]]]:
@@ -44,11 +33,7 @@ def shard(spec: TransformerSpec, tensors: Tensors, rank: int, size: int) -> tupl
         elif name != "lm_head.weight":
             kept[name] = tensor
     kept["lm_head.weight"] = _vocabulary(tensors["embed.weight" if spec.tied else "lm_head.weight"], rank, size)
-    local = replace(
-        spec, num_heads=spec.num_heads // size, num_kv_heads=spec.num_kv_heads // size, intermediate_size=spec.intermediate_size // size,
-        attention_scale=spec.scale,
-    )  # fmt: skip
-    return local, kept
+    return part_of(spec, size), kept
 
 
 def _slice(tensor: npt.NDArray[Any], axis: int, rank: int, size: int) -> npt.NDArray[Any]:

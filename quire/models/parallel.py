@@ -1,0 +1,26 @@
+"""What one of several devices has of a model that they share (tensor parallelism; backends/cuda/parallel.py divides the tensors)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from quire.errors import ConfigError
+from quire.models.spec import TransformerSpec
+
+
+def check(spec: TransformerSpec, size: int) -> None:
+    """Raises ConfigError where the model can't be divided among ``size`` devices."""
+    parts = {"attention heads": spec.num_heads, "KV heads": spec.num_kv_heads, "inner units of a feed-forward": spec.intermediate_size}
+    for what, count in parts.items():
+        if count % size:
+            fitting = [str(n) for n in range(2, size) if not any(each % n for each in parts.values())]
+            remedy = f"choose {' or '.join(fitting)}" if fitting else "leave it out"
+            raise ConfigError(f"--tensor-parallel {size} does not divide the model's {count:,} {what}: {remedy}", param="tensor_parallel")
+
+
+def part_of(spec: TransformerSpec, size: int) -> TransformerSpec:
+    """The shapes that one of ``size`` devices computes with; embedding and norms are whole, and lm_head is a matter of its own."""
+    return replace(
+        spec, num_heads=spec.num_heads // size, num_kv_heads=spec.num_kv_heads // size, intermediate_size=spec.intermediate_size // size,
+        attention_scale=spec.scale,
+    )  # fmt: skip
