@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from time import perf_counter
 
-from quire.bench.memory_device import NoModel
 from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.sequence import Request
 from quire.sampling_params import SamplingParams
+from quire.simulator.devices import NoModel
 
 BLOCK = 16
 

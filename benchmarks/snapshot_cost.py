@@ -10,13 +10,13 @@ import random
 import time
 from collections.abc import Callable
 
-from quire.bench.memory_device import NoModel
 from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.sequence import Request
 from quire.sampling_params import SamplingParams
 from quire.server.engine.messages import Seen, encode
 from quire.server.page.feed import LOOK_S
+from quire.simulator.devices import NoModel
 
 POOLS = (10_000, 50_000)
 REPEATS = 200

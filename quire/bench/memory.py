@@ -17,7 +17,7 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-from quire.bench.memory_device import Device, Forced, open_device
+from quire.bench.memory_device import Device, open_device
 from quire.bench.memory_load import ALLOCATORS, PAGED, Layout, Load, check
 from quire.bench.memory_plot import MemoryRun, label
 from quire.bench.memory_tally import Tally
@@ -25,6 +25,7 @@ from quire.core.contiguous import ContiguousManager, FirstCome, reservation
 from quire.core.engine import Engine
 from quire.core.sequence import Request, Sequence, derive_seed
 from quire.sampling_params import SamplingParams
+from quire.simulator.devices import Forced
 
 QUEUE = 512
 """Sequences that wait in the engine: more requests come when there are fewer."""
