@@ -1,0 +1,185 @@
+"""From a model, the options of a server and a machine to what the server will do. The arithmetic of memory is the backend's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from quire.backends.memory import context_length, kv_memory, planned_room
+from quire.config import EngineConfig
+from quire.core.plan import RowWork, StepExtent, StepPlan
+from quire.errors import CapacityError, ConfigError
+from quire.machine import Machine
+from quire.models.parallel import part_of
+from quire.models.quantization import Quantization, planned_cost
+from quire.models.spec import ModelCost, TransformerSpec
+
+_PARTS = 64
+"""Moments of an output at which a sequence is looked at, for the mean of its blocks."""
+
+
+@dataclass(slots=True, frozen=True)
+class Speed:
+    """Steps in which so many sequences decode, with so many tokens each."""
+
+    sequences: int
+    context: int
+    step_s: float
+    each_per_s: float
+    all_per_s: float
+
+
+@dataclass(slots=True, frozen=True)
+class Prompt:
+    """A prompt that is computed alone, in chunks."""
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(slots=True, frozen=True)
+class Demand:
+    """What the server is for. Raises ConfigError."""
+
+    prompt: int
+    """Tokens, mean."""
+    output: int
+    sequences: int | None = None
+    """People at the same time; None: as many as there is room for."""
+
+    def __post_init__(self) -> None:
+        for option, value in (("--prompt", self.prompt), ("--output", self.output), ("--sequences", self.sequences)):
+            if value is not None and not 1 <= value <= 10**9:
+                raise ConfigError(f"{option} must be from 1 to 1,000,000,000, got {value}")
+
+
+@dataclass(slots=True, frozen=True)
+class Plan:
+    """``asdict`` of it is what ``--json`` writes. Bytes and seconds; of one device where several share the model."""
+
+    parameters: int
+    max_model_len: int
+    weights: int
+    buffers: int
+    available: int
+    kv_per_token: int
+    block_size: int
+    pool: int
+    """Bytes of the KV pool; 0 where nothing fits."""
+    num_blocks: int
+    note: str
+    """How the pool was sized, where its size was not stated."""
+    misfit: str | None
+    """Why the server would not start; None: it would. What else is here is then for a ``max_model_len`` that fits; there are no blocks
+    where none does."""
+    max_num_seqs: int
+    full_length: int
+    """Sequences of ``max_model_len`` tokens that the pool holds."""
+    blocks_each: float
+    """Blocks of a sequence of the demand, mean over its life."""
+    typical: int
+    """Sequences of the demand that run at the same time: what the pool holds, and max_num_seqs allows."""
+    speeds: list[Speed]
+    prompts: list[Prompt]
+    requests_per_s: float
+    """Of the demand, with ``typical`` of them at the same time."""
+    first_token_s: float
+    """Of such a request's prompt beside the others, if it need not wait."""
+    needed: int | None
+    """Bytes of KV pool for all sequences of the demand at their full lengths; None where it says no number."""
+
+
+def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand: Demand) -> Plan:
+    """Raises ConfigError for options that contradict each other or the model."""
+    if (quantization := Quantization.of(config)) is not None:
+        quantization.check(whole)
+    spec, size = part_of(whole, config.tensor_parallel), config.block_size
+    length, room = context_length(config, spec), planned_room(config, spec, machine.memory)
+    per_token = spec.kv_bytes_per_token(config.kv_width(spec.dtype))
+    blocks, note, misfit = 0, "", None
+    while True:
+        try:
+            memory = kv_memory(config, spec, length, room)
+            blocks, note = memory.num_blocks, memory.note
+        except CapacityError as e:
+            misfit = misfit or e.message
+            if length > size:
+                length = max(size, length // 2)
+                continue
+        break
+    if misfit is not None and blocks:
+        length = min(context_length(config, spec), blocks * size)
+    cost, rows = planned_cost(config, spec), config.num_seqs(blocks or 1 << 30)
+    output = max(1, min(demand.output, length - 1))
+    prompt = max(1, min(demand.prompt, length - output))
+    each = fmean(-(-(prompt + output * (i + 0.5) / _PARTS) // size) for i in range(_PARTS))
+    typical = min(rows, int(blocks / each))
+    wanted = typical if demand.sequences is None else min(demand.sequences, typical)
+    context = prompt + output // 2
+    alone = _prompt_seconds(config, cost, machine, prompt)
+    busy = machine.seconds(cost.of(decoding(max(1, wanted), context)))
+    return Plan(
+        parameters=whole.num_parameters(),
+        max_model_len=length,
+        weights=room.weights,
+        buffers=room.buffers,
+        available=room.available or 0,
+        kv_per_token=per_token,
+        block_size=size,
+        pool=blocks * size * per_token,
+        num_blocks=blocks,
+        note=note,
+        misfit=misfit,
+        max_num_seqs=rows,
+        full_length=min(rows, blocks // -(-length // size)),
+        blocks_each=each,
+        typical=typical,
+        speeds=[_speed(cost, machine, n, context) for n in _ladder(typical or 1, demand.sequences)],
+        prompts=[Prompt(n, _prompt_seconds(config, cost, machine, n)) for n in _prompts(prompt, length)],
+        # A request takes its prompt, and of each of its steps its part.
+        requests_per_s=wanted / (output * busy + wanted * alone) if wanted else 0.0,
+        first_token_s=alone + -(-prompt // config.max_num_batched_tokens) * (busy if wanted > 1 else 0.0),
+        needed=None if demand.sequences is None else demand.sequences * -(-(prompt + output) // size) * size * per_token,
+    )
+
+
+def alternatives(config: EngineConfig, spec: TransformerSpec, machines: Mapping[str, Machine], demand: Demand) -> list[tuple[str, Plan]]:
+    """(widths, plan) for every width of weights and KV that the device has and the model allows. machines: how to quantize, or nothing →
+    the machine, which may compute in another width then."""
+    found = []
+    for quantize in machines:
+        for kv in ("float16", "int8") if config.device_kind == "cpu" else ("auto", "fp8"):
+            each = replace(config, quantize=quantize or None, group_size=None, cache_dir=None, kv_dtype=kv)
+            try:
+                made = plan(each, spec, machines[quantize], demand)
+            except ConfigError:  # a group size that does not divide the model's widths
+                continue
+            found.append((f"{quantize or config.weight_width(spec.dtype)}, KV {each.kv_width(spec.dtype)}", made))
+    return found
+
+
+def decoding(rows: int, context: int) -> StepExtent:
+    """A step of so many sequences, a token each, the last of so many."""
+    return StepPlan(work=[RowWork(row, context - 1, 1, [], True) for row in range(rows)]).extent
+
+
+def _prompt_seconds(config: EngineConfig, cost: ModelCost, machine: Machine, tokens: int) -> float:
+    """Of a prompt's steps, if it is alone."""
+    step = config.max_num_batched_tokens
+    chunks = [RowWork(0, start, min(step, tokens - start), [], start + step >= tokens) for start in range(0, tokens, step)]
+    return sum(machine.seconds(cost.of(StepPlan(work=[chunk]).extent)) for chunk in chunks)
+
+
+def _speed(cost: ModelCost, machine: Machine, rows: int, context: int) -> Speed:
+    step_s = machine.seconds(cost.of(decoding(rows, context)))
+    return Speed(rows, context, step_s, 1 / step_s, rows / step_s)
+
+
+def _ladder(most: int, asked: int | None) -> Sequence[int]:
+    """1, 4, 16 and so on up to ``most``, it and what was asked for included."""
+    return sorted({n for n in (1, 4, 16, 64, 256, 1024, 4096, most, asked or 1) if n <= most})
+
+
+def _prompts(asked: int, most: int) -> Sequence[int]:
+    return sorted({n for n in (128, 512, 2048, 8192, 32768, asked) if n < most})
