@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from quire.cli import bench_kernels
+from quire.cli import bench_kernels, workloads
 from quire.cli.output import check_writable, write
 from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
 from quire.errors import ConfigError
@@ -33,17 +33,32 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     throughput.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
                             help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
     throughput.add_argument("--requests", type=int, default=64, metavar="N", help="number of requests (default: 64)")
-    throughput.add_argument("--prompt-mean", type=float, default=128, metavar="TOKENS", help="mean prompt length (default: 128)")
-    throughput.add_argument("--output-mean", type=float, default=128, metavar="TOKENS", help="mean output length (default: 128)")
-    throughput.add_argument("--sigma", type=float, default=0.8, metavar="S",
-                            help="standard deviation of the logarithm of both lengths; 0: all equal (default: 0.8)")  # fmt: skip
-    throughput.add_argument("--cap", type=int, default=512, metavar="TOKENS", help="longest prompt, and longest output (default: 512)")
+    workloads.add_lengths(throughput)
     throughput.add_argument("--json", metavar="FILE", help="write the result to FILE; - writes it to standard output instead of the table")
     throughput.add_argument("--config", metavar="FILE", help="TOML file with options of the engine")
     add_arguments(throughput, EngineConfig)
     throughput.set_defaults(run=run_throughput)
     bench_kernels.add_parser(kinds)
+    _add_steps(kinds)
     _add_memory(kinds)
+
+
+def _add_steps(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    steps = kinds.add_parser(
+        "steps",
+        help="how long steps take here: what quire plan and quire simulate are told of a machine",
+        description="Time the engine's steps on this machine, decoding and computing prompts at several sizes, and fit the machine that "
+        "plan and simulate take with --machine. Half a minute for a small model. Pass the options that you serve with.",
+        allow_abbrev=False,
+    )
+    steps.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
+                       help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
+    steps.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each kind in each of three passes (default: 5)")
+    steps.add_argument("--json", metavar="FILE", help="write the machine and the times to FILE; - writes them to standard output instead "
+                       "of the table")  # fmt: skip
+    steps.add_argument("--config", metavar="FILE", help="TOML file with options of the engine")
+    add_arguments(steps, EngineConfig)
+    steps.set_defaults(run=run_steps)
 
 
 def _add_memory(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -94,14 +109,12 @@ def run_throughput(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from quire.bench import throughput
-    from quire.workload import Lengths
 
     (config,) = resolve((EngineConfig,), vars(args), read_config_file(args.config))
     if args.requests < 1:
         raise ConfigError(f"--requests must be at least 1, got {args.requests}")
     check_writable(args.json)
-    prompt, output = (Lengths(mean, args.sigma, args.cap) for mean in (args.prompt_mean, args.output_mean))
-    result = throughput.run(config, args.requests, prompt, output)
+    result = throughput.run(config, args.requests, *workloads.lengths(args))
     text = json.dumps(asdict(result), indent=2)
     if args.json == "-":
         print(text)
@@ -109,6 +122,23 @@ def run_throughput(args: argparse.Namespace) -> int:
     print(throughput.describe(result))
     if args.json is not None:
         write(args.json, text + "\n")
+    return 0
+
+
+def run_steps(args: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from quire.bench import steps
+
+    (config,) = resolve((EngineConfig,), vars(args), read_config_file(args.config))
+    if not 1 <= args.rounds <= 1000:
+        raise ConfigError(f"--rounds must be from 1 to 1000, got {args.rounds}")
+    check_writable(args.json)
+    found = steps.run(config, args.rounds)
+    if args.json != "-":
+        print(steps.describe(found))
+    write(args.json, json.dumps(asdict(found), indent=2) + "\n")
     return 0
 
 
@@ -169,19 +199,11 @@ def run_memory(args: argparse.Namespace) -> int:
 def _requests(args: argparse.Namespace) -> list[TraceRequest]:
     """What ``--trace`` or ``--dist`` says."""
     from quire.bench.memory_load import ended_by
-    from quire.workload import draw_requests, paper_lengths, read_trace
 
-    if args.requests is not None and args.requests < 1:
-        raise ConfigError(f"--requests must be at least 1, got {args.requests}")
-    if args.trace is None:
-        lengths = paper_lengths(args.dist or "sharegpt-paper")
-        return ended_by(draw_requests(args.requests or 2000, *lengths, args.seed), args.max_len)
-    if args.dist is not None:
-        raise ConfigError("--trace and --dist both say which requests to run: pass one of them")
-    requests = read_trace(args.trace)
-    if args.requests is not None and args.requests > len(requests):
-        raise ConfigError(f"--requests {args.requests:,}, but the trace {args.trace} has only {len(requests):,}: lower it, or leave it out")
-    return requests[: args.requests]
+    if args.trace is None and args.dist is None:
+        args.dist = "sharegpt-paper"
+    requests = workloads.drawn_or_traced(args, 2000, args.seed)
+    return requests if args.trace is not None else ended_by(requests, args.max_len)
 
 
 def _block_sizes(text: str) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from quire import __version__
-from quire.cli import batch, bench, chat, doctor, launch, run, serve, top
+from quire.cli import batch, bench, chat, doctor, launch, plan, run, serve, simulate, top
 from quire.errors import QuireError
 
 FOREIGN = {
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="quire", description="Serve language models with a paged KV cache.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"quire {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in (serve, run, chat, top, batch, launch, bench, doctor):
+    for command in (serve, run, chat, top, batch, launch, bench, plan, simulate, doctor):
         command.add_parser(subparsers)
     return parser
 
