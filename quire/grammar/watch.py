@@ -15,12 +15,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CALL_S = 5.0
-"""A call that has reached the library's own limits takes some 0.1 s."""
+"""Of the process's CPU time, so that a machine that stands still is nobody's fault. A call that has reached the library's own limits takes
+some 0.1 s."""
 _limited = False
 
 
 def limit_calls() -> None:
-    """From now on a call that takes longer than CALL_S ends this process, by SIGALRM. For processes that are started again."""
+    """From now on a call that computes for longer than CALL_S ends this process, by SIGPROF. For processes that are started again."""
     global _limited
     _limited = True
 
@@ -29,8 +30,8 @@ def timed(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``call``'s result."""
     if not _limited:
         return call(*args, **kwargs)
-    signal.setitimer(signal.ITIMER_REAL, CALL_S)
+    signal.setitimer(signal.ITIMER_PROF, CALL_S)
     try:
         return call(*args, **kwargs)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)

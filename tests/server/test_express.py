@@ -128,7 +128,7 @@ def test_the_journal_sees_the_first_token_after_a_death(pair: tuple[socket.socke
         reader = asyncio.ensure_future(stream.fetch())
         await asyncio.sleep(0)
         assert [token(), token()] == [True, True]
-        link.post(Down("killed", True))
+        link.post(Down("killed", "kill"))
         assert client._journal._entries["a"].deaths == 1
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
@@ -153,7 +153,7 @@ def test_time_without_an_engine_is_time_in_the_queue() -> None:
     async def run() -> None:
         client, link = EngineClient(LIMITS, 10), Link()
         client.start(link)
-        link.post(Down("killed", True))
+        link.post(Down("killed", "kill"))
         stream = client.submit([Request("a", [1, 2], SamplingParams(max_tokens=100), 0)], background=False)
         await asyncio.sleep(0.05)
         link.post(Up())

@@ -11,6 +11,7 @@ from quire.core.sequence import Request
 from quire.outputs import SequenceOutput
 from quire.sampling_params import SamplingParams
 from quire.server.engine.journal import FAIL_AT, SUSPECT_AT, Entry, Journal
+from quire.structured import Structured
 
 CRASHES = 2
 """So many of them make a suspect."""
@@ -18,6 +19,10 @@ CRASHES = 2
 
 def request(name: str, n: int = 1) -> Request:
     return Request(name, [1, 2, 3], SamplingParams(n=n), 0)
+
+
+def formed(name: str) -> Request:
+    return Request(name, [1, 2, 3], SamplingParams(structured=Structured.regex("a+")), 0)
 
 
 def journal(*names: str) -> Journal:
@@ -139,16 +144,38 @@ def test_kills_from_outside_make_suspects_late() -> None:
     made = journal("a", "beams")
     for _ in range(SUSPECT_AT - 1):
         made.due()
-        assert made.engine_died(killed=True) == []
+        assert made.engine_died("kill") == []
         assert made.num_suspects == 0
     made.due()
     made.note(output("a", 1))
-    assert made.engine_died(killed=True) == []
+    assert made.engine_died("kill") == []
     assert names(made.due()) == ["beams"], "whoever has nothing to show after six of them is tried"
-    assert made.engine_died(killed=True) == []
+    assert made.engine_died("kill") == []
     assert names(made.due()) == ["beams"]
-    (failed,) = made.engine_died(killed=True)
+    (failed,) = made.engine_died("kill")
     assert failed.deaths == SUSPECT_AT + 2, "alone it makes no difference what ended them"
+
+
+def test_a_form_that_can_not_be_followed_is_nobody_elses_fault() -> None:
+    made = journal("a", "b")
+    made.add(formed("endless"))
+    assert names(made.due()) == ["a", "b", "endless"]
+    assert names(made.engine_died("form")) == ["endless"], "the only one that has a form fails at once"
+    assert made.is_clear("a")
+    assert names(made.due()) == ["a", "b"]
+
+
+def test_of_several_forms_each_is_tried_alone() -> None:
+    made = journal("a")
+    for name in ("endless", "good"):
+        made.add(formed(name))
+    made.due()
+    assert made.engine_died("form") == []
+    assert names(made.due()) == ["endless"]
+    assert names(made.engine_died("form")) == ["endless"]
+    assert names(made.due()) == ["good"]
+    made.note(output("good", 1))
+    assert names(made.due()) == ["a"]
 
 
 def test_a_queue_that_lives_through_many_deaths_loses_nobody() -> None:
@@ -186,7 +213,7 @@ def test_random_lives(script: list[tuple[str, int]]) -> None:
             live[f"r{step}"] = [[] for _ in range(number)]
             made.add(request(f"r{step}", n=number))
         elif action == "die":
-            for entry in made.engine_died(killed=bool(number)):
+            for entry in made.engine_died("kill" if number else "crash"):
                 assert entry.blame == FAIL_AT
                 assert entry.deaths >= 4
                 assert list(at_engine) == [entry.request.request_id]

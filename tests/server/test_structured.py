@@ -254,6 +254,25 @@ def test_a_form_that_runs_wild_later_ends_its_own_request(real: Process) -> None
     wait_clean(real.url)
 
 
+def test_a_form_without_an_end_costs_one_engine_once(real: Process) -> None:
+    """A takes every "a", and none is left for B. Another request, and its stream, goes on; who tries it again is refused."""
+    endless = {"grammar": "start: /[0-9]{30}/ A B\nA: /a+/\nB: /a+b/"}
+    before = health(real.url)["engine_restarts"]
+    with ThreadPoolExecutor() as clients:
+        other = clients.submit(ask, real, prompt="import os\n", max_tokens=1000, ignore_eos=True, temperature=0)
+        answer = ask(real, structured_outputs=endless, max_tokens=100)
+        assert answer.status_code == 500, answer.text
+        assert "the form of the output can't be followed to any end" in answer.json()["error"]["message"]
+        assert other.result(DEADLINE_S).json()["choices"][0]["finish_reason"] == "length"
+    wait_until(lambda: health(real.url)["engine_restarts"] == before + 1, "another engine")
+    again = ask(real, structured_outputs=endless, max_tokens=100)
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "structured_outputs")
+    assert "as was seen before" in again.json()["error"]["message"]
+    assert text(ask(real, structured_outputs={"regex": "ok"})) == "ok"
+    assert health(real.url)["engine_restarts"] == before + 1
+    wait_clean(real.url)
+
+
 def compile_workers(server: Process) -> list[int]:
     children = Path(f"/proc/{server.process.pid}/task").glob("*/children")
     pids = [int(pid) for each in children for pid in each.read_text().split()]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from quire.core.admission import RequestLimits
 from quire.core.sequence import Request
 from quire.core.stats import EngineStats
-from quire.errors import EngineError, QueueFullError, QuireError
+from quire.errors import EngineError, InvalidRequestError, QueueFullError, QuireError
 from quire.outputs import SequenceOutput
 from quire.server.engine._express import Express, carry
 from quire.server.engine.journal import Journal
@@ -40,9 +40,12 @@ from quire.server.engine.stream import Shortcut, Stream
 from quire.server.http.errors import UnavailableError
 from quire.server.metrics.meter import RequestMeter
 from quire.server.metrics.totals import EngineTotals
+from quire.structured import Structured
 
 CLOSING = "the server is shutting down"
 DRAINING = "the server is shutting down: it finishes what it has, and takes nothing new"
+ENDLESS = "the form of the output can't be followed to any end"
+MAX_ENDLESS = 1024
 RESTARTING = "the engine is being started again; what is in flight goes on when it is there"
 
 
@@ -92,6 +95,8 @@ class EngineClient:
         self.totals = EngineTotals()
         self.on_kv_events: Callable[[bytes | None], None] | None = None
         """Told what the engine says of its cache; None where it died, and its cache with it."""
+        self._endless: dict[Structured | None, None] = {}
+        """Forms that ended engines, the latest last."""
         self.last_death: str | None = None
         """How the last one died."""
 
@@ -118,7 +123,8 @@ class EngineClient:
     def submit(self, requests: Sequence[Request], *, background: bool) -> Stream:
         """Queue requests; close the stream in the end, whatever happens. Request ids must be unique among those in flight.
 
-        Raises UnavailableError where nothing can be generated any more, QueueFullError where too much is in flight.
+        Raises UnavailableError where nothing can be generated any more, QueueFullError where too much is in flight, InvalidRequestError
+        where the form of the output is known to end engines.
         """
         self.check()
         live = self.in_flight - self.in_background
@@ -127,6 +133,8 @@ class EngineClient:
                 f"{live:,} sequences run or wait, and this server takes {most:,} (--max-num-seqs {self.limits.max_num_seqs:,} + "
                 f"--max-waiting {self.max_waiting:,}): try again in a moment, or serve with a larger --max-waiting"
             )
+        if any(request.params.structured in self._endless for request in requests):
+            raise InvalidRequestError(f"{ENDLESS}, as was seen before: change it", param="structured_outputs")
         stream = Stream(self, requests, background)
         stream._count(len(stream._open))
         self.meter.begin(requests)
@@ -256,7 +264,7 @@ class EngineClient:
             case KVEvents(payload):
                 if self.on_kv_events is not None:
                     self.on_kv_events(payload)
-            case Down(reason, killed):
+            case Down(reason, death):
                 self.up, self.last_death = False, reason
                 for way in self._ways.values():
                     way.waits = False  # the journal wants to see the next token
@@ -264,8 +272,11 @@ class EngineClient:
                 if self.on_kv_events is not None:
                     self.on_kv_events(None)
                 self._fail_asked(EngineError(RESTARTING))
-                for entry in self._journal.engine_died(killed=killed):
+                for entry in self._journal.engine_died(death):
                     why = f"{entry.deaths} engines died while they worked on it, the last one alone with it; {reason}"
+                    if death == "form":
+                        why = f"{ENDLESS}: {reason}"
+                        self._refuse(entry.request.params.structured)
                     left = [index for index, tokens in enumerate(entry.emitted) if tokens is not None]
                     failed = [SequenceOutput(entry.request.request_id, index, [], None, "error", why) for index in left]
                     self.meter.step(failed)
@@ -277,6 +288,13 @@ class EngineClient:
             case Died(reason):
                 self.up, self.dead = False, reason
                 self._fail_all(reason)
+
+    def _refuse(self, form: Structured | None) -> None:
+        """From now on: clients try again what failed, and each time would end an engine."""
+        if form is not None:
+            self._endless[form] = None
+            if len(self._endless) > MAX_ENDLESS:
+                del self._endless[next(iter(self._endless))]
 
     def _answer(self, ticket: int, value: EngineStats | Seen) -> None:
         if (answer := self._asked.get(ticket)) is not None and not answer.done():

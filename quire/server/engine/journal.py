@@ -8,6 +8,9 @@ token to show for a long time, and whoever kills engines from outside hits one o
 
 SIGKILL comes from outside: from an administrator, or from a kernel that is short of memory. It says little about a request, and trying
 requests alone holds the others up; so it takes six of them to make a suspect.
+
+An engine that ends because a form of structured output could not be followed says whose fault it was: of those that have a form. One that
+is the only one fails at once; several are tried alone.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 
 from quire.core.sequence import Request
 from quire.outputs import SequenceOutput
+from quire.server.engine.messages import Death
 
 CRASH, KILL = 3, 1
 """What a death is held against a request: one of the engine's own making, or by whoever needs no reason. Alone it is always CRASH."""
@@ -144,15 +148,17 @@ class Journal:
             entry.sent = True
         return due
 
-    def engine_died(self, *, killed: bool = False) -> list[Entry]:
-        """Nothing is sent any more. The requests that have failed now, and are in the journal no longer. killed: by SIGKILL, which
-        nobody asked the supervisor for."""
+    def engine_died(self, death: Death = "crash") -> list[Entry]:
+        """Nothing is sent any more. The requests that have failed now, and are in the journal no longer."""
         sent = [entry for entry in self._entries.values() if entry.sent]
-        most = FAIL_AT if len(sent) == 1 else SUSPECT_AT  # in company it may have been another's fault
+        blamed = sent if death != "form" else [entry for entry in sent if entry.request.params.structured is not None] or sent
+        most = FAIL_AT if len(blamed) == 1 else SUSPECT_AT  # in company it may have been another's fault
+        for entry in blamed:
+            blame = most if death == "form" else KILL if death == "kill" and entry is not self._alone else CRASH
+            entry.deaths, entry.blame = entry.deaths + 1, min(entry.blame + blame, most)
         for entry in sent:
-            blame = KILL if killed and entry is not self._alone else CRASH
-            entry.deaths, entry.blame, entry.sent = entry.deaths + 1, min(entry.blame + blame, most), False
-        failed = [entry for entry in sent if entry.blame >= FAIL_AT]
+            entry.sent = False
+        failed = [entry for entry in blamed if entry.blame >= FAIL_AT]
         for entry in failed:
             del self._entries[entry.request.request_id]
         self._alone = None

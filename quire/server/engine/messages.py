@@ -5,7 +5,7 @@ The engine's process is told first what to load, and answers with what it has lo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -164,12 +164,16 @@ class Alive(Message, frozen=True):
     steps: int
 
 
+Death = Literal["crash", "kill", "form"]
+"""How an engine ended: by itself; from outside, by SIGKILL; or because a form of structured output could not be followed
+(grammar/watch.py)."""
+
+
 class Down(Message, frozen=True):
     """The engine has died, and another one is being started: what is in flight goes on there. Said on the front's side."""
 
     reason: str
-    killed: bool = False
-    """From outside, by SIGKILL."""
+    death: Death = "crash"
 
 
 class Up(Message, frozen=True):

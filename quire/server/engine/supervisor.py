@@ -33,6 +33,7 @@ from quire.errors import EngineError, QuireError
 from quire.grammar.watch import CALL_S
 from quire.server.engine.messages import (
     Add,
+    Death,
     Died,
     Down,
     FromEngine,
@@ -56,7 +57,7 @@ LONGEST_PAUSE_S = 60.0
 
 WHY = {
     "SIGKILL": " (where nobody did that by hand, the machine has run out of memory)",
-    "SIGALRM": f" (to follow a form of structured output took more than {CALL_S:g} seconds for one token)",
+    "SIGPROF": f" (to follow a form of structured output took more than {CALL_S:g} seconds for one token)",
 }
 """What signals may mean."""
 
@@ -132,9 +133,10 @@ class EngineProcess:
         return f"was killed by {name}{WHY.get(name, '')}"
 
     @property
-    def was_killed(self) -> bool:
-        """By SIGKILL; known after the obituary."""
-        return self._process.returncode == -signal.SIGKILL
+    def death(self) -> Death:
+        """Known after the obituary."""
+        deaths: dict[int | None, Death] = {-signal.SIGKILL: "kill", -signal.SIGPROF: "form"}
+        return deaths.get(self._process.returncode, "crash")
 
     def _write(self) -> None:
         try:
@@ -220,7 +222,7 @@ class Supervisor:
         how = self._engine.obituary()
         if reader.hung:
             return Down(f"the engine's process did not finish a step for {self._timeout:g} seconds and was killed")
-        return Down(f"the engine's process {how}", self._engine.was_killed)
+        return Down(f"the engine's process {how}", self._engine.death)
 
     def _restart(self) -> bool:
         """Until there is another engine; False where the server stops before that."""
