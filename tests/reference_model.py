@@ -72,7 +72,7 @@ class ReferenceModel:
         v = self._linear(f"{at}.v", x).reshape(n, spec.num_kv_heads, spec.head_dim)
         if spec.head_norm:
             q, k = self._norm(f"{at}.q_norm", q), self._norm(f"{at}.k_norm", k)
-        if spec.rope is not None:
+        if spec.rope is not None and spec.rotates(layer):
             q, k = rotate(spec.rope, q), rotate(spec.rope, k)
         group = spec.num_heads // spec.num_kv_heads
         k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
@@ -96,8 +96,8 @@ class ReferenceModel:
 def rotate(rope: RopeSpec, x: Array) -> Array:
     """x [tokens, heads, head_dim], token p at position p; dimensions i and i + rotary_dim / 2 turn together."""
     half = rope.rotary_dim // 2
-    angles = np.arange(len(x))[:, None] * np.array(rope.inverse_frequencies())
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    angles = np.arange(len(x))[:, None] * np.array(rope.inverse_frequencies(len(x)))
+    cos, sin = rope.magnitude * np.cos(angles)[:, None], rope.magnitude * np.sin(angles)[:, None]
     a, b = x[..., :half], x[..., half : 2 * half]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
 

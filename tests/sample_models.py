@@ -22,6 +22,17 @@ MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mist
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 1024,
          "max_window_layers": 3}  # fmt: skip
 QWEN3 = {**QWEN2, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+PHI3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 262144,
+        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}}  # fmt: skip
+SMOLLM3 = {**LLAMA, "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0],
+           "no_rope_layer_interval": 4, "layer_types": ["full_attention"] * 4, "use_sliding_window": False, "sliding_window": None,
+           "tie_word_embeddings": True}  # fmt: skip
+STARCODER2 = {**LLAMA, "architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh",
+              "use_bias": True, "norm_epsilon": 1e-5, "sliding_window": 4096, "tie_word_embeddings": True}  # fmt: skip
+STABLELM = {**LLAMA, "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "layer_norm_eps": 1e-5, "use_qkv_bias": True,
+            "partial_rotary_factor": 0.25, "rope_theta": 10000, "use_parallel_residual": False, "qk_layernorm": False}  # fmt: skip
 GPT2: dict[str, Any] = {
     "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 1000, "n_embd": 96, "n_head": 6, "n_layer": 4,
     "n_positions": 512, "n_ctx": 512, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,

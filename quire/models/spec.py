@@ -16,6 +16,7 @@ Canonical tensor names (``{i}`` counts layers from 0; linears are [out, in], as 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, floor, log, pi
 from typing import Literal, Protocol
 
 from quire.machine import StepCost
@@ -36,23 +37,47 @@ class RopeSpec:
     theta: float = 10000.0
     rotary_dim: int = 0
     """Leading dimensions of a head that are rotated; even."""
-    scaling: Literal["none", "linear", "llama3"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 0
+    beta_fast: float = 32.0
+    """yarn: turns within the original context from which on a frequency is kept."""
+    beta_slow: float = 1.0
+    """And below which it is stretched by all of ``factor``."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: what the wavelength of each frequency is stretched by, where no sequence can be longer than the original context."""
+    long_factors: tuple[float, ...] = ()
+    """The same for longer ones."""
+    magnitude: float = 1.0
+    """Factor on cosines and sines."""
 
-    def inverse_frequencies(self) -> list[float]:
-        """``rotary_dim / 2`` angular frequencies in radians per position, scaling applied.
+    def inverse_frequencies(self, max_model_len: int) -> list[float]:
+        """``rotary_dim / 2`` angular frequencies in radians per position, scaling applied. max_model_len: of the longest sequence that is
+        served.
+
+        ``longrope`` (LongRoPE, arXiv 2402.13753): a list of factors of its own for sequences beyond the original context. Which
+        one holds can't depend on how long a sequence has become, for its keys are in the cache: it is the one that the longest
+        sequence needs, as in vLLM.
+
+        ``yarn`` (arXiv 2309.00071, section 3.2): frequencies of many turns are kept, those of few stretched, others in between.
 
         ``llama3``: wavelengths beyond ``original_max_positions / low_freq_factor`` are stretched by ``factor``, those below
         ``original_max_positions / high_freq_factor`` kept, the ones between interpolated (Llama 3.1 model card and code).
         """
-        from math import pi
-
         freqs = [self.theta ** (-2 * i / self.rotary_dim) for i in range(self.rotary_dim // 2)]
+        if self.scaling == "longrope":
+            factors = self.long_factors if max_model_len > self.original_max_positions else self.short_factors
+            return [f / factor for f, factor in zip(freqs, factors, strict=True)]
         if self.scaling == "linear":
             return [f / self.factor for f in freqs]
+        if self.scaling == "yarn":
+            low, high = (f(self._dimension(turns)) for f, turns in ((floor, self.beta_fast), (ceil, self.beta_slow)))
+            low, high = max(low, 0), min(high, self.rotary_dim - 1)
+            width = high - low or 0.001
+            ramp = [min(1.0, max(0.0, (i - low) / width)) for i in range(len(freqs))]
+            return [f * (1 - share + share / self.factor) for f, share in zip(freqs, ramp, strict=True)]
         if self.scaling == "llama3":
             scaled = []
             for f in freqs:
@@ -62,6 +87,10 @@ class RopeSpec:
                 scaled.append(f * (smooth + (1 - smooth) / self.factor))
             return scaled
         return freqs
+
+    def _dimension(self, turns: float) -> float:
+        """Of the frequency (a number, as if there were any between two) that makes so many turns within the original context."""
+        return self.rotary_dim * log(self.original_max_positions / (turns * 2 * pi)) / (2 * log(self.theta))
 
 
 @dataclass(slots=True, frozen=True)
@@ -95,6 +124,8 @@ class TransformerSpec:
     mlp_bias: bool = False
     rope: RopeSpec | None = None
     """None: learned absolute positions."""
+    rope_layers: tuple[bool, ...] = ()
+    """Whether each layer rotates (SmolLM3: three of four do); empty: all."""
     position_offset: int = 0
     """Learned positions: row of position p is p + position_offset (OPT: 2)."""
     windows: tuple[int, ...] = ()
@@ -123,6 +154,9 @@ class TransformerSpec:
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
+
+    def rotates(self, layer: int) -> bool:
+        return self.rope is not None and (not self.rope_layers or self.rope_layers[layer])
 
     def common_window(self) -> int:
         """Positions beyond which no layer looks back; 0 where some layer sees everything."""

@@ -11,7 +11,7 @@ import pytest
 from quire.errors import ModelLoadError
 from quire.models.families import FAMILIES, find_family, spec_from_config
 from quire.models.spec import RopeSpec
-from sample_models import GPT2, LLAMA, MISTRAL, OPT, QWEN2, QWEN3
+from sample_models import GPT2, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STABLELM, STARCODER2, YARN
 
 ALL = [LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -84,7 +84,7 @@ def test_llama3_frequencies() -> None:
             else:
                 smooth = (original / wavelength - 1.0) / (4.0 - 1.0)
                 expected.append((1 - smooth) * frequency / factor + smooth * frequency)
-        np.testing.assert_allclose(rope.inverse_frequencies(), expected, rtol=1e-14)
+        np.testing.assert_allclose(rope.inverse_frequencies(4096), expected, rtol=1e-14)
         assert len({round(e / p, 6) for e, p in zip(expected, plain, strict=True)}) >= 3  # all three cases occur
 
 
@@ -115,6 +115,62 @@ def test_qwen() -> None:
     assert spec.qkv_bias
     assert spec.o_bias
     assert spec.head_dim == 128
+
+
+def test_phi3() -> None:
+    """Names and values as in Phi-4-mini's config.json."""
+    spec = spec_from_config(PHI3)
+    magnitude = math.sqrt(1 + math.log(131072 / 4096) / math.log(4096))
+    short, long = (1.0,) * 6, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    assert spec.rope == RopeSpec(
+        500000.0, 12, "longrope", original_max_positions=4096, short_factors=short, long_factors=long, magnitude=magnitude
+    )
+    assert spec.windows == ()
+    assert spec.rope.inverse_frequencies(4096)[2] == pytest.approx(3 * spec.rope.inverse_frequencies(4097)[2])
+    assert spec_from_config({**PHI3, "rope_scaling": {**PHI3["rope_scaling"], "type": "su"}}).rope == spec.rope
+    assert spec_from_config({**PHI3, "rope_scaling": None, "sliding_window": 2047}).windows == (2047,) * 4
+    sources = find_family(PHI3).sources(spec)
+    assert set(sources) == set(spec.tensor_shapes())
+    v, up = sources["layers.1.v.weight"], sources["layers.1.up.weight"]
+    assert (v.name, v.rows, v.stored_shape((32, 96))) == ("layers.1.self_attn.qkv_proj.weight", (128, 160), (160, 96))
+    assert (up.name, up.rows, up.stored_shape((200, 96))) == ("layers.1.mlp.gate_up_proj.weight", (200, 400), (400, 96))
+
+
+def test_smollm3() -> None:
+    spec = spec_from_config(SMOLLM3)
+    assert spec.rope_layers == (True, True, True, False)
+    assert [spec.rotates(i) for i in range(4)] == [True, True, True, False]
+    assert spec.tied
+    assert spec.windows == ()
+    assert spec_from_config({**SMOLLM3, "rope_theta": None}).rope == RopeSpec(2000000.0, 16)
+    windows = {**SMOLLM3, "use_sliding_window": True, "sliding_window": 512}
+    assert spec_from_config({**windows, "layer_types": None}).windows == (0, 0, 0, 512)
+    assert spec_from_config({**windows, "no_rope_layers": [0, 1, 1, 1], "layer_types": ["sliding_attention"] * 4}).windows == (512,) * 4
+
+
+def test_starcoder2_and_stablelm() -> None:
+    spec = spec_from_config(STARCODER2)
+    assert (spec.norm, spec.norm_bias, spec.gated, spec.activation, spec.tied) == ("layer", True, False, "gelu_tanh", True)
+    assert spec.qkv_bias
+    assert spec.mlp_bias
+    assert find_family(STARCODER2).sources(spec)["layers.0.up.bias"].name == "layers.0.mlp.c_fc.bias"
+    spec = spec_from_config(STABLELM)
+    assert (spec.norm, spec.norm_bias, spec.gated, spec.activation, spec.tied) == ("layer", True, True, "silu", False)
+    assert spec.rope == RopeSpec(10000.0, 4), "a quarter of each head"
+    assert spec.qkv_bias
+    assert not spec.o_bias
+
+
+def test_yarn() -> None:
+    """As Qwen's model cards say it: the stretched context is the model's."""
+    spec = spec_from_config({**QWEN3, "max_position_embeddings": 4096, "rope_scaling": YARN})
+    assert spec.max_positions == 16384
+    assert spec.rope == RopeSpec(500000.0, 32, "yarn", 4.0, original_max_positions=4096, magnitude=0.1 * math.log(4) + 1)
+    frequencies = spec.rope.inverse_frequencies(1)
+    plain = RopeSpec(500000.0, 32).inverse_frequencies(1)
+    assert frequencies[0] == plain[0]
+    assert frequencies[-1] == plain[-1] / 4
+    assert spec_from_config({**QWEN3, "rope_scaling": {**YARN, "original_max_position_embeddings": None}}).max_positions == 16384
 
 
 def test_gpt2() -> None:
@@ -179,7 +235,20 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"quantization_config": {"quant_method": "awq"}}, "quantization_config .*awq.* is not supported"),
     (LLAMA, {"is_causal": False}, "is_causal .*[Ff]alse.* is not supported"),
     (LLAMA, {"model_type": "granite"}, "model_type 'granite' is not that of LlamaForCausalLM, which is 'llama'"),
-    (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; supported: default, linear"),
+    (LLAMA, {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope type 'ntk' is not supported; supported: default, linear"),
+    (LLAMA, {"rope_scaling": {**YARN, "mscale": 1.0}}, "'mscale' is not supported with rope type 'yarn'"),
+    (LLAMA, {"rope_scaling": {**YARN, "beta_slow": 40.0}}, "'beta_slow' 40 must be below 'beta_fast' 32"),
+    (LLAMA, {"rope_scaling": {**YARN, "truncate": False}}, "truncate False is not supported"),
+    (PHI3, {"rope_scaling": {**PHI3["rope_scaling"], "short_factor": [1.0]}}, "'short_factor' must list 6 numbers"),
+    (PHI3, {"rope_scaling": {**PHI3["rope_scaling"], "long_factor": [0.0] * 6}}, "'long_factor' must be a number above 0"),
+    (PHI3, {"original_max_position_embeddings": None}, "'original_max_position_embeddings' is missing"),
+    (PHI3, {"partial_rotary_factor": 0.2}, "even head size, got 3"),
+    (PHI3, {"partial_rotary_factor": 1.5}, "'partial_rotary_factor' must be a number above 0 and at most 1"),
+    (SMOLLM3, {"no_rope_layers": [1, 0]}, "'no_rope_layers' must list 0 or 1 for each of the 4 layers"),
+    (SMOLLM3, {"no_rope_layers": [1, 0, 2, 1]}, "'no_rope_layers' must list 0 or 1"),
+    (SMOLLM3, {"layer_types": ["full_attention"]}, "'layer_types' must list"),
+    (STABLELM, {"use_parallel_residual": True}, "use_parallel_residual True is not supported"),
+    (STABLELM, {"qk_layernorm": True}, "qk_layernorm True is not supported"),
     (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),
     (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
     (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling: 'factor' is missing"),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from oracle.models import LLAMA3, Case, build, decisive_prompt, heads, logits, save
+from oracle.models import LLAMA3, Case, build, decisive_prompt, heads, logits, longrope, save
 
 OUT = Path(__file__).parents[1] / "fixtures" / "golden"
 _SMALL = {"hidden_size": 24, "intermediate_size": 32, "max_position_embeddings": 256}
@@ -29,6 +29,12 @@ GOLDEN = [
     (Case("mistral-window", "mistral", heads(6, 2, sliding_window=11, **_SMALL)), torch.bfloat16),
     (Case("qwen2-windows", "qwen2", heads(3, 3, use_sliding_window=True, sliding_window=9, max_window_layers=1, **_SMALL)), torch.bfloat16),
     (Case("qwen3-tied", "qwen3", heads(4, 2, head_dim=16, tie_word_embeddings=True, **_SMALL)), torch.float32),
+    (Case("phi3-long-partial", "phi3", heads(3, 1, partial_rotary_factor=0.5, sliding_window=200, **longrope(2, 32), **_SMALL)),
+     torch.float16),
+    (Case("smollm3", "smollm3", heads(2, 1, no_rope_layers=[1, 0], tie_word_embeddings=True, **_SMALL)), torch.bfloat16),
+    (Case("starcoder2", "starcoder2", heads(4, 2, hidden_size=32, sliding_window=13, intermediate_size=40, max_position_embeddings=256)),
+     torch.bfloat16),
+    (Case("stablelm", "stablelm", heads(3, 3, use_qkv_bias=True, partial_rotary_factor=0.5, **_SMALL)), torch.float16),
     (Case("gpt2", "gpt2", {"n_head": 3, "n_embd": 24}), torch.float32),
     (Case("opt", "opt", {"num_attention_heads": 2, "hidden_size": 24, "ffn_dim": 40}), torch.float16),
     (Case("opt-post-norm", "opt", {"num_attention_heads": 3, "hidden_size": 24, "ffn_dim": 40, "do_layer_norm_before": False,

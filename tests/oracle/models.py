@@ -20,11 +20,19 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 VOCAB = 97
@@ -48,6 +56,10 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
+    "stablelm": (StableLmConfig, StableLmForCausalLM),
     "gpt2": (GPT2Config, GPT2LMHeadModel),
     "opt": (OPTConfig, OPTForCausalLM),
 }
@@ -57,6 +69,10 @@ _BASE: dict[str, dict[str, Any]] = {
     "mistral": _SHARED,
     "qwen2": _SHARED,
     "qwen3": _SHARED,
+    "phi3": _SHARED,
+    "smollm3": _SHARED,
+    "starcoder2": _SHARED,
+    "stablelm": _SHARED,
     "gpt2": {"n_layer": 2, "n_embd": 48, "n_positions": 256},
     "opt": {"num_hidden_layers": 2, "hidden_size": 48, "ffn_dim": 56, "max_position_embeddings": 256},
 }
@@ -68,8 +84,17 @@ def heads(q: int, kv: int, **fields: Any) -> dict[str, Any]:
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 32}  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 64}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _THREE = {"num_hidden_layers": 3}
+
+
+def longrope(count: int, original: int, **fields: Any) -> dict[str, Any]:
+    """Factors for ``count`` frequencies."""
+    short, long = ([1.0 + step * i for i in range(count)] for step in (0.1, 0.5))
+    return {"rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": short, "long_factor": long,
+            "original_max_position_embeddings": original}, "original_max_position_embeddings": original, **fields}  # fmt: skip
+
 
 CASES = [
     Case("llama-mha-3-heads", "llama", heads(3, 3)),
@@ -78,6 +103,9 @@ CASES = [
     Case("llama-head-dim-biases", "llama", heads(4, 2, head_dim=20, attention_bias=True, mlp_bias=True)),
     Case("llama-rope-llama3", "llama", heads(3, 1, rope_parameters=LLAMA3)),
     Case("llama-rope-linear", "llama", heads(4, 4, rope_parameters=_LINEAR)),
+    Case("llama-rope-yarn", "llama", heads(3, 1, rope_parameters=_YARN)),
+    Case("qwen3-rope-yarn-betas", "qwen3", heads(3, 3, head_dim=32, rope_parameters={**_YARN, "beta_fast": 8.0, "beta_slow": 2.0,
+         "attention_factor": 1.5})),
     Case("llama-gelu", "llama", heads(2, 2, hidden_act="gelu")),
     Case("mistral-window", "mistral", heads(6, 3, sliding_window=7)),
     Case("mistral-full-head-dim", "mistral", heads(3, 1, sliding_window=None, head_dim=24)),
@@ -87,6 +115,17 @@ CASES = [
          layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
     Case("qwen3-head-dim", "qwen3", heads(5, 5, head_dim=16, hidden_size=40)),
     Case("qwen3-gqa-biases-tied", "qwen3", heads(6, 3, head_dim=32, attention_bias=True, tie_word_embeddings=True)),
+    Case("phi3-window", "phi3", heads(6, 2, sliding_window=9)),
+    Case("phi3-long", "phi3", heads(3, 3, **longrope(8, 8))),
+    Case("phi3-short-partial-tied", "phi3", heads(4, 2, tie_word_embeddings=True, hidden_size=64, partial_rotary_factor=0.75,
+         **longrope(6, 256, max_position_embeddings=256))),
+    Case("smollm3-interval", "smollm3", heads(6, 3, no_rope_layer_interval=2, tie_word_embeddings=True)),
+    Case("smollm3-layers-windows", "smollm3", heads(3, 1, no_rope_layers=[0, 1, 0], use_sliding_window=True, sliding_window=7,
+         attention_bias=True, mlp_bias=True, tie_word_embeddings=False, **_THREE)),
+    Case("starcoder2-window", "starcoder2", heads(6, 2, sliding_window=11)),
+    Case("starcoder2-no-biases-untied", "starcoder2", heads(3, 3, use_bias=False, tie_word_embeddings=False, hidden_act="gelu")),
+    Case("stablelm-quarter", "stablelm", heads(3, 3)),
+    Case("stablelm-biases-half", "stablelm", heads(6, 2, use_qkv_bias=True, partial_rotary_factor=0.5)),
     Case("gpt2-3-heads", "gpt2", {"n_head": 3}),
     Case("gpt2-inner-untied-unscaled", "gpt2", {"n_head": 4, "n_inner": 72, "tie_word_embeddings": False, "scale_attn_weights": False,
          "activation_function": "gelu"}),

@@ -68,6 +68,7 @@ class Layer:
     """With the activation; gate and up where gated."""
     down: Linear
     window: int
+    rotates: bool
     key_cache: npt.NDArray[Any]
     """[num_blocks, kv_heads, head_dim, block_size]"""
     value_cache: npt.NDArray[Any]
@@ -111,9 +112,10 @@ class Decoder:
             self.embed_in, self.embed_out = self._linear("embed_in"), self._linear("embed_out")
         if spec.rope is not None:
             # Angles in float32, as the models were trained with.
-            frequencies = np.array(spec.rope.inverse_frequencies(), np.float32)
+            frequencies = np.array(spec.rope.inverse_frequencies(max_model_len), np.float32)
             angles = np.arange(max_model_len, dtype=np.float32)[:, None] * frequencies
-            self.cos, self.sin = np.cos(angles), np.sin(angles)
+            magnitude = np.float32(spec.rope.magnitude)
+            self.cos, self.sin = magnitude * np.cos(angles), magnitude * np.sin(angles)
         shape = (num_blocks, spec.num_kv_heads)
         self.layers = []
         for i in range(spec.num_layers):
@@ -129,6 +131,7 @@ class Decoder:
                 up=self._linear(*ups, gated=spec.gated, activation=spec.activation),
                 down=self._linear(f"{at}.down"),
                 window=spec.window(i),
+                rotates=spec.rotates(i),
                 key_cache=aligned((*shape, d, block_size), kv_dtype),
                 value_cache=aligned((*shape, block_size, d), kv_dtype),
                 key_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
@@ -257,7 +260,7 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             layer.q_norm(queries, queries)
             layer.k_norm(keys, keys)
-        if spec.rope is not None:
+        if layer.rotates:
             native.rotary(heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions, self.cos, self.sin)
         where = (batch.block_tables, batch.rows, batch.query_start, batch.start)
         cache, scales = (layer.key_cache, layer.value_cache), (layer.key_scales, layer.value_scales)

@@ -89,6 +89,8 @@ class Layer:
     """Gate beside up where gated."""
     down: Linear
     window: int
+    rope: tuple[Tensor, Tensor] | None
+    """(cos, sin); None where the layer does not rotate."""
     kv: LayerKV
 
 
@@ -111,12 +113,12 @@ class Decoder:
         self.embed = loader.tensor("embed.weight")
         self.dtype = self.embed.dtype
         self.positions = loader.tensor("positions.weight") if spec.rope is None else None
-        self._rope = None
+        rope = None
         if spec.rope is not None:
             # Angles in float32, as the models were trained with.
-            frequencies = torch.tensor(spec.rope.inverse_frequencies(), dtype=torch.float32, device=device)
+            frequencies = torch.tensor(spec.rope.inverse_frequencies(max_model_len), dtype=torch.float32, device=device)
             angles = torch.arange(max_model_len, dtype=torch.float32, device=device)[:, None] * frequencies
-            self._rope = (angles.cos(), angles.sin())
+            rope = (spec.rope.magnitude * angles.cos(), spec.rope.magnitude * angles.sin())
         self._embed_in = self._embed_out = None
         if spec.embedding_size != spec.hidden_size:
             self._embed_in, self._embed_out = loader.linear("embed_in"), loader.linear("embed_out")
@@ -135,7 +137,7 @@ class Decoder:
                 norm(f"{at}.attn_norm"), loader.linear(f"{at}.q", f"{at}.k", f"{at}.v"), head_norm(f"{at}.q_norm"),
                 head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"),
                 loader.linear(*((f"{at}.gate", f"{at}.up") if spec.gated else (f"{at}.up",))), loader.linear(f"{at}.down"),
-                spec.window(i), NO_KV,
+                spec.window(i), rope if spec.rotates(i) else None, NO_KV,
             ))  # fmt: skip
         self.final_norm = norm("final_norm") if spec.final_norm else None
         own = loader.has("lm_head.weight")
@@ -213,7 +215,7 @@ class Decoder:
         """[T, heads * head_dim]"""
         spec, count, ops = self.spec, len(x), self._ops
         qkv = layer.qkv(x)
-        ops.write_kv(qkv, layer.kv, step.positions, step.slots, spec.num_heads, self._rope, layer.q_norm, layer.k_norm, spec.norm_eps)
+        ops.write_kv(qkv, layer.kv, step.positions, step.slots, spec.num_heads, layer.rope, layer.q_norm, layer.k_norm, spec.norm_eps)
         queries = qkv.view(count, -1, spec.head_dim)[:, : spec.num_heads]
         out = torch.empty((count, spec.num_heads, spec.head_dim), dtype=x.dtype, device=x.device)
         decoding = step.num_decoding

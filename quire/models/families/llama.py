@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log
+
 from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
 from quire.models.spec import RopeSpec, TransformerSpec
 
@@ -25,14 +27,17 @@ _ROPE_KEYS = {
     "none": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings", "attention_factor"),
+    "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"),
 }
 
 
-def read_rope(config: Config, head_dim: int) -> RopeSpec:
-    """Rotary parameters as transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``) write them."""
-    if head_dim % 2:
-        config.refuse(f"rotary positions need an even head size, got {head_dim}")
-    config.unsupported(partial_rotary_factor=1.0)
+def read_rope(config: Config, head_dim: int, *, theta: float = 10000.0, partial: float | None = None, longrope: bool = False) -> RopeSpec:
+    """Rotary parameters as transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``) write them.
+
+    theta, partial: where config.json does not say; None: an architecture that rotates all dimensions of a head. longrope: one that
+    may have this type.
+    """
     old, new = config.values.get("rope_scaling"), config.values.get("rope_parameters")
     if old and new and old != new:
         config.refuse("'rope_scaling' and 'rope_parameters' contradict each other; keep one of them")
@@ -41,27 +46,76 @@ def read_rope(config: Config, head_dim: int) -> RopeSpec:
         config.refuse(f"'rope_parameters' must be an object, got {values!r}")
     rope = Config(values, f"{config.where}, {'rope_parameters' if new else 'rope_scaling'}")
     kind = values.get("rope_type", values.get("type")) or "default"
-    scaling = "none" if kind == "default" else kind
-    if scaling not in ("none", "linear", "llama3"):
-        config.refuse(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
-    rope.unsupported(partial_rotary_factor=1.0, attention_factor=1.0)
+    scaling = {"default": "none", "su": "longrope"}.get(kind, kind)
+    known = ("default", "linear", "llama3", "yarn", *(("longrope",) if longrope else ()))
+    if scaling not in ("none", *known):
+        config.refuse(f"rope type {kind!r} is not supported; supported: {', '.join(known)}")
+    if partial is None:
+        config.unsupported(partial_rotary_factor=1.0)
+        rope.unsupported(partial_rotary_factor=1.0)
+        rotary_dim = head_dim
+    else:
+        outside = config.number("partial_rotary_factor", partial, high=1.0)
+        rotary_dim = int(head_dim * rope.number("partial_rotary_factor", outside, high=1.0))
+    if rotary_dim % 2 or not rotary_dim:
+        config.refuse(f"rotary positions need an even head size, got {rotary_dim}")
+    if scaling not in ("yarn", "longrope"):
+        rope.unsupported(attention_factor=1.0)
     read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "attention_factor", *_ROPE_KEYS[scaling]}
     if unread := sorted(name for name, value in values.items() if value is not None and name not in read):
         # Such a field belongs to a variant that we don't compute; some of them hide behind the type "default" (mrope_section).
         rope.refuse(f"{unread[0]!r} is not supported with rope type {kind!r}")
-    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0, low=1.0), low=1.0)
+    theta = rope.number("rope_theta", config.number("rope_theta", theta, low=1.0), low=1.0)
     if scaling == "none":
-        return RopeSpec(theta, head_dim)
+        return RopeSpec(theta, rotary_dim)
+    if scaling == "longrope":
+        return _longrope(config, rope, theta, rotary_dim)
     factor = rope.number("factor", high=1e6)
     if scaling == "linear":
-        return RopeSpec(theta, head_dim, "linear", factor)
-    top = config.values.get("original_max_position_embeddings")
-    if top is not None and top != values.get("original_max_position_embeddings", top):
-        config.refuse("'original_max_position_embeddings' beside and within the rope parameters contradict each other; keep one of them")
+        return RopeSpec(theta, rotary_dim, "linear", factor)
+    _agree(config, rope)
+    if scaling == "yarn":
+        return _yarn(config, rope, theta, rotary_dim, factor)
     low, high = rope.number("low_freq_factor", high=1e6), rope.number("high_freq_factor", high=1e6)
     if low >= high:
         rope.refuse(f"'low_freq_factor' {low:g} must be below 'high_freq_factor' {high:g}")
-    return RopeSpec(theta, head_dim, "llama3", factor, low, high, rope.integer("original_max_position_embeddings", high=MAX_POSITIONS))
+    return RopeSpec(theta, rotary_dim, "llama3", factor, low, high, rope.integer("original_max_position_embeddings", high=MAX_POSITIONS))
+
+
+def _agree(config: Config, rope: Config) -> None:
+    inside, beside = (each.values.get("original_max_position_embeddings") for each in (rope, config))
+    if None not in (inside, beside) and inside != beside:
+        config.refuse("'original_max_position_embeddings' beside and within the rope parameters contradict each other; keep one of them")
+
+
+def _yarn(config: Config, rope: Config, theta: float, rotary_dim: int, factor: float) -> RopeSpec:
+    rope.unsupported(truncate=True)
+    fast, slow = rope.number("beta_fast", 32.0, high=1e6), rope.number("beta_slow", 1.0, high=1e6)
+    if slow >= fast or theta == 1.0:
+        rope.refuse(f"'beta_slow' {slow:g} must be below 'beta_fast' {fast:g}, and 'rope_theta' {theta:g} above 1")
+    original = rope.integer(
+        "original_max_position_embeddings", config.integer("max_position_embeddings", high=MAX_POSITIONS), high=MAX_POSITIONS
+    )
+    magnitude = rope.number("attention_factor", 1.0 if factor <= 1 else 0.1 * log(factor) + 1, high=1e3)
+    return RopeSpec(theta, rotary_dim, "yarn", factor, original_max_positions=original, beta_fast=fast, beta_slow=slow, magnitude=magnitude)
+
+
+def _longrope(config: Config, rope: Config, theta: float, rotary_dim: int) -> RopeSpec:
+    """LongRoPE (arXiv 2402.13753) as transformers computes it: magnitudes by how much longer than the original the context is."""
+    _agree(config, rope)
+    beside = config.integer("original_max_position_embeddings", 0, low=0, high=MAX_POSITIONS) or None
+    original = rope.integer("original_max_position_embeddings", beside, low=2, high=MAX_POSITIONS)
+    factor = rope.number("factor", config.integer("max_position_embeddings", original, high=MAX_POSITIONS) / original, high=1e6)
+    magnitude = 1.0 if factor <= 1 else (1 + log(factor) / log(original)) ** 0.5
+    factors = []
+    for name in ("short_factor", "long_factor"):
+        value = rope.values.get(name)
+        if not isinstance(value, list) or len(value) != rotary_dim // 2:
+            rope.refuse(f"{name!r} must list {rotary_dim // 2} numbers, one for each frequency")
+        factors.append(tuple(Config({name: each}, rope.where).number(name, high=1e6) for each in value))
+    magnitude = rope.number("attention_factor", magnitude, high=1e3)
+    return RopeSpec(theta, rotary_dim, "longrope", original_max_positions=original, short_factors=factors[0], long_factors=factors[1],
+                    magnitude=magnitude)  # fmt: skip
 
 
 def read_decoder(
@@ -76,8 +130,12 @@ def read_decoder(
     o_bias: bool = False,
     mlp_bias: bool = False,
     windows: tuple[int, ...] = (),
+    theta: float = 10000.0,
+    partial: float | None = None,
+    longrope: bool = False,
 ) -> TransformerSpec:
-    """The fields that Llama and its relatives share. kv_heads, head_dim, max_positions: where config.json does not say."""
+    """The fields that Llama and its relatives share. kv_heads, head_dim, max_positions: where config.json does not say. theta, partial,
+    longrope: see read_rope."""
     hidden = config.integer("hidden_size")
     heads = config.integer("num_attention_heads")
     if "num_key_value_heads" in config.values:
@@ -91,7 +149,10 @@ def read_decoder(
         if hidden % heads:
             config.refuse(f"'hidden_size' {hidden} is not a multiple of 'num_attention_heads' {heads}, and there is no 'head_dim'")
         head_dim = hidden // heads
+    rope = read_rope(config, head_dim, theta=theta, partial=partial, longrope=longrope)
     positions = config.integer("max_position_embeddings", max_positions, high=MAX_POSITIONS)
+    if rope.scaling == "yarn":  # Qwen's files name the original context; the stretched one is what they are made for
+        positions = max(positions, min(MAX_POSITIONS, round(rope.factor * rope.original_max_positions)))
     windows = tuple(0 if w >= positions else w for w in windows)  # a window as long as the context hides nothing
     return TransformerSpec(
         architecture=architecture,
@@ -111,7 +172,7 @@ def read_decoder(
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
-        rope=read_rope(config, head_dim),
+        rope=rope,
         windows=windows if any(windows) else (),
         tied=config.flag("tie_word_embeddings", False),
         dtype=config.dtype(),

@@ -14,6 +14,7 @@ import running
 from decoding import decode_logits
 from quire.backends.cpu import _native as native
 from quire.core.sequence import Request
+from quire.models.families import FAMILIES
 from quire.models.weights import Model, load_model
 from quire.sampling_params import SamplingParams
 from reference_model import ReferenceModel, relative_error
@@ -42,7 +43,7 @@ def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
 
 
 def test_every_family_has_a_fixture() -> None:
-    assert len({load_model(folder).spec.architecture for folder in GOLDEN}) == 6
+    assert len({load_model(folder).spec.architecture for folder in GOLDEN}) == len(FAMILIES)
 
 
 def test_reference_model(golden: Golden) -> None:
