@@ -10,6 +10,7 @@ from quire.core.engine import Executor
 from quire.core.plan import StepExtent, StepPlan, StepResult
 from quire.machine import StepCost
 from quire.models.spec import ModelCost
+from quire.simulator.devices import Around
 
 
 @dataclass(slots=True, frozen=True)
@@ -23,18 +24,13 @@ class Step:
     """In the backend."""
 
 
-class Recorder:
+class Recorder(Around):
     """Stands between engine and backend, and changes nothing. Where steps overlap, a step takes from the end of the one before it to its
     own."""
 
     def __init__(self, backend: Executor, cost: ModelCost) -> None:
+        super().__init__(backend)
         self.steps: list[Step] = []
-        self.spec = cost.spec
-        self.num_blocks = backend.num_blocks
-        self.num_host_blocks = backend.num_host_blocks
-        self.window = backend.window
-        self.block_size = backend.block_size
-        self.max_model_len = backend.max_model_len
         self.overlaps = backend.overlaps
         self._backend: Any = backend
         self._last_end = 0.0

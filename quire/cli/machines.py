@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quire.config import EngineConfig, parse_bytes, read_config_file, resolve
+from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, parse_bytes, read_config_file, resolve
 from quire.errors import ConfigError
 from quire.machine import GPUS, Machine
 
@@ -20,14 +20,19 @@ _ALL_REDUCE_S = 20e-6
 _ATTENTION_READS, _ATTENTION_COMPUTES = 0.78, 0.55
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--machine",
-        metavar="NAME|FILE",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of plan and simulate: the model, the machine, the options of the engine, and where the result goes."""
+    add = parser.add_argument
+    add("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
+        help=f"folder in Hugging Face format, of which config.json will do (default: {EMBEDDED_MODEL})")  # fmt: skip
+    add("--machine", metavar="NAME|FILE",
         help=f"where it is to run: {', '.join(GPUS)} (with --device cuda, which is implied), or a file that quire bench steps --json "
         "wrote, which is the most exact (default: this machine's CPU, whose memory and arithmetic are measured in about a second)",
-    )
-    parser.add_argument("--memory", metavar="SIZE", help="of the machine, free for Quire (default: what is free here, or what the GPU has)")
+    )  # fmt: skip
+    add("--memory", metavar="SIZE", help="of the machine, free for Quire (default: what is free here, or what the GPU has)")
+    add("--json", metavar="FILE", help="write the result to FILE; - writes it to standard output instead of the text")
+    add("--config", metavar="FILE", help="TOML file with options of the engine")
+    add_arguments(parser, EngineConfig)
 
 
 def stated(args: argparse.Namespace) -> Machine | None:

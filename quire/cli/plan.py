@@ -7,7 +7,6 @@ import math
 
 from quire.cli import machines
 from quire.cli.output import check_writable, write
-from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments
 from quire.errors import ConfigError
 from quire.machine import GPUS
 
@@ -22,16 +21,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
-        help=f"folder in Hugging Face format, of which config.json will do (default: {EMBEDDED_MODEL})")  # fmt: skip
-    machines.add_argument(parser)
     add("--prompt", type=int, default=512, metavar="TOKENS", help="mean length of prompts (default: 512)")
     add("--output", type=int, default=256, metavar="TOKENS", help="mean length of outputs (default: 256)")
     add("--sequences", type=int, metavar="N", help="people at the same time (default: as many as there is room for)")
     add("--price", type=float, metavar="AMOUNT", help="of an hour of the machine: what a million tokens cost")
-    add("--json", metavar="FILE", help="write the plan to FILE; - writes it to standard output instead of the text")
-    add("--config", metavar="FILE", help="TOML file with options of the engine")
-    add_arguments(parser, EngineConfig)
+    machines.add_options(parser)
     parser.set_defaults(run=run)
 
 

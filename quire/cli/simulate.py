@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from quire.cli import machines, workloads
 from quire.cli.output import check_writable, write
-from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments
 from quire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
-        help=f"folder in Hugging Face format, of which config.json will do (default: {EMBEDDED_MODEL})")  # fmt: skip
-    machines.add_argument(parser)
     come = parser.add_argument_group("when requests come (default: all at once)")
     come.add_argument("--rate", type=float, metavar="R", help="so many a second on average, independent of each other (Poisson)")
     come.add_argument("--concurrency", type=int, metavar="N", help="at most N at a time: the next one comes when one has ended")
@@ -51,9 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--goodput", nargs="+", default=[], metavar="NAME:MS",
         help="a request is served well within these milliseconds, as in vLLM's benchmark: ttft:500 tpot:50 e2el:20000")  # fmt: skip
     add("--check", action="store_true", help="run the same on the model itself, in real time, and print both: needs the weights")
-    add("--json", metavar="FILE", help="write the result to FILE; - writes it to standard output instead of the table")
-    add("--config", metavar="FILE", help="TOML file with options of the engine")
-    add_arguments(parser, EngineConfig)
+    machines.add_options(parser)
     parser.set_defaults(run=run)
 
 

@@ -45,7 +45,19 @@ class NoModel:
         return StepResult(tokens, [None] * len(tokens))
 
 
-class Forced:
+class Around:
+    """What stands between an engine and its device, as large as the device."""
+
+    def __init__(self, device: Executor) -> None:
+        self.spec = device.spec
+        self.num_blocks = device.num_blocks
+        self.num_host_blocks = device.num_host_blocks
+        self.block_size = device.block_size
+        self.max_model_len = device.max_model_len
+        self.window = device.window
+
+
+class Forced(Around):
     """Ends every sequence at its length, with an end-of-text token, as if the model had chosen it: the engine does not know when.
 
     lengths: a sequence's seed → tokens that it generates. The requests must keep the model from ending them earlier
@@ -55,12 +67,7 @@ class Forced:
     overlaps = False
 
     def __init__(self, device: Executor, lengths: Mapping[int, int], eos: int) -> None:
-        self.spec = device.spec
-        self.num_blocks = device.num_blocks
-        self.num_host_blocks = device.num_host_blocks
-        self.block_size = device.block_size
-        self.max_model_len = device.max_model_len
-        self.window = device.window
+        super().__init__(device)
         self.watch: Callable[[StepPlan], None] = lambda plan: None
         self._device = device
         self._lengths = lengths
@@ -112,18 +119,13 @@ class ForcedAhead(Forced):
         return self._end(ending, self._ahead.collect(inner))
 
 
-class Simulated:
+class Simulated(Around):
     """A device on which a step takes what ``machine`` says it takes. What a step says is ``device``'s, at once."""
 
     overlaps = False
 
     def __init__(self, device: Executor, machine: Machine, cost: ModelCost, time: SimulatedTime) -> None:
-        self.spec = device.spec
-        self.num_blocks = device.num_blocks
-        self.num_host_blocks = device.num_host_blocks
-        self.block_size = device.block_size
-        self.max_model_len = device.max_model_len
-        self.window = device.window
+        super().__init__(device)
         self._device = device
         self._machine = machine
         self._cost = cost
