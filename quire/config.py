@@ -24,6 +24,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What options are that nobody stated, where that depends on the device; "gpu": of the CUDA backend, wherever it runs."""
 DEFAULT_NUM_SEQS = {"cpu": 64, "gpu": 256}
+MAX_NUM_SEQS = 4096
 MAX_TIMEOUT_S = 86400
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
@@ -142,7 +143,7 @@ class EngineConfig(_Checked):
         f"most sequences that run at the same time (default: {DEFAULT_NUM_SEQS['cpu']}, on a GPU {DEFAULT_NUM_SEQS['gpu']}, or one for "
         "each KV block)",
         low=1,
-        high=4096,
+        high=MAX_NUM_SEQS,
     )
     speculation: str = option(
         None,

@@ -12,7 +12,7 @@ import json
 from bisect import bisect
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from math import isfinite, log
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,12 @@ class Machine:
 
     def __post_init__(self) -> None:
         speeds = [self.bytes_per_s, self.flops_per_s, self.attention_bytes_per_s, self.attention_flops_per_s]
-        if not self.reached or not all(isfinite(n) and n > 0 for n in (*speeds, *(n for point in self.reached for n in point))):
-            raise ConfigError(f"machine {self.name!r:.60}: its speeds, and the shares reached, must be numbers above 0")
-        if not all(isfinite(n) and n >= 0 for n in (self.step_s, self.spread)):
-            raise ConfigError(f"machine {self.name!r:.60}: step_s and spread must be numbers from 0")
+        if not all(1e3 <= n <= 1e20 for n in speeds):  # NaN fails this too
+            raise ConfigError(f"machine {self.name!r:.60}: its speeds must be from 1e3 to 1e20 a second")
+        if not self.reached or not all(0 < x <= 1e9 and 0.001 <= share <= 1000 for x, share in self.reached):
+            raise ConfigError(f"machine {self.name!r:.60}: reached must have operations for a byte above 0, and shares from 0.001 to 1000")
+        if not (0 <= self.step_s <= 3600 and 0 <= self.spread <= 10) or not (self.memory is None or 0 < self.memory < 1 << 60):
+            raise ConfigError(f"machine {self.name!r:.60}: step_s must be from 0 to 3600, spread from 0 to 10, memory above 0")
         if any(a[0] >= b[0] for a, b in pairwise(self.reached)):
             raise ConfigError(f"machine {self.name!r:.60}: the points of reached must ascend")
 

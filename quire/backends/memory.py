@@ -8,7 +8,8 @@ from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.errors import CapacityError, ConfigError
-from quire.models.quantization import Quantization
+from quire.models.parallel import part_of
+from quire.models.quantization import planned_weights
 from quire.models.spec import DTYPE_BYTES, TransformerSpec
 
 AUTO_SHARE = 0.8
@@ -55,19 +56,18 @@ class Room:
 
 def host_room(config: EngineConfig, spec: TransformerSpec) -> Room:
     """The machine's memory, before the weights are loaded."""
-    dtype, quantization = None if config.dtype == "auto" else config.dtype, Quantization.of(config)
-    weights = spec.weight_bytes(dtype) if quantization is None else quantization.weight_bytes(spec, dtype)
-    return Room(available_bytes(), weights, step_buffer_bytes(config, spec))
+    return Room(available_bytes(), planned_weights(config, spec), step_buffer_bytes(config, spec))
 
 
-def planned_room(config: EngineConfig, spec: TransformerSpec, memory: int | None) -> Room:
-    """Where the KV pool will have to fit. memory: bytes of a device that is not at hand; None: what this machine has free. spec: of what
-    one device holds. On a GPU buffers are estimated, which its backend measures."""
-    room = host_room(config, spec)
+def planned_room(config: EngineConfig, whole: TransformerSpec, memory: int | None) -> Room:
+    """Where the KV pool will have to fit, on one device where several share the model. memory: bytes of a device that is not at hand;
+    None: what this machine has free. On a GPU buffers are estimated, which its backend measures."""
+    room = host_room(config, whole)
     if config.device_kind == "cpu":
         return room if memory is None else replace(room, available=memory)
-    buffers = gpu_buffer_bytes(config, spec)
-    return Room((room.available or 0 if memory is None else memory) - GPU_CONTEXT, room.weights, buffers, GPU_SHARE, holds_swap=False)
+    buffers = gpu_buffer_bytes(config, part_of(whole, config.tensor_parallel))
+    free = max(0, (room.available or 0 if memory is None else memory) - GPU_CONTEXT)
+    return Room(free, room.weights, buffers, GPU_SHARE, holds_swap=False)
 
 
 def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int, room: Room) -> KVMemory:

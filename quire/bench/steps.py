@@ -20,10 +20,13 @@ from quire.bench.recorder import Recorder, Step
 from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.sequence import Request
+from quire.errors import ConfigError
 from quire.llm import LLM
 from quire.machine import Machine, StepCost
 from quire.sampling_params import SamplingParams
 
+SHORTEST = 64
+"""Context in which steps can be told apart."""
 SHORT = 16
 """Tokens of the prompts of sequences whose linears are to be timed."""
 _SKIPPED = 3
@@ -66,6 +69,11 @@ def run(config: EngineConfig, rounds: int) -> Steps:
     """rounds: steps of each kind in each pass. Raises what loading the model raises."""
     config = replace(config, speculation="off", prefix_caching=False)
     llm = LLM.from_config(config)
+    if llm.backend.max_model_len < SHORTEST or config.max_num_batched_tokens < SHORT:
+        raise ConfigError(
+            f"steps can be told apart from --max-model-len {SHORTEST} and --max-num-batched-tokens {SHORT} on; these are "
+            f"{llm.backend.max_model_len} and {config.max_num_batched_tokens}"
+        )
     bytes_per_s, flops_per_s = llm.backend.limits()
     recorder = Recorder(llm.backend, llm.cost())
     times = _Timing(Engine(recorder, config), recorder, config, rounds).times()
@@ -124,13 +132,13 @@ class _Timing:
             prompts: dict[int, list[Step]] = {length: [] for length in sorted({*(n for n in (64, 128, 256) if n < longest), longest})}
             for _ in range(PASSES):
                 for rows, steps in decode.items():
-                    steps += self._decode(rows, SHORT)
+                    steps += self._decode(rows, SHORT)  # none where chunks are so small that the first have ended before the last begin
                 for length, steps in prompts.items():
                     steps += self._drain([length], 1)
             cases = [_case(steps) for steps in prompts.values()]
             affordable = int(ATTENTION_S / cases[-1].seconds * longest)
             return _Times(
-                [_case(steps) for steps in decode.values()],
+                [_case(steps) for steps in decode.values() if steps],
                 cases,
                 self._decode_pair(affordable),
                 self._prompt_pair(min(4 * self._chunk, self._room - 1, affordable // 2) // self._chunk),
@@ -138,7 +146,8 @@ class _Timing:
             )
 
     def _ladder(self) -> list[int]:
-        return [2**i for i in range(13) if 2**i < self._most] + [self._most]
+        most = min(self._most, self._chunk)
+        return [2**i for i in range(13) if 2**i < most] + [most]
 
     def _decode_pair(self, affordable: int) -> tuple[Case, Case] | None:
         """affordable: tokens of prompts that there is time for."""
@@ -149,7 +158,7 @@ class _Timing:
         before = self._decode(rows, SHORT)
         far = [step for _ in range(PASSES) for step in self._decode(rows, context)] if 3 * rows * context <= affordable else []
         far = far or self._decode(rows, context)
-        return _case([*before, *self._decode(rows, SHORT)]), _case(far)
+        return (_case([*before, *self._decode(rows, SHORT)]), _case(far)) if before and far else None
 
     def _prompt_pair(self, chunks: int) -> tuple[Case, Case] | None:
         if chunks < 2:

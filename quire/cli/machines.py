@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def stated(args: argparse.Namespace) -> Machine | None:
     """What --machine says; None: this machine, which is still to be measured. Raises ConfigError."""
     name = args.machine
-    return None if name is None else GPUS.get(name) or Machine.load(name)
+    return None if name is None else GPUS.get(name.lower()) or Machine.load(name)
 
 
 def configured(args: argparse.Namespace, machine: Machine | None) -> EngineConfig:
@@ -85,7 +85,7 @@ def by_width(config: EngineConfig, stated: Machine | None, machine: Machine) -> 
         single, quantized = (second, machine) if config.quantize else (machine, second)
         return {"": single, "int8": quantized, "int4": quantized}
     if not machine.weights:
-        return dict.fromkeys(("", "int8", "fp8"), machine)
+        return dict.fromkeys(("", "int8", "int4" if config.device_kind == "cpu" else "fp8"), machine)
     return {config.quantize or "": machine}
 
 

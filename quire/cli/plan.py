@@ -21,8 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--prompt", type=int, default=512, metavar="TOKENS", help="mean length of prompts (default: 512)")
-    add("--output", type=int, default=256, metavar="TOKENS", help="mean length of outputs (default: 256)")
+    add("--prompt", type=int, metavar="TOKENS", help="mean length of prompts (default: 512, or what fits)")
+    add("--output", type=int, metavar="TOKENS", help="mean length of outputs (default: 256, or what fits)")
     add("--sequences", type=int, metavar="N", help="people at the same time (default: as many as there is room for)")
     add("--price", type=float, metavar="AMOUNT", help="of an hour of the machine: what a million tokens cost")
     machines.add_options(parser)
@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
     found = plan.plan(config, spec, machine, demand)
     others = plan.alternatives(config, spec, machines.by_width(config, stated, machine), demand)
     gpus = []
-    if args.machine in GPUS:
+    if stated in GPUS.values():
         gpus = [(name, plan.plan(config, spec, machines.open_machine(gpu, config, spec, None), demand)) for name, gpu in GPUS.items()]
     if args.json != "-":
         print(describe.describe(found, config, part_of(spec, config.tensor_parallel), machine, demand, args.price))
-        columns = f"sequences: of {args.prompt:,} + {args.output:,} tokens at a time; 1 alone, all: output tokens/s"
+        columns = f"sequences: of {found.prompt:,} + {found.output:,} tokens at a time; 1 alone, all: output tokens/s"
         print(f"\n{describe.table(others, 'other widths')}")
         if gpus:
             print(f"\n{describe.table(gpus, 'other GPUs')}")

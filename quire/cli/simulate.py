@@ -70,27 +70,32 @@ def run(args: argparse.Namespace) -> int:
     machine = machines.open_machine(stated, config, whole, args.memory)
     spec = part_of(whole, config.tensor_parallel)
     length = context_length(config, spec)
-    num_blocks = kv_memory(config, spec, length, planned_room(config, spec, machine.memory)).num_blocks
-    server = simulate.Server(config, num_blocks, length, planned_cost(config, spec))
+    num_blocks = kv_memory(config, spec, length, planned_room(config, whole, machine.memory)).num_blocks
+    server = simulate.Server(config, num_blocks, length, planned_cost(config, whole))
 
     def load(requests: Sequence[TraceRequest]) -> simulate.Load:
         return simulate.Load(requests, args.concurrency, args.max_tokens, config.seed)
 
-    def on(factor: float) -> tuple[float | None, Report]:
+    def on(factor: float, about: tuple[float, float] | None = None) -> tuple[float | None, Report]:
         def run(requests: Sequence[TraceRequest]) -> Report:
             return simulate.simulate(server, machine.slower(factor), load(requests), goodput)
 
-        return simulate.highest_rate(run, requests, config.seed) if args.find_rate else (None, run(requests))
+        return simulate.highest_rate(run, requests, config.seed, about) if args.find_rate else (None, run(requests))
 
     rate, result = on(1.0)
-    quick, slow = 1 / (1 + machine.spread), 1 + machine.spread
-    others = {f"{1 - quick:.0%} less": on(quick), f"{machine.spread:.0%} more": on(slow)} if machine.spread else {}
+    others: dict[str, tuple[float | None, Report]] = {}
+    if machine.spread:
+        slow = 1 + machine.spread
+        near = (lambda factor: (rate / factor / slow, rate / factor * slow)) if rate else lambda factor: None
+        others = {f"{1 - 1 / slow:.0%} less": on(1 / slow, near(1 / slow)), f"{machine.spread:.0%} more": on(slow, near(slow))}
     measured = simulate.execute(config, load(requests), goodput) if args.check else None
     if args.json != "-":
         print(f"machine      {machine.name}: {machine.source}; times of steps to about {machine.spread:.0%}")
         print(f"server       KV pool of {num_blocks:,} blocks of {config.block_size}, {config.num_seqs(num_blocks):,} sequences at most")
+        if config.swap_bytes:
+            print("             --swap-memory is not simulated: who has to make room is computed again")
         if rate is not None:
-            print(f"rate         {rate:.3g} requests a second at most (inf: all at once, too); at that rate:")
+            print(f"rate         {rate:.3g} requests a second at most; {result.requests:,} of them at that rate:")
         print(report.describe(result, goodput))
         for name, (other, found) in others.items():
             print(f"if steps take {name}: " + ("" if other is None else f"{other:.3g} requests a second; ") + report.in_short(found))
@@ -98,18 +103,13 @@ def run(args: argparse.Namespace) -> int:
             print(report.compare(result, measured))
     made = {
         "machine": asdict(machine),
-        "rate": _json(rate),
+        "rate": rate,
         "simulated": asdict(result),
-        "steps take": {name: {"rate": _json(other), **asdict(found)} for name, (other, found) in others.items()},
+        "steps take": {name: {"rate": other, **asdict(found)} for name, (other, found) in others.items()},
         "measured": None if measured is None else asdict(measured),
     }
     write(args.json, json.dumps(made, indent=2) + "\n")
     return 0
-
-
-def _json(rate: float | None) -> float | str | None:
-    """JSON has no infinity."""
-    return "inf" if rate == float("inf") else rate
 
 
 def _arriving(args: argparse.Namespace, seed: int, good: bool) -> list[TraceRequest]:
@@ -126,7 +126,7 @@ def _arriving(args: argparse.Namespace, seed: int, good: bool) -> list[TraceRequ
         raise ConfigError("--check runs one load in real time: pass the --rate that was found with it, and leave --find-rate out")
     if args.speedup is not None and args.trace is None:
         raise ConfigError("--speedup is for a --trace: pass one, or --rate")
-    requests = workloads.drawn_or_traced(args, REQUESTS, seed)
+    requests = workloads.drawn_or_traced(args, REQUESTS, seed, by_time=True)
     if args.rate is not None:
         return arrive_at(requests, args.rate, seed)
     timed = args.trace is not None and (args.speedup is not None or all(request.arrival_s is not None for request in requests))

@@ -28,9 +28,11 @@ def lengths(args: argparse.Namespace) -> tuple[Lengths, Lengths]:
     return Lengths(args.prompt_mean, args.sigma, args.cap), Lengths(args.output_mean, args.sigma, args.cap)
 
 
-def drawn_or_traced(args: argparse.Namespace, count: int, seed: int) -> list[TraceRequest]:
-    """What ``--trace`` says, or ``--dist``, or the lengths; ``--requests`` of them, by default all of a trace, else ``count``. Raises
-    ConfigError."""
+def drawn_or_traced(args: argparse.Namespace, count: int, seed: int, *, by_time: bool = False) -> list[TraceRequest]:
+    """What ``--trace`` says, or ``--dist``, or the lengths; ``--requests`` of them, by default all of a trace, else ``count``.
+
+    by_time: the first of a trace are those that come first, and not those of the file. Raises ConfigError.
+    """
     from quire.workload import draw_requests, paper_lengths, read_trace
 
     if args.requests is not None and args.requests < 1:
@@ -43,4 +45,6 @@ def drawn_or_traced(args: argparse.Namespace, count: int, seed: int) -> list[Tra
     requests = read_trace(args.trace)
     if args.requests is not None and args.requests > len(requests):
         raise ConfigError(f"--requests {args.requests:,}, but the trace {args.trace} has only {len(requests):,}: lower it, or leave it out")
+    if by_time:
+        requests = sorted(requests, key=lambda request: request.arrival_s or 0.0)
     return requests[: args.requests]

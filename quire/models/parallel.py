@@ -18,9 +18,14 @@ def check(spec: TransformerSpec, size: int) -> None:
             raise ConfigError(f"--tensor-parallel {size} does not divide the model's {count:,} {what}: {remedy}", param="tensor_parallel")
 
 
+def head_rows(spec: TransformerSpec, size: int) -> int:
+    """Tokens of the vocabulary whose logits one device computes."""
+    return -(-spec.vocab_size // size)
+
+
 def part_of(spec: TransformerSpec, size: int) -> TransformerSpec:
-    """The shapes that one of ``size`` devices computes with; embedding and norms are whole, and lm_head is a matter of its own."""
-    return replace(
+    """The shapes that one of ``size`` devices computes with; embedding and norms are whole, and lm_head is ``head_rows``."""
+    return spec if size == 1 else replace(
         spec, num_heads=spec.num_heads // size, num_kv_heads=spec.num_kv_heads // size, intermediate_size=spec.intermediate_size // size,
         attention_scale=spec.scale,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 
 from quire.config import EngineConfig
 from quire.errors import ConfigError
+from quire.models.parallel import head_rows, part_of
 from quire.models.spec import DTYPE_BYTES, ModelCost, TransformerSpec
 
 GROUP_SIZES: Final = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128), "fp8": (0,)}
@@ -94,13 +95,35 @@ class Quantization:
         raise ConfigError(f"--group-size {self.group_size} does not divide the {k:,} inputs of {name}: {remedy}", param="group_size")
 
 
-def planned_cost(config: EngineConfig, spec: TransformerSpec) -> ModelCost:
-    """What steps will ask of a machine, before the model is loaded; a backend that has it says the same, with padding."""
-    quantization, width = Quantization.of(config), config.weight_width(spec.dtype)
+def planned_cost(config: EngineConfig, whole: TransformerSpec) -> ModelCost:
+    """What steps will ask of a machine, or of each of those that share the model, before it is loaded; a backend that has it says the
+    same, with padding."""
+    quantization, width = Quantization.of(config), config.weight_width(whole.dtype)
+    spec, head = part_of(whole, config.tensor_parallel), head_bytes(config, whole, config.tensor_parallel)
     if quantization is None:
         tables = 2 * spec.hidden_size * spec.embedding_size if spec.embedding_size != spec.hidden_size else 0
         linears = (spec.matmul_parameters() + tables) * DTYPE_BYTES[width]
-        head = spec.vocab_size * spec.embedding_size * DTYPE_BYTES[width]
     else:
-        linears, head = quantization.linear_bytes(spec), quantization.head.nbytes(spec.vocab_size, spec.embedding_size)
-    return ModelCost(spec, linears + head, head, config.kv_width(spec.dtype))
+        linears = quantization.linear_bytes(spec)
+    return ModelCost(
+        spec, linears + head, head, config.kv_width(spec.dtype), 0 if spec is whole else head_rows(whole, config.tensor_parallel)
+    )
+
+
+def planned_weights(config: EngineConfig, whole: TransformerSpec) -> int:
+    """Bytes of the weights of a machine, or of each of those that share the model."""
+    size, quantization = config.tensor_parallel, Quantization.of(config)
+    spec, dtype = part_of(whole, size), None if config.dtype == "auto" else config.dtype
+    total = spec.weight_bytes(dtype) if quantization is None else quantization.weight_bytes(spec, dtype)
+    if size == 1:
+        return total
+    counted = not whole.tied or quantization is not None  # a part of the table for looking up is lm_head's own here
+    return total + head_bytes(config, whole, size) - (head_bytes(config, whole, 1) if counted else 0)
+
+
+def head_bytes(config: EngineConfig, whole: TransformerSpec, size: int) -> int:
+    """Of lm_head's part on one of ``size`` devices."""
+    rows, quantization = head_rows(whole, size), Quantization.of(config)
+    if quantization is not None:
+        return quantization.head.nbytes(rows, whole.embedding_size)
+    return rows * whole.embedding_size * DTYPE_BYTES[config.weight_width(whole.dtype)]

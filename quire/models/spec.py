@@ -251,6 +251,8 @@ class ModelCost:
     head_bytes: int
     """Of which only steps with a row of logits read (lm_head)."""
     kv_dtype: str
+    head_rows: int = 0
+    """Tokens of the vocabulary whose logits the machine computes, where several share the model; 0: all."""
 
     def of(self, extent: Extent) -> StepCost:
         """The operations, and the memory that is read at least: weights once a step, and the KV of every row once.
@@ -262,7 +264,7 @@ class ModelCost:
         per_layer = spec.matmul_parameters() // spec.num_layers
         kv = spec.hidden_size * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim  # with the queries, a part of one product
         last = extent.positions * kv + extent.rows * (per_layer - kv)
-        head = extent.rows * spec.vocab_size * spec.embedding_size
+        head = extent.rows * (self.head_rows or spec.vocab_size) * spec.embedding_size
         return StepCost(
             linear_flops=2 * (extent.positions * (spec.num_layers - 1) * per_layer + last + head),
             weight_bytes=extent.steps * (self.weight_bytes - self.head_bytes) + extent.sampling_steps * self.head_bytes,

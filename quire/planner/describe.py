@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from quire.config import EngineConfig
+from quire.config import MAX_NUM_SEQS, EngineConfig
 from quire.machine import Machine
 from quire.models.spec import DTYPE_BYTES, KV_SCALE_BYTES, TransformerSpec
 from quire.planner.plan import Demand, Plan
@@ -50,12 +50,13 @@ def _lines(p: Plan, config: EngineConfig, spec: TransformerSpec, machine: Machin
     if p.num_blocks:
         yield from _memory(p)
     if p.needed is not None:
+        rows = f" --max-num-seqs {demand.sequences}" if (demand.sequences or 0) <= MAX_NUM_SEQS else ", by several servers"
         yield (
-            f"needed       {gb(p.needed)} of KV for {demand.sequences:,} sequences of {demand.prompt:,} + {demand.output:,} tokens, all at "
-            f"their ends: --kv-memory {-(-p.needed >> 20)}MiB --max-num-seqs {demand.sequences}"
+            f"needed       {gb(p.needed)} of KV for {demand.sequences:,} sequences of {p.prompt:,} + {p.output:,} tokens, all at their "
+            f"ends: --kv-memory {-(-p.needed >> 20)}MiB --max-model-len {p.prompt + p.output}{rows}"
         )
-    yield from _speeds(p, machine)
     if p.num_blocks:
+        yield from _speeds(p, machine)
         yield from _capacity(p, machine, demand, price)
 
 
@@ -82,11 +83,11 @@ def _speeds(p: Plan, machine: Machine) -> Iterator[str]:
 def _capacity(p: Plan, machine: Machine, demand: Demand, price: float | None) -> Iterator[str]:
     rate, factor = p.requests_per_s, 1 + machine.spread
     at_once = min(p.typical, demand.sequences or p.typical)
-    each = f"{demand.prompt:,} + {demand.output:,} tokens, {at_once:,} at a time"
+    each = f"{p.prompt:,} + {p.output:,} tokens, {at_once:,} at a time"
     yield f"capacity     {rate:,.3g} requests a second ({rate / factor:,.3g} to {rate * factor:,.3g}) of {each}:"
-    yield f"             {rate * demand.output:,.0f} output tokens/s; first token {p.first_token_s:,.2f} s after a request begins"
+    yield f"             {rate * p.output:,.0f} output tokens/s; first token {p.first_token_s:,.2f} s after a request begins"
     if price is not None:
-        cost = price * 1e6 / (3600 * rate * demand.output)
+        cost = price * 1e6 / (3600 * rate * p.output)
         yield f"cost         {cost:,.3g} for a million output tokens, prompts included, at {price:g} an hour, always full"
     if demand.sequences is not None and demand.sequences > p.typical:
         yield f"             not all {demand.sequences:,} sequences run at once: the others wait"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from statistics import fmean
 
-from quire.backends.memory import context_length, kv_memory, planned_room
+from quire.backends.memory import KVMemory, Room, context_length, kv_memory, planned_room
 from quire.config import EngineConfig
 from quire.core.plan import RowWork, StepExtent, StepPlan
 from quire.errors import CapacityError, ConfigError
@@ -15,6 +16,7 @@ from quire.models.parallel import part_of
 from quire.models.quantization import Quantization, planned_cost
 from quire.models.spec import ModelCost, TransformerSpec
 
+PROMPT, OUTPUT = 512, 256
 _PARTS = 64
 """Moments of an output at which a sequence is looked at, for the mean of its blocks."""
 
@@ -42,9 +44,10 @@ class Prompt:
 class Demand:
     """What the server is for. Raises ConfigError."""
 
-    prompt: int
-    """Tokens, mean."""
-    output: int
+    prompt: int | None = None
+    """Tokens, mean; None: PROMPT, or as much as fits."""
+    output: int | None = None
+    """The same; None: OUTPUT."""
     sequences: int | None = None
     """People at the same time; None: as many as there is room for."""
 
@@ -53,12 +56,26 @@ class Demand:
             if value is not None and not 1 <= value <= 10**9:
                 raise ConfigError(f"{option} must be from 1 to 1,000,000,000, got {value}")
 
+    def lengths(self, context: int) -> tuple[int, int]:
+        """Prompt and output, within a context. Raises ConfigError where what was stated does not fit."""
+        stated = (self.prompt or 0) + (self.output or 0)
+        if stated + (self.prompt is None) + (self.output is None) > context:
+            raise ConfigError(
+                f"--prompt {self.prompt or 1:,} + --output {self.output or 1:,} > context of {context:,} tokens: lower them, or raise "
+                "--max-model-len if the model allows it"
+            )
+        prompt = self.prompt or min(PROMPT, context - (self.output or max(1, context // 3)))
+        return prompt, self.output or min(OUTPUT, context - prompt)
+
 
 @dataclass(slots=True, frozen=True)
 class Plan:
     """``asdict`` of it is what ``--json`` writes. Bytes and seconds; of one device where several share the model."""
 
     parameters: int
+    prompt: int
+    """Tokens that are reckoned with; the demand's, where they fit."""
+    output: int
     max_model_len: int
     weights: int
     buffers: int
@@ -95,25 +112,20 @@ def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand:
     if (quantization := Quantization.of(config)) is not None:
         quantization.check(whole)
     spec, size = part_of(whole, config.tensor_parallel), config.block_size
-    length, room = context_length(config, spec), planned_room(config, spec, machine.memory)
+    asked, room = context_length(config, spec), planned_room(config, whole, machine.memory)
+    prompt, output = demand.lengths(asked)
     per_token = spec.kv_bytes_per_token(config.kv_width(spec.dtype))
-    blocks, note, misfit = 0, "", None
-    while True:
-        try:
-            memory = kv_memory(config, spec, length, room)
-            blocks, note = memory.num_blocks, memory.note
-        except CapacityError as e:
-            misfit = misfit or e.message
-            if length > size:
-                length = max(size, length // 2)
-                continue
-        break
-    if misfit is not None and blocks:
-        length = min(context_length(config, spec), blocks * size)
-    cost, rows = planned_cost(config, spec), config.num_seqs(blocks or 1 << 30)
-    output = max(1, min(demand.output, length - 1))
-    prompt = max(1, min(demand.prompt, length - output))
-    each = fmean(-(-(prompt + output * (i + 0.5) / _PARTS) // size) for i in range(_PARTS))
+    blocks, note, length, misfit = _pool(config, spec, asked, room)
+    if length < prompt + output:
+        prompt, output = Demand().lengths(max(2, length))
+    cost, rows = planned_cost(config, whole), config.num_seqs(blocks or 1 << 30)
+
+    def held(tokens: float) -> int:
+        """Blocks of a sequence."""
+        window = spec.common_window()
+        return ceil((min(tokens, window + size) if window else tokens) / size)
+
+    each = fmean(held(prompt + output * (i + 0.5) / _PARTS) for i in range(_PARTS))
     typical = min(rows, int(blocks / each))
     wanted = typical if demand.sequences is None else min(demand.sequences, typical)
     context = prompt + output // 2
@@ -121,6 +133,8 @@ def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand:
     busy = machine.seconds(cost.of(decoding(max(1, wanted), context)))
     return Plan(
         parameters=whole.num_parameters(),
+        prompt=prompt,
+        output=output,
         max_model_len=length,
         weights=room.weights,
         buffers=room.buffers,
@@ -132,7 +146,7 @@ def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand:
         note=note,
         misfit=misfit,
         max_num_seqs=rows,
-        full_length=min(rows, blocks // -(-length // size)),
+        full_length=min(rows, blocks // held(length)),
         blocks_each=each,
         typical=typical,
         speeds=[_speed(cost, machine, n, context) for n in _ladder(typical or 1, demand.sequences)],
@@ -140,8 +154,26 @@ def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand:
         # A request takes its prompt, and of each of its steps its part.
         requests_per_s=wanted / (output * busy + wanted * alone) if wanted else 0.0,
         first_token_s=alone + -(-prompt // config.max_num_batched_tokens) * (busy if wanted > 1 else 0.0),
-        needed=None if demand.sequences is None else demand.sequences * -(-(prompt + output) // size) * size * per_token,
+        needed=None if demand.sequences is None else demand.sequences * held(prompt + output) * size * per_token,
     )
+
+
+def _pool(config: EngineConfig, spec: TransformerSpec, asked: int, room: Room) -> tuple[int, str, int, str | None]:
+    """Blocks, the arithmetic, the longest sequence, and why that is not as long as was asked for. No blocks where nothing fits."""
+    try:
+        memory = kv_memory(config, spec, asked, room)
+    except CapacityError as e:
+        misfit = e.message
+    else:
+        return memory.num_blocks, memory.note, asked, None
+    found, (fits, fails) = KVMemory(0, 0), (0, asked)
+    while fails - fits > 1:  # by bisection: what the pool is depends on what it is to hold
+        length = (fits + fails) // 2
+        try:
+            found, fits = kv_memory(config, spec, length, room), length
+        except CapacityError:
+            fails = length
+    return found.num_blocks, found.note, max(1, fits), misfit
 
 
 def alternatives(config: EngineConfig, spec: TransformerSpec, machines: Mapping[str, Machine], demand: Demand) -> list[tuple[str, Plan]]:
@@ -150,10 +182,10 @@ def alternatives(config: EngineConfig, spec: TransformerSpec, machines: Mapping[
     found = []
     for quantize in machines:
         for kv in ("float16", "int8") if config.device_kind == "cpu" else ("auto", "fp8"):
-            each = replace(config, quantize=quantize or None, group_size=None, cache_dir=None, kv_dtype=kv)
             try:
+                each = replace(config, quantize=quantize or None, group_size=None, cache_dir=None, kv_dtype=kv)
                 made = plan(each, spec, machines[quantize], demand)
-            except ConfigError:  # a group size that does not divide the model's widths
+            except ConfigError:  # a group size that does not divide the model's widths, a width that the device does not have
                 continue
             found.append((f"{quantize or config.weight_width(spec.dtype)}, KV {each.kv_width(spec.dtype)}", made))
     return found

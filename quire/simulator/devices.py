@@ -28,13 +28,13 @@ class NoModel:
 
     overlaps = False
 
-    def __init__(self, num_blocks: int, block_size: int, max_model_len: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, max_model_len: int, window: int = 0) -> None:
         self.spec = Words()
         self.num_blocks = num_blocks
         self.num_host_blocks = 0
         self.block_size = block_size
         self.max_model_len = max_model_len
-        self.window = 0
+        self.window = window
         self._bases: dict[int, int] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -61,7 +61,8 @@ class Forced(Around):
     """Ends every sequence at its length, with an end-of-text token, as if the model had chosen it: the engine does not know when.
 
     lengths: a sequence's seed → tokens that it generates. The requests must keep the model from ending them earlier
-    (``min_tokens``). ``watch`` sees every plan after it was executed. device: one whose steps do not overlap; ForcedAhead is for those.
+    (``min_tokens``). ``watch`` sees every plan after it was executed, or launched. device: one whose steps do not overlap;
+    ForcedAhead is for those.
     """
 
     overlaps = False
@@ -112,7 +113,9 @@ class ForcedAhead(Forced):
         self._ahead = device
 
     def launch(self, plan: StepPlan) -> tuple[list[tuple[int, int]], Any]:
-        return self._ending(plan), self._ahead.launch(plan)
+        launched = self._ending(plan), self._ahead.launch(plan)
+        self.watch(plan)
+        return launched
 
     def collect(self, pending: tuple[list[tuple[int, int]], Any]) -> StepResult:
         ending, inner = pending

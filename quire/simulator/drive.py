@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from quire.core.engine import Engine
+from quire.core.plan import StepPlan
 from quire.core.sequence import Request
 from quire.errors import InvalidRequestError, QueueFullError
 from quire.sampling_params import SamplingParams
 from quire.simulator.clock import Time
+from quire.simulator.devices import Forced
 from quire.workload import TraceRequest
 
 
@@ -45,14 +47,14 @@ class Run:
     stepping: float = 0.0
     """Seconds in which a step ran."""
     rows: float = 0.0
-    """Sequences that ran, on average over the seconds of steps."""
+    """Sequences in a step, on average over the seconds of steps."""
     blocks: float = 0.0
     """Blocks with an owner, the same."""
     most_blocks: int = 0
     most_rows: int = 0
     most_waiting: int = 0
     timeline: list[tuple[float, int, int, int]] = field(default_factory=list)
-    """(second, sequences that run, that wait, blocks with an owner) after a step; thinned out."""
+    """(second, sequences in a step, that wait, blocks with an owner) when the device has the step; thinned out."""
 
 
 POINTS = 512
@@ -60,13 +62,17 @@ POINTS = 512
 
 
 class Clients:
-    """``requests`` in the order in which they come. prompt: a request and its number → its tokens. Every request's number is its seed,
-    and ``lengths`` (seed → tokens that it generates) is filled in as they are sent. concurrency: most of them in flight; the others
-    wait with their clients. max_tokens: what clients ask for at most; None: as much as the context has room for."""
+    """They send ``requests``, which are in the order in which they come.
+
+    device: what ``engine`` runs on, or has under it. prompt: a request and its number → its tokens. Every request's number is its
+    seed, and ``lengths`` (seed → tokens that it generates) is filled in as they are sent. concurrency: most of them in flight; the
+    others wait with their clients. max_tokens: what clients ask for at most; None: as much as the context has room for.
+    """
 
     def __init__(
         self,
         engine: Engine,
+        device: Forced,
         time: Time,
         requests: Sequence[TraceRequest],
         prompt: Callable[[TraceRequest, int], list[int]],
@@ -80,9 +86,10 @@ class Clients:
         self._open = concurrency is None
         self._concurrency = concurrency or len(requests)
         self._max_tokens = max_tokens
-        self._next = self._in_flight = self._ended = 0
+        self._next = self._in_flight = self._ended = self._rows = self._blocks = 0
         self._every = 1
         self.run = Run()
+        device.watch = self._saw
 
     def drive(self, title: str) -> Run:
         """Until all requests have ended. title: of the progress bar."""
@@ -99,7 +106,7 @@ class Clients:
                         if output.finish_reason is not None:
                             self._in_flight -= 1
                             self._ended += 1
-                    self._see(began, now)
+                    self._passed(now - began)
                 elif self._next < len(requests):
                     self._time.wait_until(requests[self._next].arrival_s or 0.0)
                 else:
@@ -124,7 +131,11 @@ class Clients:
         served = Served(sent, work.prompt_tokens)
         self.run.served.append(served)
         room = self._engine.limits.max_model_len - work.prompt_tokens
-        length = min(work.output_tokens, max(room, 1), self._max_tokens or work.output_tokens)
+        if room < 1:  # what no server takes need not be made
+            served.refused = "length"
+            self._ended += 1
+            return
+        length = min(work.output_tokens, room, self._max_tokens or work.output_tokens)
         # The model may not end it before its length; then Forced does.
         params = SamplingParams(max_tokens=self._max_tokens, min_tokens=length - 1)
         try:
@@ -151,17 +162,20 @@ class Clients:
         if queued is not None:
             served.queued += queued
 
-    def _see(self, began: float, now: float) -> None:
+    def _saw(self, plan: StepPlan) -> None:
+        """The device has this step: what it runs, and what memory it has for that."""
         run, scheduler = self.run, self._engine.scheduler
-        pool = scheduler.manager.pool
-        rows, waiting, blocks = len(scheduler.running), len(scheduler.waiting), pool.num_owned
+        self._rows, self._blocks = len(plan.work), scheduler.manager.pool.num_owned
+        waiting = len(scheduler.waiting)
         run.steps += 1
-        run.stepping += now - began
-        run.rows += rows * (now - began)
-        run.blocks += blocks * (now - began)
-        run.most_rows, run.most_blocks = max(run.most_rows, rows), max(run.most_blocks, blocks)
+        run.most_rows, run.most_blocks = max(run.most_rows, self._rows), max(run.most_blocks, self._blocks)
         run.most_waiting = max(run.most_waiting, waiting)
         if run.steps % self._every == 0:
-            run.timeline.append((now, rows, waiting, blocks))
+            run.timeline.append((self._time.now(), self._rows, waiting, self._blocks))
             if len(run.timeline) > 2 * POINTS:
                 run.timeline, self._every = run.timeline[1::2], 2 * self._every
+
+    def _passed(self, seconds: float) -> None:
+        self.run.stepping += seconds
+        self.run.rows += self._rows * seconds
+        self.run.blocks += self._blocks * seconds

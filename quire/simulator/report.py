@@ -23,6 +23,8 @@ LATENCIES: Mapping[Latency, str] = {
 """Names are those of vLLM's benchmark."""
 SHARES = (50, 90, 95, 99)
 """Percentiles that are reported."""
+GROWS = 0.9
+"""``Report.kept_up`` below it is more than chance."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -83,9 +85,14 @@ class Report:
     output_tokens: int
     latencies: dict[str, dict[str, float]]
     """``ttft``, ``tpot``, ``itl``, ``e2el``, ``queue`` → ``mean``, ``p50``, ``p90``, ``p95``, ``p99``."""
+    kept_up: float | None
+    """Requests that ended in the second half of the time in which requests came, for each that came; below 1 by more than chance the
+    queue grows. None where they did not come over some time."""
     goodput: float | None
     """Share of all requests that were served as --goodput asks; None where it asks nothing."""
     goodput_per_s: float | None
+    goodput_late: float | None
+    """The same share of the quarter that came last."""
     steps: int
     busy: float
     """Share of the time in which a step ran."""
@@ -112,7 +119,7 @@ def report(run: Run, engine: Engine, goodput: Goodput) -> Report:
     prompt, output = sum(each.prompt_tokens for each in served), sum(each.output_tokens for each in served)
     seconds = max((each.last for each in served), default=0.0) - min((each.sent for each in run.served), default=0.0)
     rate = 1 / seconds if seconds else 0.0
-    good = sum(map(goodput.kept, run.served)) if goodput.limits else None
+    good = _share(goodput, run.served) * len(run.served) if goodput.limits else None
     values: dict[str, Any] = {name: [latency(name, each) for each in served] for name in LATENCIES if name != "itl"}
     values["tpot"] = [latency("tpot", each) for each in served if each.output_tokens > 1]
     values["itl"] = run.gaps
@@ -129,10 +136,12 @@ def report(run: Run, engine: Engine, goodput: Goodput) -> Report:
         cached_tokens=sum(each.cached_tokens for each in served),
         output_tokens=output,
         latencies={name: _spread(values[name]) for name in LATENCIES},
-        goodput=None if good is None else good / max(1, len(run.served)),
+        kept_up=_kept_up(run),
+        goodput=None if good is None else _share(goodput, run.served),
         goodput_per_s=None if good is None else good * rate,
+        goodput_late=None if good is None else _share(goodput, run.served[-(len(run.served) // 4 or 1) :]),
         steps=run.steps,
-        busy=run.stepping * rate,
+        busy=min(1.0, run.stepping * rate),
         mean_rows=run.rows,
         most_rows=run.most_rows,
         most_waiting=run.most_waiting,
@@ -143,6 +152,19 @@ def report(run: Run, engine: Engine, goodput: Goodput) -> Report:
         tokens_recomputed=counters.tokens_recomputed,
         timeline=run.timeline,
     )
+
+
+def _share(goodput: Goodput, served: Sequence[Served]) -> float:
+    return sum(map(goodput.kept, served)) / max(1, len(served))
+
+
+def _kept_up(run: Run) -> float | None:
+    sent = sorted(each.sent for each in run.served)
+    if len(sent) < 2 or sent[-1] <= sent[len(sent) // 2]:
+        return None
+    middle, end = sent[len(sent) // 2], sent[-1]
+    ended = sum(each.refused is None and middle < each.last <= end for each in run.served)
+    return ended / sum(middle < each <= end for each in sent)
 
 
 def _spread(values: Any) -> dict[str, float]:
@@ -163,6 +185,10 @@ def describe(r: Report, goodput: Goodput) -> str:
     if r.refused:
         why = {"queue": "the queue was full, --max-waiting", "length": "longer than the context, --max-model-len"}
         lines.append("refused      " + "; ".join(f"{count:,} ({why[name]})" for name, count in r.refused.items()))
+    if r.kept_up is not None and r.kept_up < GROWS:
+        lines.append(
+            f"overload     while requests came, {r.kept_up:.0%} as many ended: the queue grows, and waits get longer with more requests"
+        )
     lines.append(f"{'ms':<13}{'mean':>10}" + "".join(f"{f'p{share}':>10}" for share in SHARES))
     for name, meaning in LATENCIES.items():
         at = r.latencies[name]

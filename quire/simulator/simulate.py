@@ -18,13 +18,16 @@ from quire.models.spec import ModelCost
 from quire.simulator.clock import RealTime, SimulatedTime, Time
 from quire.simulator.devices import Forced, ForcedAhead, NoModel, Simulated, SimulatedAhead
 from quire.simulator.drive import Clients
-from quire.simulator.report import Goodput, Report, report
+from quire.simulator.report import GROWS, Goodput, Report, report
 from quire.workload import TraceRequest, arrive_at, prompt_token_ids
 
 ENOUGH = 0.95
 """Share of the requests that a rate has to serve well."""
-_CLOSE = 1.02
+CLOSE = 1.05
 """Two rates between which the highest one is not looked for any further."""
+LASTING = 20
+_ALONE, _MOST = 50, 20_000
+"""Requests that are tried alone, and with which a rate is tried at most."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,11 +62,11 @@ class Server:
 def simulate(server: Server, machine: Machine, load: Load, goodput: Goodput) -> Report:
     """Run ``load`` to its end in simulated time. Raises what an engine raises whose pool is too small."""
     time, lengths, config = SimulatedTime(), dict[int, int](), server.config
-    nothing = NoModel(server.num_blocks, config.block_size, server.max_model_len)
+    nothing = NoModel(server.num_blocks, config.block_size, server.max_model_len, server.cost.spec.common_window())
     ends = nothing.spec.vocab_size - 1
+    forced = Forced(nothing, lengths, ends)
     make = Simulated if config.device == "cpu" else SimulatedAhead
-    device = make(Forced(nothing, lengths, ends), machine, server.cost, time)
-    return _run("Simulating", device, config, time, load, goodput, lengths, ends)
+    return _run("Simulating", make(forced, machine, server.cost, time), forced, config, time, load, goodput, lengths, ends)
 
 
 def execute(config: EngineConfig, load: Load, goodput: Goodput) -> Report:
@@ -73,39 +76,63 @@ def execute(config: EngineConfig, load: Load, goodput: Goodput) -> Report:
     backend, lengths = LLM.from_config(config).backend, dict[int, int]()
     ends = (backend.spec.eos_token_ids or (0,))[0]
     make: Callable[..., Forced] = ForcedAhead if backend.overlaps else Forced
-    return _run("Running", make(backend, lengths, ends), config, RealTime(), load, goodput, lengths, ends)
+    forced = make(backend, lengths, ends)
+    return _run("Running", forced, forced, config, RealTime(), load, goodput, lengths, ends)
 
 
-def highest_rate(run: Callable[[Sequence[TraceRequest]], Report], requests: Sequence[TraceRequest], seed: int) -> tuple[float, Report]:
-    """The most requests a second, to 2 %, of which ENOUGH are served well, and what that is like; ``inf`` where they may all come at once.
-    Raises ConfigError where not even single requests are served well."""
-    together = run(arrive_at(requests, float("inf"), seed))
-    if (together.goodput or 0.0) >= ENOUGH:
-        return float("inf"), together
-    alone = run(arrive_at(requests, 1e-6, seed))
+def highest_rate(
+    run: Callable[[Sequence[TraceRequest]], Report], requests: Sequence[TraceRequest], seed: int, about: tuple[float, float] | None = None
+) -> tuple[float, Report]:
+    """The most requests a second, to 5 %, that are served well for as long as they come, and what that is like.
+
+    Served well: ENOUGH of all, and of the last quarter, and as many end as come. They come for at least LASTING times as long as one of
+    them takes alone, the same ones again where there are too few. about: rates between which the answer is thought to be.
+    Raises ConfigError where not even single requests are served well.
+    """
+    alone = run(arrive_at(requests[:_ALONE], 1e-6, seed))
     if (alone.goodput or 0.0) < ENOUGH:
         raise ConfigError(
             f"no rate keeps --goodput for {ENOUGH:.0%} of these requests: where each comes alone, {alone.goodput or 0:.1%} are served so"
         )
-    low, high, best = 0.0, 0.0, alone
-    rate = 1 / max(1e-9, alone.latencies["e2el"]["mean"])
-    while not high or high / low > _CLOSE:
-        found = run(arrive_at(requests, rate, seed))
-        if (found.goodput or 0.0) >= ENOUGH:
+
+    def tried(rate: float) -> tuple[bool, Report]:
+        count = min(max(len(requests), round(LASTING * alone.latencies["e2el"]["mean"] * rate)), max(len(requests), _MOST))
+        found = run(arrive_at([requests[i % len(requests)] for i in range(count)], rate, seed))
+        good = (found.goodput or 0.0) >= ENOUGH and (found.goodput_late or 0.0) >= ENOUGH
+        return good and (found.kept_up is None or found.kept_up >= GROWS), found
+
+    if about is None:  # nothing serves more than it does when all are there at once, but for chance
+        low, high, best = 0.0, 1.2 * run(arrive_at(requests, float("inf"), seed)).requests_per_s, alone
+    else:
+        (below, lower), (beyond, upper) = map(tried, about)
+        if beyond:
+            return about[1], upper
+        (low, best), high = (about[0], lower) if below else (0.0, alone), about[1 if below else 0]
+    while not low or high / low > CLOSE:
+        rate = (low * high) ** 0.5 if low else high / 2
+        good, found = tried(rate)
+        if good:
             low, best = rate, found
         else:
             high = rate
-        rate = low * 2 if not high else high / 2 if not low else (low * high) ** 0.5
     return low, best
 
 
 def _run(
-    title: str, device: Executor, config: EngineConfig, time: Time, load: Load, goodput: Goodput, lengths: dict[int, int], ends: int
+    title: str,
+    device: Executor,
+    forced: Forced,
+    config: EngineConfig,
+    time: Time,
+    load: Load,
+    goodput: Goodput,
+    lengths: dict[int, int],
+    ends: int,
 ) -> Report:
     engine, size = Engine(device, replace(config, speculation="off"), time.now), device.spec.vocab_size
 
     def prompt(work: TraceRequest, number: int) -> list[int]:
         return prompt_token_ids(work, number, size, load.seed)
 
-    clients = Clients(engine, time, load.requests, prompt, lengths, (ends,), load.concurrency, load.max_tokens)
+    clients = Clients(engine, forced, time, load.requests, prompt, lengths, (ends,), load.concurrency, load.max_tokens)
     return report(clients.drive(title), engine, goodput)

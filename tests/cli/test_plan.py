@@ -82,16 +82,24 @@ def test_simulate(folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 
 def test_simulate_finds_the_highest_rate(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["simulate", folder, *QUICK, "--machine", "l4", "--max-num-seqs", "2", "--find-rate", "--goodput", "e2el:30", "--json", "-"])
-        == 0
-    )
-    made = json.loads(capsys.readouterr().out)
-    rates = [made["steps take"]["25% more"]["rate"], made["rate"], made["steps take"]["20% less"]["rate"]]
-    assert rates == sorted(rates)
-    assert 0 < rates[0] < rates[2] < float("inf")
-    assert main(["simulate", folder, *QUICK, "--machine", "l4", "--find-rate", "--goodput", "e2el:4000", "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["rate"] == "inf"
+    options = ["--machine", "L4", "--requests", "200", "--max-num-seqs", "2", "--find-rate", "--goodput", "e2el:30"]
+    assert main(["simulate", folder, *QUICK, *options, "--json", "-"]) == 0
+    made = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert 0 < made["steps take"]["25% more"]["rate"] < made["rate"] < made["steps take"]["20% less"]["rate"]
+    assert main(["simulate", folder, *QUICK, *options]) == 0
+    assert f"rate         {made['rate']:.3g} requests a second at most" in capsys.readouterr().out
+
+
+def test_swapping_is_said_to_be_left_out(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", folder, *QUICK, "--machine", "l4", "--swap-memory", "1MiB"]) == 0
+    assert "--swap-memory is not simulated" in capsys.readouterr().out
+
+
+def test_the_first_of_a_trace_are_those_that_come_first(folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("t_s,prompt,output\n9,50,5\n1,60,6\n2,70,7\n")
+    assert main(["simulate", folder, "--machine", "l4", "--trace", str(trace), "--requests", "2", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["simulated"]["prompt_tokens"] == 130
 
 
 def test_simulate_a_trace(folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -144,10 +152,31 @@ def test_steps_make_a_machine_that_plan_and_simulate_take(capsys: pytest.Capture
     assert "was measured with weights in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rounds", ["0", "1001"])
-def test_wrong_use_of_steps(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "steps", "--rounds", rounds]) == 2
-    assert "--rounds must be from 1 to 1000" in capsys.readouterr().err
+def test_steps_of_small_chunks_and_machines_of_any_width(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("quire.backends.cpu._native")
+    file = tmp_path / "machine.json"
+    small = ["--kv-memory", "16MiB", "--max-num-batched-tokens", "16", "--max-model-len", "64"]
+    assert main(["bench", "steps", *small, "--rounds", "1", "--json", str(file)]) == 0
+    made = json.loads(file.read_text())
+    file.write_text(json.dumps({"machine": made["machine"] | {"weights": ""}}))
+    capsys.readouterr()
+    assert main(["plan", "--machine", str(file)]) == 0
+    assert "int4, KV int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rounds", "0"], "--rounds must be from 1 to 1000"),
+        (["--rounds", "1001"], "--rounds must be from 1 to 1000"),
+        (["--max-num-batched-tokens", "8"], "steps can be told apart from"),
+        (["--max-model-len", "20"], "steps can be told apart from"),
+    ],
+)
+def test_wrong_use_of_steps(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("quire.backends.cpu._native")
+    assert main(["bench", "steps", "--kv-memory", "16MiB", *options]) == 2
+    assert says in capsys.readouterr().err
 
 
 def load_width() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,9 +21,10 @@ from quire.models.weights import load_spec, resolve_model
 from quire.simulator.clock import SimulatedTime
 from quire.simulator.devices import Forced, NoModel, Simulated
 from quire.simulator.drive import Clients
-from quire.simulator.report import Goodput, Report, describe, latency
+from quire.simulator.report import GROWS, Goodput, Report, describe, latency
 from quire.simulator.simulate import ENOUGH, Load, Server, execute, highest_rate, simulate
 from quire.workload import Lengths, TraceRequest, arrive_at, draw_requests, prompt_token_ids
+from sample_models import MISTRAL, write_model
 
 SPEC = TransformerSpec("Llama", 32000, 768, 12, 12, 12, 64, 2048, 2048, rope=RopeSpec(rotary_dim=64))
 MACHINE = Machine("a CPU", 30e9, 400e9, ((0.5, 0.9), (13.0, 0.7), (100.0, 0.8)), 20e9, 200e9, step_s=3e-4)
@@ -126,22 +129,84 @@ def test_equal_beginnings_are_found_in_the_cache() -> None:
     assert simulate(server(replace(CONFIG, prefix_caching=False)), MACHINE, Load(shared), NOTHING).cached_tokens == 0
 
 
-def test_goodput_and_the_highest_rate() -> None:
-    goodput = Goodput.parse(["ttft:600", "tpot:60"])
+def found_rate(*goodput: str, config: EngineConfig = CONFIG, count: int = 120) -> tuple[float, Report]:
+    return highest_rate(lambda timed: simulate(server(config), MACHINE, Load(timed), Goodput.parse(goodput)), requests(count), 0)
 
-    def run(timed: list[TraceRequest]) -> Report:
-        return simulate(server(), MACHINE, Load(timed), goodput)
 
-    drawn = requests(120)
-    rate, best = highest_rate(run, drawn, 0)
+@pytest.mark.parametrize("goodput", [("ttft:600", "tpot:60"), ("e2el:100000",), ("tpot:1000",)])
+def test_the_highest_rate_lasts(goodput: tuple[str, ...]) -> None:
+    """Three times as many requests at a little less are served well, too; at much more the queue grows, or they are not."""
+    rate, best = found_rate(*goodput)
     assert best.goodput is not None
     assert best.goodput >= ENOUGH
-    assert best == run(arrive_at(drawn, rate, 0))
-    beyond = run(arrive_at(drawn, 1.3 * rate, 0)).goodput
-    assert beyond is not None
-    assert beyond < ENOUGH
+    assert best.requests >= 120
+    longer = [requests(120)[i % 120] for i in range(3 * best.requests)]
+    less, more = (simulate(server(), MACHINE, Load(arrive_at(longer, factor * rate, 1)), Goodput.parse(goodput)) for factor in (0.8, 1.6))
+    assert less.goodput is not None
+    assert less.goodput >= 0.9
+    assert less.kept_up is not None
+    assert less.kept_up >= GROWS
+    assert more.kept_up is not None
+    assert more.kept_up < GROWS or (more.goodput or 0.0) < ENOUGH
+
+
+def test_a_search_for_the_highest_rate_ends() -> None:
+    """Where the first rate is too high, where nobody but single requests is served well, where a burst is served, and where none is."""
+    alone = simulate(server(), MACHINE, Load(arrive_at(requests(120), 1e-6)), NOTHING).latencies["ttft"]["p99"]
+    tight, _ = found_rate(f"ttft:{1001 * alone}")
+    assert 0 < tight < found_rate("ttft:100000")[0]
+    assert found_rate("e2el:100000", config=replace(CONFIG, max_waiting=18), count=20)[0] < 1000
     with pytest.raises(ConfigError, match="no rate keeps --goodput"):
-        highest_rate(lambda timed: simulate(server(), MACHINE, Load(timed), Goodput.parse(["ttft:0.001"])), drawn, 0)
+        found_rate("ttft:0.001")
+
+
+def test_overload_is_said() -> None:
+    found = simulate(server(), MACHINE, Load(requests(300, 50.0)), NOTHING)
+    assert found.kept_up is not None
+    assert found.kept_up < GROWS
+    assert "the queue grows" in describe(found, NOTHING)
+    assert "the queue grows" not in describe(simulate(server(), MACHINE, Load(requests(60, 1.0)), NOTHING), NOTHING)
+    assert simulate(server(), MACHINE, Load(requests(30)), NOTHING).kept_up is None, "they did not come over some time"
+
+
+def test_a_prompt_with_one_token_of_output_needs_memory() -> None:
+    for config, machine in ((CONFIG, MACHINE), (EngineConfig(device="cuda", block_size=16), GPUS["l4"])):
+        found = simulate(server(config), machine, Load([TraceRequest(0.0, 400, 1)]), NOTHING)
+        assert found.most_rows == 1
+        assert 25 / 400 <= found.kv_most <= 26 / 400
+        assert found.mean_rows == pytest.approx(1.0)
+        assert found.busy <= 1.0
+        assert found.steps == 2, "two chunks; on a GPU, the step that began before the end was known"
+
+
+def test_what_no_server_takes_is_not_made() -> None:
+    def prompt(work: TraceRequest, number: int) -> list[int]:
+        assert work.prompt_tokens < 2048
+        return [1] * work.prompt_tokens
+
+    time, lengths, nothing = SimulatedTime(), dict[int, int](), NoModel(200, 16, 2048)
+    forced = Forced(nothing, lengths, 5)
+    engine = Engine(Simulated(forced, MACHINE, planned_cost(CONFIG, SPEC), time), replace(CONFIG, speculation="off"), time.now)
+    run = Clients(engine, forced, time, [TraceRequest(0.0, 10**8, 1), TraceRequest(0.0, 5, 2)], prompt, lengths, (5,)).drive("")
+    assert [served.refused for served in run.served] == ["length", None]
+
+
+def test_blocks_leave_a_sliding_window(tmp_path: Path) -> None:
+    pytest.importorskip("quire.backends.cpu._native")
+    write_model(tmp_path, {**MISTRAL, "sliding_window": 64, "max_position_embeddings": 2048, "vocab_size": 4096})
+    for file in resolve_model("embedded").glob("*tokenizer*"):
+        shutil.copy(file, tmp_path)
+    spec, blocks = load_spec(tmp_path), 70
+    config = EngineConfig(
+        model=str(tmp_path), max_model_len=1024, kv_memory=str(blocks * 16 * spec.kv_bytes_per_token("float16")), max_num_batched_tokens=128
+    )
+    load = Load([TraceRequest(0.0, 300, 100)] * 8)
+    foretold, seen = (
+        simulate(Server(config, blocks, 1024, planned_cost(config, spec)), MACHINE, load, NOTHING),
+        execute(config, load, NOTHING),
+    )
+    assert [point[1:] for point in foretold.timeline] == [point[1:] for point in seen.timeline]
+    assert foretold.preemptions == seen.preemptions == 0
 
 
 def test_a_higher_rate_makes_them_wait_longer() -> None:
@@ -169,10 +234,10 @@ def test_nobody_is_lost_and_time_goes_on(lengths: list[tuple[int, int]], rate: f
     config = replace(CONFIG, max_model_len=400, max_num_seqs=6)
     time, forced = SimulatedTime(), dict[int, int]()
     nothing = NoModel(blocks, 16, 400)
-    device = Simulated(Forced(nothing, forced, nothing.spec.vocab_size - 1), MACHINE, planned_cost(config, SPEC), time)
-    engine = Engine(device, replace(config, speculation="off"), time.now)
+    ends = Forced(nothing, forced, nothing.spec.vocab_size - 1)
+    engine = Engine(Simulated(ends, MACHINE, planned_cost(config, SPEC), time), replace(config, speculation="off"), time.now)
     work = arrive_at([TraceRequest(None, *each) for each in lengths], rate)
-    clients = Clients(engine, time, work, lambda r, i: prompt_token_ids(r, i, nothing.spec.vocab_size), forced,
+    clients = Clients(engine, ends, time, work, lambda r, i: prompt_token_ids(r, i, nothing.spec.vocab_size), forced,
                       (nothing.spec.vocab_size - 1,), concurrency)  # fmt: skip
     run = clients.drive("")
     engine.check()
