@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     def load(requests: Sequence[TraceRequest]) -> simulate.Load:
         return simulate.Load(requests, args.concurrency, args.max_tokens, config.seed)
 
-    def on(factor: float, about: tuple[float, float] | None = None) -> tuple[float | None, Report]:
+    def on(factor: float, about: float | None = None) -> tuple[float | None, Report]:
         def run(requests: Sequence[TraceRequest]) -> Report:
             return simulate.simulate(server, machine.slower(factor), load(requests), goodput)
 
@@ -86,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
     others: dict[str, tuple[float | None, Report]] = {}
     if machine.spread:
         slow = 1 + machine.spread
-        near = (lambda factor: (rate / factor / slow, rate / factor * slow)) if rate else lambda factor: None
-        others = {f"{1 - 1 / slow:.0%} less": on(1 / slow, near(1 / slow)), f"{machine.spread:.0%} more": on(slow, near(slow))}
+        others = {
+            f"{1 - 1 / slow:.0%} less": on(1 / slow, rate and rate * slow),
+            f"{machine.spread:.0%} more": on(slow, rate and rate / slow),
+        }
     measured = simulate.execute(config, load(requests), goodput) if args.check else None
     if args.json != "-":
         print(f"machine      {machine.name}: {machine.source}; times of steps to about {machine.spread:.0%}")

@@ -18,14 +18,16 @@ from quire.models.spec import ModelCost
 from quire.simulator.clock import RealTime, SimulatedTime, Time
 from quire.simulator.devices import Forced, ForcedAhead, NoModel, Simulated, SimulatedAhead
 from quire.simulator.drive import Clients
-from quire.simulator.report import GROWS, Goodput, Report, report
+from quire.simulator.report import Goodput, Report, report
 from quire.workload import TraceRequest, arrive_at, prompt_token_ids
 
 ENOUGH = 0.95
 """Share of the requests that a rate has to serve well."""
 CLOSE = 1.05
 """Two rates between which the highest one is not looked for any further."""
-LASTING = 20
+LASTING = 40
+_KEPT_UP = 0.95
+"""Of Report.kept_up: a queue that grows more slowly does not show in that time."""
 _ALONE, _MOST = 50, 20_000
 """Requests that are tried alone, and with which a rate is tried at most."""
 
@@ -81,13 +83,13 @@ def execute(config: EngineConfig, load: Load, goodput: Goodput) -> Report:
 
 
 def highest_rate(
-    run: Callable[[Sequence[TraceRequest]], Report], requests: Sequence[TraceRequest], seed: int, about: tuple[float, float] | None = None
+    run: Callable[[Sequence[TraceRequest]], Report], requests: Sequence[TraceRequest], seed: int, about: float | None = None
 ) -> tuple[float, Report]:
     """The most requests a second, to 5 %, that are served well for as long as they come, and what that is like.
 
     Served well: ENOUGH of all, and of the last quarter, and as many end as come. They come for at least LASTING times as long as one of
-    them takes alone, the same ones again where there are too few. about: rates between which the answer is thought to be.
-    Raises ConfigError where not even single requests are served well.
+    them takes alone, the same ones again where there are too few. about: what the answer is thought to be. Raises ConfigError where
+    not even single requests are served well.
     """
     alone = run(arrive_at(requests[:_ALONE], 1e-6, seed))
     if (alone.goodput or 0.0) < ENOUGH:
@@ -98,23 +100,18 @@ def highest_rate(
     def tried(rate: float) -> tuple[bool, Report]:
         count = min(max(len(requests), round(LASTING * alone.latencies["e2el"]["mean"] * rate)), max(len(requests), _MOST))
         found = run(arrive_at([requests[i % len(requests)] for i in range(count)], rate, seed))
-        good = (found.goodput or 0.0) >= ENOUGH and (found.goodput_late or 0.0) >= ENOUGH
-        return good and (found.kept_up is None or found.kept_up >= GROWS), found
+        return min(found.goodput or 0.0, found.goodput_late or 0.0) >= ENOUGH and (found.kept_up or 0.0) >= _KEPT_UP, found
 
-    if about is None:  # nothing serves more than it does when all are there at once, but for chance
-        low, high, best = 0.0, 1.2 * run(arrive_at(requests, float("inf"), seed)).requests_per_s, alone
-    else:
-        (below, lower), (beyond, upper) = map(tried, about)
-        if beyond:
-            return about[1], upper
-        (low, best), high = (about[0], lower) if below else (0.0, alone), about[1 if below else 0]
-    while not low or high / low > CLOSE:
-        rate = (low * high) ** 0.5 if low else high / 2
+    low = high = 0.0
+    best, factor = alone, 2.0 if about is None else 1.2
+    rate = about or run(arrive_at(requests, float("inf"), seed)).requests_per_s
+    while not (low and high) or high / low > CLOSE:
         good, found = tried(rate)
         if good:
             low, best = rate, found
         else:
             high = rate
+        rate = (low * high) ** 0.5 if low and high else rate * factor if good else rate / factor
     return low, best
 
 
