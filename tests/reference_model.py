@@ -28,7 +28,7 @@ class ReferenceModel:
     def logits(self, tokens: Sequence[int]) -> Array:
         """[len(tokens), vocab]: row p scores the token at position p + 1."""
         spec, t = self.spec, self.tensors
-        x = t["embed.weight"][list(tokens)]
+        x = t["embed.weight"][list(tokens)] * spec.embed_scale
         if "embed_in.weight" in t:
             x = self._linear("embed_in", x)
         if spec.rope is None:
@@ -42,7 +42,7 @@ class ReferenceModel:
                 x = self._norm(f"{at}.attn_norm", x + self._attention(i, x))
                 x = self._norm(f"{at}.mlp_norm", x + self._mlp(at, x))
         if spec.final_norm:
-            x = self._norm("final_norm", x)
+            x = self._norm("final_norm", x) * spec.logit_scale
         if "embed_out.weight" in t:
             x = self._linear("embed_out", x)
         return x @ t["embed.weight" if spec.tied else "lm_head.weight"].T

@@ -135,6 +135,10 @@ class TransformerSpec:
     """lm_head is the embedding."""
     embed_size: int = 0
     """Width of the embedding where it differs from hidden_size (OPT-350m); 0: hidden_size."""
+    embed_scale: float = 1.0
+    """Factor on what is looked up in the embedding."""
+    logit_scale: float = 1.0
+    """Factor on the logits, and so on what lm_head reads (backends put it into the final norm)."""
     attention_scale: float = 0.0
     """Factor on query-key products; 0: 1 / sqrt(head_dim)."""
     dtype: str = "float32"

@@ -11,7 +11,7 @@ import pytest
 from quire.errors import ModelLoadError
 from quire.models.families import FAMILIES, find_family, spec_from_config
 from quire.models.spec import RopeSpec
-from sample_models import GPT2, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STABLELM, STARCODER2, YARN
+from sample_models import GPT2, GRANITE, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STABLELM, STARCODER2, YARN
 
 ALL = [LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -136,6 +136,16 @@ def test_phi3() -> None:
     assert (up.name, up.rows, up.stored_shape((200, 96))) == ("layers.1.mlp.gate_up_proj.weight", (200, 400), (400, 96))
 
 
+def test_granite() -> None:
+    spec = spec_from_config({**GRANITE, "rms_norm_eps": 1e-5})
+    assert spec.embed_scale == 12.0 / 0.22
+    assert spec.norm_eps == pytest.approx(1e-5 / 0.22**2)
+    assert spec.logit_scale == 1 / 8
+    assert spec.scale == 0.015625
+    plain = {name: value for name, value in GRANITE.items() if "multiplier" not in name and name != "logits_scaling"}
+    assert spec_from_config(plain).scale == 1.0, "as transformers has it where the file does not say"
+
+
 def test_smollm3() -> None:
     spec = spec_from_config(SMOLLM3)
     assert spec.rope_layers == (True, True, True, False)
@@ -229,7 +239,11 @@ def test_parameter_formula() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    (LLAMA, {"architectures": ["MambaForCausalLM"]}, "architecture 'MambaForCausalLM' is not supported; supported: GPT2LMHeadModel, Llama"),
+    (
+        LLAMA,
+        {"architectures": ["MambaForCausalLM"]},
+        "architecture 'MambaForCausalLM' is not supported; supported: GPT2LMHeadModel, Granite",
+    ),
     (LLAMA, {"architectures": None, "model_type": "mamba"}, "model_type 'mamba' is not supported"),
     (LLAMA, {"architectures": [3]}, "architecture 3 is not supported"),
     (LLAMA, {"quantization_config": {"quant_method": "awq"}}, "quantization_config .*awq.* is not supported"),
@@ -244,6 +258,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (PHI3, {"original_max_position_embeddings": None}, "'original_max_position_embeddings' is missing"),
     (PHI3, {"partial_rotary_factor": 0.2}, "even head size, got 3"),
     (PHI3, {"partial_rotary_factor": 1.5}, "'partial_rotary_factor' must be a number above 0 and at most 1"),
+    (GRANITE, {"residual_multiplier": 0}, "'residual_multiplier' must be a number above 0"),
+    (GRANITE, {"logits_scaling": "8"}, "'logits_scaling' must be a number"),
     (SMOLLM3, {"no_rope_layers": [1, 0]}, "'no_rope_layers' must list 0 or 1 for each of the 4 layers"),
     (SMOLLM3, {"no_rope_layers": [1, 0, 2, 1]}, "'no_rope_layers' must list 0 or 1"),
     (SMOLLM3, {"layer_types": ["full_attention"]}, "'layer_types' must list"),

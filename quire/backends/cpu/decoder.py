@@ -138,7 +138,7 @@ class Decoder:
                 value_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
             )
             self.layers.append(layer)
-        self.final_norm = self._norm("final_norm") if spec.final_norm else None
+        self.final_norm = self._norm("final_norm", spec.logit_scale) if spec.final_norm else None
         self.lm_head = self._linear("embed" if spec.tied else "lm_head", head=True)
         for linear, then in pairwise(self._linears()):
             linear.packed.set_then(then.packed)
@@ -241,7 +241,7 @@ class Decoder:
     def _embed(self, batch: Batch) -> F32:
         count = len(batch.ids)
         x, embedded = self._x[:count], self._embedded[:count]
-        native.embed(batch.ids, self.embed, embedded)
+        native.embed(batch.ids, self.embed, embedded, self.spec.embed_scale)
         if self.spec.embedding_size != self.spec.hidden_size:
             self.embed_in(embedded, x)
         if self.positions is not None:
@@ -293,9 +293,9 @@ class Decoder:
         packed = self._packer.linear(self._tensors, names, head=head, gated=gated)
         return Linear(packed, np.concatenate(biases) if biases else None, activation)
 
-    def _norm(self, name: str) -> Norm:
-        bias = self._vector(f"{name}.bias") if self.spec.norm_bias else None
-        return Norm(self._vector(f"{name}.weight"), bias, self.spec.norm_eps, self.spec.norm == "rms")
+    def _norm(self, name: str, scale: float = 1.0) -> Norm:
+        bias = np.float32(scale) * self._vector(f"{name}.bias") if self.spec.norm_bias else None
+        return Norm(np.float32(scale) * self._vector(f"{name}.weight"), bias, self.spec.norm_eps, self.spec.norm == "rms")
 
     def _head_norm(self, name: str) -> Norm | None:
         return Norm(self._vector(f"{name}.weight"), None, self.spec.norm_eps, True) if self.spec.head_norm else None

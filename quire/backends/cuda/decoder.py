@@ -123,9 +123,9 @@ class Decoder:
         if spec.embedding_size != spec.hidden_size:
             self._embed_in, self._embed_out = loader.linear("embed_in"), loader.linear("embed_out")
 
-        def norm(name: str) -> Norm:
-            bias = loader.tensor(f"{name}.bias") if spec.norm_bias else None
-            return Norm(loader.tensor(f"{name}.weight"), bias, spec.norm_eps, ops)
+        def norm(name: str, scale: float = 1.0) -> Norm:
+            bias = loader.tensor(f"{name}.bias") * scale if spec.norm_bias else None
+            return Norm(loader.tensor(f"{name}.weight") * scale, bias, spec.norm_eps, ops)
 
         def head_norm(name: str) -> Tensor | None:
             return loader.tensor(f"{name}.weight") if spec.head_norm else None
@@ -139,7 +139,7 @@ class Decoder:
                 loader.linear(*((f"{at}.gate", f"{at}.up") if spec.gated else (f"{at}.up",))), loader.linear(f"{at}.down"),
                 spec.window(i), rope if spec.rotates(i) else None, NO_KV,
             ))  # fmt: skip
-        self.final_norm = norm("final_norm") if spec.final_norm else None
+        self.final_norm = norm("final_norm", spec.logit_scale) if spec.final_norm else None
         own = loader.has("lm_head.weight")
         self.lm_head = loader.linear("lm_head") if own else loader.linear("embed", share=self.embed)
 
@@ -180,6 +180,8 @@ class Decoder:
 
     def _embedded(self, step: Step) -> Tensor:
         x = self._ops.embed(step.tokens, step.rows, step.positions, self.embed)
+        if self.spec.embed_scale != 1.0:
+            x = x * self.spec.embed_scale
         if self._embed_in is not None:
             x = self._embed_in(x)
         if self.positions is not None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from quire.errors import InvalidRequestError, ModelLoadError
-from quire.models.families import gpt2, llama, mistral, opt, phi3, qwen, smollm3, stablelm, starcoder2
+from quire.models.families import gpt2, granite, llama, mistral, opt, phi3, qwen, smollm3, stablelm, starcoder2
 from quire.models.families.base import Config, Family, Source
 from quire.models.spec import TransformerSpec
 from quire.sampling_params import SamplingParams
@@ -20,7 +20,7 @@ __all__ = ["FAMILIES", "Family", "Source", "find_family", "spec_from_config"]
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (llama, mistral, qwen, phi3, smollm3, starcoder2, stablelm, gpt2, opt)
+    for module in (llama, mistral, qwen, granite, phi3, smollm3, starcoder2, stablelm, gpt2, opt)
     for family in module.FAMILIES
 }  # fmt: skip
 """Architecture name → family."""
