@@ -21,6 +21,7 @@ LATENCIES: Mapping[Latency, str] = {
     "queue": "time before anything is computed",
 }
 """Names are those of vLLM's benchmark."""
+_LIMITED: tuple[Latency, ...] = ("ttft", "tpot", "e2el")
 SHARES = (50, 90, 95, 99)
 """Percentiles that are reported."""
 GROWS = 0.9
@@ -43,11 +44,12 @@ class Goodput:
                 seconds = float(number) / 1000
             except ValueError:
                 seconds = -1.0
-            if name not in ("ttft", "tpot", "e2el") or not 0 < seconds < 1e9:
+            asked = next((each for each in _LIMITED if each == name), None)
+            if asked is None or not 0 < seconds < 1e9:
                 raise ConfigError(
                     f"--goodput {text!r:.40}: write a latency and milliseconds above 0, such as ttft:500, tpot:50 or e2el:20000"
                 )
-            limits[name] = seconds  # type: ignore[index]
+            limits[asked] = seconds
         return cls(tuple(limits.items()))
 
     def kept(self, served: Served) -> bool:

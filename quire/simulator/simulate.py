@@ -29,7 +29,9 @@ LASTING = 40
 _KEPT_UP = 0.95
 """Of Report.kept_up: a queue that grows more slowly does not show in that time."""
 _ALONE, _MOST = 50, 20_000
-"""Requests that are tried alone, and with which a rate is tried at most."""
+"""Requests that are timed alone, and with which a rate is tried at most."""
+_APART = 0.01
+"""Of them in flight on average: as good as alone."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -89,28 +91,32 @@ def highest_rate(
 
     Served well: ENOUGH of all, and of the last quarter, and as many end as come. They come for at least LASTING times as long as one of
     them takes alone, the same ones again where there are too few. about: what the answer is thought to be. Raises ConfigError where
-    not even single requests are served well.
+    they are not even if each comes alone.
     """
+    together = run(arrive_at(requests, float("inf"), seed))
+    if not together.completed:
+        raise ConfigError("none of these requests is served at all: each is longer than the context; raise --max-model-len")
     alone = run(arrive_at(requests[:_ALONE], 1e-6, seed))
-    if (alone.goodput or 0.0) < ENOUGH:
-        raise ConfigError(
-            f"no rate keeps --goodput for {ENOUGH:.0%} of these requests: where each comes alone, {alone.goodput or 0:.1%} are served so"
-        )
+    takes = alone.latencies["e2el"]["mean"] or together.latencies["e2el"]["mean"]
 
     def tried(rate: float) -> tuple[bool, Report]:
-        count = min(max(len(requests), round(LASTING * alone.latencies["e2el"]["mean"] * rate)), max(len(requests), _MOST))
+        count = min(max(len(requests), round(LASTING * takes * rate)), max(len(requests), _MOST))
         found = run(arrive_at([requests[i % len(requests)] for i in range(count)], rate, seed))
         return min(found.goodput or 0.0, found.goodput_late or 0.0) >= ENOUGH and (found.kept_up or 0.0) >= _KEPT_UP, found
 
     low = high = 0.0
-    best, factor = alone, 2.0 if about is None else 1.2
-    rate = about or run(arrive_at(requests, float("inf"), seed)).requests_per_s
+    best, factor, rate = together, 2.0 if about is None else 1.2, about or together.requests_per_s
     while not (low and high) or high / low > CLOSE:
         good, found = tried(rate)
         if good:
             low, best = rate, found
         else:
             high = rate
+            if rate * takes < _APART:
+                raise ConfigError(
+                    f"no rate keeps --goodput for {ENOUGH:.0%} of these requests: where hardly two meet, {found.goodput or 0:.1%} of all "
+                    f"are served so, and {found.goodput_late or 0:.1%} of the last quarter"
+                )
         rate = (low * high) ** 0.5 if low and high else rate * factor if good else rate / factor
     return low, best
 

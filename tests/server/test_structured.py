@@ -265,9 +265,13 @@ def test_a_form_without_an_end_costs_one_engine_once(real: Process) -> None:
         assert "the form of the output can't be followed to any end" in answer.json()["error"]["message"]
         assert other.result(DEADLINE_S).json()["choices"][0]["finish_reason"] == "length"
     wait_until(lambda: health(real.url)["engine_restarts"] == before + 1, "another engine")
-    again = ask(real, structured_outputs=endless, max_tokens=100)
-    assert (again.status_code, again.json()["error"]["param"]) == (400, "structured_outputs")
-    assert "as was seen before" in again.json()["error"]["message"]
+    for fields, param in (
+        ({"structured_outputs": endless}, "structured_outputs.grammar"),
+        ({"guided_grammar": endless["grammar"]}, "guided_grammar"),
+    ):
+        again = ask(real, **fields, max_tokens=100)
+        assert (again.status_code, again.json()["error"]["param"]) == (400, param), again.text
+        assert "as was seen before" in again.json()["error"]["message"]
     assert text(ask(real, structured_outputs={"regex": "ok"})) == "ok"
     assert health(real.url)["engine_restarts"] == before + 1
     wait_clean(real.url)

@@ -160,6 +160,19 @@ def test_a_search_for_the_highest_rate_ends() -> None:
         found_rate("ttft:0.001")
 
 
+def test_a_search_ends_where_only_the_later_requests_are_too_much() -> None:
+    def search(drawn: list[TraceRequest]) -> tuple[float, Report]:
+        goodput = Goodput.parse(["e2el:3000"])
+        return highest_rate(lambda timed: simulate(server(), MACHINE, Load(timed), goodput), drawn, 0)
+
+    short, long = TraceRequest(None, 20, 5), TraceRequest(None, 20, 1000)
+    with pytest.raises(ConfigError, match=r"no rate keeps .* and 0\.0% of the last quarter"):
+        search([short] * 60 + [long] * 20)
+    assert search([long] * 3 + [short] * 97)[0] > 0, "and where only some of the first are, it goes on"
+    with pytest.raises(ConfigError, match="none of these requests is served at all"):
+        search([TraceRequest(None, 5000, 5)] * 4)
+
+
 def test_overload_is_said() -> None:
     found = simulate(server(), MACHINE, Load(requests(300, 50.0)), NOTHING)
     assert found.kept_up is not None

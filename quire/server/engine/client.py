@@ -10,12 +10,13 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from quire.core.admission import RequestLimits
 from quire.core.sequence import Request
 from quire.core.stats import EngineStats
-from quire.errors import EngineError, InvalidRequestError, QueueFullError, QuireError
+from quire.errors import EngineError, QueueFullError, QuireError
 from quire.outputs import SequenceOutput
 from quire.server.engine._express import Express, carry
 from quire.server.engine.journal import Journal
@@ -95,8 +96,8 @@ class EngineClient:
         self.totals = EngineTotals()
         self.on_kv_events: Callable[[bytes | None], None] | None = None
         """Told what the engine says of its cache; None where it died, and its cache with it."""
-        self._endless: dict[Structured | None, None] = {}
-        """Forms that ended engines, the latest last."""
+        self._endless: dict[Structured, None] = {}
+        """Forms that ended engines, the latest last, by whatever field they came."""
         self.last_death: str | None = None
         """How the last one died."""
 
@@ -133,8 +134,10 @@ class EngineClient:
                 f"{live:,} sequences run or wait, and this server takes {most:,} (--max-num-seqs {self.limits.max_num_seqs:,} + "
                 f"--max-waiting {self.max_waiting:,}): try again in a moment, or serve with a larger --max-waiting"
             )
-        if any(request.params.structured in self._endless for request in requests):
-            raise InvalidRequestError(f"{ENDLESS}, as was seen before: change it", param="structured_outputs")
+        for request in requests:
+            form = request.params.structured
+            if form is not None and replace(form, source="") in self._endless:
+                raise form.error(f"{ENDLESS}, as was seen before: change it")
         stream = Stream(self, requests, background)
         stream._count(len(stream._open))
         self.meter.begin(requests)
@@ -292,7 +295,7 @@ class EngineClient:
     def _refuse(self, form: Structured | None) -> None:
         """From now on: clients try again what failed, and each time would end an engine."""
         if form is not None:
-            self._endless[form] = None
+            self._endless[replace(form, source="")] = None
             if len(self._endless) > MAX_ENDLESS:
                 del self._endless[next(iter(self._endless))]
 
