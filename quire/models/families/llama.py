@@ -46,7 +46,7 @@ def read_rope(config: Config, head_dim: int, *, theta: float = 10000.0, partial:
         config.refuse(f"'rope_parameters' must be an object, got {values!r}")
     rope = Config(values, f"{config.where}, {'rope_parameters' if new else 'rope_scaling'}")
     kind = values.get("rope_type", values.get("type")) or "default"
-    scaling = {"default": "none", "su": "longrope"}.get(kind, kind)
+    scaling = "none" if kind == "default" else "longrope" if kind == "su" else kind
     known = ("default", "linear", "llama3", "yarn", *(("longrope",) if longrope else ()))
     if scaling not in ("none", *known):
         config.refuse(f"rope type {kind!r} is not supported; supported: {', '.join(known)}")
@@ -103,8 +103,8 @@ def _yarn(config: Config, rope: Config, theta: float, rotary_dim: int, factor: f
 def _longrope(config: Config, rope: Config, theta: float, rotary_dim: int) -> RopeSpec:
     """LongRoPE (arXiv 2402.13753) as transformers computes it: magnitudes by how much longer than the original the context is."""
     _agree(config, rope)
-    beside = config.integer("original_max_position_embeddings", 0, low=0, high=MAX_POSITIONS) or None
-    original = rope.integer("original_max_position_embeddings", beside, low=2, high=MAX_POSITIONS)
+    name = "original_max_position_embeddings"
+    original = (rope if rope.values.get(name) is not None else config).integer(name, low=2, high=MAX_POSITIONS)
     factor = rope.number("factor", config.integer("max_position_embeddings", original, high=MAX_POSITIONS) / original, high=1e6)
     magnitude = 1.0 if factor <= 1 else (1 + log(factor) / log(original)) ** 0.5
     factors = []

@@ -8,6 +8,8 @@ from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family
 from quire.models.families.llama import BUFFERS, decoder_sources, read_decoder
 from quire.models.spec import TransformerSpec
 
+KINDS = ("full_attention", "sliding_attention")
+
 
 def _read(config: Config) -> TransformerSpec:
     layers = config.integer("num_hidden_layers", high=MAX_LAYERS)
@@ -21,7 +23,7 @@ def _read(config: Config) -> TransformerSpec:
     types = config.values.get("layer_types")
     if types is None:
         types = ["sliding_attention" if window and not rotates[i] else "full_attention" for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+    if not isinstance(types, list) or len(types) != layers or any(kind not in KINDS for kind in types):
         config.refuse(f"'layer_types' must list full_attention or sliding_attention for each of the {layers} layers")
     bias = config.flag("attention_bias", False)
     spec = read_decoder(
