@@ -59,7 +59,7 @@ class DeviceLoader(Loader):
         super().__init__(shapes, device, spec.dtype, None, ops, Progress("making weights", 1), lambda: None, same)
         self._given, self._drawn = given, torch.Generator(device).manual_seed(0)
 
-    def _copy(self, name: str, there: Tensor) -> None:
+    def _copy(self, name: str, array: Any, there: Tensor) -> None:
         if self._given is not None:
             there.copy_(self._given[name])
         elif there.ndim == 1 and not name.endswith("bias"):

@@ -9,7 +9,7 @@ import argparse
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,12 @@ MAX_TIMEOUT_S = 86400
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
           "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+
+
+def model_name(path: Path) -> str:
+    """What a model is called after its folder, or its GGUF file (of several parts the first)."""
+    path = path.resolve()
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name) if path.is_file() else path.name
 
 
 def parse_bytes(text: str | int) -> int:
@@ -89,8 +95,9 @@ class EngineConfig(_Checked):
     dtype: str = option("auto", "width of the weights; auto keeps the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
     quantize: str | None = option(
         None,
-        "quantize the linear layers at load: int8; int4 (CPU); fp8 (GPU); --dtype is the width of the rest",
-        choices=("int8", "int4", "fp8"),
+        "quantize the linear layers at load: int8; int4 (CPU); fp8 (GPU); --dtype is the width of the rest. A GGUF file that is quantized "
+        "is int8 again on a CPU, Q4_0 int4, unless this says something else; none: --dtype for all",
+        choices=("int8", "int4", "fp8", "none"),
     )
     group_size: int | None = option(
         None,
@@ -180,23 +187,32 @@ class EngineConfig(_Checked):
         self._check_device()
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
-        if self.quantize is None and self.group_size is not None:
-            raise ConfigError(
-                f"--group-size {self.group_size} is for quantized weights: add --quantize int8 or int4, or leave it out",
-                param="group_size",
-            )
-        if self.quantize is None and self.cache_dir is not None:
-            raise ConfigError(
-                "--cache-dir keeps quantized weights (others are packed as fast as they can be read): add --quantize int8 or int4, or "
-                "leave it out",
-                param="cache_dir",
-            )
         if self.preemption == "swap" and self.swap_bytes == 0:
             raise ConfigError("--preemption swap needs memory to swap to: add for example --swap-memory 1GiB", param="swap_memory")
         if self.preemption == "recompute" and self.swap_bytes > 0:
             raise ConfigError(
                 f"--swap-memory {self.swap_memory} is of no use with --preemption recompute: leave one of them out", param="swap_memory"
             )
+
+    def as_stored(self, quantized: str) -> EngineConfig:
+        """These options for a checkpoint whose linears are quantized so (see TransformerSpec), or not (""): ``quantize`` is what is done
+        then, and None where nothing is. Raises ConfigError for options that are of no use then."""
+        quantize = self.quantize
+        if quantize == "none":
+            quantize = None
+        elif quantize is None and quantized and self.device == "cpu":
+            quantize = quantized
+        if quantize is None and self.group_size is not None:
+            raise ConfigError(
+                f"--group-size {self.group_size} is for quantized weights: add --quantize int8 or int4, or leave it out", param="group_size"
+            )
+        if quantize is None and self.cache_dir is not None:
+            raise ConfigError(
+                "--cache-dir keeps quantized weights (others are packed as fast as they can be read): add --quantize int8 or int4, or "
+                "leave it out",
+                param="cache_dir",
+            )
+        return replace(self, quantize=quantize)
 
     def _check_device(self) -> None:
         """Raises ConfigError for what only the other kind of device has."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import quire
 
 ROOT = Path(quire.__file__).parent
-BASE = {"errors", "config", "sampling_params", "structured", "outputs", "logs", "machine"}
+BASE = {"errors", "config", "sampling_params", "structured", "outputs", "logs", "machine", "gguf"}
 """Modules that everything may import. They import each other only."""
 
 SHARED = {"backends.rows", "backends.parameters", "backends.memory", "backends.pooling", "backends.progress"}

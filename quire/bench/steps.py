@@ -74,6 +74,8 @@ def run(config: EngineConfig, rounds: int) -> Steps:
             f"steps can be told apart from --max-model-len {SHORTEST} and --max-num-batched-tokens {SHORT} on; these are "
             f"{llm.backend.max_model_len} and {config.max_num_batched_tokens}"
         )
+    spec = llm.backend.spec
+    config = config.as_stored(spec.quantized)
     bytes_per_s, flops_per_s = llm.backend.limits()
     recorder = Recorder(llm.backend, llm.cost())
     times = _Timing(Engine(recorder, config), recorder, config, rounds).times()
@@ -89,7 +91,7 @@ def run(config: EngineConfig, rounds: int) -> Steps:
         step_s=times.host_s,
         source=f"measured with {config.model}",
         device="cpu" if config.device == "cpu" else "cuda",
-        weights=config.quantize or config.weight_width(llm.backend.spec.dtype),
+        weights=config.quantize or config.weight_width(spec.dtype),
     )
     machine = replace(machine, reached=_curve(machine, [*times.decode, *times.prompts]))
     errors = sorted(abs(step.seconds / machine.device_seconds(step.cost) - 1) for step in recorder.steps[_SKIPPED:])

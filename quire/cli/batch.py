@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quire.config import EMBEDDED_MODEL, EngineConfig, ServerConfig, add_arguments, read_config_file, resolve
+from quire.config import EMBEDDED_MODEL, EngineConfig, ServerConfig, add_arguments, model_name, read_config_file, resolve
 
 if TYPE_CHECKING:
     from quire.server.batches.offline import Job
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     folder = resolve_model(engine_config.model)
     from quire.server.batches import offline
 
-    names = server_config.model_names or (folder.resolve().name,)
+    names = server_config.model_names or (model_name(folder),)
     job = offline.open_job(Path(args.input), Path(args.output), names, server_config, args.overwrite)
     if job.batch.status == "completed":  # the last run was killed just before its end
         return _done(job, job.batch, 0.0, 0)

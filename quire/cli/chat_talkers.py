@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quire.cli.remote import Remote, RemoteError
-from quire.config import EngineConfig
+from quire.config import EngineConfig, model_name
 from quire.errors import ConfigError
 from quire.outputs import Usage
 
@@ -42,12 +42,12 @@ class Local:
         folder = resolve_model(config.model)
         if not Tokenizer.load(folder).has_chat_template:
             raise ConfigError(
-                f"{folder.resolve().name} has no chat template, so it does not know what a conversation looks like: complete text with "
+                f"{model_name(folder)} has no chat template, so it does not know what a conversation looks like: complete text with "
                 "quire run, or add a chat_template.jinja to the model folder"
             )
         from quire.llm import LLM
 
-        self.name, self.taken = folder.resolve().name, Usage()
+        self.name, self.taken = model_name(folder), Usage()
         self._llm: LLM = LLM.from_config(config)
         values = {"max_tokens": None, **dict(self._llm.backend.spec.sampling_defaults), **settings}
         self._params = SamplingParams(**values)

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--price must be at least 0, got {args.price:g}")
     check_writable(args.json)
     spec = load_spec(resolve_model(config.model))
+    config = config.as_stored(spec.quantized)
     machine = machines.open_machine(stated, config, spec, args.memory)
     found = plan.plan(config, spec, machine, demand)
     others = plan.alternatives(config, spec, machines.by_width(config, stated, machine), demand)

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     requests = _arriving(args, config.seed, bool(goodput.limits))
     check_writable(args.json)
     whole = load_spec(resolve_model(config.model))
+    config = config.as_stored(whole.quantized)
     machine = machines.open_machine(stated, config, whole, args.memory)
     spec = part_of(whole, config.tensor_parallel)
     length = context_length(config, spec)

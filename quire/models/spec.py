@@ -142,7 +142,9 @@ class TransformerSpec:
     attention_scale: float = 0.0
     """Factor on query-key products; 0: 1 / sqrt(head_dim)."""
     dtype: str = "float32"
-    """Of the checkpoint: float32, float16 or bfloat16."""
+    """Of the checkpoint: float32, float16 or bfloat16; of what a quantized one becomes where it is not quantized again."""
+    quantized: str = ""
+    """``int8`` or ``int4``: what holds the linears of a checkpoint that is quantized already. Empty: it is not."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     sampling_defaults: tuple[tuple[str, float], ...] = ()

@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from quire.config import EngineConfig, ServerConfig
+from quire.config import EngineConfig, ServerConfig, model_name
 from quire.errors import ConfigError
 
 KEEP_ALIVE_S = 75
@@ -38,7 +38,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
 
         from quire.server.metrics.observers import open_observers
 
-        model, *aliases = server_config.model_names or (folder.resolve().name,)
+        model, *aliases = server_config.model_names or (model_name(folder),)
         observers = open_observers(server_config, model)
         kv_events = None if observers.publisher is None else server_config.kv_events_format
         engine = EngineProcess(engine_config, kv_events=kv_events, measure_limits=server_config.measure_limits)

@@ -12,7 +12,9 @@ from typing import Any
 import tokenizers
 
 from quire.errors import InvalidRequestError, ModelLoadError
+from quire.gguf import read_gguf
 from quire.text.chat import ChatTemplates, Message
+from quire.text.gguf import gguf_tokenizer
 from quire.text.pieces import PieceRules, piece_rules
 from quire.text.special import SpecialText
 
@@ -78,8 +80,12 @@ class Tokenizer:
         """From tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and additional_chat_templates in
         ``folder``.
 
-        Only tokenizer.json must be there. Raises ModelLoadError, naming the file.
+        Only tokenizer.json must be there. ``folder`` may also be a GGUF file, which holds all of this. Raises ModelLoadError, naming the
+        file.
         """
+        if folder.is_file():
+            made, roles, templates = gguf_tokenizer(read_gguf(folder))
+            return cls(made, special_tokens=roles, chat_templates=templates)
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ModelLoadError(

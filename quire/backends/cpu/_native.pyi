@@ -119,6 +119,10 @@ def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None,
     or infinity among weights that share a scale makes their output NaN.
     """
 
+def dequantize(blocks: NDArray[np.uint8], format: str, out: NDArray[np.float16]) -> bool:
+    """[n, bytes of a row] of a GGUF tensor's blocks, rows at any distance → out [n, k] float16, contiguous. format: ggml's name for the
+    type, Q4_K for example. False, and nothing done, for one that is not known here. What overflows is infinite."""
+
 def load_packed(data: NDArray[np.uint8], n: int, k: int, dtype: str, group_size: int = 0, gated: bool = False) -> PackedLinear:
     """A linear over the bytes of another's ``data``, in place (a mapped file), for the instruction set in use.
 

@@ -56,8 +56,9 @@ class CpuBackend:
         tell = report or (lambda phase, seconds: None)
         start = perf_counter()
         use_threads(config.threads)
-        model = load_model(resolve_model(config.model))
+        model = load_model(resolve_model(config.model), native.dequantize)
         spec = model.spec
+        config = config.as_stored(spec.quantized)
         quantization = Quantization.of(config)
         if quantization is not None:
             quantization.check(spec)
@@ -71,7 +72,7 @@ class CpuBackend:
             tell("check the weight cache", perf_counter() - start)
         start = perf_counter()
         try:
-            with Progress("packing the weights", sum(tensor.nbytes for tensor in model.tensors.values())) as progress:
+            with Progress("packing the weights", model.nbytes) as progress:
                 decoder = Decoder(
                     spec,
                     model.tensors,

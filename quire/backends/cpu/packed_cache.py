@@ -35,7 +35,7 @@ from quire.backends.cpu import _native as native
 from quire.backends.progress import Progress
 from quire.errors import ConfigError
 from quire.models.quantization import Quantization
-from quire.models.weights import content_digest, read_headers
+from quire.models.weights import content_digest, weight_files
 
 PACKING: Final = 2
 """Counts what native.pack_linear makes of the same weights: raise it with every change of scales, rounding or layout."""
@@ -74,7 +74,7 @@ class PackedCache:
     def __init__(self, folder: Path, cache_dir: str, quantization: Quantization) -> None:
         """folder: the model's. Raises ConfigError where the cache would have to be written and can't be; ModelLoadError."""
         directory = Path(cache_dir).expanduser()
-        files = sorted({info.file for info in read_headers(folder).values()})
+        files = weight_files(folder)
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         name = f"{folder.resolve().name}-{place}"
         kind = f"{quantization.dtype}-g{quantization.group_size}-p{native.panel()}"

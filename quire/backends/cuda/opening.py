@@ -70,7 +70,8 @@ def _open_rank(config: EngineConfig, rank: int, folder: Path | None, report: Rep
     tell("open the device", perf_counter() - start)
     start = perf_counter()
     model = load_model(resolve_model(config.model))
-    spec, tensors = model.spec, model.tensors
+    spec, tensors, nbytes = model.spec, model.tensors, model.nbytes
+    config = config.as_stored(spec.quantized)
     if padded(spec.head_dim) > LARGEST_HEAD:
         raise ConfigError(
             f"--device {config.device}: heads of {spec.head_dim} numbers: the attention kernels have tiles for {LARGEST_HEAD} at most: "
@@ -81,8 +82,9 @@ def _open_rank(config: EngineConfig, rank: int, folder: Path | None, report: Rep
     max_model_len = context_length(config, spec)
     if group is not None:
         local, tensors = parallel.shard(spec, tensors, rank, group.size)
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
     quantize: Any = config.quantize  # int8 or fp8: EngineConfig refuses others
-    with Progress("loading the weights", sum(tensor.nbytes for tensor in tensors.values())) as progress:
+    with Progress("loading the weights", nbytes) as progress:
         loader = Loader(tensors, device, config.weight_width(spec.dtype), quantize, ops, progress, model.release, config.deterministic)
         decoder = Decoder(local, loader, ops, device, max_model_len, group)
     tensors = {}

@@ -65,19 +65,22 @@ class Loader:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the dtype of the activations."""
-        there = torch.empty(self._tensors[name].shape, dtype=self._dtype, device=self._device)
-        self._copy(name, there)
+        array = self._tensors[name]
+        there = torch.empty(array.shape, dtype=self._dtype, device=self._device)
+        self._copy(name, array, there)
         return there
 
     def linear(self, *names: str, share: Tensor | None = None) -> Linear:
         """The linears ``names`` side by side, which share an input. share: a tensor that is the weight already (a tied lm_head)."""
-        sizes = [self._tensors[f"{name}.weight"].shape[0] for name in names]
         weight, scales = share, None
-        if weight is None:
-            width = self._tensors[f"{names[0]}.weight"].shape[1]
-            weight = torch.empty((sum(sizes), width), dtype=self._dtype, device=self._device)
-            for name, part in zip(names, weight.split(sizes), strict=True):
-                self._copy(f"{name}.weight", part)
+        if weight is not None:
+            sizes = [len(weight)]
+        else:
+            arrays = [self._tensors[f"{name}.weight"] for name in names]
+            sizes = [len(array) for array in arrays]
+            weight = torch.empty((sum(sizes), arrays[0].shape[1]), dtype=self._dtype, device=self._device)
+            for name, array, part in zip(names, arrays, weight.split(sizes), strict=True):
+                self._copy(f"{name}.weight", array, part)
         if self._quantize is not None:
             weight, scales = quantize_weight(weight, self._quantize)
         bias = None
@@ -85,11 +88,10 @@ class Loader:
             bias = torch.zeros(sum(sizes), dtype=self._dtype, device=self._device)
             for name, part in zip(names, bias.split(sizes), strict=True):
                 if self.has(f"{name}.bias"):
-                    self._copy(f"{name}.bias", part)
+                    self._copy(f"{name}.bias", self._tensors[f"{name}.bias"], part)
         return Linear(weight, bias, scales, self._ops, self._same)
 
-    def _copy(self, name: str, there: Tensor) -> None:
-        array = self._tensors[name]
+    def _copy(self, name: str, array: npt.NDArray[Any], there: Tensor) -> None:
         there.copy_(host_tensor(array))
         self._progress.add(array.nbytes)
         self._release()

@@ -109,6 +109,9 @@ class Source:
     """First and one past the last row, where several canonical tensors are fused into one."""
     rows_total: int = 0
     """Rows of the fused tensor."""
+    interleaved: int = 0
+    """Heads whose rows (of a linear's outputs) are stored in the order of the original rotary code: the two dimensions that are turned
+    together are neighbours, and not half a head apart. 0: they are not."""
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that the checkpoint must have for the canonical tensor to have ``shape``."""

@@ -1,9 +1,12 @@
-"""Loading a model folder: config.json → TransformerSpec, safetensors files → canonical tensors, mapped and not copied."""
+"""Loading a model folder (config.json → TransformerSpec, safetensors files → canonical tensors, mapped and not copied), or a GGUF file."""
 
 from __future__ import annotations
 
-from quire.models.weights.checkpoint import Model, load_model, load_spec, read_headers, resolve_model
+from quire.models.weights.checkpoint import load_model, load_spec, read_headers, resolve_model, weight_files
 from quire.models.weights.content import content_digest
+from quire.models.weights.model import Model
 from quire.models.weights.safetensors import TensorInfo
 
-__all__ = ["Model", "TensorInfo", "content_digest", "load_model", "load_spec", "read_headers", "resolve_model"]
+__all__ = [
+    "Model", "TensorInfo", "content_digest", "load_model", "load_spec", "read_headers", "resolve_model", "weight_files",
+]  # fmt: skip

@@ -1,14 +1,12 @@
-"""A model folder in Hugging Face format: which files it has, and its tensors under their canonical names."""
+"""A model folder in Hugging Face format, or a GGUF file: which files there are, and its tensors under their canonical names."""
 
 from __future__ import annotations
 
 import json
-import mmap
 import re
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -17,65 +15,62 @@ import numpy.typing as npt
 
 from quire.config import EMBEDDED_MODEL
 from quire.errors import ModelLoadError
+from quire.gguf import is_gguf
 from quire.models.families import Family, Source, find_family, spec_from_config
 from quire.models.spec import TransformerSpec
+from quire.models.weights.gguf import Widen, gguf_files, gguf_spec, load_gguf
+from quire.models.weights.messages import SHOWN, some
+from quire.models.weights.model import Model
 from quire.models.weights.safetensors import SUPPORTED, TensorInfo, map_file, read_header, view
 
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_SHOWN: Final = 4  # tensors named in one message
-
-
-@dataclass(slots=True)
-class Model:
-    """A model folder, opened: what it is, and its tensors as views of the mapped files."""
-
-    spec: TransformerSpec
-    folder: Path
-    tensors: Mapping[str, npt.NDArray[Any]]
-    """Canonical name → array, in the dtype that is stored (float32, float16, ml_dtypes.bfloat16), read-only, not always
-    contiguous (GPT-2's linears are transposed views)."""
-    files: list[mmap.mmap]
-
-    def release(self) -> None:
-        """Give back the memory in which the files were read so far: it stays in the system's cache as long as there is room, and
-        a tensor that is used again is mapped again. A model would else be resident twice while it is packed."""
-        for mapped in self.files:
-            mapped.madvise(mmap.MADV_DONTNEED)
-
-    def close(self) -> None:
-        """Forget the tensors. A file is unmapped when the last array that shows it is gone."""
-        self.tensors = {}
-        for mapped in self.files:
-            with suppress(BufferError):  # somebody still holds a view; the mapping goes with it
-                mapped.close()
-        self.files = []
 
 
 def resolve_model(name: str | Path) -> Path:
-    """The folder of a model: the packaged one for ``"embedded"``, else the path itself. Raises ModelLoadError."""
+    """The folder of a model, or its GGUF file: the packaged one for ``"embedded"``, else the path itself, or the one GGUF file in a folder
+    that has no config.json. Raises ModelLoadError."""
     if name == EMBEDDED_MODEL:
         return Path(__file__).parent.parent / "embedded"
     path = Path(name).expanduser()
     if path.is_dir():
+        return path if (path / "config.json").exists() else _gguf_in(path)
+    if is_gguf(path):
         return path
     if path.exists():
-        raise ModelLoadError(f"{path} is a file: give the folder that holds it, with config.json and the tokenizer")
+        raise ModelLoadError(f"{path} is a file and no GGUF: give the folder that holds it, with config.json and the tokenizer")
     if _HUB_NAME.fullmatch(str(name)):
         folder = str(name).rpartition("/")[2]
         raise ModelLoadError(
             f"{name} is not a folder here. If it is a model on the Hugging Face Hub, download it first "
             f"(hf download {name} --local-dir {folder}), then give that folder: {folder}"
         )
-    raise ModelLoadError(f"there is no folder {path}: give a model folder in Hugging Face format, or {EMBEDDED_MODEL!r}")
+    raise ModelLoadError(
+        f"there is no folder or file {path}: give a model folder in Hugging Face format, a GGUF file, or {EMBEDDED_MODEL!r}"
+    )
+
+
+def _gguf_in(folder: Path) -> Path:
+    """The one GGUF model in a folder (of several parts the first), or the folder where there is none. Raises ModelLoadError."""
+    found = sorted(file for file in folder.glob("*.gguf") if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", file.name) and is_gguf(file))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:SHOWN])
+        raise ModelLoadError(f"{folder} holds {len(found)} GGUF files ({names}{', ...' if len(found) > SHOWN else ''}): give one of them")
+    return found[0] if found else folder
 
 
 def load_spec(folder: str | Path) -> TransformerSpec:
-    """The spec of a model folder, from config.json and generation_config.json alone; the weights need not be there.
+    """The spec of a model folder, from config.json and generation_config.json alone (the weights need not be there), or of a GGUF file.
 
     Raises ModelLoadError.
     """
     folder = resolve_model(folder)
-    return _read_config(folder)[1]
+    return gguf_spec(folder) if folder.is_file() else _read_config(folder)[1]
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that hold a model's weights. Raises ModelLoadError."""
+    folder = resolve_model(folder)
+    return gguf_files(folder) if folder.is_file() else sorted({info.file for info in read_headers(folder).values()})
 
 
 def read_headers(folder: str | Path) -> dict[str, TensorInfo]:
@@ -107,13 +102,15 @@ def read_headers(folder: str | Path) -> dict[str, TensorInfo]:
     return headers
 
 
-def load_model(folder: str | Path) -> Model:
-    """Open a model folder: read its configuration, check every tensor's name, dtype and shape, and map the files.
+def load_model(folder: str | Path, widen: Widen | None = None) -> Model:
+    """Open a model folder or a GGUF file: read its configuration, check every tensor's name, dtype and shape, and map the files.
 
-    folder: a path, or ``"embedded"``. ``spec.dtype`` becomes the dtype that most weights are stored in, whatever
-    config.json says. Raises ModelLoadError, naming the file, field or tensor.
+    folder: a path, or ``"embedded"``. ``spec.dtype`` becomes the dtype that most weights are stored in, whatever config.json says.
+    widen: makes floats of quantized tensors, faster than the gguf library. Raises ModelLoadError, naming the file, field or tensor.
     """
     folder = resolve_model(folder)
+    if folder.is_file():
+        return load_gguf(folder, widen)
     family, spec = _read_config(folder)
     infos, sources = _match(folder, family, spec, read_headers(folder))
     stored: Counter[str] = Counter()
@@ -130,7 +127,7 @@ def load_model(folder: str | Path) -> Model:
     if spec.tied and "lm_head.weight" in infos and "lm_head.weight" not in {s.name for s in sources.values()}:
         head = view(maps[infos["lm_head.weight"].file], infos["lm_head.weight"])
         _check_tied(folder, tensors["embed.weight"], head)
-    return Model(spec, folder, tensors, list(maps.values()))
+    return Model(spec, folder, tensors, list(maps.values()), sum(array.nbytes for array in tensors.values()))
 
 
 def _match(
@@ -155,9 +152,9 @@ def _match(
     if spec.tied and "lm_head.weight" in infos:
         wanted["lm_head.weight"] = wanted[sources["embed.weight"].name]
     if missing := [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in infos]:
-        raise ModelLoadError(f"{folder} lacks {_some(missing, 'tensor')} that {spec.architecture} with this config.json has")
+        raise ModelLoadError(f"{folder} lacks {some(missing, 'tensor')} that {spec.architecture} with this config.json has")
     if extra := [f"{name} {list(info.shape)} ({info.file.name})" for name, info in infos.items() if name not in wanted]:
-        raise ModelLoadError(f"{folder} has {_some(extra, 'tensor')} that {spec.architecture} with this config.json does not have")
+        raise ModelLoadError(f"{folder} has {some(extra, 'tensor')} that {spec.architecture} with this config.json does not have")
     for name, shape in wanted.items():
         info = infos[name]
         if info.shape != shape:
@@ -175,11 +172,6 @@ def _check_tied(folder: Path, embed: npt.NDArray[Any], head: npt.NDArray[Any]) -
                 f"{folder}: config.json ties lm_head to the embedding, but lm_head.weight is stored and differs from it; "
                 'set "tie_word_embeddings": false in config.json to use it, or remove the tensor'
             )
-
-
-def _some(names: list[str], noun: str) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({', '.join(names[:_SHOWN])}{more})"
 
 
 def _read_config(folder: Path) -> tuple[Family, TransformerSpec]:
@@ -214,5 +206,5 @@ def _refuse_without_weights(folder: Path) -> NoReturn:
             "for example with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     others = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"))
-    found = f" (found: {', '.join(others[:_SHOWN])})" if others else ""
+    found = f" (found: {', '.join(others[:SHOWN])})" if others else ""
     raise ModelLoadError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{found}")

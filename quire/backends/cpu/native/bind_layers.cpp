@@ -69,6 +69,37 @@ PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::str
     return new PackedLinear(active_kernels(), parts, dtype, bits, group, gated);   // nanobind takes ownership
 }
 
+struct FormatName { const char* name; Format format; int64_t values, bytes; };   // values and bytes of a block
+
+constexpr FormatName kFormats[] = {
+    {"Q4_0", Format::Q4_0, 32, 18},    {"Q4_1", Format::Q4_1, 32, 20},     {"Q5_0", Format::Q5_0, 32, 22},
+    {"Q5_1", Format::Q5_1, 32, 24},    {"Q8_0", Format::Q8_0, 32, 34},     {"Q2_K", Format::Q2_K, 256, 84},
+    {"Q3_K", Format::Q3_K, 256, 110},  {"Q4_K", Format::Q4_K, 256, 144},   {"Q5_K", Format::Q5_K, 256, 176},
+    {"Q6_K", Format::Q6_K, 256, 210},  {"IQ4_NL", Format::IQ4_NL, 32, 18}, {"IQ4_XS", Format::IQ4_XS, 256, 136},
+};
+
+bool dequantize(const Array& blocks, const std::string& name, const OutArray& out) {
+    for (const FormatName& each : kFormats) {
+        if (name != each.name) continue;
+        require_dtype<uint8_t>(blocks, "blocks", "uint8");
+        require_ndim(blocks, 2, "blocks");
+        require_ndim(out, 2, "out");
+        if (float_dtype(out, "out") != DType::f16) fail_type("out must be a float16 array");
+        require_contiguous(out, "out");
+        require(stride(blocks, 1, 1) == 1, "blocks: the bytes of a row must follow one another");
+        require(dim(blocks, 0) == dim(out, 0) && dim(blocks, 1) % each.bytes == 0 &&
+                    dim(blocks, 1) / each.bytes * each.values == dim(out, 1),
+                "blocks of " + name + " are " + std::to_string(each.bytes) + " bytes for " + std::to_string(each.values) + " values: " +
+                    shape_of(blocks) + " and out " + shape_of(out));
+        const DequantizeArgs args{static_cast<const uint8_t*>(blocks.data()), static_cast<f16*>(out.data()), dim(out, 0), dim(out, 1),
+                                  stride(blocks, 0, dim(blocks, 1)), each.format};
+        nb::gil_scoped_release release;
+        active_kernels().dequantize(args);
+        return true;
+    }
+    return false;
+}
+
 PackedLinear* load_packed(const Array& data, int64_t n, int64_t k, const std::string& dtype, int64_t group, bool gated) {
     const Kernels& kernels = active_kernels();
     constexpr int64_t kMost = int64_t{1} << 30;   // so that no size overflows
@@ -197,6 +228,7 @@ void bind_layers(nb::module_& m) {
           nb::arg("gated") = false);
     m.def("load_packed", load_packed, nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("dtype"), nb::arg("group_size") = 0,
           nb::arg("gated") = false, nb::keep_alive<0, 1>());
+    m.def("dequantize", dequantize, nb::arg("blocks"), nb::arg("format"), nb::arg("out"));
     m.def("panel", [] { return active_kernels().panel; });
     m.def("linear", linear, nb::arg("packed"), nb::arg("x"), nb::arg("out"), nb::arg("bias") = nb::none(),
           nb::arg("accumulate") = false, nb::arg("activation") = nb::none());

@@ -1,6 +1,6 @@
 // What every kernel takes, and the table through which it is called.
 //
-// The files gemm, gemm_quantized, pack_quantized, attention, kv_cache, norms, elementwise, reduce and peaks are compiled once per
+// The files gemm, gemm_quantized, pack_quantized, dequantize, attention, kv_cache, norms, elementwise, reduce and peaks are compiled once per
 // instruction set, each time in a namespace of its own (see simd.h). Nothing but plain structs of pointers crosses the border,
 // and no template or inline function from here may be emitted by two of those compilations: the linker would merge them, and a machine
 // without AVX-512 could end up in AVX-512 code.
@@ -46,6 +46,16 @@ struct QuantizeArgs {
     DType dtype;           // of the parts
     Panels w;              // what to make, n columns
     void* out;             // [panels][panel_bytes] of quantized.h, 64-byte aligned
+};
+
+// What a GGUF tensor's blocks are, by llama.cpp's names.
+enum class Format : int32_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS };
+
+struct DequantizeArgs {
+    const uint8_t* data;   // [n] rows of blocks, `stride` bytes apart
+    f16* out;              // [n, k]
+    int64_t n, k, stride;
+    Format format;
 };
 
 // How a linear goes through its weights, which is a matter of time and not of bytes: in slices of a panel that fit L2; in short ones that
@@ -179,6 +189,7 @@ struct Kernels {
     void (*linear)(const LinearArgs&);
     void (*linear_quantized)(const LinearArgs&);     // w.bits is 8 or 4
     void (*pack_quantized)(const QuantizeArgs&);
+    void (*dequantize)(const DequantizeArgs&);
     void (*norm)(const NormArgs&);
     void (*rotary)(const RotaryArgs&);
     void (*embed)(const EmbedArgs&);

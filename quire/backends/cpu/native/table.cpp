@@ -6,6 +6,7 @@ namespace quire::QUIRE_NS {
 void linear(const LinearArgs&);
 void linear_quantized(const LinearArgs&);
 void pack_quantized(const QuantizeArgs&);
+void dequantize(const DequantizeArgs&);
 void norm(const NormArgs&);
 void rotary(const RotaryArgs&);
 void embed(const EmbedArgs&);
@@ -34,6 +35,7 @@ const Kernels kernels = {
     .linear = linear,
     .linear_quantized = linear_quantized,
     .pack_quantized = pack_quantized,
+    .dequantize = dequantize,
     .norm = norm,
     .rotary = rotary,
     .embed = embed,

@@ -1,0 +1,218 @@
+"""GGUF's names for what the families know: metadata → config.json's fields, tensor names → canonical names.
+
+What converters write: conversion/*.py and gguf-py/gguf/constants.py of llama.cpp. Llama, Granite and SmolLM3 have the rows of their q
+and k in the order of the original rotary code, in which the two dimensions that are turned together are neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from quire.gguf import Gguf
+from quire.models.families.base import Source, renamed
+from quire.models.spec import RopeSpec, TransformerSpec
+
+_TOP: Final = {"embed": "token_embd", "positions": "position_embd", "final_norm": "output_norm", "lm_head": "output"}
+_LAYER: Final = {
+    "attn_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
+FACTORS: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that belong to the configuration: what each frequency of a rotation is divided by."""
+
+Factors = Mapping[str, tuple[float, ...]]
+"""Those of FACTORS that a file has."""
+
+
+@dataclass(slots=True, frozen=True)
+class Architecture:
+    """What a value of ``general.architecture`` stands for."""
+
+    name: str
+    """The class name in a config.json."""
+    fields: Mapping[str, Any]
+    """config.json's fields that are always so, or (a text with a dot) GGUF's field for them, without the architecture's name."""
+    interleaved: bool = False
+    """Whether the rows of q and k are in the order of the original rotary code."""
+    fused_gate: bool = False
+    """Whether gate and up are one tensor, in this order."""
+
+
+_SHARED: Final = {
+    "hidden_size": ".embedding_length",
+    "num_hidden_layers": ".block_count",
+    "intermediate_size": ".feed_forward_length",
+    "num_attention_heads": ".attention.head_count",
+    "num_key_value_heads": ".attention.head_count_kv",
+    "head_dim": ".attention.key_length",
+    "max_position_embeddings": ".context_length",
+    "rms_norm_eps": ".attention.layer_norm_rms_epsilon",
+    "rope_theta": ".rope.freq_base",
+}
+_SCALES: Final = {
+    "embedding_multiplier": ".embedding_scale",
+    "residual_multiplier": ".residual_scale",
+    "attention_multiplier": ".attention.scale",
+    "logits_scaling": ".logit_scale",
+}
+_GPT2: Final = {
+    "n_embd": ".embedding_length", "n_layer": ".block_count", "n_head": ".attention.head_count", "n_inner": ".feed_forward_length",
+    "n_positions": ".context_length", "layer_norm_epsilon": ".attention.layer_norm_epsilon",
+}  # fmt: skip
+
+ARCHITECTURES: Final = {
+    "llama": Architecture("LlamaForCausalLM", _SHARED, interleaved=True),
+    "qwen2": Architecture("Qwen2ForCausalLM", _SHARED),
+    "qwen3": Architecture("Qwen3ForCausalLM", _SHARED),
+    "granite": Architecture("GraniteForCausalLM", _SHARED | _SCALES, interleaved=True),
+    "smollm3": Architecture("SmolLM3ForCausalLM", _SHARED, interleaved=True),
+    "phi3": Architecture("Phi3ForCausalLM", _SHARED | {"sliding_window": ".attention.sliding_window"}, fused_gate=True),
+    "starcoder2": Architecture("Starcoder2ForCausalLM", _SHARED | {"norm_epsilon": ".attention.layer_norm_epsilon"}),
+    "stablelm": Architecture("StableLmForCausalLM", _SHARED | {"layer_norm_eps": ".attention.layer_norm_epsilon",
+                                                              "use_parallel_residual": ".use_parallel_residual"}),
+    "gpt2": Architecture("GPT2LMHeadModel", _GPT2),
+}  # fmt: skip
+"""``general.architecture`` → what it is here."""
+
+_ENDS: Final = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "<|end_of_text|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+))  # fmt: skip
+"""Special tokens that end a turn wherever they are, as llama.cpp takes them: a file names one, and a model may end with another."""
+_CONTROL: Final = 3
+_SAMPLING: Final = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
+
+
+def architecture_of(model: Gguf) -> Architecture:
+    """Raises ModelLoadError for one that is not supported."""
+    name = model.architecture
+    if name not in ARCHITECTURES:
+        kind = model.fields.get("general.type", "model")
+        what = f"the architecture {name!r:.40}" if kind == "model" else f"not a language model but of the type {kind!r:.40}"
+        model.refuse(f"has {what}; supported: {', '.join(sorted(ARCHITECTURES))}")
+    return ARCHITECTURES[name]
+
+
+def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json and generation_config.json would say. Raises ModelLoadError."""
+    kind, prefix = architecture_of(model), model.architecture
+    embed = model.tensors.get("token_embd.weight")
+    if embed is None or len(embed.shape) != 2:
+        model.refuse("has no token_embd.weight: it holds a tokenizer, or another part of a model, but not its weights")
+    values: dict[str, Any] = {"architectures": [kind.name], "vocab_size": embed.shape[0]}
+    for name, field in kind.fields.items():
+        if (value := model.fields.get(prefix + field)) is not None:
+            values[name] = _one(model, prefix + field, value)
+    values["tie_word_embeddings"] = "output.weight" not in model.tensors
+    for name, tensor in (("attention_bias", "attn_q"), ("use_qkv_bias", "attn_q"), ("use_bias", "attn_q"), ("mlp_bias", "ffn_up")):
+        values[name] = any(f"blk.0.{each}.bias" in model.tensors for each in (tensor, "attn_qkv" if tensor == "attn_q" else tensor))
+    if kind.name != "GPT2LMHeadModel":
+        _rotation(model, kind, values, factors)
+    if kind.name in ("Phi3ForCausalLM", "Starcoder2ForCausalLM"):
+        values["sliding_window"] = values.get("sliding_window") or None
+    if kind.name == "GraniteForCausalLM" and "attention_multiplier" not in values and (head_dim := _head_dim(values)):
+        values["attention_multiplier"] = head_dim**-0.5
+    if kind.name == "StableLmForCausalLM":
+        values["qk_layernorm"] = "blk.0.attn_q_norm.weight" in model.tensors
+        values["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in model.tensors  # what the file says of it is not looked at
+    return values, _generation(model)
+
+
+def _one(model: Gguf, field: str, value: Any) -> Any:
+    """A value that may be there for each layer, where all are the same."""
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        model.refuse(f"has layers that differ in {field} ({value!s:.60}), which is not supported")
+    return value[0]
+
+
+def _head_dim(values: Mapping[str, Any]) -> int:
+    """0 where the fields that say it are wrong; who reads them refuses that."""
+    given, hidden, heads = (values.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    if type(given) is int:
+        return max(0, given)
+    return hidden // heads if type(hidden) is int and type(heads) is int and heads > 0 else 0
+
+
+def _rotation(model: Gguf, kind: Architecture, values: dict[str, Any], factors: Factors) -> None:
+    prefix, fields = model.architecture, model.fields
+    if (width := fields.get(f"{prefix}.attention.value_length")) is not None and width != values.get("head_dim", width):
+        model.refuse(f"has keys of {values['head_dim']} and values of {width} dimensions, which is not supported")
+    head_dim = _head_dim(values)
+    rotated = fields.get(f"{prefix}.rope.dimension_count", head_dim)
+    if kind.name in ("Phi3ForCausalLM", "StableLmForCausalLM") and type(rotated) is int and head_dim:
+        values["partial_rotary_factor"] = rotated / head_dim
+    elif head_dim and rotated != head_dim:
+        model.refuse(f"rotates {rotated} of {head_dim} dimensions of a head, which is not supported for {prefix}")
+    scaling = fields.get(f"{prefix}.rope.scaling.type", "none")
+    original = fields.get(f"{prefix}.rope.scaling.original_context_length")
+    if "rope_factors_long.weight" in factors:
+        values["rope_scaling"] = {
+            "rope_type": "longrope",
+            "long_factor": list(factors["rope_factors_long.weight"]),
+            "short_factor": list(factors.get("rope_factors_short.weight", ())),
+            "original_max_position_embeddings": original,
+            "attention_factor": fields.get(f"{prefix}.rope.scaling.attn_factor"),
+        }
+    elif scaling in ("linear", "yarn"):
+        given = {"rope_type": scaling, "factor": fields.get(f"{prefix}.rope.scaling.factor")}
+        if scaling == "yarn":
+            given["original_max_position_embeddings"] = original
+            for name in ("beta_fast", "beta_slow", "attn_factor"):
+                given["attention_factor" if name == "attn_factor" else name] = fields.get(f"{prefix}.rope.scaling.yarn_{name}")
+        values["rope_scaling"] = given
+    elif scaling != "none":
+        model.refuse(f"has the rope type {scaling!r:.40}, which is not supported; supported: linear, yarn, longrope with its factors")
+
+
+def with_factors(spec: TransformerSpec, factors: Factors, model: Gguf) -> TransformerSpec:
+    """The factors of Llama 3's rotation, which a file has as a tensor instead of what they are made from."""
+    given = factors.get("rope_freqs.weight")
+    if given is None or spec.rope is None:
+        return spec
+    if len(given) != spec.rope.rotary_dim // 2 or spec.rope.scaling != "none":
+        model.refuse(f"has {len(given)} factors in rope_freqs.weight, and {spec.rope.rotary_dim // 2} frequencies to take them")
+    rope = RopeSpec(spec.rope.theta, spec.rope.rotary_dim, "longrope", short_factors=given, long_factors=given)
+    return replace(spec, rope=rope)
+
+
+def sources_of(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
+    """Canonical name → source, as Family.sources."""
+    kind = architecture_of(model)
+    sources = renamed(spec, _TOP, _LAYER, "blk")
+    q, kv, f = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
+    parts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+    for i in range(spec.num_layers):
+        for parameter in ("weight", "bias"):
+            fused = f"blk.{i}.attn_qkv.{parameter}"
+            for part, rows in parts.items():
+                name = f"layers.{i}.{part}.{parameter}"
+                if name not in sources:
+                    continue
+                if fused in model.tensors:
+                    sources[name] = Source(fused, rows=rows, rows_total=q + 2 * kv)
+                if kind.interleaved and part in "qk":
+                    sources[name] = replace(sources[name], interleaved=spec.num_heads if part == "q" else spec.num_kv_heads)
+        if kind.fused_gate:
+            for part, rows in (("gate", (0, f)), ("up", (f, 2 * f))):
+                sources[f"layers.{i}.{part}.weight"] = Source(f"blk.{i}.ffn_up.weight", rows=rows, rows_total=2 * f)
+    return sources
+
+
+def _generation(model: Gguf) -> dict[str, Any]:
+    """As in generation_config.json: the tokens that end a text, and what the model's authors recommend."""
+    tokens = model.list_of("tokenizer.ggml.tokens", str)
+    types = model.list_of("tokenizer.ggml.token_type", int, len(tokens))
+    named = [model.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [i for i in named if type(i) is int and 0 <= i < len(tokens)]
+    ends += [i for i, (token, type_) in enumerate(zip(tokens, types, strict=False)) if type_ == _CONTROL and token in _ENDS]
+    found: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))}
+    if type(bos := model.fields.get("tokenizer.ggml.bos_token_id")) is int and bos < len(tokens):
+        found["bos_token_id"] = bos
+    for name, field in _SAMPLING.items():
+        if (value := model.fields.get(f"general.sampling.{field}")) is not None:
+            found[name] = value
+    return found

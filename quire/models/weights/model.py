@@ -1,0 +1,42 @@
+"""A model's files, opened."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from quire.models.spec import TransformerSpec
+
+
+@dataclass(slots=True)
+class Model:
+    """A model folder, opened: what it is, and its tensors as views of the mapped files."""
+
+    spec: TransformerSpec
+    folder: Path
+    tensors: Mapping[str, npt.NDArray[Any]]
+    """Canonical name → array, in the dtype that is stored (float32, float16, ml_dtypes.bfloat16), read-only, not always
+    contiguous (GPT-2's linears are transposed views)."""
+    files: list[mmap.mmap]
+    nbytes: int
+    """Of all tensors, as ``tensors`` gives them."""
+
+    def release(self) -> None:
+        """Give back the memory in which the files were read so far: it stays in the system's cache as long as there is room, and
+        a tensor that is used again is mapped again. A model would else be resident twice while it is packed."""
+        for mapped in self.files:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Forget the tensors. A file is unmapped when the last array that shows it is gone."""
+        self.tensors = {}
+        for mapped in self.files:
+            with suppress(BufferError):  # somebody still holds a view; the mapping goes with it
+                mapped.close()
+        self.files = []
