@@ -18,6 +18,11 @@ from quire.errors import ConfigError
 EMBEDDED_MODEL = "embedded"
 """Name of the small model that ships with the package."""
 
+MODEL_HELP = (
+    f"folder in Hugging Face format, GGUF file, or name on the Hugging Face Hub, as org/name or, of GGUF files, org/name:Q4_K_M (default: "
+    f"{EMBEDDED_MODEL}, the small model that ships with Quire)"
+)
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cpu": {"block_size": 16, "kv_memory": "2GiB", "max_num_batched_tokens": 512, "speculation": "prompt-lookup"},
     "gpu": {"block_size": 64, "kv_memory": "auto", "max_num_batched_tokens": 2048, "speculation": "off"},
@@ -32,9 +37,13 @@ _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 
 
 
 def model_name(path: Path) -> str:
-    """What a model is called after its folder, or its GGUF file (of several parts the first)."""
+    """What a model is called after its folder, or its GGUF file (of several parts the first); in the Hub's cache, as on the Hub."""
+    if path.is_file():
+        return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)
     path = path.resolve()
-    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name) if path.is_file() else path.name
+    if path.parent.name == "snapshots" and (parts := path.parent.parent.name.split("--"))[0] == "models":
+        return "/".join(parts[1:])
+    return path.name
 
 
 def parse_bytes(text: str | int) -> int:

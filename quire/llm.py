@@ -52,7 +52,8 @@ Conversation = Sequence[Message]
 class LLM:
     """A model, its KV pool and an engine in this process.
 
-    ``model`` is a folder in Hugging Face format, or ``"embedded"``. The other parameters are those of EngineConfig.
+    ``model`` is a folder in Hugging Face format, a GGUF file, a name on the Hugging Face Hub, or ``"embedded"``. The other parameters are
+    those of EngineConfig.
     Raises ModelLoadError, ConfigError or CapacityError.
 
     Several threads may use it; their calls of ``generate`` take turns, since one has all of the machine already.

@@ -6,10 +6,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quire.config import EMBEDDED_MODEL, EngineConfig, ServerConfig, add_arguments, model_name, read_config_file, resolve
+from quire.config import MODEL_HELP, EngineConfig, ServerConfig, add_arguments, model_name, read_config_file, resolve
 
 if TYPE_CHECKING:
     from quire.server.batches.offline import Job
@@ -31,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     run_parser.add_argument("input", metavar="IN", help="JSONL file of requests")
     run_parser.add_argument("output", metavar="OUT", help="JSONL file of results")
     run_parser.add_argument("--model", default=argparse.SUPPRESS, metavar="MODEL",
-                            help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
+                            help=MODEL_HELP)  # fmt: skip
     run_parser.add_argument("--served-model-name", default=argparse.SUPPRESS, metavar="NAME",
                             help="what lines call the model, where they name one (default: the folder's name)")  # fmt: skip
     run_parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     folder = resolve_model(engine_config.model)
+    engine_config = replace(engine_config, model=str(folder))
     from quire.server.batches import offline
 
     names = server_config.model_names or (model_name(folder),)

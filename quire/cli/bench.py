@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quire.cli import bench_kernels, workloads
 from quire.cli.output import check_writable, write
-from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
+from quire.config import EMBEDDED_MODEL, MODEL_HELP, EngineConfig, add_arguments, read_config_file, resolve
 from quire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     throughput.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
-                            help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
+                            help=MODEL_HELP)  # fmt: skip
     throughput.add_argument("--requests", type=int, default=64, metavar="N", help="number of requests (default: 64)")
     workloads.add_lengths(throughput)
     throughput.add_argument("--json", metavar="FILE", help="write the result to FILE; - writes it to standard output instead of the table")
@@ -52,7 +52,7 @@ def _add_steps(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         allow_abbrev=False,
     )
     steps.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
-                       help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
+                       help=MODEL_HELP)  # fmt: skip
     steps.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each kind in each of three passes (default: 5)")
     steps.add_argument("--json", metavar="FILE", help="write the machine and the times to FILE; - writes them to standard output instead "
                        "of the table")  # fmt: skip
@@ -73,7 +73,7 @@ def _add_memory(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     add = memory.add_argument
     add("model", nargs="?", metavar="MODEL",
-        help=f"with --execute: folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
+        help=f"with --execute: {MODEL_HELP}")  # fmt: skip
     add("--dist", metavar="NAME",
         help="draw the lengths: sharegpt-paper or alpaca-paper, the datasets of the PagedAttention paper (default: sharegpt-paper); an "
         "output that would not fit into --max-len ends there")  # fmt: skip

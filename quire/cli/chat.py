@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
+from quire.config import MODEL_HELP, EngineConfig, add_arguments, read_config_file, resolve
 from quire.errors import ConfigError, InvalidRequestError, QuireError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
-                        help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
+                        help=MODEL_HELP)  # fmt: skip
     parser.add_argument("--url", metavar="URL", help="talk to the model of this server instead, for example http://127.0.0.1:8000")
     parser.add_argument("--api-key", metavar="KEY", help="with --url, where the server asks for one (default: QUIRE_API_KEY)")
     parser.add_argument("--system", metavar="TEXT", help="message that says how the model should answer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quire.cli.remote import Remote, RemoteError
@@ -40,6 +41,7 @@ class Local:
 
         SamplingParams(**settings)  # a typing error should not cost a load
         folder = resolve_model(config.model)
+        config = replace(config, model=str(folder))
         if not Tokenizer.load(folder).has_chat_template:
             raise ConfigError(
                 f"{model_name(folder)} has no chat template, so it does not know what a conversation looks like: complete text with "

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, parse_bytes, read_config_file, resolve
+from quire.config import MODEL_HELP, EngineConfig, add_arguments, parse_bytes, read_config_file, resolve
 from quire.errors import ConfigError
 from quire.machine import GPUS, Machine
 
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Of plan and simulate: the model, the machine, the options of the engine, and where the result goes."""
     add = parser.add_argument
     add("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
-        help=f"folder in Hugging Face format, of which config.json will do (default: {EMBEDDED_MODEL})")  # fmt: skip
+        help=f"of a folder config.json will do: {MODEL_HELP}")  # fmt: skip
     add("--machine", metavar="NAME|FILE",
         help=f"where it is to run: {', '.join(GPUS)} (with --device cuda, which is implied), or a file that quire bench steps --json "
         "wrote, which is the most exact (default: this machine's CPU, whose memory and arithmetic are measured in about a second)",

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.price is not None and not (args.price >= 0 and math.isfinite(args.price)):
         raise ConfigError(f"--price must be at least 0, got {args.price:g}")
     check_writable(args.json)
-    spec = load_spec(resolve_model(config.model))
+    spec = load_spec(resolve_model(config.model, weights=False))
     config = config.as_stored(spec.quantized)
     machine = machines.open_machine(stated, config, spec, args.memory)
     found = plan.plan(config, spec, machine, demand)

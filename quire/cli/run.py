@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from quire.config import EMBEDDED_MODEL, EngineConfig, add_arguments, read_config_file, resolve
+from quire.config import MODEL_HELP, EngineConfig, add_arguments, read_config_file, resolve
 from quire.errors import QuireError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
-                        help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the model that ships with Quire)")  # fmt: skip
+                        help=MODEL_HELP)  # fmt: skip
     parser.add_argument("-p", "--prompt", help="text to complete; \\n is not special, use your shell's $'...'")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: 128)")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: the model's own, else 0)")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
-from quire.config import EMBEDDED_MODEL, EngineConfig, ServerConfig, add_arguments, read_config_file, resolve
+from quire.config import MODEL_HELP, EngineConfig, ServerConfig, add_arguments, read_config_file, resolve
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="?",
         default=argparse.SUPPRESS,
         metavar="MODEL",
-        help=f"folder in Hugging Face format (default: {EMBEDDED_MODEL}, the small model that ships with Quire)",
+        help=MODEL_HELP,
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file with options of the engine and the server")
     add_arguments(parser, EngineConfig, ServerConfig)
@@ -32,4 +33,5 @@ def run(args: argparse.Namespace) -> int:
     from quire.models.weights import resolve_model
     from quire.server.launch import serve
 
-    return serve(engine_config, server_config, resolve_model(engine_config.model))
+    folder = resolve_model(engine_config.model)
+    return serve(replace(engine_config, model=str(folder)), server_config, folder)

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     goodput = report.Goodput.parse(args.goodput)
     requests = _arriving(args, config.seed, bool(goodput.limits))
     check_writable(args.json)
-    whole = load_spec(resolve_model(config.model))
+    whole = load_spec(resolve_model(config.model, weights=args.check))
     config = config.as_stored(whole.quantized)
     machine = machines.open_machine(stated, config, whole, args.memory)
     spec = part_of(whole, config.tensor_parallel)

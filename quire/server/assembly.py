@@ -75,8 +75,9 @@ def load_model(start: Start) -> Serving:
     batches = None if start.store is None else open_runner(start.store, client, config)
     app = create_app(Context(
         client, tokenizer, config, start.model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),
-        embedding_size=loaded.spec.embedding_size, facts=_facts(loaded, engine_config), aliases=start.aliases, keys=start.keys,
-        cost=cost, machine_limits=loaded.machine_limits, publisher=start.observers.publisher, compiler=compiler, batches=batches,
+        embedding_size=loaded.spec.embedding_size, facts=_facts(loaded, engine_config, start.folder), aliases=start.aliases,
+        keys=start.keys, cost=cost, machine_limits=loaded.machine_limits, publisher=start.observers.publisher, compiler=compiler,
+        batches=batches,
     ))  # fmt: skip
 
     def ready() -> None:
@@ -93,8 +94,10 @@ def load_model(start: Start) -> Serving:
     return Serving(client, link, ready, batches)
 
 
-def _facts(loaded: Loaded, config: EngineConfig) -> ModelFacts:
+def _facts(loaded: Loaded, config: EngineConfig, folder: Path) -> ModelFacts:
     family = loaded.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()
     count = loaded.num_parameters
     on_gpu = loaded.weight_bytes if config.device_kind == "gpu" else 0
-    return ModelFacts(family, count, short_count(count).replace(" ", ""), config.weight_width(loaded.dtype), loaded.weight_bytes, on_gpu)
+    weights = config.as_stored(loaded.spec.quantized).quantize or config.weight_width(loaded.dtype)
+    stored = "gguf" if folder.is_file() else "safetensors"
+    return ModelFacts(family, count, short_count(count).replace(" ", ""), weights, stored, loaded.weight_bytes, on_gpu)

@@ -33,7 +33,9 @@ class ModelFacts:
     parameter_size: str = ""
     """The same, as people say it."""
     weights: str = ""
-    """Their format."""
+    """What linears are in: float32, int8, ..."""
+    file_format: str = ""
+    """What the model was loaded from: safetensors or gguf."""
     weight_bytes: int = 0
     vram_bytes: int = 0
     """Of them, those in a GPU's memory."""

@@ -35,9 +35,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="--group-size 0 is not supported with --quantize int4; choose from: 32, 64, 128"):
         Quantization.of(EngineConfig(quantize="int4", group_size=0))
     with pytest.raises(ConfigError, match="--group-size 32 is for quantized weights: add --quantize int8 or int4"):
-        EngineConfig(group_size=32)
+        EngineConfig(group_size=32).as_stored("")
     with pytest.raises(ConfigError, match=r"--cache-dir keeps quantized weights .*: add --quantize int8 or int4"):
-        EngineConfig(cache_dir="somewhere")
+        EngineConfig(cache_dir="somewhere").as_stored("")
 
 
 def test_a_group_that_does_not_divide_names_the_layer_and_what_would() -> None:

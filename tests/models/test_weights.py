@@ -257,7 +257,7 @@ def test_wrong_tensors(tmp_path: Path) -> None:
 
 
 def test_broken_folders(tmp_path: Path) -> None:
-    fails(tmp_path / "nowhere", "there is no folder", "nowhere", "'embedded'")
+    fails(tmp_path / "nowhere", "there is no folder or file", "nowhere", "'embedded'")
     fails(tmp_path, "has no config.json")
     (tmp_path / "adapter_config.json").write_text("{}")
     fails(tmp_path, "adapter: merge it")
@@ -278,8 +278,7 @@ def test_broken_folders(tmp_path: Path) -> None:
     fails(tmp_path, "pytorch_model.bin", "never loaded", "save_pretrained")
     (tmp_path / "generation_config.json").write_text("nope")
     fails(tmp_path, "generation_config.json is not valid JSON")
-    fails(tmp_path / "pytorch_model.bin", "is a file: give the folder")
-    fails("meta-llama/Llama-3", "hf download meta-llama/Llama-3 --local-dir Llama-3")
+    fails(tmp_path / "pytorch_model.bin", "is a file and no GGUF: give the folder")
 
 
 def test_resolve_and_spec_alone(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +19,18 @@ from quire.gguf import is_gguf
 from quire.models.families import Family, Source, find_family, spec_from_config
 from quire.models.spec import TransformerSpec
 from quire.models.weights.gguf import Widen, gguf_files, gguf_spec, load_gguf
+from quire.models.weights.hub import NAME, fetch
 from quire.models.weights.messages import SHOWN, some
 from quire.models.weights.model import Model
 from quire.models.weights.safetensors import SUPPORTED, TensorInfo, map_file, read_header, view
 
-_HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
-
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, weights: bool = True) -> Path:
     """The folder of a model, or its GGUF file: the packaged one for ``"embedded"``, else the path itself, or the one GGUF file in a folder
-    that has no config.json. Raises ModelLoadError."""
+    that has no config.json; of a model that is named as on the Hugging Face Hub, where it was downloaded to.
+
+    weights: whether they are needed, or the configuration will do. Raises ModelLoadError.
+    """
     if name == EMBEDDED_MODEL:
         return Path(__file__).parent.parent / "embedded"
     path = Path(name).expanduser()
@@ -38,14 +40,11 @@ def resolve_model(name: str | Path) -> Path:
         return path
     if path.exists():
         raise ModelLoadError(f"{path} is a file and no GGUF: give the folder that holds it, with config.json and the tokenizer")
-    if _HUB_NAME.fullmatch(str(name)):
-        folder = str(name).rpartition("/")[2]
-        raise ModelLoadError(
-            f"{name} is not a folder here. If it is a model on the Hugging Face Hub, download it first "
-            f"(hf download {name} --local-dir {folder}), then give that folder: {folder}"
-        )
+    if NAME.fullmatch(str(name)):
+        return fetch(str(name), weights)
     raise ModelLoadError(
-        f"there is no folder or file {path}: give a model folder in Hugging Face format, a GGUF file, or {EMBEDDED_MODEL!r}"
+        f"there is no folder or file {path}: give a model folder in Hugging Face format, a GGUF file, a "
+        f"name on the Hugging Face Hub (org/name), or {EMBEDDED_MODEL!r}"
     )
 
 

@@ -35,7 +35,7 @@ def _json(value: Any) -> Response:
 def _details(context: Context) -> dict[str, Any]:
     facts = context.facts
     return {
-        "parent_model": "", "format": "safetensors", "family": facts.family, "families": [facts.family],
+        "parent_model": "", "format": facts.file_format, "family": facts.family, "families": [facts.family],
         "parameter_size": facts.parameter_size, "quantization_level": facts.weights,
     }  # fmt: skip
 
