@@ -116,6 +116,9 @@ def test_fields(tmp_path: Path) -> None:
     assert spec.eos_token_ids == (2, 5, 3)  # what the file names first, then by their texts: <|im_end|>
     assert dict(spec.sampling_defaults) == {"temperature": 0.6, "top_k": 20}
     assert (spec.norm_eps, spec.head_dim, spec.max_positions, spec.tied) == (1e-05, 16, 128, False)
+    old = load_spec(write_gguf(tmp_path / "c.gguf", tiny_fields(llama__rope__scale_linear=4.0), tiny_tensors()))
+    assert old.rope is not None
+    assert (old.rope.scaling, old.rope.factor) == ("linear", 4.0)
     tensors = tiny_tensors()
     del tensors["output.weight"]
     assert load_spec(write_gguf(tmp_path / "b.gguf", tiny_fields(), tensors)).tied
@@ -168,7 +171,9 @@ def test_where_a_file_is_found(tmp_path: Path) -> None:
     ({"llama__embedding_length": 96, "llama__rope__dimension_count": 24}, ["shape", "ask for"]),
     ({"llama__rope__dimension_count": 8}, ["rotates 8 of 16 dimensions"]),
     ({"llama__rope__scaling__type": "su"}, ["the rope type 'su'", "supported: linear, yarn"]),
-    ({"llama__rope__scaling__type": "yarn"}, ["'factor' is missing"]),
+    ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": -1.0}, ["'factor' must be a number above 0"]),
+    ({"llama__expert_count": 8}, ["is a mixture of 8 experts"]),
+    ({"llama__attention__causal": False}, ["sees what comes after a token"]),
     ({"llama__attention__value_length": 8, "llama__attention__key_length": 16}, ["keys of 16 and values of 8"]),
     ({"general__sampling__temp": -1.0}, ["temperature"]),
 ])  # fmt: skip

@@ -70,8 +70,7 @@ ARCHITECTURES: Final = {
     "smollm3": Architecture("SmolLM3ForCausalLM", _SHARED, interleaved=True),
     "phi3": Architecture("Phi3ForCausalLM", _SHARED | {"sliding_window": ".attention.sliding_window"}, fused_gate=True),
     "starcoder2": Architecture("Starcoder2ForCausalLM", _SHARED | {"norm_epsilon": ".attention.layer_norm_epsilon"}),
-    "stablelm": Architecture("StableLmForCausalLM", _SHARED | {"layer_norm_eps": ".attention.layer_norm_epsilon",
-                                                              "use_parallel_residual": ".use_parallel_residual"}),
+    "stablelm": Architecture("StableLmForCausalLM", _SHARED | {"layer_norm_eps": ".attention.layer_norm_epsilon"}),
     "gpt2": Architecture("GPT2LMHeadModel", _GPT2),
 }  # fmt: skip
 """``general.architecture`` → what it is here."""
@@ -101,6 +100,10 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
     embed = model.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         model.refuse("has no token_embd.weight: it holds a tokenizer, or another part of a model, but not its weights")
+    if experts := model.fields.get(f"{prefix}.expert_count"):
+        model.refuse(f"is a mixture of {experts} experts, which is not supported")
+    if model.fields.get(f"{prefix}.attention.causal") is False:
+        model.refuse("sees what comes after a token, too: it makes vectors of texts, and can't generate any")
     values: dict[str, Any] = {"architectures": [kind.name], "vocab_size": embed.shape[0]}
     for name, field in kind.fields.items():
         if (value := model.fields.get(prefix + field)) is not None:
@@ -116,7 +119,7 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
         values["attention_multiplier"] = head_dim**-0.5
     if kind.name == "StableLmForCausalLM":
         values["qk_layernorm"] = "blk.0.attn_q_norm.weight" in model.tensors
-        values["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in model.tensors  # what the file says of it is not looked at
+        values["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in model.tensors
     return values, _generation(model)
 
 
@@ -147,7 +150,8 @@ def _rotation(model: Gguf, kind: Architecture, values: dict[str, Any], factors: 
         values["partial_rotary_factor"] = rotated / head_dim
     elif head_dim and rotated != head_dim:
         model.refuse(f"rotates {rotated} of {head_dim} dimensions of a head, which is not supported for {prefix}")
-    scaling = fields.get(f"{prefix}.rope.scaling.type", "none")
+    factor = fields.get(f"{prefix}.rope.scaling.factor", fields.get(f"{prefix}.rope.scale_linear", 1.0))  # the latter in old files
+    scaling = fields.get(f"{prefix}.rope.scaling.type", "none" if factor == 1.0 else "linear")
     original = fields.get(f"{prefix}.rope.scaling.original_context_length")
     if "rope_factors_long.weight" in factors:
         values["rope_scaling"] = {
@@ -158,7 +162,7 @@ def _rotation(model: Gguf, kind: Architecture, values: dict[str, Any], factors: 
             "attention_factor": fields.get(f"{prefix}.rope.scaling.attn_factor"),
         }
     elif scaling in ("linear", "yarn"):
-        given = {"rope_type": scaling, "factor": fields.get(f"{prefix}.rope.scaling.factor")}
+        given = {"rope_type": scaling, "factor": factor}
         if scaling == "yarn":
             given["original_max_position_embeddings"] = original
             for name in ("beta_fast", "beta_slow", "attn_factor"):
