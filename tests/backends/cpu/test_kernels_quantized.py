@@ -165,7 +165,8 @@ def test_one_chain_whatever_the_number_of_rows(kind, n):
     whole = run(packed, x, bias)
     alone = np.concatenate([run(packed, x[i : i + 1], bias) for i in range(len(x))])
     assert np.array_equal(alone, whole)
-    for m in [*range(1, 21), 23, 24, 25, 30, 64, 193, 200]:
+    few = [*range(1, 21), 23, 24, 25, 30, 48]
+    for m in few * 3 + [49, 64, 193, 200]:  # the ways to read the weights, up to three, take turns
         first = (m * 37) % (len(x) - m + 1)
         assert np.array_equal(run(packed, x[first : first + m], bias), whole[first : first + m]), m
     for threads in [1, 2, 3]:

@@ -62,10 +62,15 @@ __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) 
     if constexpr (kKeep) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { store(sums + m * kPanel + j * kWidth, kept[m][j]); });
 }
 
-// A tile of more rows than kWhole takes half a panel at a time: with VNNI in groups of 32, where floats are added often, so that they stay in
-// registers; without it in all groups, since the halves of the bytes need some.
-template <int Bits> constexpr int kWhole = Bits == 8 || kVnni ? 3 : 2;
-template <int Bits> bool takes_halves(int rows, int64_t group) { return rows > kWhole<Bits> && (kVnni ? group == 32 : group > 0); }
+// A tile takes a whole panel or half of one at a time. Without VNNI more rows than kWhole take halves in all groups, since the halves of the
+// bytes need registers. With it so do more than 3 rows in groups of 32, where floats are added often, so that they stay in registers; of
+// other tiles it is a matter of the machine, and found by trial (Reading::short_slices: halves). Whole panels keep two multipliers
+// busier on Emerald Rapids; on Zen 4 halves are up to 1.6 times as fast in 4 bits.
+template <int Bits> constexpr int kWhole = Bits == 8 ? 3 : 2;
+template <int Bits> bool takes_halves(const LinearArgs& a, int rows) {
+    if constexpr (!kVnni) return rows > kWhole<Bits> && a.w.group > 0;
+    return (rows > 3 && a.w.group == 32) || a.reading == Reading::short_slices;
+}
 
 template <int Bits, int MT, int NV, Fetch F> void tile_spans(const Slice& s, const Tile& t, Ahead ahead) {
     if constexpr (kSpan<Bits> < kSegment)
@@ -75,7 +80,7 @@ template <int Bits, int MT, int NV, Fetch F> void tile_spans(const Slice& s, con
 
 template <int Bits, int MT, Fetch F> void tile_of(bool half, const Slice& s, const Tile& t, Ahead ahead) {
     if constexpr (MT > kRows<Bits>) return;
-    else if constexpr (MT <= kWhole<Bits>) return tile_spans<Bits, MT, 4, F>(s, t, ahead);
+    else if constexpr (!kVnni && MT <= kWhole<Bits>) return tile_spans<Bits, MT, 4, F>(s, t, ahead);
     else if constexpr (Bits == 4 && !kVnni) return tile_spans<Bits, MT, 2, F>(s, t, ahead);
     else return half ? tile_spans<Bits, MT, 2, F>(s, t, ahead) : tile_spans<Bits, MT, 4, F>(s, t, ahead);
 }
@@ -106,7 +111,7 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
            const Output* out) {
     constexpr int64_t kMost = kRows<Bits>, kSoon = 2048;
     const int64_t tiles = (rows + kMost - 1) / kMost, steps = (s.positions + kStepK<Bits> - 1) / kStepK<Bits>;
-    const int64_t most = (rows + tiles - 1) / tiles, halves = takes_halves<Bits>(static_cast<int>(most), plan.args.w.group) ? 2 : 1;
+    const int64_t most = (rows + tiles - 1) / tiles, halves = takes_halves<Bits>(plan.args, static_cast<int>(most)) ? 2 : 1;
     const bool alone = kWidth < 16 && tiles * halves == 1 && !then;
     const QuantRows& q = plan.rows;
     Spread spread(next, steps * tiles * halves, false);
@@ -115,7 +120,7 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
         const int64_t at = first_row + row;
         Tile t{{q.a + at * q.stride + k * kActivationBytes<Bits>, q.stride, q.start + at * q.spans + k / q.span, q.spans},
                sums + row * kPanel, 0};
-        const int halves = takes_halves<Bits>(mt, plan.args.w.group) ? 2 : 1;
+        const int halves = takes_halves<Bits>(plan.args, mt) ? 2 : 1;
         for (int half = 0; half < halves; ++half) {
             if (alone) {
                 const Ahead own{reinterpret_cast<const char*>(s.weights) + kSoon, kStepBytes, 4 * kStepBytes};

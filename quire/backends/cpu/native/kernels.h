@@ -59,7 +59,7 @@ struct DequantizeArgs {
 };
 
 // How a linear goes through its weights, which is a matter of time and not of bytes: in slices of a panel that fit L2; in short ones that
-// fit L1; or, up to kRowsBeside rows, several panels at once, where that can be.
+// fit L1 (quantized weights: half a panel at a time); or, up to kRowsBeside rows, several panels at once, where that can be.
 enum class Reading : int32_t { slices, short_slices, beside };
 constexpr int kReadings = 3, kRowsBeside = 6, kRowsShort = 48;   // short slices never pay with more rows than kRowsShort
 
