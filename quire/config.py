@@ -36,10 +36,13 @@ _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 
           "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
 
 
-def model_name(path: Path) -> str:
-    """What a model is called after its folder, or its GGUF file (of several parts the first); in the Hub's cache, as on the Hub."""
+def model_name(path: Path, given: str = "") -> str:
+    """What a model is called after its folder, or its GGUF file (of several parts the first); in the Hub's cache, as it was ``given``,
+    or else as on the Hub."""
+    if given and given != str(path) and "snapshots" in path.parts and any(part.startswith("models--") for part in path.parts):
+        return given
     if path.is_file():
-        return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)
+        return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name, flags=re.IGNORECASE)
     path = path.resolve()
     if path.parent.name == "snapshots" and (parts := path.parent.parent.name.split("--"))[0] == "models":
         return "/".join(parts[1:])

@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> int:
     from quire.models.weights import resolve_model
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
-    folder = resolve_model(engine_config.model)
+    given, folder = engine_config.model, resolve_model(engine_config.model)
     engine_config = replace(engine_config, model=str(folder))
     from quire.server.batches import offline
 
-    names = server_config.model_names or (model_name(folder),)
+    names = server_config.model_names or (model_name(folder, given),)
     job = offline.open_job(Path(args.input), Path(args.output), names, server_config, args.overwrite)
     if job.batch.status == "completed":  # the last run was killed just before its end
         return _done(job, job.batch, 0.0, 0)

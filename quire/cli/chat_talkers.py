@@ -41,15 +41,16 @@ class Local:
 
         SamplingParams(**settings)  # a typing error should not cost a load
         folder = resolve_model(config.model)
+        self.name = model_name(folder, config.model)
         config = replace(config, model=str(folder))
         if not Tokenizer.load(folder).has_chat_template:
             raise ConfigError(
-                f"{model_name(folder)} has no chat template, so it does not know what a conversation looks like: complete text with "
+                f"{self.name} has no chat template, so it does not know what a conversation looks like: complete text with "
                 "quire run, or add a chat_template.jinja to the model folder"
             )
         from quire.llm import LLM
 
-        self.name, self.taken = model_name(folder), Usage()
+        self.taken = Usage()
         self._llm: LLM = LLM.from_config(config)
         values = {"max_tokens": None, **dict(self._llm.backend.spec.sampling_defaults), **settings}
         self._params = SamplingParams(**values)

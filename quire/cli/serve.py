@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from quire.config import MODEL_HELP, EngineConfig, ServerConfig, add_arguments, read_config_file, resolve
+from quire.config import MODEL_HELP, EngineConfig, ServerConfig, add_arguments, model_name, read_config_file, resolve
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +31,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     engine_config, server_config = resolve((EngineConfig, ServerConfig), vars(args), read_config_file(args.config))
     from quire.models.weights import resolve_model
-    from quire.server.launch import serve
+    from quire.server.launch import open_socket, serve
 
+    with open_socket(server_config.host, server_config.port):
+        pass  # a wrong address is told before a model is downloaded
     folder = resolve_model(engine_config.model)
-    return serve(replace(engine_config, model=str(folder)), server_config, folder)
+    return serve(replace(engine_config, model=str(folder)), server_config, folder, model_name(folder, engine_config.model))

@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from quire.config import EngineConfig, ServerConfig, model_name
+from quire.config import EngineConfig, ServerConfig
 from quire.errors import ConfigError
 
 KEEP_ALIVE_S = 75
@@ -24,8 +24,11 @@ GRACE_S = 5
 """Streams that end with an error end at once; a client that does not read it is cut off after this time."""
 
 
-def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path) -> int:
-    """Serve the model in ``folder`` until SIGINT or SIGTERM. Returns the exit code. Raises QuireError where it can't start."""
+def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path, name: str) -> int:
+    """Serve the model in ``folder`` until SIGINT or SIGTERM. Returns the exit code. Raises QuireError where it can't start.
+
+    name: of the model, where the options say none.
+    """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     with open_socket(server_config.host, server_config.port) as listener:
         from quire.server.engine.supervisor import EngineProcess
@@ -38,7 +41,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, folder: Path
 
         from quire.server.metrics.observers import open_observers
 
-        model, *aliases = server_config.model_names or (model_name(folder),)
+        model, *aliases = server_config.model_names or (name,)
         observers = open_observers(server_config, model)
         kv_events = None if observers.publisher is None else server_config.kv_events_format
         engine = EngineProcess(engine_config, kv_events=kv_events, measure_limits=server_config.measure_limits)

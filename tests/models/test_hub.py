@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("quire.backends.cpu._native")
 
@@ -21,7 +22,7 @@ import quire
 from quire.config import model_name
 from quire.errors import ModelLoadError
 from quire.models.weights import resolve_model
-from quire.models.weights.hub import NAME, choose
+from quire.models.weights.hub import choose, is_name
 from sample_gguf import embedded_gguf
 
 COMMIT = "a" * 40
@@ -102,8 +103,21 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (folder / "consolidated.safetensors").write_bytes(b"the same again, in another format")
     files = root / "org" / "code-GGUF"
     files.mkdir()
-    embedded_gguf(files / "code.Q4_0.gguf", "Q4_0")
+    embedded_gguf(files / "code.UD-Q4_K_M.gguf", "Q4_0")  # by its name, which is all that is looked at
     embedded_gguf(files / "code.Q8_0.gguf", "Q8_0")
+    shutil.copy(folder / "config.json", files)  # many such repositories have one
+    (files / "mmproj-code.gguf").write_bytes(b"GGUF")
+    shards = root / "org" / "shards"
+    shutil.copytree(folder, shards)
+    _split(shards)
+    for name, change in {"strange": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "without": {}}.items():
+        shutil.copytree(folder, root / "org" / name)
+        config = json.loads((folder / "config.json").read_text())
+        (root / "org" / name / "config.json").write_text(json.dumps(config | change))
+    (root / "org" / "without" / "tokenizer.json").unlink()
+    for name, file in {"adapter": "adapter_config.json", "pickled": "pytorch_model.bin"}.items():
+        (root / "org" / name).mkdir()
+        (root / "org" / name / file).write_text("{}")
     server = Hub(root)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -111,6 +125,18 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def _split(folder: Path) -> None:
+    """Into two files with names of their own."""
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(whole)
+    table = {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        save_file({name: whole[name] for name in part}, folder / f"weights.safetensors-0000{i}.safetensors")
+        table |= dict.fromkeys(part, f"weights.safetensors-0000{i}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
 
 
 def run(hub: Hub, home: Path, model: str, *, offline: bool = False, command: str = "run") -> subprocess.CompletedProcess[str]:
@@ -142,58 +168,85 @@ def test_a_folder(hub: Hub, tmp_path: Path) -> None:
     assert model_name(snapshot) == "org/code"
 
 
+def test_what_others_left_of_a_model(hub: Hub, tmp_path: Path) -> None:
+    """A cache with a part of the files, as transformers' configuration and tokenizer leave it, is completed."""
+    whole = run(hub, tmp_path / "a", "org/shards")
+    assert whole.returncode == 0, whole.stderr
+    left = tmp_path / "a" / "hub" / "models--org--shards"
+    shutil.rmtree(left / "trees", ignore_errors=True)  # older versions of the library write none
+    (snapshot,) = left.glob("snapshots/*")
+    for file in sorted(snapshot.glob("*.safetensors"))[1:]:
+        file.unlink()
+    again = run(hub, tmp_path / "a", "org/shards")
+    assert (again.returncode, again.stdout) == (0, whole.stdout)
+    assert run(hub, tmp_path / "a", "org/shards", offline=True).stdout == whole.stdout
+
+
 def test_gguf_files(hub: Hub, tmp_path: Path) -> None:
     small = run(hub, tmp_path, "org/code-GGUF")
     assert small.returncode == 0, small.stderr
-    assert [path.name for path in tmp_path.glob("hub/*/snapshots/*/*.gguf")] == ["code.Q4_0.gguf"]
+    assert [path.name for path in tmp_path.glob("hub/*/snapshots/*/*.gguf")] == ["code.UD-Q4_K_M.gguf"]
     large = run(hub, tmp_path, "org/code-GGUF:q8_0")
     assert large.returncode == 0, large.stderr
     before = len(hub.asked)
-    for model, expected in (("org/code-GGUF", small), ("org/code-GGUF:Q8_0", large)):
+    for model, expected in (("org/code-GGUF", small), ("org/code-GGUF:Q8_0", large), ("hf.co/org/code-GGUF:UD-Q4_K_M", small)):
         assert run(hub, tmp_path, model).stdout == expected.stdout
     assert len(hub.asked) == before
     other = run(hub, tmp_path, "org/code-GGUF:Q6_K")
     assert other.returncode != 0
     assert "org/code-GGUF:Q6_K is not a folder or file here" in other.stderr
-    assert "it has no such file (but code.Q4_0.gguf, code.Q8_0.gguf)" in other.stderr
+    assert "it has no such file (but code.Q8_0.gguf, code.UD-Q4_K_M.gguf)" in other.stderr
+    for blob in tmp_path.glob("hub/models--org--code-GGUF/blobs/*"):
+        blob.unlink()
+    assert run(hub, tmp_path, "org/code-GGUF:Q8_0").stdout == large.stdout  # its link was there without a file
 
 
 @pytest.mark.parametrize(("model", "offline", "part"), [
     ("org/none", False, "there is none, or it is shown to others only"),
     ("org/code@v9", False, "it has no revision 'v9'"),
     ("org/gated", False, "accept their terms on its page, and set HF_TOKEN"),
-    ("org/code", True, "it can't be downloaded ("),
+    ("org/code", True, "it was not downloaded before, and HF_HUB_OFFLINE is set"),
     ("models/-..x", False, "is not a folder or file here"),
+    ("models/none.gguf", False, "there is no folder or file models/none.gguf"),
+    ("org/code:Q8_0", False, "it has no GGUF files: leave :Q8_0 out"),
+    ("org/strange", False, "architecture 'MixtralForCausalLM' is not supported"),
+    ("org/without", False, "it has no tokenizer.json"),
+    ("org/adapter", False, "it holds an adapter"),
+    ("org/pickled", False, "pickled weights can run code and are never loaded"),
 ])  # fmt: skip
 def test_what_is_not_there(hub: Hub, tmp_path: Path, model: str, offline: bool, part: str) -> None:
     done = run(hub, tmp_path, model, offline=offline)
     assert done.returncode != 0
     assert part in done.stderr
     assert "Traceback" not in done.stderr
+    assert not any(tmp_path.glob("hub/*/snapshots/*/*.safetensors"))  # nothing large is downloaded in vain
 
 
 def test_names() -> None:
-    for name in ("Qwen/Qwen3-0.6B", "org/a@v1.0", "org/a@refs/pr/1", "org/a-GGUF:Q4_K_M", "org/a@main:Q8_0"):
-        assert NAME.fullmatch(name)
-    for name in ("a", "a/b/c", "/a/b", "./a/b", "../a", "a/b c", "~/a", "a/", "a/b:Q4 K"):
-        assert not NAME.fullmatch(name)
+    for name in (
+        "Qwen/Qwen3-0.6B", "org/a@v1.0", "org/a@refs/pr/1", "org/a-GGUF:UD-Q4_K_XL", "org/a@main:Q8_0", "https://huggingface.co/org/a",
+        "hf.co/org/a:Q4_0",
+    ):  # fmt: skip
+        assert is_name(name)
+    for name in ("a", "a/b/c", "/a/b", "./a/b", "../a", "a/b c", "~/a", "a/", "a/b:Q4 K", "a/b.gguf"):
+        assert not is_name(name)
 
 
 def test_which_file_is_taken() -> None:
     names = [
-        "README.md",
-        "a-Q4_K_M-00002-of-00002.gguf",
-        "a-Q4_K_M-00001-of-00002.gguf",
-        "a-Q8_0.gguf",
-        "a-IQ4_K_M.gguf",
-        "mmproj-f16.gguf",
-    ]
+        "README.md", "a-Q4_K_M-00002-of-00002.gguf", "a-Q4_K_M-00001-of-00002.gguf", "a-Q8_0.gguf", "a-IQ4_K_M.gguf", "mmproj-f16.gguf",
+        "a-Q4_K_M-imat-00001-of-00002.gguf", "a-Q4_K_M-imat-00002-of-00002.gguf", "b/a-Q8_0.gguf",
+    ]  # fmt: skip
     parts = ["a-Q4_K_M-00001-of-00002.gguf", "a-Q4_K_M-00002-of-00002.gguf"]
     assert choose("o/a", names, None) == choose("o/a", names, "q4_k_m") == parts
     assert choose("o/a", names, "Q8_0") == ["a-Q8_0.gguf"]
-    assert choose("o/a", ["x-F16.gguf", "x-BF16.gguf"], None) == ["x-BF16.gguf"]
+    assert choose("o/a", ["x-BF16.gguf", "x-imatrix.gguf"], None) == ["x-BF16.gguf"]
     assert choose("o/a", ["x-F16.gguf", "x-BF16.gguf"], "f16") == ["x-F16.gguf"]
-    for given, part in ((["README.md"], "neither config.json and safetensors nor GGUF"), (["mmproj.gguf"], "neither")):
+    for given, part in (
+        (["README.md"], "neither safetensors nor GGUF"),
+        (["mmproj.gguf"], "neither"),
+        (["x-F16.gguf", "x-BF16.gguf"], r"it has several files \(x-F16.gguf, x-BF16.gguf\): name one"),
+    ):
         with pytest.raises(ModelLoadError, match=part):
             choose("o/a", given, None)
     with pytest.raises(ModelLoadError, match=r"it has no such file \(but"):

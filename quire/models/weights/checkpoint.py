@@ -19,7 +19,7 @@ from quire.gguf import is_gguf
 from quire.models.families import Family, Source, find_family, spec_from_config
 from quire.models.spec import TransformerSpec
 from quire.models.weights.gguf import Widen, gguf_files, gguf_spec, load_gguf
-from quire.models.weights.hub import NAME, fetch
+from quire.models.weights.hub import fetch, is_name
 from quire.models.weights.messages import SHOWN, some
 from quire.models.weights.model import Model
 from quire.models.weights.safetensors import SUPPORTED, TensorInfo, map_file, read_header, view
@@ -40,8 +40,8 @@ def resolve_model(name: str | Path, weights: bool = True) -> Path:
         return path
     if path.exists():
         raise ModelLoadError(f"{path} is a file and no GGUF: give the folder that holds it, with config.json and the tokenizer")
-    if NAME.fullmatch(str(name)):
-        return fetch(str(name), weights)
+    if is_name(str(name)):
+        return fetch(str(name), _read_config, weights)
     raise ModelLoadError(
         f"there is no folder or file {path}: give a model folder in Hugging Face format, a GGUF file, a "
         f"name on the Hugging Face Hub (org/name), or {EMBEDDED_MODEL!r}"
@@ -50,7 +50,8 @@ def resolve_model(name: str | Path, weights: bool = True) -> Path:
 
 def _gguf_in(folder: Path) -> Path:
     """The one GGUF model in a folder (of several parts the first), or the folder where there is none. Raises ModelLoadError."""
-    found = sorted(file for file in folder.glob("*.gguf") if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", file.name) and is_gguf(file))
+    others = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$|mmproj|imatrix", re.IGNORECASE)
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf" and not others.search(file.name) and is_gguf(file))
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:SHOWN])
         raise ModelLoadError(f"{folder} holds {len(found)} GGUF files ({names}{', ...' if len(found) > SHOWN else ''}): give one of them")
