@@ -36,6 +36,16 @@ _LENGTH: Final = struct.Struct("<Q")
 _KIND: Final = struct.Struct("<I")
 _MAX_DIMENSIONS: Final = 4
 _MAX_PARTS: Final = 1000
+_MAX_LIST: Final = 1 << 22  # entries of one field; the largest vocabularies have a quarter of a million tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+"""``tokenizer.ggml.token_type`` of a token."""
+_ENDS: Final = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+    "<|end_of_text|>", "<|return|>", "<|call|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+))  # fmt: skip
+"""How tokens are spelt that end a turn wherever they are special, as llama.cpp has it: a file names one, and a model may use another."""
+_SENTENCE_PIECE: Final = {"unknown": 0, "bos": 1, "eos": 2}
+"""Ids where a file with a tokenizer of this kind does not say them."""
 _PART: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -96,6 +106,30 @@ class Gguf:
             self.refuse(f"has {len(values):,} entries in {name} and needs {length:,}")
         return values
 
+    def tokens(self) -> tuple[list[str], list[int]]:
+        """The vocabulary, and the type of each token: those that are spelt like the end of a turn are special, whatever they are called.
+        Raises ModelLoadError."""
+        tokens = self.list_of("tokenizer.ggml.tokens", str)
+        given = self.list_of("tokenizer.ggml.token_type", int, len(tokens))
+        types = given or [NORMAL] * len(tokens)
+        may_end = (CONTROL, USER_DEFINED) if given else (NORMAL,)
+        return tokens, [CONTROL if type_ in may_end and token in _ENDS else type_ for token, type_ in zip(tokens, types, strict=True)]
+
+    def special_token(self, role: str) -> int | None:
+        """The id of bos, eos, eot, eom, unknown, ..., as the format spells them; None where there is none, or none in the vocabulary
+        (llama.cpp passes over those, too)."""
+        default = _SENTENCE_PIECE.get(role) if self.fields.get("tokenizer.ggml.model") == "llama" else None
+        value = self.fields.get(f"tokenizer.ggml.{role}_token_id", default)
+        return value if type(value) is int and 0 <= value < len(self.fields.get("tokenizer.ggml.tokens", ())) else None
+
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer, the one that the file names first. Raises ModelLoadError."""
+        tokens, types = self.tokens()
+        named = [self.special_token(role) for role in ("eos", "eot", "eom")]
+        named += [i for i in self.list_of("tokenizer.ggml.eos_token_ids", int) if 0 <= i < len(tokens)]
+        named += [i for i, (token, type_) in enumerate(zip(tokens, types, strict=True)) if type_ == CONTROL and token in _ENDS]
+        return list(dict.fromkeys(i for i in named if i is not None))
+
 
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as GGUF files do, whatever its name is: Ollama's have none."""
@@ -111,7 +145,7 @@ def read_gguf(path: Path) -> Gguf:
     formed."""
     model = _read(path)
     count = model.fields.get("split.count", 1)
-    if count == 1:
+    if count in (0, 1):  # 0: of files that were put together again
         return model
     match = _PART.fullmatch(path.name)
     if type(count) is not int or not 1 < count <= _MAX_PARTS or match is None or int(match[3]) != count:
@@ -180,6 +214,8 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             inner, count = self.kind(), self.length()
+            if count > _MAX_LIST:
+                self.refuse(f"has {count:,} entries in {name}, and at most {_MAX_LIST:,} are read")
             if inner == _STRING:
                 return self.strings(count)
             if inner not in _SCALARS:

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from quire.errors import ModelLoadError
-from quire.gguf import Gguf
+from quire.gguf import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Gguf
 
 _GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -65,12 +65,15 @@ _WORDS: Final[dict[str, _Words]] = {
 }  # fmt: skip
 """``tokenizer.ggml.pre`` → how such a vocabulary's texts are cut."""
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # ``tokenizer.ggml.token_type``
 _ROLES: Final = {
     "bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding", "mask_token": "mask",
 }  # fmt: skip
 """Role → how the format spells it in ``tokenizer.ggml.…_token_id``."""
 _SPACE: Final = "\u2581"
+_LONGEST: Final = 1024
+"""Characters of a token. Every way to cut one in two is looked at."""
+_PLAIN: Final = ("<unk>", "<s>", "<|endoftext|>")
+"""Special tokens of Phi-3 that leave the white space behind them."""
 
 
 def gguf_tokenizer(model: Gguf) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
@@ -78,34 +81,37 @@ def gguf_tokenizer(model: Gguf) -> tuple[tokenizers.Tokenizer, dict[str, str], d
     kind = model.text("tokenizer.ggml.model", "none")
     if kind not in ("gpt2", "llama"):
         model.refuse(f"has a tokenizer of the kind {kind!r:.40}; supported: gpt2 (byte-level BPE), llama (SentencePiece BPE)")
-    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(model.list_of("tokenizer.ggml.tokens", str))]
-    types = model.list_of("tokenizer.ggml.token_type", int, len(tokens)) or [_NORMAL] * len(tokens)
+    given, types = model.tokens()
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(given)]
+    for i, token in enumerate(tokens):
+        if len(token) > _LONGEST or not _is_unicode(token):
+            model.refuse(f"has a token that is {'too long' if len(token) > _LONGEST else 'not UTF-8'} (number {i})")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if not tokens or len(vocabulary) < len(tokens):
         model.refuse("has no tokens" if not tokens else f"has {len(tokens) - len(vocabulary)} tokens twice in tokenizer.ggml.tokens")
-    roles = {role: tokens[i] for role, name in _ROLES.items() if (i := _token_id(model, name, len(tokens))) is not None}
+    roles = {role: tokens[at] for role, name in _ROLES.items() if (at := model.special_token(name)) is not None}
     try:
-        made, begins = (_byte_level if kind == "gpt2" else _sentence_piece)(model, vocabulary, types, roles.get("unk_token"))
+        made, begins_with = (_byte_level if kind == "gpt2" else _sentence_piece)(model, vocabulary, types, roles.get("unk_token"))
         # The tokens of a Phi-3 swallow the white space behind them; the file does not say so.
         strips = kind == "llama" and model.architecture == "phi3"
         added = [
-            AddedToken(token, special=type_ == _CONTROL, normalized=False, rstrip=strips and i not in (0, vocabulary.get("<s>")))
-            for i, (token, type_) in enumerate(zip(tokens, types, strict=True))
-            if type_ in (_CONTROL, _USER_DEFINED)
+            AddedToken(token, special=type_ != USER_DEFINED, normalized=False, rstrip=strips and token not in _PLAIN)
+            for token, type_ in zip(tokens, types, strict=True)
+            if type_ in (UNKNOWN, CONTROL, USER_DEFINED)
         ]
         made.add_tokens(added)
-        _add_frame(made, model, roles, vocabulary, begins)
+        _add_frame(made, model, roles, vocabulary, begins_with)
     except ModelLoadError:
         raise
     except Exception as e:  # the library raises nothing more specific
         model.refuse(f"has a tokenizer that can't be made: {e}")
-    return made, roles, _templates(model)
+    begins = made.encode("", add_special_tokens=True).ids[:1] == [vocabulary[roles["bos_token"]]] if "bos_token" in roles else False
+    return made, roles, _templates(model, roles["bos_token"] if begins else None)
 
 
-def _token_id(model: Gguf, name: str, count: int) -> int | None:
-    """A special token's id; None where there is none, or none in the vocabulary (llama.cpp passes over those, too)."""
-    value = model.fields.get(f"tokenizer.ggml.{name}_token_id")
-    return value if type(value) is int and 0 <= value < count else None
+def _is_unicode(text: str) -> bool:
+    """Bytes that are not UTF-8 were read as lone surrogates."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _byte_level(model: Gguf, vocabulary: dict[str, int], types: list[int], unknown: str | None) -> tuple[tokenizers.Tokenizer, bool]:
@@ -114,6 +120,8 @@ def _byte_level(model: Gguf, vocabulary: dict[str, int], types: list[int], unkno
     if name not in _WORDS:
         model.refuse(f"cuts texts into words as {name!r:.40} does, which is not supported; supported: {', '.join(sorted(_WORDS))}")
     words = _WORDS[name]
+    if "tokenizer.ggml.merges" not in model.fields:
+        model.refuse("has no tokenizer.ggml.merges, without which a tokenizer of the kind 'gpt2' has bytes only")
     merges = []
     for merge in model.list_of("tokenizer.ggml.merges", str):
         middle = merge.find(" ", 1)
@@ -136,7 +144,7 @@ def _sentence_piece(model: Gguf, vocabulary: dict[str, int], types: list[int], u
         model.refuse("has no tokenizer.ggml.scores, from which a tokenizer of the kind 'llama' merges")
     merges: list[tuple[float, int, tuple[str, str]]] = []
     for token, i in vocabulary.items():
-        if types[i] == _NORMAL:
+        if types[i] == NORMAL:
             for middle in range(1, len(token)):
                 left, right = token[:middle], token[middle:]
                 if left in vocabulary and right in vocabulary:
@@ -164,11 +172,15 @@ def _add_frame(made: tokenizers.Tokenizer, model: Gguf, roles: dict[str, str], v
     made.post_processor = processors.TemplateProcessing(single=frame, special_tokens=special)
 
 
-def _templates(model: Gguf) -> dict[str, str]:
-    """Name → chat template."""
+def _templates(model: Gguf, bos: str | None) -> dict[str, str]:
+    """Name → chat template. bos: what texts begin with, whether a template writes it or not (llama.cpp adds it, so some do not)."""
     found = {}
     for name in ("default", *model.list_of("tokenizer.chat_templates", str)):
         field = "tokenizer.chat_template" if name == "default" else f"tokenizer.chat_template.{name}"
-        if field in model.fields:
-            found[name] = model.text(field)
+        template = model.text(field, "")
+        if not _is_unicode(template):
+            model.refuse(f"has something else than UTF-8 in {field}")
+        if template:
+            written = bos is None or "bos_token" in template or bos in template
+            found[name] = template if written else "{{ bos_token }}" + template
     return found

@@ -116,6 +116,9 @@ def test_fields(tmp_path: Path) -> None:
     assert spec.eos_token_ids == (2, 5, 3)  # what the file names first, then by their texts: <|im_end|>
     assert dict(spec.sampling_defaults) == {"temperature": 0.6, "top_k": 20}
     assert (spec.norm_eps, spec.head_dim, spec.max_positions, spec.tied) == (1e-05, 16, 128, False)
+    for types, ends in ((None, (2, 3)), ([2, 3, 3, 4] + [1] * 28, (2, 3)), ([2, 3, 3, 1] + [1] * 28, (2,))):
+        fields = tiny_fields(tokenizer__ggml__token_type=types, tokenizer__ggml__eos_token_ids=[2])
+        assert load_spec(write_gguf(tmp_path / "d.gguf", fields, tiny_tensors())).eos_token_ids == ends
     old = load_spec(write_gguf(tmp_path / "c.gguf", tiny_fields(llama__rope__scale_linear=4.0), tiny_tensors()))
     assert old.rope is not None
     assert (old.rope.scaling, old.rope.factor) == ("linear", 4.0)
@@ -133,6 +136,9 @@ def test_several_parts(tmp_path: Path) -> None:
     assert all(np.array_equal(model.tensors[name], array) for name, array in whole.tensors.items())
     assert weight_files(parts[0]) == parts
     assert model_name(parts[0]) == "m"
+    merged = write_gguf(tmp_path / "merged.gguf", tiny_fields(split__count=0), tiny_tensors())  # as llama-gguf-split --merge leaves it
+    assert load_spec(merged) == whole.spec
+    merged.unlink()
     fails(parts[1], "is part 2 of 3: give the first one, m-00001-of-00003.gguf")
     parts[2].rename(tmp_path / "elsewhere")
     fails(parts[0], "m-00003-of-00003.gguf is missing", "of 3 parts")
@@ -163,7 +169,7 @@ def test_where_a_file_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("changes", "parts"), [
     ({"general__architecture": "mamba"}, ["the architecture 'mamba'", "supported: gpt2, granite, llama"]),
     ({"general__architecture": "clip", "general__type": "mmproj"}, ["not a language model but of the type 'mmproj'"]),
-    ({"llama__block_count": None}, ["a.gguf", "'num_hidden_layers' is missing"]),
+    ({"llama__block_count": None}, ["a.gguf", "has no field llama.block_count"]),
     ({"llama__block_count": 3}, ["lacks 9 tensors (blk.2.attn_norm.weight [64]"]),
     ({"llama__attention__head_count_kv": [2, 1]}, ["layers that differ in llama.attention.head_count_kv ([2, 1])"]),
     ({"llama__attention__head_count": "four"}, ["'num_attention_heads' must be an integer"]),
@@ -172,6 +178,9 @@ def test_where_a_file_is_found(tmp_path: Path) -> None:
     ({"llama__rope__dimension_count": 8}, ["rotates 8 of 16 dimensions"]),
     ({"llama__rope__scaling__type": "su"}, ["the rope type 'su'", "supported: linear, yarn"]),
     ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": -1.0}, ["'factor' must be a number above 0"]),
+    ({"llama__attention__layer_norm_rms_epsilon": None}, ["has no field llama.attention.layer_norm_rms_epsilon"]),
+    ({"llama__rope__scaling__attn_factor": 1.2}, ["attn_factor without the factors"]),
+    ({"llama__odd": [1] * ((1 << 22) + 1)}, ["has 4,194,305 entries in 'llama.odd', and at most 4,194,304 are read"]),
     ({"llama__expert_count": 8}, ["is a mixture of 8 experts"]),
     ({"llama__attention__causal": False}, ["sees what comes after a token"]),
     ({"llama__attention__value_length": 8, "llama__attention__key_length": 16}, ["keys of 16 and values of 8"]),

@@ -116,6 +116,26 @@ def test_sentence_piece(tmp_path: Path) -> None:
         assert plain.decode(plain.encode(text)) == text
 
 
+def test_sentence_piece_without_ids(tmp_path: Path) -> None:
+    """Its special tokens have ids that a file need not say, and <unk> is one of them."""
+    fields = {name: value for name, value in sentence_piece().items() if not name.endswith("_token_id")}
+    read = Tokenizer.load(write_gguf(tmp_path / "a.gguf", fields, {}))
+    assert read.encode("a") == llama().encode("a").ids
+    assert (read.bos_token_id, read.eos_token_id, read.special_tokens["unk_token"]) == (1, 2, "<unk>")
+    assert 0 in read.special_ids
+
+
+def test_what_is_not_utf_8(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", tiny_fields(tokenizer__chat_template="xyzzy"), {})
+    whole = path.read_bytes()
+    for old, new, part in ((b"xyzzy", b"xy\xff\xffy", "has something else than UTF-8 in tokenizer.chat_template"),
+                           (b"\1\0\0\0\0\0\0\0q", b"\1\0\0\0\0\0\0\0\xff", "has a token that is not UTF-8 (number 20)")):  # fmt: skip
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(ModelLoadError) as error:
+            Tokenizer.load(path)
+        assert part in error.value.message
+
+
 def test_tokens_of_phi_3_swallow_the_space_behind_them(tmp_path: Path) -> None:
     fields = sentence_piece()
     fields["tokenizer.ggml.tokens"] = [*fields["tokenizer.ggml.tokens"], "<|user|>"]
@@ -134,6 +154,14 @@ def test_chat_templates(tmp_path: Path) -> None:
     read = Tokenizer.load(write_gguf(tmp_path / "b.gguf", fields, {}))
     assert read.render_chat([{"role": "user", "content": "hi"}], template_kwargs={"tools": [{}]}) == "tools!"
     assert not Tokenizer.load(write_gguf(tmp_path / "c.gguf", tiny_fields(), {})).has_chat_template
+    assert not Tokenizer.load(write_gguf(tmp_path / "d.gguf", tiny_fields(tokenizer__chat_template=""), {})).has_chat_template
+    # Where texts begin with a token, prompts do, be it that the template leaves it to whoever runs the model.
+    silent = sentence_piece(**{"tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"})
+    read = Tokenizer.load(write_gguf(tmp_path / "e.gguf", silent, {}))
+    assert read.render_chat([{"role": "user", "content": "hi"}]) == "<s>hi"
+    silent["tokenizer.ggml.add_bos_token"] = False
+    read = Tokenizer.load(write_gguf(tmp_path / "f.gguf", silent, {}))
+    assert read.render_chat([{"role": "user", "content": "hi"}]) == "hi"
 
 
 @pytest.mark.parametrize(("changes", "part"), [
@@ -143,6 +171,8 @@ def test_chat_templates(tmp_path: Path) -> None:
     ({"tokenizer__ggml__tokens": None, "tokenizer__ggml__token_type": None}, "has no tokens"),
     ({"tokenizer__ggml__tokens": ["a"] * 32}, "has 31 tokens twice"),
     ({"tokenizer__ggml__token_type": [1, 1]}, "has 2 entries in tokenizer.ggml.token_type and needs 32"),
+    ({"tokenizer__ggml__merges": None}, "has no tokenizer.ggml.merges"),
+    ({"tokenizer__ggml__tokens": ["a" * 2000, *map(str, range(31))]}, "has a token that is too long (number 0)"),
     ({"tokenizer__ggml__merges": ["ab"]}, "has the merge 'ab', which is not two tokens"),
     ({"tokenizer__ggml__merges": ["a q"]}, "has a tokenizer that can't be made"),
     ({"tokenizer__ggml__merges": [1, 2]}, "something else in tokenizer.ggml.merges than a list of str"),

@@ -40,6 +40,7 @@ class Architecture:
     """Whether gate and up are one tensor, in this order."""
 
 
+_OPTIONAL: Final = {"num_key_value_heads", "head_dim", "rope_theta", "sliding_window", "n_inner"}
 _SHARED: Final = {
     "hidden_size": ".embedding_length",
     "num_hidden_layers": ".block_count",
@@ -48,9 +49,9 @@ _SHARED: Final = {
     "num_key_value_heads": ".attention.head_count_kv",
     "head_dim": ".attention.key_length",
     "max_position_embeddings": ".context_length",
-    "rms_norm_eps": ".attention.layer_norm_rms_epsilon",
     "rope_theta": ".rope.freq_base",
 }
+_RMS: Final = _SHARED | {"rms_norm_eps": ".attention.layer_norm_rms_epsilon"}
 _SCALES: Final = {
     "embedding_multiplier": ".embedding_scale",
     "residual_multiplier": ".residual_scale",
@@ -63,24 +64,18 @@ _GPT2: Final = {
 }  # fmt: skip
 
 ARCHITECTURES: Final = {
-    "llama": Architecture("LlamaForCausalLM", _SHARED, interleaved=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", _SHARED),
-    "qwen3": Architecture("Qwen3ForCausalLM", _SHARED),
-    "granite": Architecture("GraniteForCausalLM", _SHARED | _SCALES, interleaved=True),
-    "smollm3": Architecture("SmolLM3ForCausalLM", _SHARED, interleaved=True),
-    "phi3": Architecture("Phi3ForCausalLM", _SHARED | {"sliding_window": ".attention.sliding_window"}, fused_gate=True),
+    "llama": Architecture("LlamaForCausalLM", _RMS, interleaved=True),
+    "qwen2": Architecture("Qwen2ForCausalLM", _RMS),
+    "qwen3": Architecture("Qwen3ForCausalLM", _RMS),
+    "granite": Architecture("GraniteForCausalLM", _RMS | _SCALES, interleaved=True),
+    "smollm3": Architecture("SmolLM3ForCausalLM", _RMS, interleaved=True),
+    "phi3": Architecture("Phi3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}, fused_gate=True),
     "starcoder2": Architecture("Starcoder2ForCausalLM", _SHARED | {"norm_epsilon": ".attention.layer_norm_epsilon"}),
     "stablelm": Architecture("StableLmForCausalLM", _SHARED | {"layer_norm_eps": ".attention.layer_norm_epsilon"}),
     "gpt2": Architecture("GPT2LMHeadModel", _GPT2),
 }  # fmt: skip
 """``general.architecture`` → what it is here."""
 
-_ENDS: Final = frozenset((
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "<|end_of_text|>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-))  # fmt: skip
-"""Special tokens that end a turn wherever they are, as llama.cpp takes them: a file names one, and a model may end with another."""
-_CONTROL: Final = 3
 _SAMPLING: Final = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
 
 
@@ -108,6 +103,8 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
     for name, field in kind.fields.items():
         if (value := model.fields.get(prefix + field)) is not None:
             values[name] = _one(model, prefix + field, value)
+        elif name not in _OPTIONAL and name not in _SCALES:
+            model.refuse(f"has no field {prefix}{field}")
     values["tie_word_embeddings"] = "output.weight" not in model.tensors
     for name, tensor in (("attention_bias", "attn_q"), ("use_qkv_bias", "attn_q"), ("use_bias", "attn_q"), ("mlp_bias", "ffn_up")):
         values[name] = any(f"blk.0.{each}.bias" in model.tensors for each in (tensor, "attn_qkv" if tensor == "attn_q" else tensor))
@@ -161,6 +158,8 @@ def _rotation(model: Gguf, kind: Architecture, values: dict[str, Any], factors: 
             "original_max_position_embeddings": original,
             "attention_factor": fields.get(f"{prefix}.rope.scaling.attn_factor"),
         }
+    elif fields.get(f"{prefix}.rope.scaling.attn_factor", 1.0) != 1.0:
+        model.refuse(f"has {prefix}.rope.scaling.attn_factor without the factors that it goes with, which is not supported")
     elif scaling in ("linear", "yarn"):
         given = {"rope_type": scaling, "factor": factor}
         if scaling == "yarn":
@@ -208,14 +207,7 @@ def sources_of(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
 
 def _generation(model: Gguf) -> dict[str, Any]:
     """As in generation_config.json: the tokens that end a text, and what the model's authors recommend."""
-    tokens = model.list_of("tokenizer.ggml.tokens", str)
-    types = model.list_of("tokenizer.ggml.token_type", int, len(tokens))
-    named = [model.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = [i for i in named if type(i) is int and 0 <= i < len(tokens)]
-    ends += [i for i, (token, type_) in enumerate(zip(tokens, types, strict=False)) if type_ == _CONTROL and token in _ENDS]
-    found: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))}
-    if type(bos := model.fields.get("tokenizer.ggml.bos_token_id")) is int and bos < len(tokens):
-        found["bos_token_id"] = bos
+    found: dict[str, Any] = {"eos_token_id": model.ends(), "bos_token_id": model.special_token("bos")}
     for name, field in _SAMPLING.items():
         if (value := model.fields.get(f"general.sampling.{field}")) is not None:
             found[name] = value
