@@ -104,7 +104,7 @@ def gguf_tokenizer(model: Gguf) -> tuple[tokenizers.Tokenizer, dict[str, str], d
     except ModelLoadError:
         raise
     except Exception as e:  # the library raises nothing more specific
-        model.refuse(f"has a tokenizer that can't be made: {e}")
+        model.refuse(f"has a tokenizer that can't be made: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     begins = made.encode("", add_special_tokens=True).ids[:1] == [vocabulary[roles["bos_token"]]] if "bos_token" in roles else False
     return made, roles, _templates(model, roles["bos_token"] if begins else None)
 
