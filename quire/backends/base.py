@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,9 +98,6 @@ def open_backend(config: EngineConfig, report: Report | None = None) -> Backend:
 
     Raises ModelLoadError (folder, files, tensors), ConfigError (options), CapacityError (the pool holds no request).
     """
-    from quire.models.weights import resolve_model
-
-    config = replace(config, model=str(resolve_model(config.model)))  # once: finding a model of the Hub asks the Hub
     if config.device == "cpu":
         with cpu_kernels():
             from quire.backends.cpu.backend import CpuBackend

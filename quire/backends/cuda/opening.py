@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -35,6 +36,7 @@ def open_cuda(config: EngineConfig, report: Report | None = None) -> CudaBackend
     if size == 1:
         return open_rank(config, report=report)
     open_device(config.device, size - 1)
+    config = replace(config, model=str(resolve_model(config.model)))  # once for all ranks: a model of the Hub may have to be downloaded
     check_parallel(load_spec(config.model), size)
     ranks = Ranks(config, size)
     try:
