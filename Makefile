@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Bytecode is written for what is used, when it is used first: a quarter of the installed size otherwise.
+# Bytecode is written for what is used, when it is used first: a quarter of the installed size otherwise. (venv writes pip's.)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find quire -type f -not -name '*.pyc' -not -name '*.so')
 MODEL ?= embedded
@@ -41,6 +41,7 @@ $(VENV)/.installed: $(SOURCES) | preflight $(BIN)/pip
 	@echo "Installing Quire into $(VENV) (compiles its native code, about a minute) ..."
 	@$(PIP) .
 	@$(BIN)/python -m pip uninstall --quiet --yes setuptools 2>/dev/null || true
+	@find $(VENV)/lib*/python*/site-packages/pip -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 	@$(BIN)/python -P -c 'import quire.llm, quire.server.launch, quire.server.uvicorn_server, quire.server.app'
 	@touch $@
 
