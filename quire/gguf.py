@@ -46,7 +46,8 @@ _ENDS: Final = frozenset((
 """How tokens are spelt that end a turn wherever they are special, as llama.cpp has it: a file names one, and a model may use another."""
 _SENTENCE_PIECE: Final = {"unknown": 0, "bos": 1, "eos": 2}
 """Ids where a file with a tokenizer of this kind does not say them."""
-_PART: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+PART: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+"""Name of one of a model's files: what all begin with, its number from 1 on, and how many there are."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -132,12 +133,14 @@ class Gguf:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do, whatever its name is: Ollama's have none."""
+    """Whether a file begins as GGUF files do, whatever its name is: Ollama's have none. One that can't be read is what its name says."""
+    if not path.is_file():  # a pipe would have to be waited for
+        return False
     try:
         with path.open("rb") as file:
             return file.read(4) == _MAGIC
     except OSError:
-        return False
+        return path.suffix.lower() == ".gguf"
 
 
 def read_gguf(path: Path) -> Gguf:
@@ -147,7 +150,7 @@ def read_gguf(path: Path) -> Gguf:
     count = model.fields.get("split.count", 1)
     if count in (0, 1):  # 0: of files that were put together again
         return model
-    match = _PART.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     if type(count) is not int or not 1 < count <= _MAX_PARTS or match is None or int(match[3]) != count:
         model.refuse(f"is one of {count!r} parts, which must be called NAME-00001-of-{count!s:0>5}.gguf and so on")
     if int(match[2]) != 1:

@@ -6,6 +6,7 @@ fixtures/gguf holds the models of fixtures/golden (but OPT's, which llama.cpp do
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import fields, replace
 from pathlib import Path
@@ -162,6 +163,8 @@ def test_where_a_file_is_found(tmp_path: Path) -> None:
     assert load_spec(folder) == load_spec(inside)
     (folder / "b.gguf").write_bytes(inside.read_bytes())
     fails(folder, "holds 2 GGUF files (a.Q4_K_M.gguf, b.gguf): give one of them")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    fails(tmp_path / "pipe.gguf", "is a file and no GGUF")  # at once, and not when somebody writes to it
     (tmp_path / "text").write_text("no")
     fails(tmp_path / "text", "is a file and no GGUF")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from quire.errors import ModelLoadError
+from quire.gguf import PART
 from quire.models.weights.messages import SHOWN
 
 _NAME: Final = re.compile(
@@ -29,7 +30,6 @@ _INDEX: Final = "model.safetensors.index.json"
 _PREFERRED: Final = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q5_K_M", "Q6_K", "Q8_0")
 _NO_MODEL: Final = ("mmproj", "imatrix")
 """Parts of the names of GGUF files that go with a model."""
-_PART: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _PATIENCE_S: Final = 10.0
 
 log = logging.getLogger("quire.hub")
@@ -93,7 +93,7 @@ def choose(repo: str, names: Sequence[str], kind: str | None) -> list[str]:
     """Of a repository's GGUF files the one to take, or all of its parts, the first first. Raises ModelLoadError."""
     models = [name for name in names if name.lower().endswith(".gguf") and not any(part in name.lower() for part in _NO_MODEL)]
     models.sort(key=lambda name: (name.count("/"), len(name), name))
-    first = [name for name in models if (match := _PART.fullmatch(name)) is None or int(match[2]) == 1]
+    first = [name for name in models if (match := PART.fullmatch(name)) is None or int(match[2]) == 1]
     if not first:
         _refuse_without_gguf(repo, names, kind)
 
@@ -110,9 +110,9 @@ def choose(repo: str, names: Sequence[str], kind: str | None) -> list[str]:
         if not found:
             _refuse(repo, f"it has several files ({shown}): name one by what is in its name, as {repo}:{_PREFERRED[0]} would")
     chosen = found[0]
-    if (match := _PART.fullmatch(chosen)) is None:
+    if (match := PART.fullmatch(chosen)) is None:
         return [chosen]
-    return sorted(name for name in models if (part := _PART.fullmatch(name)) is not None and (part[1], part[3]) == (match[1], match[3]))
+    return sorted(name for name in models if (part := PART.fullmatch(name)) is not None and (part[1], part[3]) == (match[1], match[3]))
 
 
 def _snapshot(repo: str, revision: str | None) -> Path | None:
@@ -142,7 +142,7 @@ def _in_cache(repo: str, folder: Path, kind: str | None, weights: bool) -> Path 
         parts = choose(repo, _ggufs(folder), kind or _PREFERRED[0])
     except ModelLoadError:
         return None
-    count = _PART.fullmatch(parts[0])
+    count = PART.fullmatch(parts[0])
     return folder / parts[0] if count is None or len(parts) == int(count[3]) else None
 
 
