@@ -36,7 +36,7 @@ from quire.workload import Lengths
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False, epilog=f"Engines: {', '.join(NAMES)}")
-    parser.add_argument("model", metavar="MODEL", help="model folder in Hugging Face format")
+    parser.add_argument("model", metavar="MODEL", help="model folder in Hugging Face format, or a GGUF file, for quire-file and llama-file")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for table, plot, JSON, logs and GGUF files")
     parser.add_argument("--engines", metavar="A,B,...", help="which, in the order of the first round (default: float32, all that are here)")
     parser.add_argument("--define", action="append", default=[], metavar="'NAME=ENGINE OPTIONS'",

@@ -18,7 +18,6 @@ import ast
 import hashlib
 import json
 import sysconfig
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -29,10 +28,11 @@ import numpy as np
 from quire.backends.cpu.decoder import Decoder
 from quire.backends.cpu.packer import Packer
 from quire.backends.rows import Rows
+from quire.config import EngineConfig
 from quire.core.plan import RowStart, RowWork
-from quire.models.quantization import GROUP_SIZES, Quantization
+from quire.models.quantization import Quantization
 from quire.models.spec import TransformerSpec
-from quire.models.weights import load_model, resolve_model
+from quire.models.weights import Model, load_model, resolve_model
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
 
@@ -103,24 +103,26 @@ def log_likelihoods(decoder: Decoder, tokens: list[int], chunk: int) -> np.ndarr
 @dataclass(slots=True, frozen=True)
 class Variant:
     weights: str
-    """float32, bfloat16, float16, int8, int4, int8:64, ..."""
+    """float32, bfloat16, float16, int8, int4, int8:64, ... or stored"""
     kv: str
 
-    def decoder(self, spec: TransformerSpec, tensors: Mapping[str, Any], window: int, chunk: int) -> Decoder:
+    def decoder(self, model: Model, window: int, chunk: int) -> Decoder:
         kind, _, group = self.weights.partition(":")
-        quantization = Quantization.named(kind, int(group) if group else None) if kind in GROUP_SIZES else None
+        floats = kind in ("float32", "bfloat16", "float16")
+        config = EngineConfig(quantize="none" if floats else kind, group_size=int(group) if group else None).as_stored(model.spec.quantized)
+        quantization = Quantization.of(config, model.spec)
         if quantization is not None:
-            quantization.check(spec)
+            quantization.check(model.spec)
         return Decoder(
-            spec,
-            tensors,
+            model.spec,
+            model.tensors,
             num_blocks=-(-window // BLOCK_SIZE),
             block_size=BLOCK_SIZE,
             kv_dtype=self.kv,
             max_tokens=chunk,
             max_rows=chunk,
             max_model_len=window,
-            packer=Packer(None if quantization else kind, quantization),
+            packer=Packer(kind if floats else None, quantization, blocks=model.blocks),
         )
 
 
@@ -142,7 +144,7 @@ def main() -> None:
     reference, rows = None, []
     for variant in (Variant(weights, kv) for kv in args.kv for weights in args.weights):
         started = perf_counter()
-        decoder = variant.decoder(model.spec, model.tensors, args.window, args.chunk)
+        decoder = variant.decoder(model, args.window, args.chunk)
         lengths = np.array([len(tokens) - 1 for tokens in cut])
         scores = np.array([log_likelihoods(decoder, tokens, args.chunk).sum() for tokens in cut])
         reference = scores if reference is None else reference

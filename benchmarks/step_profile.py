@@ -27,6 +27,7 @@ from quire.backends.cpu import decoder as module
 from quire.backends.cpu.decoder import Decoder
 from quire.backends.cpu.packer import Packer
 from quire.backends.rows import Batch, Part
+from quire.config import EngineConfig
 from quire.models.quantization import Quantization
 from quire.models.weights import load_model, resolve_model
 
@@ -153,14 +154,15 @@ def main() -> None:
     parser.add_argument("--guesses", type=int, nargs="*", default=[])
     parser.add_argument("--context", type=int, default=192)
     parser.add_argument("--dtype")
-    parser.add_argument("--quantize", choices=("int8", "int4"))
+    parser.add_argument("--quantize", choices=("int8", "int4", "stored", "none"), help="default: stored for a quantized GGUF file")
     parser.add_argument("--kv-dtype", default="float16")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     model = load_model(resolve_model(args.model))
     most = max([*args.rows, *args.prefill, *(1 + count for count in args.guesses)])
     blocks = 2 + max(max(args.rows, default=1) * (-(-args.context // BLOCK)), -(-max(args.prefill, default=1) // BLOCK))
-    packer = Packer(args.dtype, Quantization.named(args.quantize) if args.quantize else None)
+    config = EngineConfig(quantize=args.quantize).as_stored(model.spec.quantized)
+    packer = Packer(args.dtype, Quantization.of(config, model.spec), blocks=model.blocks)
     decoder = Decoder(
         model.spec, model.tensors, num_blocks=blocks, block_size=BLOCK, kv_dtype=args.kv_dtype, max_tokens=most,
         max_rows=max([*args.rows, *(1 + count for count in args.guesses)], default=1), max_model_len=8192, packer=packer,
@@ -169,9 +171,9 @@ def main() -> None:
     peaks = {"int8": native.measure_int8_peak() * 1e9, "int4": native.measure_int8_peak() * 1e9}
     print(f"{native.isa()}, {native.num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s, int8 peak", end=" ")
     print(f"{peaks['int8'] / 1e9:.0f} G operations/s, read bandwidth {bandwidth / 1e9:.1f} GB/s")
-    names = {id(decoder.lm_head.packed): "lm_head"}
+    names = {id(part): "lm_head" for part in decoder.lm_head.parts}
     for layer in decoder.layers:
-        names |= {id(getattr(layer, part).packed): part for part in ("qkv", "o", "up", "down")}
+        names |= {id(part): name for name in ("qkv", "o", "up", "down") for part in getattr(layer, name).parts}
     recorder = Recorder(names, lambda read, work, dtype: max(read / bandwidth, work / peaks.get(dtype, peak)))
     vars(module)["native"] = recorder
     start, busy, own = perf_counter(), busy_seconds(), process_time()

@@ -107,9 +107,9 @@ class EngineConfig(_Checked):
     dtype: str = option("auto", "width of the weights; auto keeps the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
     quantize: str | None = option(
         None,
-        "quantize the linear layers at load: int8; int4 (CPU); fp8 (GPU); --dtype is the width of the rest. A GGUF file that is quantized "
-        "is int8 again on a CPU, Q4_0 int4, unless this says something else; none: --dtype for all",
-        choices=("int8", "int4", "fp8", "none"),
+        "quantize the linear layers at load: int8; int4 (CPU); fp8 (GPU); --dtype is the width of the rest. stored (CPU; the default for "
+        "GGUF files that are quantized): those of 4 bits as they are, others int8; none: --dtype for all",
+        choices=("int8", "int4", "fp8", "stored", "none"),
     )
     group_size: int | None = option(
         None,
@@ -212,11 +212,22 @@ class EngineConfig(_Checked):
         quantize = self.quantize
         if quantize == "none":
             quantize = None
-        elif quantize is None and quantized and self.device == "cpu":
+        elif quantize == "stored" and not quantized:
+            raise ConfigError(
+                "--quantize stored keeps weights as a quantized file has them, and this model's are not quantized: choose int8 or int4",
+                param="quantize",
+            )
+        elif quantize == "stored" or (quantize is None and quantized and self.device == "cpu"):
             quantize = quantized
         if quantize is None and self.group_size is not None:
             raise ConfigError(
                 f"--group-size {self.group_size} is for quantized weights: add --quantize int8 or int4, or leave it out", param="group_size"
+            )
+        if quantize == "stored" and self.group_size is not None:
+            raise ConfigError(
+                f"--group-size {self.group_size} is for weights that are quantized at load, and this file's groups of 32 are kept: add "
+                "--quantize int8 or int4, or leave it out",
+                param="group_size",
             )
         if quantize is None and self.cache_dir is not None:
             raise ConfigError(
@@ -236,8 +247,8 @@ class EngineConfig(_Checked):
             if self.tensor_parallel > 1:
                 raise ConfigError(f"--tensor-parallel {self.tensor_parallel} is for GPUs: add --device cuda", param="tensor_parallel")
             return
-        if self.quantize == "int4":
-            raise ConfigError(f"--quantize int4 is not there with --device {self.device}: take int8 or fp8", param="quantize")
+        if self.quantize in ("int4", "stored"):
+            raise ConfigError(f"--quantize {self.quantize} is not there with --device {self.device}: take int8 or fp8", param="quantize")
         if self.group_size:
             raise ConfigError(
                 f"--group-size {self.group_size} is not there with --device {self.device}, where each output has one scale: leave it out",

@@ -55,6 +55,7 @@ class Setup:
 
 QUIRE: Final[dict[str, tuple[str, ...]]] = {
     "quire": ("--dtype", "float32"),
+    "quire-file": (),
     "quire-f16": ("--dtype", "float16"),
     "quire-bf16": ("--dtype", "bfloat16"),
     "quire-int8": ("--dtype", "float32", "--quantize", "int8"),
@@ -74,7 +75,9 @@ HF: Final[dict[str, tuple[int, str]]] = {
     "hf-continuous": (0, "its continuous batching"),
 }
 CONTINUOUS: Final[dict[str, Any]] = {"page_size": 32, "max_batch_tokens": 512, "allow_block_sharing": False}
-LLAMA: Final = tuple(f"llama-{width}{way}" for width in TYPES for way in ("", "-split"))
+FILE: Final = "file"
+"""llama.cpp's width where the model is a GGUF file: whatever that holds."""
+LLAMA: Final = tuple(f"llama-{width}{way}" for width in (*TYPES, FILE) for way in ("", "-split"))
 NAMES: Final = (*QUIRE, *HF, *VLLM, *LLAMA)
 
 
@@ -152,7 +155,9 @@ def _llama(name: str, base: str, options: list[str], setup: Setup) -> Peer:
         )
     width, split = base.split("-")[1], base.endswith("-split")
     slots = LLAMA_SLOTS if setup.concurrent else 1
-    file = setup.out / "gguf" / f"{setup.model.resolve().name}-{width}.gguf"
+    if (width == FILE) != setup.model.is_file():
+        raise MissingPeer(f"llama-{FILE} is for a GGUF file, the other widths are for a folder, and the model is {setup.model}")
+    file = setup.model if width == FILE else setup.out / "gguf" / f"{setup.model.resolve().name}-{width}.gguf"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         print(f"peers: writing {file}", file=sys.stderr, flush=True)

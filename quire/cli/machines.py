@@ -83,7 +83,8 @@ def by_width(config: EngineConfig, stated: Machine | None, machine: Machine) -> 
         other = None if config.quantize else "int8"
         second = replace(_this(replace(config, quantize=other, group_size=None, cache_dir=None)), memory=machine.memory)
         single, quantized = (second, machine) if config.quantize else (machine, second)
-        return {"": single, "int8": quantized, "int4": quantized}
+        kinds = ("stored", "int8", "int4") if config.quantize == "stored" else ("int8", "int4")
+        return {"": single, **dict.fromkeys(kinds, quantized)}
     if not machine.weights:
         return dict.fromkeys(("", "int8", "int4" if config.device_kind == "cpu" else "fp8"), machine)
     return {config.quantize or "": machine}

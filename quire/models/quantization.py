@@ -2,8 +2,9 @@
 
 Every linear is quantized while it is packed. int8 has one scale for each output by default, int4 one for each 32 inputs of an
 output. Under int4 lm_head is int8: in 4 bits it alone would cost as much accuracy as all layers of a small model together
-(docs/benchmarks/cpu.md), for few bytes. Embeddings, which are looked up and not multiplied, are not quantized, nor are norms
-and biases.
+(docs/benchmarks/cpu.md), for few bytes. A checkpoint that is quantized already keeps what it has of 4 bits: each linear then has a kind
+of its own, with offsets where a group's numbers are not centred on zero. Embeddings, which are looked up and not multiplied, are not
+quantized, nor are norms and biases.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ _SCALE_BYTES: Final = 2
 
 @dataclass(slots=True, frozen=True)
 class Quantization:
-    """How linears are quantized: ``dtype`` int8 or int4, ``group_size`` one of GROUP_SIZES."""
+    """How linears are quantized: ``dtype`` int8 or int4, ``group_size`` one of GROUP_SIZES. ``stored``: each as ``linears`` has it."""
 
     dtype: str
     group_size: int
+    offsets: bool = False
+    """int4 only: a group has not only a scale, but also what its numbers times the scale must be raised by."""
+    linears: tuple[tuple[str, Quantization], ...] = ()
+    """Canonical name → kind, under ``stored``."""
 
     @classmethod
-    def of(cls, config: EngineConfig) -> Quantization | None:
-        """What the options ask for; None where weights stay as they are."""
+    def of(cls, config: EngineConfig, spec: TransformerSpec) -> Quantization | None:
+        """What the options ask for; None where weights are not quantized."""
+        if config.quantize == "stored":
+            return cls("stored", 0, linears=tuple((name, _STORED[kind]) for name, kind in spec.stored))
         return None if config.quantize is None else cls.named(config.quantize, config.group_size)
 
     @classmethod
@@ -46,18 +53,22 @@ class Quantization:
             )
         return cls(dtype, sizes[0] if group_size is None else group_size)
 
-    @property
-    def head(self) -> Quantization:
-        """Of lm_head."""
-        return Quantization("int8", 0) if self.dtype == "int4" else self
+    def kind(self, name: str) -> Quantization:
+        """Of a linear, by its canonical name; a tied lm_head is ``embed``."""
+        if self.linears:
+            return dict(self.linears)[name]
+        return INT8 if self.dtype == "int4" and name in ("lm_head", "embed") else self
 
     def __str__(self) -> str:
+        if self.linears:
+            return "as the file has them, " + " and ".join(sorted({kind.dtype for _, kind in self.linears}))
         each = f"in groups of {self.group_size}" if self.group_size else "with one scale for each output"
-        return f"{self.dtype} {each}" + (f", lm_head {self.head}" if self.head != self else "")
+        return f"{self.dtype} {each}" + (f", lm_head {INT8}" if self.dtype == "int4" else "")
 
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of [n, k] weights and their scales, padding left out."""
-        return n * k * (4 if self.dtype == "int4" else 8) // 8 + _SCALE_BYTES * n * (k // self.group_size if self.group_size else 1)
+        scales = n * (k // self.group_size if self.group_size else 1) * (2 if self.offsets else 1)
+        return n * k * (4 if self.dtype == "int4" else 8) // 8 + _SCALE_BYTES * scales
 
     def weight_bytes(self, spec: TransformerSpec, dtype: str | None = None) -> int:
         """Bytes of all of a model's weights. dtype: the width of what is not quantized; None: the checkpoint's."""
@@ -66,8 +77,12 @@ class Quantization:
         for n, k, kind in self._linears(spec).values():
             total += kind.nbytes(n, k) - n * k * per_parameter
         if spec.tied:  # the table stays for looking up, beside its quantized copy
-            total += self.head.nbytes(spec.vocab_size, spec.embedding_size)
+            total += self.head_bytes(spec, spec.vocab_size)
         return total
+
+    def head_bytes(self, spec: TransformerSpec, rows: int) -> int:
+        """Of so many rows of lm_head."""
+        return self.kind("embed" if spec.tied else "lm_head").nbytes(rows, spec.embedding_size)
 
     def linear_bytes(self, spec: TransformerSpec) -> int:
         """Bytes of all linears but lm_head: what a step reads."""
@@ -83,7 +98,7 @@ class Quantization:
         """Canonical name → outputs, inputs, kind, of every linear that is stored as one."""
         shapes = {name.removesuffix(".weight"): shape for name, shape in spec.tensor_shapes().items() if len(shape) == 2}
         tables = ("embed", "positions")
-        return {name: (n, k, self.head if name == "lm_head" else self) for name, (n, k) in shapes.items() if name not in tables}
+        return {name: (n, k, self.kind(name)) for name, (n, k) in shapes.items() if name not in tables}
 
     def _refuse(self, spec: TransformerSpec, name: str, k: int) -> NoReturn:
         widths = {k for _, k, kind in self._linears(spec).values() if kind == self}
@@ -95,10 +110,15 @@ class Quantization:
         raise ConfigError(f"--group-size {self.group_size} does not divide the {k:,} inputs of {name}: {remedy}", param="group_size")
 
 
+INT8: Final = Quantization("int8", 0)
+_STORED: Final = {"int8": INT8, "int4": Quantization("int4", 32), "int4+offsets": Quantization("int4", 32, offsets=True)}
+"""By the names that TransformerSpec.stored has."""
+
+
 def planned_cost(config: EngineConfig, whole: TransformerSpec) -> ModelCost:
     """What steps will ask of a machine, or of each of those that share the model, before it is loaded; a backend that has it says the
     same, with padding."""
-    quantization, width = Quantization.of(config), config.weight_width(whole.dtype)
+    quantization, width = Quantization.of(config, whole), config.weight_width(whole.dtype)
     spec, head = part_of(whole, config.tensor_parallel), head_bytes(config, whole, config.tensor_parallel)
     if quantization is None:
         tables = 2 * spec.hidden_size * spec.embedding_size if spec.embedding_size != spec.hidden_size else 0
@@ -112,7 +132,7 @@ def planned_cost(config: EngineConfig, whole: TransformerSpec) -> ModelCost:
 
 def planned_weights(config: EngineConfig, whole: TransformerSpec) -> int:
     """Bytes of the weights of a machine, or of each of those that share the model."""
-    size, quantization = config.tensor_parallel, Quantization.of(config)
+    size, quantization = config.tensor_parallel, Quantization.of(config, whole)
     spec, dtype = part_of(whole, size), None if config.dtype == "auto" else config.dtype
     total = spec.weight_bytes(dtype) if quantization is None else quantization.weight_bytes(spec, dtype)
     if size == 1:
@@ -123,7 +143,7 @@ def planned_weights(config: EngineConfig, whole: TransformerSpec) -> int:
 
 def head_bytes(config: EngineConfig, whole: TransformerSpec, size: int) -> int:
     """Of lm_head's part on one of ``size`` devices."""
-    rows, quantization = head_rows(whole, size), Quantization.of(config)
+    rows, quantization = head_rows(whole, size), Quantization.of(config, whole)
     if quantization is not None:
-        return quantization.head.nbytes(rows, whole.embedding_size)
+        return quantization.head_bytes(whole, rows)
     return rows * whole.embedding_size * DTYPE_BYTES[config.weight_width(whole.dtype)]

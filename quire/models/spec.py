@@ -143,12 +143,19 @@ class TransformerSpec:
     """Factor on query-key products; 0: 1 / sqrt(head_dim)."""
     dtype: str = "float32"
     """Of the checkpoint: float32, float16 or bfloat16; of what a quantized one becomes where it is not quantized again."""
-    quantized: str = ""
-    """``int8`` or ``int4``: what holds the linears of a checkpoint that is quantized already. Empty: it is not."""
+    stored: tuple[tuple[str, str], ...] = ()
+    """(name of a linear, what holds it: ``int8``, ``int4`` or ``int4+offsets``, in groups of 32) for all linears of a checkpoint that is
+    quantized already; a tied lm_head is ``embed``. Empty: it is not."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     sampling_defaults: tuple[tuple[str, float], ...] = ()
     """(name of a sampling parameter, value) that the model's authors recommend, where a request says nothing."""
+
+    @property
+    def quantized(self) -> str:
+        """The value of --quantize that keeps the linears as they are stored; empty where they are not quantized."""
+        kinds = {kind for _, kind in self.stored}
+        return "int8" if kinds == {"int8"} else "stored" if kinds else ""
 
     @property
     def scale(self) -> float:

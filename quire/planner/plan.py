@@ -109,7 +109,7 @@ class Plan:
 
 def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand: Demand) -> Plan:
     """Raises ConfigError for options that contradict each other or the model."""
-    if (quantization := Quantization.of(config)) is not None:
+    if (quantization := Quantization.of(config, whole)) is not None:
         quantization.check(whole)
     spec, size = part_of(whole, config.tensor_parallel), config.block_size
     asked, room = context_length(config, spec), planned_room(config, whole, machine.memory)

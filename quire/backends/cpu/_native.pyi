@@ -95,10 +95,13 @@ class PackedLinear:
     def group_size(self) -> int:
         """Inputs that share a scale; 0 for one scale an output, and for floats."""
     @property
+    def offsets(self) -> bool:
+        """int4: whether groups have not only a scale, but also an offset."""
+    @property
     def gated(self) -> bool: ...
     @property
     def panel(self) -> int:
-        """Columns in a panel: what the order of the bytes depends on, besides n, k, dtype, group_size and gated."""
+        """Columns in a panel: what the order of the bytes depends on, besides n, k, dtype, group_size, offsets and gated."""
     @property
     def nbytes(self) -> int: ...
     @property
@@ -119,14 +122,23 @@ def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None,
     or infinity among weights that share a scale makes their output NaN.
     """
 
+def pack_blocks(blocks: NDArray[np.uint8] | Sequence[NDArray[np.uint8]], format: str, gated: bool = False) -> PackedLinear:
+    """[n, bytes of a row] of GGUF tensors of 4 bits, as they are: int4 in groups of 32, of Q4_0, or with offsets, of Q4_1 and Q4_K.
+
+    Several are concatenated, or gated, as in ``pack_linear``. Weights stay the numbers that they are; scales and offsets are rounded to
+    bfloat16, where an offset is what a number from -8 to 7, times the scale, must be raised by.
+    """
+
 def dequantize(blocks: NDArray[np.uint8], format: str, out: NDArray[np.float16]) -> bool:
     """[n, bytes of a row] of a GGUF tensor's blocks, rows at any distance → out [n, k] float16, contiguous. format: ggml's name for the
     type, Q4_K for example. False, and nothing done, for one that is not known here. What overflows is infinite."""
 
-def load_packed(data: NDArray[np.uint8], n: int, k: int, dtype: str, group_size: int = 0, gated: bool = False) -> PackedLinear:
+def load_packed(
+    data: NDArray[np.uint8], n: int, k: int, dtype: str, group_size: int = 0, gated: bool = False, offsets: bool = False
+) -> PackedLinear:
     """A linear over the bytes of another's ``data``, in place (a mapped file), for the instruction set in use.
 
-    They must come from one with the same n, k, dtype, group_size, gated and ``panel()`` and lie at a multiple of 64 bytes; a wrong
+    They must come from one with the same n, k, dtype, group_size, gated, offsets and ``panel()`` and lie at a multiple of 64 bytes; a wrong
     size is a ValueError. Other bytes than that give other numbers, never a crash.
     """
 

@@ -40,7 +40,7 @@ class CpuBackend:
         self.num_blocks = memory.num_blocks
         self.num_host_blocks = memory.num_host_blocks
         self.memory_note = memory.note
-        kind = Quantization.of(config)
+        kind = Quantization.of(config, spec)
         self.weight_note = "" if kind is None else f"{kind}: {decoder.weight_bytes() / 1e6:,.0f} MB that a step reads"
         self.block_size = config.block_size
         self.max_model_len = max_model_len
@@ -59,7 +59,7 @@ class CpuBackend:
         model = load_model(resolve_model(config.model), native.dequantize)
         spec = model.spec
         config = config.as_stored(spec.quantized)
-        quantization = Quantization.of(config)
+        quantization = Quantization.of(config, spec)
         if quantization is not None:
             quantization.check(spec)
         max_model_len = context_length(config, spec)
@@ -72,7 +72,7 @@ class CpuBackend:
             tell("check the weight cache", perf_counter() - start)
         start = perf_counter()
         try:
-            with Progress("packing the weights", model.nbytes) as progress:
+            with Progress("packing the weights", spec.num_parameters(), " weights") as progress:
                 decoder = Decoder(
                     spec,
                     model.tensors,
@@ -82,7 +82,9 @@ class CpuBackend:
                     max_tokens=config.max_num_batched_tokens,
                     max_rows=max(config.num_seqs(memory.num_blocks), config.speculation_positions),
                     max_model_len=max_model_len,
-                    packer=Packer(None if config.dtype == "auto" else config.dtype, quantization, cache, progress, model.release),
+                    packer=Packer(
+                        None if config.dtype == "auto" else config.dtype, quantization, cache, progress, model.release, model.blocks
+                    ),
                 )
             tell("pack weights" if cache is None or not cache.found else "map packed weights", perf_counter() - start)
             if cache is not None and not cache.found:

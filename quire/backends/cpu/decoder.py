@@ -32,13 +32,20 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 class Linear:
     """out = act(x · Wᵀ + b), W packed in the order in which the kernel reads it; where gated, act(x · Gᵀ + b) * (x · Uᵀ + c)."""
 
-    packed: native.PackedLinear
+    parts: list[native.PackedLinear]
+    """One, or several with some of the outputs each, where not all are stored in the same way."""
     bias: F32 | None
     activation: str | None = None
 
     def __call__(self, x: F32, out: F32, *, accumulate: bool = False) -> None:
         """x [T, in], out [T, out], float32; ``accumulate`` adds to out (the residual)."""
-        native.linear(self.packed, x, out, self.bias, accumulate, self.activation)
+        if len(self.parts) == 1:
+            native.linear(self.parts[0], x, out, self.bias, accumulate, self.activation)
+            return
+        start = 0
+        for part in self.parts:
+            columns = slice(start, start := start + part.n)
+            native.linear(part, x, out[:, columns], None if self.bias is None else self.bias[columns], accumulate, self.activation)
 
 
 @dataclass(slots=True)
@@ -104,7 +111,7 @@ class Decoder:
     ) -> None:
         self.spec = spec
         self._tensors = tensors
-        self._packer = packer or Packer()
+        self._packer, self._shapes = packer or Packer(), spec.tensor_shapes()
         d = spec.head_dim
         self.embed = self._packer.matrix(tensors["embed.weight"])
         self.positions = self._packer.matrix(tensors["positions.weight"]) if spec.rope is None else None
@@ -139,9 +146,9 @@ class Decoder:
             )
             self.layers.append(layer)
         self.final_norm = self._norm("final_norm", spec.logit_scale) if spec.final_norm else None
-        self.lm_head = self._linear("embed" if spec.tied else "lm_head", head=True)
-        for linear, then in pairwise(self._linears()):
-            linear.packed.set_then(then.packed)
+        self.lm_head = self._linear("embed" if spec.tied else "lm_head")
+        for packed, then in pairwise(part for linear in self._linears() for part in linear.parts):
+            packed.set_then(then)
 
         def buffer(rows: int, width: int) -> F32:
             # An odd number of cache lines from row to row: a power of two would put all rows into the same few lines of L1.
@@ -228,11 +235,11 @@ class Decoder:
         linears = self._linears()
         if self.spec.embedding_size != self.spec.hidden_size:
             linears += [self.embed_in, self.embed_out]
-        return sum(linear.packed.nbytes for linear in linears)
+        return sum(part.nbytes for linear in linears for part in linear.parts)
 
     def head_bytes(self) -> int:
         """Of which lm_head: what a step without a row of logits does not read."""
-        return self.lm_head.packed.nbytes
+        return sum(part.nbytes for part in self.lm_head.parts)
 
     def _linears(self) -> list[Linear]:
         """Those of all layers and lm_head, in the order in which a step reads them."""
@@ -287,11 +294,12 @@ class Decoder:
     def _vector(self, name: str) -> F32:
         return np.ascontiguousarray(self._tensors[name], np.float32)
 
-    def _linear(self, *names: str, head: bool = False, gated: bool = False, activation: str | None = None) -> Linear:
-        """One packed linear of the weights of ``names``, side by side, or gate and up."""
+    def _linear(self, *names: str, gated: bool = False, activation: str | None = None) -> Linear:
+        """One linear of the weights of ``names``, side by side, or gate and up."""
         biases = [self._vector(f"{name}.bias") for name in names if f"{name}.bias" in self._tensors]
-        packed = self._packer.linear(self._tensors, names, head=head, gated=gated)
-        return Linear(packed, np.concatenate(biases) if biases else None, activation)
+        shapes = {name: self._shapes[f"{name}.weight"] for name in names}
+        parts = self._packer.linear(self._tensors, shapes, gated=gated)
+        return Linear(parts, np.concatenate(biases) if biases else None, activation)
 
     def _norm(self, name: str, scale: float = 1.0) -> Norm:
         bias = np.float32(scale) * self._vector(f"{name}.bias") if self.spec.norm_bias else None

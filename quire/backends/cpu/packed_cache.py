@@ -37,7 +37,7 @@ from quire.errors import ConfigError
 from quire.models.quantization import Quantization
 from quire.models.weights import content_digest, weight_files
 
-PACKING: Final = 2
+PACKING: Final = 3
 """Counts what native.pack_linear makes of the same weights: raise it with every change of scales, rounding or layout."""
 MAGIC: Final = b"QUIREPK\n"
 _ALIGN: Final = 64
@@ -57,6 +57,7 @@ class Entry:
     k: int
     dtype: str
     group_size: int
+    offsets: bool
     gated: bool
     offset: int
     """From the start of the data."""
@@ -89,7 +90,7 @@ class PackedCache:
         total = sum(file.stat().st_size for file in files)
         with Progress("reading the checkpoint's content", total) as progress:
             digest = content_digest(files, directory / f"{name}.content.json", progress.add, native.num_threads())
-        self._origin: Origin = {"packing": PACKING, "content": digest, **asdict(quantization), "panel": native.panel()}
+        self._origin: Origin = {"packing": PACKING, "content": digest, **_kind(quantization), "panel": native.panel()}
         if self._temporary is None:
             try:
                 self._mapped, self._entries, self._start = _open(self.path, self._origin)
@@ -107,8 +108,8 @@ class PackedCache:
         entry = self._entries.get(name)
         if self._mapped is None or entry is None:
             return None
-        wanted = (n, k, quantization.dtype, quantization.group_size, gated)
-        if (entry.n, entry.k, entry.dtype, entry.group_size, entry.gated) != wanted:
+        wanted = (n, k, *_kind(quantization).values(), gated)
+        if (entry.n, entry.k, entry.dtype, entry.group_size, entry.offsets, entry.gated) != wanted:
             return None
         packed = self._linears[name] = _load(self._mapped, self._start, entry)
         return packed
@@ -139,6 +140,11 @@ class PackedCache:
         self._temporary, self._linears = None, {}
 
 
+def _kind(quantization: Quantization) -> dict[str, Any]:
+    """Which linears have which kind under ``stored`` is a part of the checkpoint's content."""
+    return {"dtype": quantization.dtype, "group_size": quantization.group_size, "offsets": quantization.offsets}
+
+
 def _temporary(path: Path) -> Path:
     """A fresh file beside ``path``. Raises ConfigError."""
     try:
@@ -163,7 +169,8 @@ def _write(file: BinaryIO, origin: Origin, linears: Mapping[str, native.PackedLi
     size, views = 0, {name: packed.data.data for name, packed in linears.items()}
     crcs = dict(zip(views, _crcs(list(views.values())), strict=True))
     for name, packed in linears.items():
-        entry = Entry(packed.n, packed.k, packed.dtype, packed.group_size, packed.gated, size, len(views[name]), crcs[name])
+        shape = (packed.n, packed.k, packed.dtype, packed.group_size, packed.offsets, packed.gated)
+        entry = Entry(*shape, size, len(views[name]), crcs[name])
         entries[name] = asdict(entry)
         size += -(-entry.nbytes // _ALIGN) * _ALIGN
     header = json.dumps({"origin": origin, "linears": entries}).encode()
@@ -237,4 +244,4 @@ def _crcs(views: list[memoryview]) -> Iterator[int]:
 
 def _load(mapped: mmap.mmap, start: int, entry: Entry) -> native.PackedLinear:
     data = np.frombuffer(mapped, np.uint8, entry.nbytes, start + entry.offset)
-    return native.load_packed(data, entry.n, entry.k, entry.dtype, entry.group_size, entry.gated)
+    return native.load_packed(data, entry.n, entry.k, entry.dtype, entry.group_size, entry.gated, entry.offsets)

@@ -1,8 +1,10 @@
-"""Linears from tensors: packed in their own width or quantized, or found packed in a cache."""
+"""Linears from tensors: packed in their own width, quantized or as they are stored, or found packed in a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ import numpy.typing as npt
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.packed_cache import PackedCache
 from quire.backends.progress import Progress
-from quire.models.quantization import Quantization
+from quire.models.quantization import INT8, Quantization
+from quire.models.weights import Blocks, no_blocks
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -26,11 +29,12 @@ class Packer:
         cache: PackedCache | None = None,
         progress: Progress | None = None,
         release: Callable[[], None] | None = None,
+        blocks: Blocks = no_blocks,
     ) -> None:
         """weight_dtype: width of what is not quantized; None keeps each tensor's. cache: of quantized weights. release: is called
-        when weights have been packed, and lets go of the memory that reading them took."""
+        when weights have been packed, and lets go of the memory that reading them took. blocks: of weights that stay in 4 bits."""
         self._weight_dtype, self._quantization, self._cache, self._progress = weight_dtype, quantization, cache, progress
-        self._release = release
+        self._release, self._blocks = release, blocks
 
     def matrix(self, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A weight as the kernels take it, in the width asked for."""
@@ -40,29 +44,56 @@ class Packer:
             tensor = tensor.astype(self._weight_dtype)
         return _bits(tensor)
 
-    def linear(self, tensors: Tensors, names: Sequence[str], *, head: bool = False, gated: bool = False) -> native.PackedLinear:
-        """The weights of ``names``, side by side, or gate and up. head: lm_head, which is quantized in its own way."""
-        weights = [tensors[f"{name}.weight"] for name in names]
-        if len({weight.dtype for weight in weights}) > 1:  # a checkpoint of mixed widths: the widest holds them all
-            weights = [np.asarray(weight, np.float32) for weight in weights]
-        if self._quantization is not None:
-            packed = self._quantized("+".join(names), weights, self._quantization.head if head else self._quantization, gated)
-        else:
-            packed = native.pack_linear([self.matrix(weight) for weight in weights], gated=gated)
-        if self._progress is not None:
-            self._progress.add(sum(weight.nbytes for weight in weights))
-        if self._release is not None:
-            self._release()
+    def linear(self, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], *, gated: bool = False) -> list[native.PackedLinear]:
+        """The weights that ``shapes`` names, side by side, or gate and up: one linear, or several, each with the outputs of some, where
+        they are not all stored in the same way."""
+        if self._quantization is None:
+            weights = _alike([tensors[f"{name}.weight"] for name in shapes])
+            packed = [native.pack_linear([self.matrix(weight) for weight in weights], gated=gated)]
+            self._done(shapes)
+            return packed
+        kinds = {name: self._kind(name, self._quantization) for name in shapes}
+        if gated and len(set(kinds.values())) > 1:
+            kinds = dict.fromkeys(shapes, (INT8, ""))
+        return [
+            self._quantized(tensors, {name: shapes[name] for name in names}, *kind, gated)
+            for kind, names in groupby(shapes, kinds.__getitem__)
+        ]
+
+    def _kind(self, name: str, quantization: Quantization) -> tuple[Quantization, str]:
+        """And the type of the blocks that are packed as they are; empty where numbers are made of floats."""
+        kind = quantization.kind(name)
+        kept = self._blocks(f"{name}.weight") if quantization.linears and kind.dtype == "int4" else None
+        return kind, kept[0] if kept else ""
+
+    def _quantized(
+        self, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], kind: Quantization, stored: str, gated: bool
+    ) -> native.PackedLinear:
+        name, rows, k = "+".join(shapes), [n for n, _ in shapes.values()], next(iter(shapes.values()))[1]
+        packed = self._cache.take(name, rows[0] if gated else sum(rows), k, kind, gated) if self._cache is not None else None
+        if packed is None:
+            if stored:
+                kept = [blocks for each in shapes if (blocks := self._blocks(f"{each}.weight")) is not None]
+                packed = native.pack_blocks([blocks for _, blocks in kept], stored, gated)
+            else:
+                weights = _alike([tensors[f"{each}.weight"] for each in shapes])
+                packed = native.pack_linear([_bits(weight) for weight in weights], kind.dtype, kind.group_size, gated)
+            if self._cache is not None:
+                self._cache.add(name, packed)
+        self._done(shapes)
         return packed
 
-    def _quantized(self, name: str, weights: list[npt.NDArray[Any]], kind: Quantization, gated: bool) -> native.PackedLinear:
-        n, k = len(weights[0]) if gated else sum(map(len, weights)), weights[0].shape[1]
-        if self._cache is not None and (found := self._cache.take(name, n, k, kind, gated)) is not None:
-            return found
-        packed = native.pack_linear([_bits(weight) for weight in weights], kind.dtype, kind.group_size, gated)
-        if self._cache is not None:
-            self._cache.add(name, packed)
-        return packed
+    def _done(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """With weights of these shapes."""
+        if self._progress is not None:
+            self._progress.add(sum(map(prod, shapes.values())))
+        if self._release is not None:
+            self._release()
+
+
+def _alike(weights: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """In one width: the widest holds those of a checkpoint of mixed widths."""
+    return [np.asarray(weight, np.float32) for weight in weights] if len({weight.dtype for weight in weights}) > 1 else weights
 
 
 def _bits(tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:

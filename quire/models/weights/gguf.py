@@ -1,7 +1,7 @@
 """A model in a GGUF file: its spec from the metadata, its tensors as views of the file or, where they are quantized, as they are asked for.
 
-What a type's bytes mean is the gguf library's part. Quantized linears are quantized again when they are packed: int8 adds 0.2 % to the
-perplexity of whatever the file has, and int4 0.1 % to that of Q4_0, whose groups it has (docs/gguf.md).
+What a type's bytes mean is the gguf library's part. Linears of 4 bits that the kernels can multiply are kept; other quantized ones are
+quantized again when they are packed: int8 adds 0.2 % at most to the perplexity of whatever the file has (docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from quire.models.weights.model import Model
 from quire.models.weights.safetensors import array_dtype, map_file
 
 _FLOATS: Final = ("F32", "F16", "BF16")
-_GROUP: Final = 32
-"""Values that share a scale in Q4_0."""
+_KEPT: Final = {"Q4_0": "int4", "Q4_1": "int4+offsets", "Q4_K": "int4+offsets"}
+"""Types that are multiplied as they are → what TransformerSpec.stored calls them."""
 _CHUNK: Final = 1 << 16
 """Values that are widened at a time: they stay in a core's cache."""
 
@@ -58,7 +58,8 @@ def load_gguf(path: Path, widen: Widen | None = None) -> Model:
     maps = {file: maps.get(file) or map_file(file) for file in dict.fromkeys(tensor.file for tensor in used.values())}
     widths = {name: 4 if used[source.name].type == "F32" else 2 for name, source in sources.items()}
     nbytes = sum(prod(shape) * widths[name] for name, shape in spec.tensor_shapes().items())
-    return Model(spec, path, _Tensors(sources, used, maps, widen), list(maps.values()), nbytes)
+    tensors = _Tensors(sources, used, maps, widen)
+    return Model(spec, path, tensors, list(maps.values()), nbytes, tensors.blocks)
 
 
 def _spec(model: Gguf, maps: Maps) -> TransformerSpec:
@@ -83,9 +84,13 @@ def _spec(model: Gguf, maps: Maps) -> TransformerSpec:
     dtype = {"F32": "float32", "BF16": "bfloat16"}.get(most, "float16")
     if most in _FLOATS:
         return replace(spec, dtype=dtype)
-    inputs = (shape[1] for name, shape in spec.tensor_shapes().items() if name.startswith("layers.") and len(shape) == 2)
-    fits = most == "Q4_0" and not any(width % _GROUP for width in inputs)
-    return replace(spec, dtype=dtype, quantized="int4" if fits else "int8")
+    tables = () if spec.tied else ("embed.weight",)
+    held = {
+        name.removesuffix(".weight"): model.tensors[source.name].type
+        for name, source in sources_of(model, spec).items()
+        if source.name in model.tensors and len(model.tensors[source.name].shape) == 2 and name not in (*tables, "positions.weight")
+    }
+    return replace(spec, dtype=dtype, stored=tuple((name, _KEPT.get(kind, "int8")) for name, kind in held.items()))
 
 
 def _match(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
@@ -112,6 +117,17 @@ class _Tensors(Mapping[str, npt.NDArray[Any]]):
         self._sources, self._infos, self._maps, self._widen = sources, infos, maps, widen
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        rows, tensor = self._rows(name)
+        found = _floats(rows, tensor) if tensor.type in _FLOATS else self._dequantized(rows, tensor)
+        return found[:, 0] if len(tensor.shape) == 1 else found
+
+    def blocks(self, name: str) -> tuple[str, npt.NDArray[np.uint8]] | None:
+        """See Model."""
+        rows, tensor = self._rows(name)
+        return (tensor.type, rows) if tensor.type in _KEPT else None
+
+    def _rows(self, name: str) -> tuple[npt.NDArray[np.uint8], GgufTensor]:
+        """[rows, bytes of a row], in the order in which the model wants them."""
         source = self._sources[name]
         tensor = self._infos[source.name]
         rows = _bytes(self._maps[tensor.file], tensor)
@@ -119,8 +135,7 @@ class _Tensors(Mapping[str, npt.NDArray[Any]]):
             rows = rows[slice(*source.rows)]
         if heads := source.interleaved:
             rows = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-        found = _floats(rows, tensor) if tensor.type in _FLOATS else self._dequantized(rows, tensor)
-        return found[:, 0] if len(tensor.shape) == 1 else found
+        return rows, tensor
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
         return name in self._sources

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from quire.models.spec import TransformerSpec
+
+Blocks = Callable[[str], tuple[str, npt.NDArray[np.uint8]] | None]
+"""Name of a tensor → (type, rows of blocks of this type, in bytes), as GGUF has them; None where it is something else."""
+
+
+def no_blocks(name: str) -> None:
+    """Of a checkpoint that is not quantized."""
 
 
 @dataclass(slots=True)
@@ -26,6 +34,8 @@ class Model:
     files: list[mmap.mmap]
     nbytes: int
     """Of all tensors, as ``tensors`` gives them."""
+    blocks: Blocks = no_blocks
+    """What the file has of a linear that is stored in 4 bits (see TransformerSpec.stored)."""
 
     def release(self) -> None:
         """Give back the memory in which the files were read so far: it stays in the system's cache as long as there is room, and

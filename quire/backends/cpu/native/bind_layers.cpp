@@ -33,7 +33,7 @@ void require_group(const std::string& dtype, int64_t group, int64_t k) {
                           : "choose " + choices));
 }
 
-PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::string>& quantize, int64_t group, bool gated) {
+std::vector<Array> arrays_of(const nb::object& weight) {
     std::vector<Array> arrays;
     if (nb::isinstance<nb::list>(weight) || nb::isinstance<nb::tuple>(weight)) {
         for (nb::handle item : weight) arrays.push_back(nb::cast<Array>(item));
@@ -41,6 +41,18 @@ PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::str
         arrays.push_back(nb::cast<Array>(weight));
     }
     require(!arrays.empty(), "weight: at least one matrix is needed");
+    return arrays;
+}
+
+void require_gated(const std::vector<Matrix>& parts, const std::vector<Array>& arrays) {
+    require(parts.size() == 2 && parts[0].n == parts[1].n,
+            "weight: gated takes two matrices of one shape, gate and up" +
+                (parts.size() == 2 ? ": " + shape_of(arrays[0]) + " and " + shape_of(arrays[1])
+                                   : ", not " + std::to_string(parts.size())));
+}
+
+PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::string>& quantize, int64_t group, bool gated) {
+    const std::vector<Array> arrays = arrays_of(weight);
     std::vector<Matrix> parts;
     const DType dtype = float_dtype(arrays[0], "weight");
     for (const Array& a : arrays) {
@@ -53,10 +65,7 @@ PackedLinear* pack_linear(const nb::object& weight, const std::optional<std::str
         parts.push_back({static_cast<const char*>(a.data()), dim(a, 0), dim(a, 1), stride(a, 0, dim(a, 1)) * size,
                          stride(a, 1, 1) * size});
     }
-    require(!gated || (parts.size() == 2 && parts[0].n == parts[1].n),
-            "weight: gated takes two matrices of one shape, gate and up" +
-                (parts.size() == 2 ? ": " + shape_of(arrays[0]) + " and " + shape_of(arrays[1])
-                                   : ", not " + std::to_string(parts.size())));
+    if (gated) require_gated(parts, arrays);
     int64_t bits = 0;
     if (quantize) {
         require(*quantize == "int8" || *quantize == "int4", "quantize is '" + *quantize + "': choose int8, int4 or None");
@@ -78,34 +87,60 @@ constexpr FormatName kFormats[] = {
     {"Q6_K", Format::Q6_K, 256, 210},  {"IQ4_NL", Format::IQ4_NL, 32, 18}, {"IQ4_XS", Format::IQ4_XS, 256, 136},
 };
 
-bool dequantize(const Array& blocks, const std::string& name, const OutArray& out) {
-    for (const FormatName& each : kFormats) {
-        if (name != each.name) continue;
-        require_dtype<uint8_t>(blocks, "blocks", "uint8");
-        require_ndim(blocks, 2, "blocks");
-        require_ndim(out, 2, "out");
-        if (float_dtype(out, "out") != DType::f16) fail_type("out must be a float16 array");
-        require_contiguous(out, "out");
-        require(stride(blocks, 1, 1) == 1, "blocks: the bytes of a row must follow one another");
-        require(dim(blocks, 0) == dim(out, 0) && dim(blocks, 1) % each.bytes == 0 &&
-                    dim(blocks, 1) / each.bytes * each.values == dim(out, 1),
-                "blocks of " + name + " are " + std::to_string(each.bytes) + " bytes for " + std::to_string(each.values) + " values: " +
-                    shape_of(blocks) + " and out " + shape_of(out));
-        const DequantizeArgs args{static_cast<const uint8_t*>(blocks.data()), static_cast<f16*>(out.data()), dim(out, 0), dim(out, 1),
-                                  stride(blocks, 0, dim(blocks, 1)), each.format};
-        nb::gil_scoped_release release;
-        active_kernels().dequantize(args);
-        return true;
-    }
-    return false;
+const FormatName* format_named(const std::string& name) {
+    for (const FormatName& each : kFormats)
+        if (name == each.name) return &each;
+    return nullptr;
 }
 
-PackedLinear* load_packed(const Array& data, int64_t n, int64_t k, const std::string& dtype, int64_t group, bool gated) {
+PackedLinear* pack_blocks(const nb::object& blocks, const std::string& name, bool gated) {
+    const FormatName* format = format_named(name);
+    require(format && (format->format == Format::Q4_0 || format->format == Format::Q4_1 || format->format == Format::Q4_K),
+            "format '" + name + "' can't be packed as it is: choose Q4_0, Q4_1 or Q4_K");
+    const std::vector<Array> arrays = arrays_of(blocks);
+    std::vector<Matrix> parts;
+    for (const Array& a : arrays) {
+        require_dtype<uint8_t>(a, "blocks", "uint8");
+        require_ndim(a, 2, "blocks");
+        require(dim(a, 0) > 0 && dim(a, 1) > 0 && dim(a, 1) % format->bytes == 0 && a.shape(1) == arrays[0].shape(1),
+                "blocks of " + name + " are rows of one length, of " + std::to_string(format->bytes) + " bytes for " +
+                    std::to_string(format->values) + " values, not " + shape_of(a));
+        require(stride(a, 1, 1) == 1, "blocks: the bytes of a row must follow one another");
+        parts.push_back({static_cast<const char*>(a.data()), dim(a, 0), dim(a, 1) / format->bytes * format->values,
+                         stride(a, 0, dim(a, 1)), 1});
+    }
+    if (gated) require_gated(parts, arrays);
+    nb::gil_scoped_release release;
+    return new PackedLinear(active_kernels(), parts, format->format, gated);
+}
+
+bool dequantize(const Array& blocks, const std::string& name, const OutArray& out) {
+    const FormatName* const format = format_named(name);
+    if (!format) return false;
+    require_dtype<uint8_t>(blocks, "blocks", "uint8");
+    require_ndim(blocks, 2, "blocks");
+    require_ndim(out, 2, "out");
+    if (float_dtype(out, "out") != DType::f16) fail_type("out must be a float16 array");
+    require_contiguous(out, "out");
+    require(stride(blocks, 1, 1) == 1, "blocks: the bytes of a row must follow one another");
+    require(dim(blocks, 0) == dim(out, 0) && dim(blocks, 1) % format->bytes == 0 &&
+                dim(blocks, 1) / format->bytes * format->values == dim(out, 1),
+            "blocks of " + name + " are " + std::to_string(format->bytes) + " bytes for " + std::to_string(format->values) + " values: " +
+                shape_of(blocks) + " and out " + shape_of(out));
+    const DequantizeArgs args{static_cast<const uint8_t*>(blocks.data()), static_cast<f16*>(out.data()), dim(out, 0), dim(out, 1),
+                              stride(blocks, 0, dim(blocks, 1)), format->format};
+    nb::gil_scoped_release release;
+    active_kernels().dequantize(args);
+    return true;
+}
+
+PackedLinear* load_packed(const Array& data, int64_t n, int64_t k, const std::string& dtype, int64_t group, bool gated, bool offsets) {
     const Kernels& kernels = active_kernels();
     constexpr int64_t kMost = int64_t{1} << 30;   // so that no size overflows
     require(n > 0 && k > 0 && n < kMost && k < kMost,
             "n and k must be positive, and below 2^30: " + std::to_string(n) + " and " + std::to_string(k));
-    Panels panels{data.data(), DType::f32, n, k, kernels.panel, 0, group, gated};
+    require(!offsets || dtype == "int4", "offsets are for int4 weights, not for " + dtype);
+    Panels panels{data.data(), DType::f32, n, k, kernels.panel, 0, group, gated, offsets};
     if (dtype == "int8" || dtype == "int4") {
         require_group(dtype, group, k);
         panels.bits = dtype == "int8" ? 8 : 4;
@@ -218,6 +253,7 @@ void bind_layers(nb::module_& m) {
         .def_prop_ro("k", [](const PackedLinear& p) { return p.panels.k; })
         .def_prop_ro("dtype", [](const PackedLinear& p) { return dtype_name(p.panels); })
         .def_prop_ro("gated", [](const PackedLinear& p) { return p.panels.gated; })
+        .def_prop_ro("offsets", [](const PackedLinear& p) { return p.panels.offsets; })
         .def_prop_ro("group_size", [](const PackedLinear& p) { return p.panels.group; })
         .def_prop_ro("panel", [](const PackedLinear& p) { return p.panels.panel; })
         .def_prop_ro("data", packed_data)
@@ -227,7 +263,8 @@ void bind_layers(nb::module_& m) {
     m.def("pack_linear", pack_linear, nb::arg("weights"), nb::arg("quantize") = nb::none(), nb::arg("group_size") = 0,
           nb::arg("gated") = false);
     m.def("load_packed", load_packed, nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("dtype"), nb::arg("group_size") = 0,
-          nb::arg("gated") = false, nb::keep_alive<0, 1>());
+          nb::arg("gated") = false, nb::arg("offsets") = false, nb::keep_alive<0, 1>());
+    m.def("pack_blocks", pack_blocks, nb::arg("blocks"), nb::arg("format"), nb::arg("gated") = false);
     m.def("dequantize", dequantize, nb::arg("blocks"), nb::arg("format"), nb::arg("out"));
     m.def("panel", [] { return active_kernels().panel; });
     m.def("linear", linear, nb::arg("packed"), nb::arg("x"), nb::arg("out"), nb::arg("bias") = nb::none(),

@@ -1,7 +1,7 @@
 // Blocks of a GGUF tensor as float16: what llama.cpp's formats (ggml-common.h, ggml-quants.c) stand for, in float32 until the end.
 //
 // A block is 32 or 256 values of a row, with the scales that they share.
-#include "simd.h"
+#include "blocks.h"
 #include "threads.h"
 
 namespace quire::QUIRE_NS {
@@ -9,12 +9,6 @@ namespace {
 
 constexpr int64_t kValues = 1 << 14;   // about as many in a task
 constexpr int kLargest = 256;          // values in a block
-
-float half_at(const uint8_t* p) {
-    f16 x;
-    std::memcpy(&x, p, 2);
-    return to_float(x);
-}
 
 // 4 bits a value: the low halves of 16 bytes, then the high ones. `high` has the fifth bits, or is 0.
 template <class Value> void nibbles(const uint8_t* q, uint32_t high, float* to, const Value& value) {
@@ -99,12 +93,6 @@ struct Q3_K {
         }
     }
 };
-
-// Scale and minimum of group j (of 8), 6 bits each, in the 12 bytes of Q4_K and Q5_K.
-void scale_and_least(const uint8_t* p, int j, int& scale, int& least) {
-    scale = j < 4 ? p[j] & 63 : (p[j + 4] & 15) | (p[j - 4] >> 6) << 4;
-    least = j < 4 ? p[j + 4] & 63 : p[j + 4] >> 4 | (p[j] >> 6) << 4;
-}
 
 struct Q4_K {
     static constexpr int values = 256, bytes = 144;

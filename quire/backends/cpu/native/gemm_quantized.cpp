@@ -1,8 +1,8 @@
 // out = x W^T (+ bias) (+ out) for weights of 8 and 4 bits. Each row of x is first rounded to 8 bits (quantize_rows.h).
 //
 // An element of out is one chain, whatever the rows, tiles and threads around it: for the segments of K in ascending order
-// (quantized.h), the exact integer sum of (q - zero) * a, as a float32, is fused into sum = fma(integer, scale, sum); at the
-// end what epilogue.h does. Integers have no order of summation: instruction sets, which sum them in their own ways
+// (quantized.h), the exact integer sum of (q - zero) * a, as a float32, is fused into sum = fma(integer, scale, sum), and with
+// offsets that of a into sum = fma(integer, offset, sum); at the end what epilogue.h does. Integers have no order of summation: instruction sets, which sum them in their own ways
 // (segment_sums.h), differ only where fma does.
 //
 // As in gemm.cpp a task is a block of rows against one panel, which goes by in slices that fit L2 with room for the next.
@@ -11,6 +11,10 @@
 
 namespace quire::QUIRE_NS {
 namespace {
+
+struct Int8 { static constexpr int bits = 8; static constexpr bool offsets = false; };
+struct Int4 { static constexpr int bits = 4; static constexpr bool offsets = false; };
+struct Int4Offsets { static constexpr int bits = 4; static constexpr bool offsets = true; };
 
 template <int Bits> constexpr int kRows = kWidth == 16 ? 6 : Bits == 8 ? 3 : 4;   // rows in a register tile
 constexpr int64_t kSlicePositions = 1024;
@@ -33,31 +37,38 @@ struct Tile {
 // The segments of a slice for MT rows and NV vectors of columns; F: what they prefetch.
 // The floats stay in registers if there is room for them beside the integers. A function of its own for each, or the compiler
 // would allocate registers for all of them at once.
-template <int Bits, int MT, int NV, Fetch F, int Spans>
+template <class Kind, int MT, int NV, Fetch F, int Spans>
 __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) {
     constexpr bool kKeep = MT * NV * 2 <= kRegisters - 8;
     vf kept[MT][NV];
     float* sums = t.sums;
     if constexpr (kKeep) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { kept[m][j] = load(sums + m * kPanel + j * kWidth); });
-    const uint8_t *weights = s.weights + t.column * 4, *scales = s.scales + t.column * 2;
+    constexpr int64_t kScaleBytes = Kind::offsets ? 4 : 2;
+    const uint8_t *weights = s.weights + t.column * 4, *scales = s.scales + t.column * kScaleBytes;
     Rows rows = t.rows;
     for (int64_t left = s.positions; left > 0; left -= s.segment) {
         vi acc[MT][NV];
-        segment_sums<Bits, MT, NV, F, Spans>(weights, s.beside, rows, left < s.segment ? left : s.segment, ahead, acc);
+        segment_sums<Kind::bits, MT, NV, F, Spans>(weights, s.beside, rows, left < s.segment ? left : s.segment, ahead, acc);
         if constexpr (!kKeep) reload(sums);
-        vf scale[NV];
+        vf scale[NV], offset[NV];
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) scale[j] = load(reinterpret_cast<const bf16*>(scales + vector_at<NV>(j, 2 * kWidth, s.beside)));
+        for (int j = 0; j < NV; ++j) {
+            const uint8_t* at = scales + vector_at<NV>(j, kScaleBytes * kWidth, s.beside);
+            if constexpr (Kind::offsets) load_pairs(at, offset[j], scale[j]);
+            else scale[j] = load(reinterpret_cast<const bf16*>(at));
+        }
         each<MT, NV>([&](int m, int j) QUIRE_LAMBDA {
             float* const sum = sums + m * kPanel + j * kWidth;
-            const vf f = to_float_v(acc[m][j]);
-            if constexpr (kKeep) kept[m][j] = fma(f, scale[j], kept[m][j]);
-            else store(sum, fma(f, scale[j], load(sum)));
+            vf f = fma(to_float_v(acc[m][j]), scale[j], kKeep ? kept[m][j] : load(sum));
+            if constexpr (Kind::offsets) f = fma(set1(rows.sum[m * rows.sum_stride]), offset[j], f);
+            if constexpr (kKeep) kept[m][j] = f;
+            else store(sum, f);
         });
         weights += s.stride;
         scales += s.scale_stride;
-        rows.a += s.segment * kActivationBytes<Bits>;
+        rows.a += s.segment * kActivationBytes<Kind::bits>;
         rows.start += Spans;
+        if constexpr (Kind::offsets) ++rows.sum;
     }
     if constexpr (kKeep) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { store(sums + m * kPanel + j * kWidth, kept[m][j]); });
 }
@@ -72,27 +83,27 @@ template <int Bits> bool takes_halves(const LinearArgs& a, int rows) {
     return (rows > 3 && a.w.group == 32) || a.reading == Reading::short_slices;
 }
 
-template <int Bits, int MT, int NV, Fetch F> void tile_spans(const Slice& s, const Tile& t, Ahead ahead) {
-    if constexpr (kSpan<Bits> < kSegment)
-        if (s.segment > kSpan<Bits>) return tile<Bits, MT, NV, F, 2>(s, t, ahead);
-    return tile<Bits, MT, NV, F, 1>(s, t, ahead);
+template <class Kind, int MT, int NV, Fetch F> void tile_spans(const Slice& s, const Tile& t, Ahead ahead) {
+    if constexpr (kSpan<Kind::bits> < kSegment)
+        if (s.segment > kSpan<Kind::bits>) return tile<Kind, MT, NV, F, 2>(s, t, ahead);
+    return tile<Kind, MT, NV, F, 1>(s, t, ahead);
 }
 
-template <int Bits, int MT, Fetch F> void tile_of(bool half, const Slice& s, const Tile& t, Ahead ahead) {
-    if constexpr (MT > kRows<Bits>) return;
-    else if constexpr (!kVnni && MT <= kWhole<Bits>) return tile_spans<Bits, MT, 4, F>(s, t, ahead);
-    else if constexpr (Bits == 4 && !kVnni) return tile_spans<Bits, MT, 2, F>(s, t, ahead);
-    else return half ? tile_spans<Bits, MT, 2, F>(s, t, ahead) : tile_spans<Bits, MT, 4, F>(s, t, ahead);
+template <class Kind, int MT, Fetch F> void tile_of(bool half, const Slice& s, const Tile& t, Ahead ahead) {
+    if constexpr (MT > kRows<Kind::bits>) return;
+    else if constexpr (!kVnni && MT <= kWhole<Kind::bits>) return tile_spans<Kind, MT, 4, F>(s, t, ahead);
+    else if constexpr (Kind::bits == 4 && !kVnni) return tile_spans<Kind, MT, 2, F>(s, t, ahead);
+    else return half ? tile_spans<Kind, MT, 2, F>(s, t, ahead) : tile_spans<Kind, MT, 4, F>(s, t, ahead);
 }
 
-template <int Bits, Fetch F> void tile_rows(int rows, bool half, const Slice& s, const Tile& t, Ahead ahead) {
+template <class Kind, Fetch F> void tile_rows(int rows, bool half, const Slice& s, const Tile& t, Ahead ahead) {
     switch (rows) {
-        case 1: return tile_of<Bits, 1, F>(half, s, t, ahead);
-        case 2: return tile_of<Bits, 2, F>(half, s, t, ahead);
-        case 3: return tile_of<Bits, 3, F>(half, s, t, ahead);
-        case 4: return tile_of<Bits, 4, F>(half, s, t, ahead);
-        case 5: return tile_of<Bits, 5, F>(half, s, t, ahead);
-        case 6: return tile_of<Bits, 6, F>(half, s, t, ahead);
+        case 1: return tile_of<Kind, 1, F>(half, s, t, ahead);
+        case 2: return tile_of<Kind, 2, F>(half, s, t, ahead);
+        case 3: return tile_of<Kind, 3, F>(half, s, t, ahead);
+        case 4: return tile_of<Kind, 4, F>(half, s, t, ahead);
+        case 5: return tile_of<Kind, 5, F>(half, s, t, ahead);
+        case 6: return tile_of<Kind, 6, F>(half, s, t, ahead);
     }
 }
 
@@ -106,9 +117,10 @@ struct Plan {
 // All tiles of a block of rows against one slice of a panel. They prefetch the slice that comes next: gemm_prefetch.h. Alone, a tile of AVX2,
 // whose slices are small, is 15 % faster if it prefetches its own weights a little ahead, unless what comes next is another linear's
 // (then). Not a line in two, as gemm.cpp does: in 4 bits that takes twice as long.
-template <int Bits>
+template <class Kind>
 void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, int64_t k, float* sums, const Coming& next, bool then,
            const Output* out) {
+    constexpr int Bits = Kind::bits;
     constexpr int64_t kMost = kRows<Bits>, kSoon = 2048;
     const int64_t tiles = (rows + kMost - 1) / kMost, steps = (s.positions + kStepK<Bits> - 1) / kStepK<Bits>;
     const int64_t most = (rows + tiles - 1) / tiles, halves = takes_halves<Bits>(plan.args, static_cast<int>(most)) ? 2 : 1;
@@ -118,17 +130,18 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
         const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
         const int64_t at = first_row + row;
-        Tile t{{q.a + at * q.stride + k * kActivationBytes<Bits>, q.stride, q.start + at * q.spans + k / q.span, q.spans},
+        Tile t{{q.a + at * q.stride + k * kActivationBytes<Bits>, q.stride, q.start + at * q.spans + k / q.span, q.spans,
+                Kind::offsets ? q.sum + at * q.segments + k / s.segment : nullptr, q.segments},
                sums + row * kPanel, 0};
         const int halves = takes_halves<Bits>(plan.args, mt) ? 2 : 1;
         for (int half = 0; half < halves; ++half) {
             if (alone) {
                 const Ahead own{reinterpret_cast<const char*>(s.weights) + kSoon, kStepBytes, 4 * kStepBytes};
-                tile_rows<Bits, Fetch{kStepBytes / 64, 1, false}>(mt, halves == 2, s, t, own);
+                tile_rows<Kind, Fetch{kStepBytes / 64, 1, false}>(mt, halves == 2, s, t, own);
             } else {
                 const Ahead ahead = spread.ahead(steps);
                 with_fetch(spread.fetch, [&]<Fetch F>() QUIRE_LAMBDA {
-                    if constexpr (!F.again) tile_rows<Bits, F>(mt, halves == 2, s, t, ahead);
+                    if constexpr (!F.again) tile_rows<Kind, F>(mt, halves == 2, s, t, ahead);
                 });
             }
             t.column += kPanel / 2;
@@ -139,7 +152,7 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
     }
 }
 
-template <int Bits> void task(const void* context, int64_t task, int64_t next) {
+template <class Kind> void task(const void* context, int64_t task, int64_t next) {
     const Plan& plan = *static_cast<const Plan*>(context);
     const LinearArgs& a = plan.args;
     const QuantLayout& l = plan.layout;
@@ -160,14 +173,14 @@ template <int Bits> void task(const void* context, int64_t task, int64_t next) {
         const Coming coming = last ? panel_after(a, grid, task, next, slice_bytes)
                                    : Coming{reinterpret_cast<const char*>(w + at + slice_bytes),
                                             ((rest < slice_bytes ? rest : slice_bytes) + 63) / 64};
-        slice<Bits>(plan, s, row, rows, k, sums, coming, last && next < 0 && coming.lines > 0, last ? &out : nullptr);
+        slice<Kind>(plan, s, row, rows, k, sums, coming, last && next < 0 && coming.lines > 0, last ? &out : nullptr);
     }
 }
 
 // One row against two panels side by side: gemm.cpp says why.
 constexpr int kBeside = 2;
 
-template <int Bits> void task_beside(const void* context, int64_t task, int64_t) {
+template <class Kind> void task_beside(const void* context, int64_t task, int64_t) {
     const Plan& plan = *static_cast<const Plan*>(context);
     const LinearArgs& a = plan.args;
     const QuantLayout& l = plan.layout;
@@ -175,18 +188,18 @@ template <int Bits> void task_beside(const void* context, int64_t task, int64_t)
     const uint8_t* w = static_cast<const uint8_t*>(a.w.data) + panel * l.panel_bytes;
     const Slice s{w + l.scale_bytes, w, l.stride, l.scale_stride, l.segment, a.w.k, l.panel_bytes};
     alignas(64) float sums[kBeside * kPanel] = {};
-    const Tile t{{plan.rows.a, plan.rows.stride, plan.rows.start, plan.rows.spans}, sums, 0};
-    if (left >= kBeside) tile_spans<Bits, 1, kBeside * kVecs, Fetch{0, 1, false}>(s, t, {});
-    else tile_spans<Bits, 1, kVecs, Fetch{0, 1, false}>(s, t, {});
+    const Tile t{{plan.rows.a, plan.rows.stride, plan.rows.start, plan.rows.spans, plan.rows.sum, plan.rows.segments}, sums, 0};
+    if (left >= kBeside) tile_spans<Kind, 1, kBeside * kVecs, Fetch{0, 1, false}>(s, t, {});
+    else tile_spans<Kind, 1, kVecs, Fetch{0, 1, false}>(s, t, {});
     for (int i = 0; i < kBeside && i < left; ++i)
         finish_rows(output_of(a, panel + i, 0), sums + i * kPanel, plan.rows.scale, 0, 1);
 }
 
-template <int Bits> void run(const Plan& plan) {
+template <class Kind> void run(const Plan& plan) {
     const int64_t panels = panel_count(plan.args.w);
     if (plan.args.reading == Reading::beside && plan.args.m == 1 && panels >= 8 * num_threads())
-        return run_tasks((panels + kBeside - 1) / kBeside, task_beside<Bits>, &plan);
-    run_tasks(plan.grid.tasks, task<Bits>, &plan);
+        return run_tasks((panels + kBeside - 1) / kBeside, task_beside<Kind>, &plan);
+    run_tasks(plan.grid.tasks, task<Kind>, &plan);
 }
 
 }  // namespace
@@ -205,7 +218,9 @@ void linear_quantized(const LinearArgs& args) {
     const int64_t row_blocks = (args.m + rows_per_block - 1) / rows_per_block;
     const Plan plan{args, layout, args.w.bits == 8 ? quantize_rows<8>(args, layout) : quantize_rows<4>(args, layout),
                     {row_blocks, rows_per_block, panels * row_blocks, layout.panel_bytes}};
-    args.w.bits == 8 ? run<8>(plan) : run<4>(plan);
+    if (args.w.bits == 8) run<Int8>(plan);
+    else if (args.w.offsets) run<Int4Offsets>(plan);
+    else run<Int4>(plan);
 }
 
 }  // namespace quire::QUIRE_NS

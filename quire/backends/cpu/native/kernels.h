@@ -27,6 +27,7 @@ struct Panels {
     int64_t bits = 0;    // 8 or 4 where weights are quantized: quantized.h has their layout, and dtype means nothing
     int64_t group = 0;   // then: positions of K that share a scale, or 0 for one scale a column
     bool gated = false;
+    bool offsets = false; // in 4 bits: weights of a group stand for (q - 8) * scale + offset, not for (q - 8) * scale
 };
 
 // Static, so that no compilation's copy can stand in for another's.
@@ -41,6 +42,9 @@ struct Matrix {
     int64_t n, k, n_stride, k_stride;
 };
 
+// What a GGUF tensor's blocks are, by llama.cpp's names.
+enum class Format : int32_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS };
+
 struct QuantizeArgs {
     const Matrix* parts;   // concatenated along n
     DType dtype;           // of the parts
@@ -48,8 +52,14 @@ struct QuantizeArgs {
     void* out;             // [panels][panel_bytes] of quantized.h, 64-byte aligned
 };
 
-// What a GGUF tensor's blocks are, by llama.cpp's names.
-enum class Format : int32_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS };
+// Likewise, of parts that are blocks of Q4_0, Q4_1 or Q4_K already, in groups of 32: n_stride is that of a row of blocks, k_stride 0
+// where there are zeros instead.
+struct RepackArgs {
+    const Matrix* parts;
+    Format format;
+    Panels w;              // with offsets where the format has them
+    void* out;
+};
 
 struct DequantizeArgs {
     const uint8_t* data;   // [n] rows of blocks, `stride` bytes apart
@@ -189,6 +199,7 @@ struct Kernels {
     void (*linear)(const LinearArgs&);
     void (*linear_quantized)(const LinearArgs&);     // w.bits is 8 or 4
     void (*pack_quantized)(const QuantizeArgs&);
+    void (*repack)(const RepackArgs&);
     void (*dequantize)(const DequantizeArgs&);
     void (*norm)(const NormArgs&);
     void (*rotary)(const RotaryArgs&);

@@ -86,16 +86,27 @@ std::vector<Matrix> interleaved(const Matrix& gate, const Matrix& up, int64_t ha
 // Those of all linears that are packed alike; kept to the end of the process, a kilobyte for each shape.
 Readings& readings_of(const Kernels& kernels, const Panels& p) {
     static std::mutex mutex;
-    static std::map<std::tuple<const Kernels*, DType, int64_t, int64_t, int64_t, int64_t, bool>, Readings> all;
+    static std::map<std::tuple<const Kernels*, DType, int64_t, int64_t, int64_t, int64_t, bool, bool>, Readings> all;
     const std::lock_guard lock(mutex);
-    return all[{&kernels, p.dtype, p.bits, p.group, p.n, p.k, p.gated}];
+    return all[{&kernels, p.dtype, p.bits, p.group, p.n, p.k, p.gated, p.offsets}];
 }
 
-Panels of_parts(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated) {
-    Panels p{nullptr, dtype, parts[0].n, parts[0].k, kernels.panel, bits, group, gated};
+Panels of_parts(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated,
+                bool offsets = false) {
+    Panels p{nullptr, dtype, parts[0].n, parts[0].k, kernels.panel, bits, group, gated, offsets};
     if (!gated)
         for (size_t i = 1; i < parts.size(); ++i) p.n += parts[i].n;
     return p;
+}
+
+// The columns of all panels, and how they are to lie: as of a linear that is not gated.
+std::vector<Matrix> columns_of(const Panels& p, const std::vector<Matrix>& parts) {
+    return p.gated ? interleaved(parts[0], parts[1], panel_outputs(p)) : parts;
+}
+Panels ungated(const Panels& p) {
+    Panels all = p;
+    if (p.gated) all.n = panel_count(p) * p.panel, all.gated = false;
+    return all;
 }
 
 }  // namespace
@@ -110,17 +121,29 @@ PackedLinear::PackedLinear(const Kernels& kernels_, const Panels& panels_)
 PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated)
     : kernels(kernels_), panels(of_parts(kernels_, parts, dtype, bits, group, gated)), nbytes(packed_bytes(panels)), owned_(true),
       readings_(readings_of(kernels, panels)) {
-    void* memory = allocate_large(static_cast<size_t>(nbytes));
-    panels.data = memory;
-    const std::vector<Matrix> columns = gated ? interleaved(parts[0], parts[1], panel_outputs(panels)) : parts;
-    const int64_t n = gated ? count() * panels.panel : panels.n;
+    void* memory = allocate();
+    const std::vector<Matrix> columns = columns_of(panels, parts);
+    const Panels whole = ungated(panels);
     if (bits) {
-        kernels.pack_quantized({columns.data(), dtype, {nullptr, dtype, n, panels.k, panels.panel, bits, group}, memory});
+        kernels.pack_quantized({columns.data(), dtype, whole, memory});
         return;
     }
-    Job job{&columns, static_cast<char*>(memory), n, panels.k, panels.panel, 2048, (panels.k + 2047) / 2048,
+    Job job{&columns, static_cast<char*>(memory), whole.n, panels.k, panels.panel, 2048, (panels.k + 2047) / 2048,
             dtype == DType::bf16};
     run_tasks(count() * job.k_blocks, dtype == DType::f32 ? pack_task<uint32_t> : pack_task<uint16_t>, &job);
+}
+
+PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, Format format, bool gated)
+    : kernels(kernels_), panels(of_parts(kernels_, parts, DType::f32, 4, 32, gated, format != Format::Q4_0)), nbytes(packed_bytes(panels)),
+      owned_(true), readings_(readings_of(kernels, panels)) {
+    void* memory = allocate();
+    kernels.repack({columns_of(panels, parts).data(), format, ungated(panels), memory});
+}
+
+void* PackedLinear::allocate() {
+    void* memory = allocate_large(static_cast<size_t>(nbytes));
+    panels.data = memory;
+    return memory;
 }
 
 PackedLinear::~PackedLinear() {

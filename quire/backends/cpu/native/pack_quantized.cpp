@@ -2,6 +2,7 @@
 // quantized while it is in the cache, then the runs of a panel's columns are interleaved.
 #include <type_traits>
 
+#include "blocks.h"
 #include "quantize_weights.h"
 #include "quantized.h"
 #include "threads.h"
@@ -32,16 +33,16 @@ template <class T> struct Source {
     bool side_by_side;
 };
 
-template <class T> Source<T> source_of(const QuantizeArgs& a, int64_t panel) {
+template <class T> Source<T> source_of(const Matrix* parts, const Panels& w, int64_t panel) {
     Source<T> s;
-    const int64_t left = a.w.n - panel * kPanel;
+    const int64_t left = w.n - panel * kPanel;
     s.columns = static_cast<int>(left < kPanel ? left : kPanel);
     s.side_by_side = true;
     int64_t part = 0, begin = 0;
     for (int j = 0; j < s.columns; ++j) {
         const int64_t n = panel * kPanel + j;
-        while (n - begin >= a.parts[part].n) begin += a.parts[part++].n;
-        const Matrix& m = a.parts[part];
+        while (n - begin >= parts[part].n) begin += parts[part++].n;
+        const Matrix& m = parts[part];
         s.column[j] = {m.data + (n - begin) * m.n_stride, m.k_stride};
         s.side_by_side &= s.column[j].data == s.column[0].data + j * static_cast<int64_t>(sizeof(T)) &&
                           m.k_stride == s.column[0].stride;
@@ -134,7 +135,7 @@ template <class T, int Bits> void pack_task(const void* context, int64_t panel, 
     const QuantizeArgs& a = job.args;
     const QuantLayout& l = job.layout;
     uint8_t* out = static_cast<uint8_t*>(a.out) + panel * l.panel_bytes;
-    const Source<T> source = source_of<T>(a, panel);
+    const Source<T> source = source_of<T>(a.parts, a.w, panel);
     const size_t run_bytes = kPanel * kRunStride, block_bytes = (source.side_by_side ? kPanel : 1) * kRunStride * sizeof(float);
     uint8_t* runs = static_cast<uint8_t*>(thread_scratch(kScratchGemm, run_bytes + block_bytes));
     std::memset(runs + source.columns * kRunStride, Bits == 8 ? 0x80 : 0x88,   // columns that don't exist
@@ -183,7 +184,107 @@ template <class T> void pack(const Job& job, int64_t panels) {
     run_tasks(panels, job.args.w.bits == 8 ? pack_task<T, 8> : pack_task<T, 4>, &job);
 }
 
+// Blocks of a GGUF tensor: of 32 values a scale, and what (q - 8) * scale must be raised by, then the numbers q, a byte each.
+struct Group {
+    float scale, offset;
+};
+
+// The halves of bytes at p, low or high (shift 4), as 32 numbers.
+QUIRE_INLINE void halves(const uint8_t* p, int n, int shift, uint8_t* q) {
+    for (int i = 0; i < n; ++i) q[i] = static_cast<uint8_t>(p[i] >> shift & 15);
+}
+
+struct Q4_0 {
+    static constexpr int groups = 1, bytes = 18;
+    static constexpr bool offsets = false;
+    static void block(const uint8_t* p, uint8_t* q, Group* g) {
+        halves(p + 2, 16, 0, q);
+        halves(p + 2, 16, 4, q + 16);
+        g[0] = {half_at(p), 0};
+    }
+};
+
+struct Q4_1 {
+    static constexpr int groups = 1, bytes = 20;
+    static constexpr bool offsets = true;
+    static void block(const uint8_t* p, uint8_t* q, Group* g) {
+        halves(p + 4, 16, 0, q);
+        halves(p + 4, 16, 4, q + 16);
+        g[0] = {half_at(p), 8 * half_at(p) + half_at(p + 2)};
+    }
+};
+
+struct Q4_K {
+    static constexpr int groups = 8, bytes = 144;
+    static constexpr bool offsets = true;
+    static void block(const uint8_t* p, uint8_t* q, Group* g) {
+        for (int i = 0; i < 4; ++i) {
+            halves(p + 16 + 32 * i, 32, 0, q + 64 * i);
+            halves(p + 16 + 32 * i, 32, 4, q + 64 * i + 32);
+        }
+        for (int i = 0; i < groups; ++i) {
+            int scale, least;
+            scale_and_least(p + 4, i, scale, least);
+            g[i].scale = half_at(p) * static_cast<float>(scale);
+            g[i].offset = 8 * g[i].scale - half_at(p + 2) * static_cast<float>(least);
+        }
+    }
+};
+
+template <class Format> void repack_panel(const RepackArgs& a, const QuantLayout& l, int64_t panel) {
+    constexpr int kGroup = 32, kValues = Format::groups * kGroup;
+    uint8_t* out = static_cast<uint8_t*>(a.out) + panel * l.panel_bytes;
+    uint8_t* runs = static_cast<uint8_t*>(thread_scratch(kScratchGemm, kPanel * kRunStride + 4 * kWidth));
+    const Source<uint8_t> source = source_of<uint8_t>(a.parts, a.w, panel);
+    bf16 scales[kMaxGroups][kPanel * (Format::offsets ? 2 : 1)] = {};
+    uint8_t q[kRun] = {};
+    Group groups[kMaxGroups];
+    for (int64_t at = 0; at < a.w.k; at += kRun) {
+        const int64_t kn = a.w.k - at < kRun ? a.w.k - at : kRun;
+        for (int j = 0; j < kPanel; ++j) {
+            uint8_t* run = runs + j * kRunStride;
+            if (j >= source.columns || !source.column[j].stride) {
+                std::memset(run, 0x88, static_cast<size_t>(kn / 2));
+                continue;
+            }
+            const uint8_t* block = reinterpret_cast<const uint8_t*>(source.column[j].data) + at / kValues * Format::bytes;
+            for (int64_t i = 0; i < kn; i += kValues, block += Format::bytes) Format::block(block, q + i, groups + i / kGroup);
+            for (int64_t i = 0; i < kn; i += 4 * kWidth) store_nibbles(run + i / 2, load_i(q + i));
+            for (int64_t g = 0; g < kn / kGroup; ++g) {
+                from_float(groups[g].scale, scales[g][Format::offsets ? 2 * j + 1 : j]);
+                if constexpr (Format::offsets) from_float(groups[g].offset, scales[g][2 * j]);
+            }
+        }
+        for (int64_t g = 0; g < kn / kGroup; ++g) {
+            std::memcpy(out, scales[g], static_cast<size_t>(l.scale_bytes));
+            out += l.scale_bytes;
+            interleave(runs + g * kGroup / 2, kGroup / 8, out);
+            out += kGroup / 2 * kPanel;
+        }
+    }
+}
+
+template <class Format> void repack_as(const RepackArgs& args) {
+    struct Job {
+        const RepackArgs& args;
+        QuantLayout layout;
+    } job{args, quant_layout(args.w)};
+    run_tasks((args.w.n + kPanel - 1) / kPanel, [](const void* context, int64_t panel, int64_t) {
+        const Job& j = *static_cast<const Job*>(context);
+        repack_panel<Format>(j.args, j.layout, panel);
+    }, &job);
+}
+
 }  // namespace
+
+void repack(const RepackArgs& args) {
+    switch (args.format) {
+        case Format::Q4_0: return repack_as<Q4_0>(args);
+        case Format::Q4_1: return repack_as<Q4_1>(args);
+        case Format::Q4_K: return repack_as<Q4_K>(args);
+        default: return;
+    }
+}
 
 void pack_quantized(const QuantizeArgs& args) {
     const Job job{args, quant_layout(args.w)};

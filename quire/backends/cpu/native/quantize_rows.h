@@ -23,9 +23,7 @@ template <int Bits> constexpr int64_t kSpan = Bits == 4 && !kVnni ? 64 : kSegmen
 // Where the sums of a span begin: minus what its activations, summed by lanes of four positions, add too much: each its product
 // with the zero of stored weights, or with the 1 of -w - 1. Two numbers of 16 bits where the sums are those.
 template <int Bits> QUIRE_INLINE vi excess(vi a) { return kFlips<Bits> ? min_i(a, set1_i(0)) : a; }
-template <int Bits> QUIRE_INLINE int32_t start_of(vi excess) {
-    int32_t four[4];
-    reduce_fours(excess, four);
+template <int Bits> QUIRE_INLINE int32_t start_of(const int32_t (&four)[4]) {
     const int32_t low = four[0] + four[1], high = four[2] + four[3];
     if constexpr (kFlips<Bits>) return -(low + high);
     else if constexpr (kVnni) return -(Bits == 8 ? 128 : 8) * (low + high);
@@ -36,9 +34,10 @@ struct QuantRows {
     int8_t* a;           // rows `stride` bytes apart
     int64_t stride;
     int32_t* start;      // [m][spans]: where the integer sums start
+    float* sum;          // [m][segments], for weights with offsets, else null: the sum of a segment's activations
     float* scale;        // [m]
     const float* x;
-    int64_t m, k, x_stride, span, spans;
+    int64_t m, k, x_stride, span, spans, segments;
 };
 
 template <int Bits, class V> QUIRE_INLINE void store_activations(int8_t* p, const V& a) {   // a vector, or four
@@ -50,6 +49,8 @@ template <int Bits> void quantize_row(const QuantRows& rows, int64_t row) {
     const float* x = rows.x + row * rows.x_stride;
     int8_t* a = rows.a + row * rows.stride;
     int32_t* start = rows.start + row * rows.spans;
+    float* segment_sum = rows.sum ? rows.sum + row * rows.segments : nullptr;
+    if (segment_sum) std::memset(segment_sum, 0, static_cast<size_t>(rows.segments) * sizeof *segment_sum);
     const int32_t most_bits = greatest_magnitude(x, rows.k);
     const float most = from_bits(static_cast<uint32_t>(most_bits));
     const bool finite = most_bits < kInfinityBits;
@@ -84,7 +85,10 @@ template <int Bits> void quantize_row(const QuantRows& rows, int64_t row) {
             sum = add_i(sum, excess<Bits>(v));
             store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
         }
-        start[s] = start_of<Bits>(sum);
+        int32_t four[4];
+        reduce_fours(sum, four);
+        start[s] = start_of<Bits>(four);
+        if (segment_sum) segment_sum[s * rows.segments / rows.spans] += static_cast<float>(four[0] + four[1] + four[2] + four[3]);
     }
 }
 
@@ -98,11 +102,14 @@ template <int Bits> QuantRows quantize_rows(const LinearArgs& args, const QuantL
     const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     rows.stride = lines((rows.k + 15) / 16 * 16 * kActivationBytes<Bits>);
     if (rows.stride % 1024 == 0) rows.stride += 64;   // else the rows of a tile would share few sets of the cache
+    rows.segments = layout.segments;
     const int64_t start_at = lines(rows.m * rows.stride), scale_at = start_at + lines(rows.m * rows.spans * 4);
-    char* memory = static_cast<char*>(thread_scratch(kScratchQuantized, static_cast<size_t>(scale_at + lines(rows.m * 4))));
+    const int64_t sum_at = scale_at + lines(rows.m * 4), size = sum_at + (args.w.offsets ? lines(rows.m * rows.segments * 4) : 0);
+    char* memory = static_cast<char*>(thread_scratch(kScratchQuantized, static_cast<size_t>(size)));
     rows.a = reinterpret_cast<int8_t*>(memory);
     rows.start = reinterpret_cast<int32_t*>(memory + start_at);
     rows.scale = reinterpret_cast<float*>(memory + scale_at);
+    rows.sum = args.w.offsets ? reinterpret_cast<float*>(memory + sum_at) : nullptr;
     constexpr int64_t kAlone = 32768;
     if (rows.m * rows.k <= kAlone) {
         for (int64_t row = 0; row < rows.m; ++row) quantize_row<Bits>(rows, row);

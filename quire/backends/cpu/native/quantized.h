@@ -2,9 +2,10 @@
 //
 // Panels of `panel` columns lie one after the other, the last one padded with columns of zeros. A weight is stored as an
 // unsigned number q = w + zero, with w = -127..127 and zero = 128 in 8 bits, w = -8..7 and zero = 8 in 4 bits, and stands
-// for w * scale. A panel with groups is a row of groups, ascending in k:
+// for w * scale, or with offsets (4 bits only) for w * scale + offset. A panel with groups is a row of groups, ascending in k:
 //
 //     scales   bfloat16 [panel]
+//              with offsets pairs of them, [panel][2]: an offset, then the scale
 //     weights  uint8 [group / 4][panel][4], positions k..k+3 of a column adjacent; or, in 4 bits,
 //              uint8 [group / 8][panel][4], where byte i holds position k + i (low half) and k + 4 + i (high half)
 //
@@ -33,7 +34,7 @@ __attribute__((always_inline)) static inline QuantLayout quant_layout(const Pane
     QuantLayout l{};
     l.segment = w.group ? w.group : kSegment;
     l.segments = (w.k + l.segment - 1) / l.segment;
-    l.scale_bytes = w.panel * 2;
+    l.scale_bytes = w.panel * (w.offsets ? 4 : 2);
     const int64_t weights = l.segment * w.panel * w.bits / 8;
     l.stride = w.group ? l.scale_bytes + weights : weights;
     l.scale_stride = w.group ? l.stride : 0;

@@ -23,6 +23,8 @@ struct Rows {
     int64_t stride;
     const int32_t* start;
     int64_t start_stride;
+    const float* sum;        // null without offsets
+    int64_t sum_stride;
 };
 
 QUIRE_INLINE vi broadcast4(const void* p) {

@@ -158,6 +158,11 @@ QUIRE_INLINE vi set1_i(int32_t x) { return x - vi{}; }
 QUIRE_INLINE vi add_i(vi a, vi b) { return a + b; }
 QUIRE_INLINE vi and_i(vi a, vi b) { return a & b; }
 QUIRE_INLINE vi xor_i(vi a, vi b) { return a ^ b; }
+// Of pairs of bfloat16, first and second.
+QUIRE_INLINE void load_pairs(const void* p, vf& first, vf& second) {
+    const vi both = load_i(p);
+    first = reinterpret_cast<vf>(both << 16), second = reinterpret_cast<vf>(and_i(both, set1_i(-65536)));
+}
 // The sums of lanes 4 apart.
 QUIRE_INLINE void reduce_fours(vi a, int32_t (&sum)[4]) {
 #if defined(QUIRE_ISA_avx512)

@@ -6,6 +6,7 @@ namespace quire::QUIRE_NS {
 void linear(const LinearArgs&);
 void linear_quantized(const LinearArgs&);
 void pack_quantized(const QuantizeArgs&);
+void repack(const RepackArgs&);
 void dequantize(const DequantizeArgs&);
 void norm(const NormArgs&);
 void rotary(const RotaryArgs&);
@@ -35,6 +36,7 @@ const Kernels kernels = {
     .linear = linear,
     .linear_quantized = linear_quantized,
     .pack_quantized = pack_quantized,
+    .repack = repack,
     .dequantize = dequantize,
     .norm = norm,
     .rotary = rotary,
