@@ -48,8 +48,34 @@ def tiny_tensors(vocab: int = len(TOKENS), seed: int = 0) -> dict[str, np.ndarra
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write_gguf(path: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray], kind: str = "F32", **parts: Any) -> Path:
-    """kind: of what has two dimensions. parts: further arguments of the writer."""
+MIXED = {"attn_v": "Q8_0", "ffn_down": "Q4_1", "token_embd": "Q8_0", "output": "Q8_0"}
+"""In a file of the kind ``mixed``, which is Q4_K else: as Q4_K_M is, whose 6 bits the library can't write, for widths of 32."""
+
+
+def quantize(array: np.ndarray, kind: str) -> np.ndarray:
+    """Rows of blocks, in bytes. The library has no Q4_K: here is a plain one, with the least and the greatest number of a group exact but
+    for the 6 bits that scale and minimum have."""
+    if kind != "Q4_K":
+        return gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind])
+    groups = array.reshape(-1, 8, 32)
+    least = np.maximum(-groups.min(-1), 0)
+    scale = (groups.max(-1) + least) / 15
+    factors = [(np.maximum(each.max(-1, keepdims=True), 1e-9) / 63).astype(np.float16) for each in (scale, least)]
+    six = [np.rint(each / factor.astype(np.float32)).astype(np.uint8) for each, factor in zip((scale, least), factors, strict=True)]
+    step, under = (number * factor.astype(np.float32) for number, factor in zip(six, factors, strict=True))
+    numbers = np.clip(np.rint((groups + under[..., None]) / np.maximum(step, 1e-12)[..., None]), 0, 15).astype(np.uint8)
+    (low, high), (low_min, high_min) = ((each[:, :4], each[:, 4:]) for each in six)
+    packed = np.concatenate([low | high >> 4 << 6, low_min | high_min >> 4 << 6, (high & 15) | (high_min & 15) << 4], axis=-1)
+    pairs = numbers.reshape(-1, 4, 2, 32)
+    halves = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
+    blocks = np.concatenate([*(factor.view(np.uint8) for factor in factors), packed, halves], axis=-1)
+    return blocks.reshape(len(array), -1)
+
+
+def write_gguf(
+    path: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray], kind: str = "F32", other: dict[str, str] | None = None, **parts: Any
+) -> Path:
+    """kind: of what has two dimensions; other: of some of it. parts: further arguments of the writer."""
     writer = gguf.GGUFWriter(path, fields.get("general.architecture", "none"), **parts)
     for name, value in fields.items():
         if name == "general.architecture":
@@ -64,10 +90,11 @@ def write_gguf(path: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray
             writer.add_string(name, value)
         else:
             writer.add_array(name, value)
-    type_ = gguf.GGMLQuantizationType[kind]
     for name, array in tensors.items():
-        if array.ndim == 2 and kind != "F32":
-            writer.add_tensor(name, gguf.quants.quantize(array, type_), raw_dtype=type_)
+        part = name.split(".")[-2]
+        each = MIXED.get(part, "Q4_K") if kind == "mixed" else (other or {}).get(part, kind)
+        if array.ndim == 2 and each != "F32":
+            writer.add_tensor(name, quantize(array, each), raw_dtype=gguf.GGMLQuantizationType[each])
         else:
             writer.add_tensor(name, array)
     writer.write_header_to_file()

@@ -28,7 +28,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("gguf")
-    for kind in ("F32", "Q8_0", "Q4_0"):
+    for kind in ("F32", "Q8_0", "Q4_0", "mixed"):
         embedded_gguf(made / f"code.{kind}.gguf", kind)
     return made
 
@@ -53,17 +53,42 @@ def test_the_same_tokens_as_from_the_folder(folder: Path) -> None:
 
 
 def test_what_a_file_is_quantized_to(folder: Path) -> None:
-    for kind, note in (("Q8_0", "int8 with one scale for each output"), ("Q4_0", "int4 in groups of 32, lm_head int8"), ("F32", "")):
+    for kind, note in (("Q8_0", "int8 with one scale for each output"), ("Q4_0", "int4 as the file has them: 3 MB"),
+                       ("mixed", "int4 and int8 as the file has them: 4 MB"), ("F32", "")):  # fmt: skip
         assert LLM(folder / f"code.{kind}.gguf", kv_memory="16MiB").backend.weight_note.startswith(note)
     stated = LLM(folder / "code.Q8_0.gguf", kv_memory="16MiB", quantize="int4", group_size=64)
     assert stated.backend.weight_note.startswith("int4 in groups of 64")
     assert LLM(folder / "code.Q8_0.gguf", kv_memory="16MiB", quantize="none").backend.weight_note == ""
 
 
+def test_a_file_of_several_kinds(folder: Path) -> None:
+    """Each linear is what the file has it in, and says nearly what floats say."""
+    path = folder / "code.mixed.gguf"
+    decoder = LLM(path, kv_memory="16MiB").backend.decoder
+    for layer in decoder.layers:
+        assert [(part.dtype, part.offsets, part.n) for part in layer.qkv.parts] == [("int4", True, 384), ("int8", False, 128)]
+        assert [(part.dtype, part.offsets, part.gated) for part in layer.up.parts] == [("int4", True, True)]
+        assert [(part.dtype, part.group_size) for part in layer.down.parts] == [("int4", 32)]
+    assert [part.dtype for part in decoder.lm_head.parts] == ["int8"]
+    stored, floats = tokens(path), tokens(path, quantize="none", dtype="float32")
+    same = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), 24) for x, y in zip(stored, floats, strict=True)]
+    assert sum(same) >= 48, same
+    batches = [tokens(path, max_num_seqs=seqs) for seqs in (1, 2, 3)]
+    assert batches == [stored] * 3
+
+
+def test_gate_and_up_of_two_kinds(tmp_path: Path) -> None:
+    """Are multiplied by each other, and so become one linear: of int8."""
+    path = write_gguf(tmp_path / "a.gguf", tiny_fields(), tiny_tensors(), "Q4_0", other={"ffn_up": "Q4_1"})
+    decoder = LLM(path, kv_memory="1MiB").backend.decoder
+    assert [(part.dtype, part.gated) for part in decoder.layers[0].up.parts] == [("int8", True)]
+    assert [(part.dtype, part.offsets) for part in decoder.layers[0].down.parts] == [("int4", False)]
+
+
 def test_cache_of_packed_weights(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Found by the next start, made again when the file has changed."""
     model, cache = tmp_path / "a.gguf", tmp_path / "cache"
-    model.write_bytes((folder / "code.Q4_0.gguf").read_bytes())
+    model.write_bytes((folder / "code.mixed.gguf").read_bytes())
     plain = tokens(model)
     assert tokens(model, cache_dir=str(cache)) == plain
     (packed,) = cache.glob("*.packed")
@@ -71,9 +96,12 @@ def test_cache_of_packed_weights(folder: Path, tmp_path: Path, caplog: pytest.Lo
     written = packed.stat().st_mtime_ns
     assert tokens(model, cache_dir=str(cache)) == plain
     assert packed.stat().st_mtime_ns == written
+    model.write_bytes((folder / "code.Q4_0.gguf").read_bytes())
+    assert tokens(model, cache_dir=str(cache)) == tokens(model) != plain
+    assert "is stale" in caplog.text
     model.write_bytes((folder / "code.Q8_0.gguf").read_bytes())
     assert tokens(model, cache_dir=str(cache), quantize="int4") == tokens(model, quantize="int4")
-    assert "is stale" in caplog.text
+    assert len(list(cache.glob("*.packed"))) == 2
 
 
 def test_a_server(folder: Path) -> None:

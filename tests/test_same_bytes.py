@@ -21,6 +21,7 @@ from quire.backends.cpu import _native as native
 from quire.core.sequence import Request
 from quire.models.weights import resolve_model
 from quire.sampling_params import SamplingParams
+from sample_gguf import embedded_gguf
 
 FIXTURES = Path(__file__).parent / "fixtures" / "golden"
 MODELS = ["embedded", "mistral", "qwen3", "gpt2", "opt"]
@@ -144,6 +145,12 @@ def test_nor_do_those_of_quantized_weights(model: str, isa: str, options: dict[s
     # Blocks, caches and admission don't know what linears are made of: with int8 they are varied in full, on the best instruction set.
     whole = isa == native.available_isas()[0] and options == {"quantize": "int8"}
     compare(folder_of(model), isa, options, list(VARIANTS) if whole else QUICK, list(SQUEEZED) if whole else ["swap"])
+
+
+@pytest.mark.parametrize("isa", [isa for isa in native.available_isas() if isa in (native.available_isas()[0], "avx2")])
+def test_nor_do_those_of_a_quantized_file(tmp_path: Path, isa: str) -> None:
+    """Its linears have several kinds, some with offsets, and some are two side by side."""
+    compare(embedded_gguf(tmp_path / "a.gguf", "mixed"), isa, {}, QUICK, ["swap"])
 
 
 def compare(folder: Path, isa: str, base: dict[str, Any], variants: list[str], squeezed: list[str]) -> None:

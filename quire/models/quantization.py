@@ -61,7 +61,7 @@ class Quantization:
 
     def __str__(self) -> str:
         if self.linears:
-            return "as the file has them, " + " and ".join(sorted({kind.dtype for _, kind in self.linears}))
+            return " and ".join(sorted({kind.dtype for _, kind in self.linears})) + " as the file has them"
         each = f"in groups of {self.group_size}" if self.group_size else "with one scale for each output"
         return f"{self.dtype} {each}" + (f", lm_head {INT8}" if self.dtype == "int4" else "")
 

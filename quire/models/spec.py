@@ -157,6 +157,10 @@ class TransformerSpec:
         kinds = {kind for _, kind in self.stored}
         return "int8" if kinds == {"int8"} else "stored" if kinds else ""
 
+    def widths(self, quantize: str) -> str:
+        """Of the linears under a value of --quantize."""
+        return " and ".join(sorted({kind.split("+")[0] for _, kind in self.stored})) if quantize == "stored" else quantize
+
     @property
     def scale(self) -> float:
         return self.attention_scale or self.head_dim**-0.5

@@ -38,9 +38,10 @@ def _lines(p: Plan, config: EngineConfig, spec: TransformerSpec, machine: Machin
     share = f", of which each of {config.tensor_parallel} devices has a part" if config.tensor_parallel > 1 else ""
     yield f"model        {spec.architecture}, {p.parameters / 1e6:,.0f} million parameters, context of {spec.max_positions:,} tokens{share}"
     yield f"machine      {machine.name}, {gb(p.available)} free: {machine.source}"
-    how = f"{config.quantize}, and {width} for what is no linear"
     yield f"weights      {gb(p.weights)}: " + (
-        how if config.quantize else f"{p.weights // DTYPE_BYTES[width]:,} x {DTYPE_BYTES[width]} bytes"
+        f"{spec.widths(config.quantize)}, and {width} for what is no linear"
+        if config.quantize
+        else f"{p.weights // DTYPE_BYTES[width]:,} x {DTYPE_BYTES[width]} bytes"
     )
     vector = f"{spec.head_dim} x {DTYPE_BYTES[kv]} bytes" + (f" + {KV_SCALE_BYTES[kv]} for its scale" if kv in KV_SCALE_BYTES else "")
     count = f"2 (key, value) x {spec.num_layers} layers x {spec.num_kv_heads} heads"

@@ -98,6 +98,7 @@ def _facts(loaded: Loaded, config: EngineConfig, folder: Path) -> ModelFacts:
     family = loaded.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()
     count = loaded.num_parameters
     on_gpu = loaded.weight_bytes if config.device_kind == "gpu" else 0
-    weights = config.as_stored(loaded.spec.quantized).quantize or config.weight_width(loaded.dtype)
+    quantize = config.as_stored(loaded.spec.quantized).quantize
+    weights = loaded.spec.widths(quantize) if quantize else config.weight_width(loaded.dtype)
     stored = "gguf" if folder.is_file() else "safetensors"
     return ModelFacts(family, count, short_count(count).replace(" ", ""), weights, stored, loaded.weight_bytes, on_gpu)

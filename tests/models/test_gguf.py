@@ -73,7 +73,7 @@ def test_table_of_types() -> None:
 
 
 @pytest.mark.parametrize(("kind", "quantized", "dtype"), [
-    ("F32", "", "float32"), ("F16", "", "float16"), ("BF16", "", "bfloat16"), ("Q4_0", "int4", "float16"), ("Q8_0", "int8", "float16"),
+    ("F32", "", "float32"), ("F16", "", "float16"), ("BF16", "", "bfloat16"), ("Q4_0", "stored", "float16"), ("Q8_0", "int8", "float16"),
     ("Q5_1", "int8", "float16"),
 ])  # fmt: skip
 def test_widths(tmp_path: Path, kind: str, quantized: str, dtype: str) -> None:
@@ -99,8 +99,10 @@ def test_what_a_quantized_file_is_packed_as() -> None:
     assert plain.as_stored("int8").quantize == "int8"
     assert EngineConfig(quantize="none").as_stored("int8").quantize is None
     assert EngineConfig(quantize="int4").as_stored("int8").quantize == "int4"
-    assert EngineConfig(device="torch-cpu").as_stored("int4").quantize is None  # a GPU computes in floats unless it is told
-    assert EngineConfig(group_size=64, cache_dir="x").as_stored("int4").group_size == 64
+    assert plain.as_stored("stored").quantize == EngineConfig(quantize="stored").as_stored("stored").quantize == "stored"
+    assert EngineConfig(quantize="stored").as_stored("int8").quantize == "int8"
+    assert EngineConfig(device="torch-cpu").as_stored("stored").quantize is None  # a GPU computes in floats unless it is told
+    assert EngineConfig(group_size=64, cache_dir="x").as_stored("int8").group_size == 64
     with pytest.raises(ConfigError, match="--group-size 32 is for quantized weights"):
         EngineConfig(group_size=32, quantize="none").as_stored("int8")
 

@@ -37,8 +37,8 @@ from quire.errors import ConfigError
 from quire.models.quantization import Quantization
 from quire.models.weights import content_digest, weight_files
 
-PACKING: Final = 3
-"""Counts what native.pack_linear makes of the same weights: raise it with every change of scales, rounding or layout."""
+PACKING: Final = 2
+"""Counts what native.pack_linear and pack_blocks make of the same weights: raise it with every change of scales, rounding or layout."""
 MAGIC: Final = b"QUIREPK\n"
 _ALIGN: Final = 64
 _PIECE: Final = 4 << 20

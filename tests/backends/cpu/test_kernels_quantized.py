@@ -1,5 +1,6 @@
 """The linear with weights of 8 and 4 bits: exact integers, one chain for an element, and packing that a file can hold."""
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -194,18 +195,22 @@ def test_instruction_sets_agree(kind, isa):
 
 
 def unpack(packed):
-    """Whole numbers [n, k] and scales [n, groups], read back from the bytes as quantized.h describes them."""
+    """Whole numbers [n, k] and scales [n, groups], or offsets and scales [n, groups, 2], read back from the bytes as quantized.h
+    describes them."""
     bits, columns, group = (8 if packed.dtype == "int8" else 4), packed.panel, packed.group_size
     span = group or (packed.k + 3) // 4 * 4
-    records = packed.data.reshape(-1, 2 * columns + span * columns * bits // 8)
-    scale = records[:, : 2 * columns].copy().view(ml_dtypes.bfloat16).astype(np.float32).reshape(-1, packed.k // span or 1, columns)
-    stored = records[:, 2 * columns :].reshape(len(records), -1, columns, 4)
+    width = columns * (4 if packed.offsets else 2)
+    records = packed.data.reshape(-1, width + span * columns * bits // 8)
+    scale = records[:, :width].copy().view(ml_dtypes.bfloat16).astype(np.float32)
+    scale = scale.reshape(-1, packed.k // span or 1, columns, 2 if packed.offsets else 1)
+    stored = records[:, width:].reshape(len(records), -1, columns, 4)
     if bits == 4:
         stored = np.stack([stored & 15, stored >> 4], axis=3).transpose(0, 1, 3, 2, 4).reshape(len(records), -1, columns, 4)
     whole = stored.transpose(0, 2, 1, 3).reshape(-1, scale.shape[1], columns, span).transpose(0, 2, 1, 3)
     whole = whole.astype(np.int64) - (128 if bits == 8 else 8)
     panels = len(whole) * columns
-    return whole.reshape(panels, -1)[: packed.n, : packed.k], scale.transpose(0, 2, 1).reshape(panels, -1)[: packed.n]
+    scale = scale.transpose(0, 2, 1, 3).reshape(panels, -1, scale.shape[-1])[: packed.n]
+    return whole.reshape(panels, -1)[: packed.n, : packed.k], scale if packed.offsets else scale[..., 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -373,3 +378,156 @@ def test_wrong_packed_bytes():
             native.load_packed(**arguments)
     with pytest.raises(TypeError, match="uint8"):
         native.load_packed(data.view(np.int8), 3, 128, "int8", 32)
+
+
+FORMATS = ["Q4_0", "Q4_1", "Q4_K"]
+
+
+def blocks(seed, name, n, k):
+    """Rows of blocks [n, bytes] with any numbers in them and scales of a usual size."""
+    values, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    rng = np.random.default_rng(seed)
+    made = rng.integers(0, 256, (n, k // values, nbytes), np.uint8)
+    for at in range(0, 2 if name == "Q4_0" else 4, 2):
+        made[..., at : at + 2] = rng.uniform(-0.01, 0.01, (n, k // values, 1)).astype(np.float16).view(np.uint8)
+    return made.reshape(n, -1)
+
+
+def read_blocks(data, name):
+    """Numbers -8..7 [n, k], scales and offsets [n, k / 32] (float32): q * scale + minimum is (q - 8) * scale + offset."""
+    values, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    each = data.reshape(len(data), -1, nbytes)
+    halves = each[..., : 4 if name == "Q4_1" else 2].copy().view(np.float16).astype(np.float32)
+    if name == "Q4_K":
+        halves = each[..., :4].copy().view(np.float16).astype(np.float32)
+        scales, minima = gguf.quants.Q4_K.get_scale_min(each[..., 4:16].reshape(-1, 12))
+        scale = halves[..., :1] * scales.reshape(*each.shape[:2], 8).astype(np.float32)
+        offset = np.float32(8) * scale - halves[..., 1:] * minima.reshape(*each.shape[:2], 8).astype(np.float32)
+    else:
+        scale = halves[..., :1]
+        offset = np.float32(8) * scale + halves[..., 1:] if name == "Q4_1" else np.zeros_like(scale)
+    bytes_of_32 = each[..., nbytes - values // 2 :].reshape(len(data), -1, 32 if name == "Q4_K" else 16)
+    numbers = np.concatenate([bytes_of_32 & 15, bytes_of_32 >> 4], axis=-1).reshape(len(data), -1).astype(np.int64)
+    return numbers - 8, scale.reshape(len(data), -1), offset.reshape(len(data), -1)
+
+
+def chain(whole, scale, offset, x, *, fused):
+    """What the kernel promises of weights whole * scale + offset, in groups."""
+    a, row_scale = quantize_rows(x)
+    group = whole.shape[1] // scale.shape[1]
+    total = np.zeros((len(x), len(whole)), np.float32)
+    for i in range(scale.shape[1]):
+        at = slice(i * group, (i + 1) * group)
+        for integer, factor in ((a[:, at] @ whole[:, at].T, scale[:, i]), (a[:, at].sum(1, keepdims=True), offset[:, i])):
+            product = integer.astype(np.float64) * factor
+            total = ((product if fused else product.astype(np.float32)) + total).astype(np.float32)
+    return total * row_scale[:, None]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 256), (2, 64, 1024), (3, 100, 768), (7, 31, 1280), (20, 130, 256), (65, 200, 2304)])
+def test_blocks_are_what_they_were(isa, name, m, n, k):
+    """Numbers as they are in the file, scales and offsets rounded to bfloat16; and what is multiplied by them."""
+    data = blocks(m + n + k, name, n, k)
+    packed = native.pack_blocks(data, name)
+    assert (packed.n, packed.k, packed.dtype, packed.group_size, packed.offsets) == (n, k, "int4", 32, name != "Q4_0")
+    numbers, scale, offset = read_blocks(data, name)
+    scale, offset = as_bfloat16(scale), as_bfloat16(offset)
+    found, found_scale = unpack(packed)
+    assert np.array_equal(found, numbers)
+    assert np.array_equal(found_scale, np.stack([offset, scale], -1) if packed.offsets else scale)
+    _, x, bias = make(m, m, n, k)
+    result = run(packed, x)
+    close(result, chain(numbers, scale, offset, x, fused=isa != "portable"))
+    assert np.array_equal(run(packed, x, bias), result + bias)
+    floats = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])  # what the file means
+    assert (np.abs(result - x @ floats.T) < 0.01 * (np.abs(x) @ np.abs(floats).T)).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_of_several_tensors(name):
+    parts = [blocks(i, name, n, 512) for i, n in enumerate((40, 7, 70))]
+    together = native.pack_blocks(parts, name)
+    assert np.array_equal(together.data, native.pack_blocks(np.concatenate(parts), name).data)
+    wide = np.zeros((140, parts[2].shape[1] + 3), np.uint8)
+    wide[::2, 3:] = parts[2]
+    assert np.array_equal(native.pack_blocks(wide[::2, 3:], name).data, native.pack_blocks(parts[2], name).data)
+    for n in (33, 64, 100):  # gate and up
+        gate, up = blocks(5, name, n, 512), blocks(6, name, n, 512)
+        _, x, _ = make(n, 9, n, 512)
+        gated = native.pack_blocks([gate, up], name, gated=True)
+        assert (gated.n, gated.gated) == (n, True)
+        alone = [run(native.pack_blocks(each, name), x) for each in (gate, up)]
+        native.linear(gated, x, out := np.empty_like(alone[0]), activation="relu")
+        assert np.array_equal(out, np.maximum(alone[0], 0) * alone[1])
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
+def test_blocks_with_scales_that_are_no_number(name):
+    data = blocks(1, name, 70, 512)
+    _, x, _ = make(1, 5, 70, 512)
+    expected = run(native.pack_blocks(data, name), x)
+    data[9, :2] = np.array([np.nan], np.float16).view(np.uint8)
+    found = run(native.pack_blocks(data, name), x)
+    assert np.isnan(found[:, 9]).all()
+    assert np.array_equal(np.delete(found, 9, 1), np.delete(expected, 9, 1))
+    broken = x.copy()
+    broken[3, 100] = np.inf
+    assert np.isnan(run(native.pack_blocks(data, name), broken)[3]).all()
+    x[1] = 0
+    assert not run(native.pack_blocks(np.delete(data, 9, 0), name), x)[1].any()
+
+
+def with_offsets(seed, n, k, group):
+    """A linear of int4 with offsets, made by hand as quantized.h describes it; its numbers, scales and offsets."""
+    rng, columns = np.random.default_rng(seed), native.panel()
+    panels, groups = -(-n // columns), k // group
+    numbers = rng.integers(0, 16, (panels * columns, k), np.uint8)
+    pairs = as_bfloat16(rng.uniform(-0.01, 0.01, (panels * columns, groups, 2)).astype(np.float32))
+    eights = numbers.reshape(panels, columns, groups, group // 8, 2, 4)
+    stored = (eights[..., 0, :] | eights[..., 1, :] << 4).transpose(0, 2, 3, 1, 4).reshape(panels, groups, -1)
+    scales = pairs.reshape(panels, columns, groups, 2).transpose(0, 2, 1, 3).reshape(panels, groups, -1)
+    records = np.concatenate([scales.astype(ml_dtypes.bfloat16).view(np.uint8), stored], axis=-1)
+    packed = native.load_packed(aligned(records.ravel()), n, k, "int4", group, offsets=True)
+    return packed, numbers[:n].astype(np.int64) - 8, pairs[:n, :, 1], pairs[:n, :, 0]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_offsets_in_any_group(isa, group):
+    for n, groups in ((64, 1), (100, 9), (33, 35)):
+        packed, numbers, scale, offset = with_offsets(group, n, groups * group, group)
+        _, x, _ = make(group, 13, n, groups * group)
+        close(run(packed, x), chain(numbers, scale, offset, x, fused=isa != "portable"))
+
+
+@pytest.mark.parametrize("n", [150, 600])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_one_chain_with_offsets(n, group):
+    packed, *_ = with_offsets(n, n, 1152, group)
+    _, x, bias = make(2, 300, n, 1152)
+    whole = run(packed, x, bias)
+    for m in [*range(1, 21), 23, 24, 25, 30, 48] * 3 + [49, 64, 193, 200]:  # the ways to read the weights take turns
+        first = (m * 37) % (len(x) - m + 1)
+        assert np.array_equal(run(packed, x[first : first + m], bias), whole[first : first + m]), m
+    for threads in [1, 2, 3]:
+        native.set_num_threads(threads)
+        assert np.array_equal(run(packed, x, bias), whole)
+
+
+def test_wrong_blocks():
+    for data, name, message in [
+        (np.zeros((2, 34), np.uint8), "Q8_0", "format 'Q8_0' can't be packed as it is: choose Q4_0, Q4_1 or Q4_K"),
+        (np.zeros((2, 18), np.uint8), "Q4_2", "format 'Q4_2' can't be packed"),
+        (np.zeros((2, 19), np.uint8), "Q4_0", r"rows of one length, of 18 bytes for 32 values, not \[2, 19\]"),
+        (np.zeros((0, 18), np.uint8), "Q4_0", "rows of one length"),
+        ([np.zeros((2, 18), np.uint8), np.zeros((2, 36), np.uint8)], "Q4_0", "rows of one length"),
+        (np.zeros((2, 36), np.uint8)[:, ::2], "Q4_0", "bytes of a row must follow one another"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            native.pack_blocks(data, name)
+    with pytest.raises(TypeError, match="uint8"):
+        native.pack_blocks(np.zeros((2, 18), np.int8), "Q4_0")
+    with pytest.raises(ValueError, match="gated takes two matrices of one shape"):
+        native.pack_blocks([np.zeros((2, 18), np.uint8), np.zeros((3, 18), np.uint8)], "Q4_0", gated=True)
+    with pytest.raises(ValueError, match="offsets are for int4 weights, not for int8"):
+        native.load_packed(aligned(np.zeros(64, np.uint8)), 1, 32, "int8", 32, offsets=True)

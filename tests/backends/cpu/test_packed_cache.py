@@ -319,3 +319,6 @@ def test_what_packing_makes_has_a_version() -> None:
     sums = [zlib.crc32(native.pack_linear(weight, *kind).data.data) for kind in kinds]
     gated = [zlib.crc32(native.pack_linear([weight[:50], weight[50:]], *kind, gated=True).data.data) for kind in kinds]
     assert (PACKING, sums, gated) == (2, [353610844, 630810486, 3125935430], [92523059, 3162331054, 1133248420])
+    stored = np.random.default_rng(0).integers(0, 120, (100, 720), np.uint8)  # scales that are numbers
+    sums = [zlib.crc32(native.pack_blocks(stored, name).data.data) for name in ("Q4_0", "Q4_1", "Q4_K")]
+    assert (PACKING, sums) == (2, [660495699, 2149965377, 3721383287])

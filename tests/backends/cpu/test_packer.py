@@ -14,7 +14,7 @@ def test_width_asked_for_in_a_fresh_process(name):
     """Nothing else may have to import what knows bfloat16: a float32 checkpoint does not."""
     code = (
         "import numpy as np; from quire.backends.cpu.packer import Packer; "
-        f"print(Packer({name!r}).linear({{'w.weight': np.ones((3, 4), np.float32)}}, ['w']).dtype)"
+        f"print(Packer({name!r}).linear({{'w.weight': np.ones((3, 4), np.float32)}}, {{'w': (3, 4)}})[0].dtype)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.stdout.strip(), done.stderr) == (name, "")

@@ -78,8 +78,8 @@ def test_dtype_is_the_width_of_what_is_not_quantized() -> None:
     assert np.array_equal(wide, logits(resolve_model("embedded"), tokens, quantize="int8"))  # bfloat16 holds no more
     narrow = CpuBackend.open(EngineConfig(quantize="int4", dtype="float16", kv_memory="16MiB"))
     assert narrow.decoder.embed.dtype == np.float16
-    assert narrow.decoder.layers[0].qkv.packed.dtype == "int4"
-    assert narrow.decoder.lm_head.packed.dtype == "int8"
+    assert [part.dtype for part in narrow.decoder.layers[0].qkv.parts] == ["int4"]
+    assert [part.dtype for part in narrow.decoder.lm_head.parts] == ["int8"]
     assert narrow.weight_note.startswith("int4 in groups of 32, lm_head int8 with one scale for each output: 4 MB")
     assert narrow.weight_bytes() == narrow.decoder.weight_bytes() > narrow.head_bytes() == 4096 * 256 + 2 * 4096
 
