@@ -225,7 +225,7 @@ class EngineConfig(_Checked):
             )
         if quantize == "stored" and self.group_size is not None:
             raise ConfigError(
-                f"--group-size {self.group_size} is for weights that are quantized at load, and this file's groups of 32 are kept: add "
+                f"--group-size {self.group_size} is for weights that are quantized at load, and the model's own groups are kept: add "
                 "--quantize int8 or int4, or leave it out",
                 param="group_size",
             )

@@ -37,8 +37,14 @@ class Quantization:
     def of(cls, config: EngineConfig, spec: TransformerSpec) -> Quantization | None:
         """What the options ask for; None where weights are not quantized."""
         if config.quantize == "stored":
-            return cls("stored", 0, linears=tuple((name, _STORED[kind]) for name, kind in spec.stored))
+            return cls("stored", 0, linears=tuple((name, cls._stored(kind)) for name, kind in spec.stored))
         return None if config.quantize is None else cls.named(config.quantize, config.group_size)
+
+    @classmethod
+    def _stored(cls, kind: str) -> Quantization:
+        """As TransformerSpec.stored names it."""
+        dtype, _, group = kind.partition(":")
+        return cls(dtype, int(group.split("+")[0] or 0), offsets=group.endswith("+offsets"))
 
     @classmethod
     def named(cls, dtype: str, group_size: int | None = None) -> Quantization:
@@ -111,8 +117,6 @@ class Quantization:
 
 
 INT8: Final = Quantization("int8", 0)
-_STORED: Final = {"int8": INT8, "int4": Quantization("int4", 32), "int4+offsets": Quantization("int4", 32, offsets=True)}
-"""By the names that TransformerSpec.stored has."""
 
 
 def planned_cost(config: EngineConfig, whole: TransformerSpec) -> ModelCost:

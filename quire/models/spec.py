@@ -144,8 +144,8 @@ class TransformerSpec:
     dtype: str = "float32"
     """Of the checkpoint: float32, float16 or bfloat16; of what a quantized one becomes where it is not quantized again."""
     stored: tuple[tuple[str, str], ...] = ()
-    """(name of a linear, what holds it: ``int8``, ``int4`` or ``int4+offsets``, in groups of 32) for all linears of a checkpoint that is
-    quantized already; a tied lm_head is ``embed``. Empty: it is not."""
+    """(name of a linear, what it is multiplied as: ``int8``; ``int4:32``, by the size of its groups; ``int4:32+offsets``, where groups are
+    not centred on zero) for all linears of a checkpoint that is quantized already; a tied lm_head is ``embed``. Empty: it is not."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     sampling_defaults: tuple[tuple[str, float], ...] = ()
@@ -159,7 +159,7 @@ class TransformerSpec:
 
     def widths(self, quantize: str) -> str:
         """Of the linears under a value of --quantize."""
-        return " and ".join(sorted({kind.split("+")[0] for _, kind in self.stored})) if quantize == "stored" else quantize
+        return " and ".join(sorted({kind.split(":")[0] for _, kind in self.stored})) if quantize == "stored" else quantize
 
     @property
     def scale(self) -> float:

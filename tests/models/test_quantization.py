@@ -32,8 +32,8 @@ def test_defaults() -> None:
 
 def test_a_checkpoint_that_is_quantized_keeps_4_bits() -> None:
     names = [name for name in _matrices(SPEC) if name.startswith("layers")]
-    stored = [(name.removesuffix(".weight"), "int4+offsets" if name.endswith(("q.weight", "up.weight")) else "int8") for name in names]
-    spec = replace(SPEC, stored=(*stored, ("embed", "int4")))
+    stored = [(name.removesuffix(".weight"), "int4:32+offsets" if name.endswith(("q.weight", "up.weight")) else "int8") for name in names]
+    spec = replace(SPEC, stored=(*stored, ("embed", "int4:32")))
     assert (spec.quantized, SPEC.quantized, replace(SPEC, stored=(("embed", "int8"),)).quantized) == ("stored", "", "int8")
     kind = Quantization.of(EngineConfig(quantize="stored"), spec)
     assert kind is not None
@@ -67,7 +67,7 @@ def test_what_is_refused() -> None:
         EngineConfig(cache_dir="somewhere").as_stored("")
     with pytest.raises(ConfigError, match=r"--quantize stored keeps .* this model's are not quantized: choose int8 or int4"):
         EngineConfig(quantize="stored").as_stored("")
-    with pytest.raises(ConfigError, match=r"--group-size 64 is for .* quantized at load, and this file's groups of 32 are kept"):
+    with pytest.raises(ConfigError, match=r"--group-size 64 is for .* quantized at load, and the model's own groups are kept"):
         EngineConfig(group_size=64).as_stored("stored")
     with pytest.raises(ConfigError, match="--quantize stored is not there with --device cuda: take int8 or fp8"):
         EngineConfig(quantize="stored", device="cuda")

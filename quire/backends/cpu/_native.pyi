@@ -123,7 +123,9 @@ def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None,
     """
 
 def pack_blocks(blocks: NDArray[np.uint8] | Sequence[NDArray[np.uint8]], format: str, gated: bool = False) -> PackedLinear:
-    """[n, bytes of a row] of GGUF tensors of 4 bits, as they are: int4 in groups of 32, of Q4_0, or with offsets, of Q4_1 and Q4_K.
+    """[n, bytes of a row] of tensors of 4 bits, as they are. format: a GGUF type, Q4_0, Q4_1 or Q4_K, in groups of 32, the last two with
+    offsets; or int4:32, int4:64, int4:128, a group a block: its scale (float32), then its numbers from 0 to 15, the even ones in the low
+    halves of bytes; int4:32+offsets and so on, with an offset (float32) behind the scale.
 
     Several are concatenated, or gated, as in ``pack_linear``. Weights stay the numbers that they are; scales and offsets are rounded to
     bfloat16, where an offset is what a number from -8 to 7, times the scale, must be raised by.

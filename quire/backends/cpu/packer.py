@@ -73,8 +73,8 @@ class Packer:
         packed = self._cache.take(name, rows[0] if gated else sum(rows), k, kind, gated) if self._cache is not None else None
         if packed is None:
             if stored:
-                kept = [blocks for each in shapes if (blocks := self._blocks(f"{each}.weight")) is not None]
-                packed = native.pack_blocks([blocks for _, blocks in kept], stored, gated)
+                kept = [found[1]() for each in shapes if (found := self._blocks(f"{each}.weight")) is not None]
+                packed = native.pack_blocks(kept, stored, gated)
             else:
                 weights = _alike([tensors[f"{each}.weight"] for each in shapes])
                 packed = native.pack_linear([_bits(weight) for weight in weights], kind.dtype, kind.group_size, gated)

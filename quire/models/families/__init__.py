@@ -13,10 +13,11 @@ from typing import Any
 from quire.errors import InvalidRequestError, ModelLoadError
 from quire.models.families import gpt2, granite, llama, mistral, opt, phi3, qwen, smollm3, stablelm, starcoder2
 from quire.models.families.base import Config, Family, Source
+from quire.models.families.packing import Packing, packing_of
 from quire.models.spec import TransformerSpec
 from quire.sampling_params import SamplingParams
 
-__all__ = ["FAMILIES", "Family", "Source", "find_family", "spec_from_config"]
+__all__ = ["FAMILIES", "Config", "Family", "Packing", "Source", "find_family", "packing_of", "spec_from_config"]
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -56,7 +57,8 @@ def spec_from_config(values: Mapping[str, Any], generation: Mapping[str, Any] | 
     """
     family = find_family(values, where)
     config = Config(values, where)
-    config.unsupported(quantization_config=None, is_causal=True)
+    config.unsupported(is_causal=True)
+    packing = packing_of(config)
     spec = family.read(config)
     generated = Config(generation or {}, where.replace("config.json", "generation_config.json"))
     eos = dict.fromkeys((*_token_ids(generated, "eos_token_id"), *_token_ids(config, "eos_token_id")))
@@ -65,6 +67,7 @@ def spec_from_config(values: Mapping[str, Any], generation: Mapping[str, Any] | 
     known = tuple(i for i in eos if i < spec.vocab_size)
     return replace(
         spec,
+        stored=packing.stored(spec) if packing is not None else (),
         eos_token_ids=known,
         bos_token_id=bos[0] if bos[0] is not None and bos[0] < spec.vocab_size else None,
         sampling_defaults=_sampling_defaults(generated),

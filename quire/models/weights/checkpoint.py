@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,12 +19,13 @@ import numpy.typing as npt
 from quire.config import EMBEDDED_MODEL
 from quire.errors import ModelLoadError
 from quire.gguf import is_gguf
-from quire.models.families import Family, Source, find_family, spec_from_config
-from quire.models.spec import TransformerSpec
+from quire.models.families import Config, Family, Packing, Source, find_family, packing_of, spec_from_config
+from quire.models.spec import DTYPE_BYTES, TransformerSpec
 from quire.models.weights.gguf import Widen, gguf_files, gguf_spec, load_gguf
 from quire.models.weights.hub import fetch, is_name
 from quire.models.weights.messages import SHOWN, some
-from quire.models.weights.model import Model
+from quire.models.weights.model import Made, Model
+from quire.models.weights.packed import PackedTensor, find_packed
 from quire.models.weights.safetensors import SUPPORTED, TensorInfo, map_file, read_header, view
 
 
@@ -64,7 +68,7 @@ def load_spec(folder: str | Path) -> TransformerSpec:
     Raises ModelLoadError.
     """
     folder = resolve_model(folder)
-    return gguf_spec(folder) if folder.is_file() else _read_config(folder)[1]
+    return gguf_spec(folder) if folder.is_file() else _read_config(folder).spec
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -111,37 +115,83 @@ def load_model(folder: str | Path, widen: Widen | None = None) -> Model:
     folder = resolve_model(folder)
     if folder.is_file():
         return load_gguf(folder, widen)
-    family, spec = _read_config(folder)
-    infos, sources = _match(folder, family, spec, read_headers(folder))
+    config = _read_config(folder)
+    family, spec = config.family, config.spec
+    headers = read_headers(folder)
+    infos, packed = _named(folder, config, headers)
+    sources = _match(folder, family, spec, infos)
     stored: Counter[str] = Counter()
     for info in infos.values():
         stored[SUPPORTED[info.dtype]] += info.nbytes
     spec = replace(spec, dtype=stored.most_common(1)[0][0])
-    maps = {file: map_file(file) for file in dict.fromkeys(info.file for info in infos.values())}
-    tensors = {}
-    for name, source in sources.items():
-        array = view(maps[infos[source.name].file], infos[source.name])
-        if source.transpose:
-            array = array.T
-        tensors[name] = array if source.rows is None else array[slice(*source.rows)]
+    maps = {file: map_file(file) for file in dict.fromkeys(info.file for info in headers.values())}
+    for name in ("embed.weight", "positions.weight"):
+        if name in sources and sources[name].name in packed:
+            raise ModelLoadError(f"{folder}: the tensor {sources[name].name}, which is looked up, is quantized: that is not supported")
     if spec.tied and "lm_head.weight" in infos and "lm_head.weight" not in {s.name for s in sources.values()}:
-        head = view(maps[infos["lm_head.weight"].file], infos["lm_head.weight"])
-        _check_tied(folder, tensors["embed.weight"], head)
+        if "lm_head.weight" in packed:
+            raise ModelLoadError(f"{folder}: config.json ties lm_head to the embedding, but a quantized lm_head is stored")
+        _check_tied(folder, _view(sources["embed.weight"], infos, maps), _view(Source("lm_head.weight"), infos, maps))
+    if packed:
+        return _load_packed(folder, spec, infos, sources, packed, maps)
+    tensors = {name: _view(source, infos, maps) for name, source in sources.items()}
     return Model(spec, folder, tensors, list(maps.values()), sum(array.nbytes for array in tensors.values()))
 
 
-def _match(
-    folder: Path, family: Family, spec: TransformerSpec, headers: Mapping[str, TensorInfo]
-) -> tuple[dict[str, TensorInfo], dict[str, Source]]:
-    """Check the checkpoint's tensors against the spec: name without prefix → info, canonical name → source."""
+def _load_packed(
+    folder: Path,
+    spec: TransformerSpec,
+    infos: Mapping[str, TensorInfo],
+    sources: Mapping[str, Source],
+    packed: Mapping[str, PackedTensor],
+    maps: dict[Path, mmap],
+) -> Model:
+    """The model of a checkpoint that is quantized."""
+    weights = {name: tensor.open(maps) for name, tensor in packed.items()}
+    makers: dict[str, Callable[[], npt.NDArray[Any]]] = {}
+    kept: dict[str, tuple[str, Callable[[], npt.NDArray[np.uint8]]]] = {}
+    shapes, stored, nbytes = spec.tensor_shapes(), {}, 0
+    for name, source in sources.items():
+        nbytes += prod(shapes[name]) * DTYPE_BYTES[SUPPORTED[infos[source.name].dtype]]
+        if (weight := weights.get(source.name)) is None:
+            makers[name] = partial(_view, source, infos, maps)
+            continue
+        if source.transpose:
+            raise ModelLoadError(f"{folder}: {spec.architecture} with quantized linears ({source.name}) is not supported")
+        rows = source.rows or (0, shapes[name][0])
+        makers[name] = partial(weight.floats, *rows)
+        stored[name.removesuffix(".weight")] = weight.kind
+        if weight.kind != "int8":
+            kept[name] = (weight.kind, partial(weight.blocks, *rows))
+    spec = replace(spec, stored=tuple((name, stored.get(name, "int8")) for name, _ in spec.stored))
+    return Model(spec, folder, Made(makers), list(maps.values()), nbytes, kept.get)
+
+
+def _view(source: Source, infos: Mapping[str, TensorInfo], maps: Mapping[Path, mmap]) -> npt.NDArray[Any]:
+    array = view(maps[infos[source.name].file], infos[source.name])
+    if source.transpose:
+        array = array.T
+    return array if source.rows is None else array[slice(*source.rows)]
+
+
+def _named(folder: Path, config: ModelConfig, headers: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, PackedTensor]]:
+    """The checkpoint's tensors by their names without the family's prefix, and those of them that are packed linears."""
     infos: dict[str, TensorInfo] = {}
     for full, info in headers.items():
-        name = family.strip(full)
-        if re.fullmatch(family.buffers, name):
+        name = config.family.strip(full)
+        if re.fullmatch(config.family.buffers, name):
             continue
         if name in infos:
             raise ModelLoadError(f"{folder}: the tensor {name!r} is there twice, with and without the prefix of {full!r}")
         infos[name] = info
+    packed = find_packed(config.packing, infos) if config.packing is not None else {}
+    if config.packing is not None and not packed:
+        raise ModelLoadError(f"{folder}: config.json says that the model is quantized, but no linear is: there are no tensors of such")
+    return infos, packed
+
+
+def _match(folder: Path, family: Family, spec: TransformerSpec, infos: Mapping[str, TensorInfo]) -> dict[str, Source]:
+    """Check the checkpoint's tensors against the spec: canonical name → source."""
     shapes, sources = spec.tensor_shapes(), family.sources(spec)
     embed = sources["embed.weight"].name
     if spec.tied and embed not in infos and "lm_head.weight" in infos:
@@ -161,7 +211,7 @@ def _match(
             raise ModelLoadError(f"{info.file}: tensor {name} has the shape {list(info.shape)}, config.json asks for {list(shape)}")
         if info.dtype not in SUPPORTED:
             raise ModelLoadError(f"{info.file}: tensor {name} has the dtype {info.dtype}; supported: {', '.join(SUPPORTED)}")
-    return infos, sources
+    return sources
 
 
 def _check_tied(folder: Path, embed: npt.NDArray[Any], head: npt.NDArray[Any]) -> None:
@@ -174,7 +224,16 @@ def _check_tied(folder: Path, embed: npt.NDArray[Any], head: npt.NDArray[Any]) -
             )
 
 
-def _read_config(folder: Path) -> tuple[Family, TransformerSpec]:
+@dataclass(slots=True, frozen=True)
+class ModelConfig:
+    """What config.json says."""
+
+    family: Family
+    spec: TransformerSpec
+    packing: Packing | None
+
+
+def _read_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
     if not file.exists():
         hint = " (it holds an adapter: merge it into its base model first)" if (folder / "adapter_config.json").exists() else ""
@@ -182,7 +241,8 @@ def _read_config(folder: Path) -> tuple[Family, TransformerSpec]:
     values = _read_json(file)
     generation = folder / "generation_config.json"
     family = find_family(values, str(file))
-    return family, spec_from_config(values, _read_json(generation) if generation.exists() else None, str(file))
+    spec = spec_from_config(values, _read_json(generation) if generation.exists() else None, str(file))
+    return ModelConfig(family, spec, packing_of(Config(values, str(file))))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -23,11 +24,11 @@ from quire.models.families import Source, spec_from_config
 from quire.models.families.gguf import FACTORS, config_of, sources_of, with_factors
 from quire.models.spec import TransformerSpec
 from quire.models.weights.messages import some
-from quire.models.weights.model import Model
+from quire.models.weights.model import Made, Model
 from quire.models.weights.safetensors import array_dtype, map_file
 
 _FLOATS: Final = ("F32", "F16", "BF16")
-_KEPT: Final = {"Q4_0": "int4", "Q4_1": "int4+offsets", "Q4_K": "int4+offsets"}
+_KEPT: Final = {"Q4_0": "int4:32", "Q4_1": "int4:32+offsets", "Q4_K": "int4:32+offsets"}
 """Types that are multiplied as they are → what TransformerSpec.stored calls them."""
 _CHUNK: Final = 1 << 16
 """Values that are widened at a time: they stay in a core's cache."""
@@ -59,7 +60,8 @@ def load_gguf(path: Path, widen: Widen | None = None) -> Model:
     widths = {name: 4 if used[source.name].type == "F32" else 2 for name, source in sources.items()}
     nbytes = sum(prod(shape) * widths[name] for name, shape in spec.tensor_shapes().items())
     tensors = _Tensors(sources, used, maps, widen)
-    return Model(spec, path, tensors, list(maps.values()), nbytes, tensors.blocks)
+    made = Made({name: partial(tensors.array, name) for name in sources})
+    return Model(spec, path, made, list(maps.values()), nbytes, tensors.blocks)
 
 
 def _spec(model: Gguf, maps: Maps) -> TransformerSpec:
@@ -110,21 +112,22 @@ def _match(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
     return sources
 
 
-class _Tensors(Mapping[str, npt.NDArray[Any]]):
-    """Canonical name → array: a view of the mapped file, or float16 that is made anew each time."""
+class _Tensors:
+    """Canonical name → array: a view of the mapped file, or float16 that is made; and blocks."""
 
     def __init__(self, sources: Mapping[str, Source], infos: Mapping[str, GgufTensor], maps: Maps, widen: Widen | None) -> None:
         self._sources, self._infos, self._maps, self._widen = sources, infos, maps, widen
 
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """In its canonical shape."""
         rows, tensor = self._rows(name)
         found = _floats(rows, tensor) if tensor.type in _FLOATS else self._dequantized(rows, tensor)
         return found[:, 0] if len(tensor.shape) == 1 else found
 
-    def blocks(self, name: str) -> tuple[str, npt.NDArray[np.uint8]] | None:
+    def blocks(self, name: str) -> tuple[str, Callable[[], npt.NDArray[np.uint8]]] | None:
         """See Model."""
-        rows, tensor = self._rows(name)
-        return (tensor.type, rows) if tensor.type in _KEPT else None
+        type_ = self._infos[self._sources[name].name].type
+        return (type_, lambda: self._rows(name)[0]) if type_ in _KEPT else None
 
     def _rows(self, name: str) -> tuple[npt.NDArray[np.uint8], GgufTensor]:
         """[rows, bytes of a row], in the order in which the model wants them."""
@@ -136,15 +139,6 @@ class _Tensors(Mapping[str, npt.NDArray[Any]]):
         if heads := source.interleaved:
             rows = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
         return rows, tensor
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
-        return name in self._sources
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
 
     def _dequantized(self, rows: npt.NDArray[np.uint8], tensor: GgufTensor) -> npt.NDArray[np.float16]:
         _, values, nbytes = TYPES[tensor.kind]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,27 @@ import numpy.typing as npt
 
 from quire.models.spec import TransformerSpec
 
-Blocks = Callable[[str], tuple[str, npt.NDArray[np.uint8]] | None]
-"""Name of a tensor → (type, rows of blocks of this type, in bytes), as GGUF has them; None where it is something else."""
+Blocks = Callable[[str], tuple[str, Callable[[], npt.NDArray[np.uint8]]] | None]
+"""Name of a tensor → (type, what makes its rows of blocks, in bytes), for types that kernels take as they are; None for another tensor."""
+
+
+class Made(Mapping[str, npt.NDArray[Any]]):
+    """Arrays that are made when they are asked for, each time anew."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], npt.NDArray[Any]]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self._makers[name]()
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the array
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 def no_blocks(name: str) -> None:

@@ -19,12 +19,14 @@ import numpy.typing as npt
 
 from quire.errors import ModelLoadError
 
-# Every dtype of the format, so that sizes can be checked; only SUPPORTED ones become arrays.
+# Every dtype of the format, so that sizes can be checked; only some become arrays.
 _BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 SUPPORTED: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_INTEGERS: Final = {"I8": "int8", "I32": "int32", "I64": "int64"}
+"""Of the parts that quantized weights are stored in."""
 _MAX_HEADER: Final = 100_000_000  # the limit of the reference implementation
 _LFS: Final = b"version https://git-lfs"
 
@@ -87,7 +89,7 @@ def view(mapped: mmap.mmap, info: TensorInfo) -> npt.NDArray[Any]:
 
 
 def array_dtype(dtype: str) -> np.dtype[Any]:
-    """numpy dtype of a SUPPORTED dtype; ``ml_dtypes.bfloat16`` for BF16, or uint16 (its bits) where ml_dtypes is not installed: the CUDA
+    """numpy dtype of a SUPPORTED dtype, or of integers; ``ml_dtypes.bfloat16`` for BF16, or uint16 (its bits) where ml_dtypes is not installed: the CUDA
     backend does without."""
     if dtype == "BF16":
         try:
@@ -96,7 +98,7 @@ def array_dtype(dtype: str) -> np.dtype[Any]:
             return np.dtype("<u2")
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
-    return np.dtype(SUPPORTED[dtype]).newbyteorder("<")
+    return np.dtype((SUPPORTED | _INTEGERS)[dtype]).newbyteorder("<")
 
 
 def _refuse(file: Path, problem: str) -> NoReturn:

@@ -516,7 +516,7 @@ def test_one_chain_with_offsets(n, group):
 
 def test_wrong_blocks():
     for data, name, message in [
-        (np.zeros((2, 34), np.uint8), "Q8_0", "format 'Q8_0' can't be packed as it is: choose Q4_0, Q4_1 or Q4_K"),
+        (np.zeros((2, 34), np.uint8), "Q8_0", "format 'Q8_0' can't be packed as it is: choose one of Q4_0, Q4_1, Q4_K, int4:32"),
         (np.zeros((2, 18), np.uint8), "Q4_2", "format 'Q4_2' can't be packed"),
         (np.zeros((2, 19), np.uint8), "Q4_0", r"rows of one length, of 18 bytes for 32 values, not \[2, 19\]"),
         (np.zeros((0, 18), np.uint8), "Q4_0", "rows of one length"),

@@ -93,10 +93,31 @@ const FormatName* format_named(const std::string& name) {
     return nullptr;
 }
 
+struct BlocksName { const char* name; Format format; int64_t values, bytes, group; bool offsets; };   // of 4 bits
+
+constexpr BlocksName kBlocks[] = {
+    {"Q4_0", Format::Q4_0, 32, 18, 32, false},
+    {"Q4_1", Format::Q4_1, 32, 20, 32, true},
+    {"Q4_K", Format::Q4_K, 256, 144, 32, true},
+    {"int4:32", Format::Numbers, 32, 20, 32, false},
+    {"int4:64", Format::Numbers, 64, 36, 64, false},
+    {"int4:128", Format::Numbers, 128, 68, 128, false},
+    {"int4:32+offsets", Format::Numbers, 32, 24, 32, true},
+    {"int4:64+offsets", Format::Numbers, 64, 40, 64, true},
+    {"int4:128+offsets", Format::Numbers, 128, 72, 128, true},
+};
+
+const BlocksName& blocks_named(const std::string& name) {
+    std::string names;
+    for (const BlocksName& each : kBlocks) {
+        if (name == each.name) return each;
+        names += std::string(names.empty() ? "" : ", ") + each.name;
+    }
+    fail("format '" + name + "' can't be packed as it is: choose one of " + names);
+}
+
 PackedLinear* pack_blocks(const nb::object& blocks, const std::string& name, bool gated) {
-    const FormatName* format = format_named(name);
-    require(format && (format->format == Format::Q4_0 || format->format == Format::Q4_1 || format->format == Format::Q4_K),
-            "format '" + name + "' can't be packed as it is: choose Q4_0, Q4_1 or Q4_K");
+    const BlocksName* format = &blocks_named(name);
     const std::vector<Array> arrays = arrays_of(blocks);
     std::vector<Matrix> parts;
     for (const Array& a : arrays) {
@@ -111,7 +132,7 @@ PackedLinear* pack_blocks(const nb::object& blocks, const std::string& name, boo
     }
     if (gated) require_gated(parts, arrays);
     nb::gil_scoped_release release;
-    return new PackedLinear(active_kernels(), parts, format->format, gated);
+    return new PackedLinear(active_kernels(), parts, format->format, format->group, format->offsets, gated);
 }
 
 bool dequantize(const Array& blocks, const std::string& name, const OutArray& out) {

@@ -193,6 +193,7 @@ void task(const void* context, int64_t number, int64_t) {
         case Format::Q6_K: return rows<Q6_K>(a, begin, end);
         case Format::IQ4_NL: return rows<IQ4_NL>(a, begin, end);
         case Format::IQ4_XS: return rows<IQ4_XS>(a, begin, end);
+        case Format::Numbers: return;
     }
 }
 

@@ -42,8 +42,9 @@ struct Matrix {
     int64_t n, k, n_stride, k_stride;
 };
 
-// What a GGUF tensor's blocks are, by llama.cpp's names.
-enum class Format : int32_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS };
+// What a GGUF tensor's blocks are, by llama.cpp's names. Numbers are Quire's own, a group in each: its scale and, if there are offsets, its
+// offset, in float32, then numbers from 0 to 15, the even ones in the low halves of bytes.
+enum class Format : int32_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, Numbers };
 
 struct QuantizeArgs {
     const Matrix* parts;   // concatenated along n
@@ -52,12 +53,12 @@ struct QuantizeArgs {
     void* out;             // [panels][panel_bytes] of quantized.h, 64-byte aligned
 };
 
-// Likewise, of parts that are blocks of Q4_0, Q4_1 or Q4_K already, in groups of 32: n_stride is that of a row of blocks, k_stride 0
-// where there are zeros instead.
+// Likewise, of parts that are blocks of 4 bits already (Q4_0, Q4_1, Q4_K, Numbers): n_stride is that of a row of blocks, k_stride 0 where
+// there are zeros instead.
 struct RepackArgs {
     const Matrix* parts;
     Format format;
-    Panels w;              // with offsets where the format has them
+    Panels w;              // with the group of the format, and offsets where it has them
     void* out;
 };
 

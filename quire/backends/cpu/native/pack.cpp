@@ -133,8 +133,9 @@ PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& p
     run_tasks(count() * job.k_blocks, dtype == DType::f32 ? pack_task<uint32_t> : pack_task<uint16_t>, &job);
 }
 
-PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, Format format, bool gated)
-    : kernels(kernels_), panels(of_parts(kernels_, parts, DType::f32, 4, 32, gated, format != Format::Q4_0)), nbytes(packed_bytes(panels)),
+PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, Format format, int64_t group, bool offsets,
+                           bool gated)
+    : kernels(kernels_), panels(of_parts(kernels_, parts, DType::f32, 4, group, gated, offsets)), nbytes(packed_bytes(panels)),
       owned_(true), readings_(readings_of(kernels, panels)) {
     void* memory = allocate();
     kernels.repack({columns_of(panels, parts).data(), format, ungated(panels), memory});

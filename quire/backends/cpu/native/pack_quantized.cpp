@@ -184,7 +184,7 @@ template <class T> void pack(const Job& job, int64_t panels) {
     run_tasks(panels, job.args.w.bits == 8 ? pack_task<T, 8> : pack_task<T, 4>, &job);
 }
 
-// Blocks of a GGUF tensor: of 32 values a scale, and what (q - 8) * scale must be raised by, then the numbers q, a byte each.
+// What blocks are made of: of a group's values a scale, and what (q - 8) * scale must be raised by, and the numbers q, a byte each.
 struct Group {
     float scale, offset;
 };
@@ -195,7 +195,7 @@ QUIRE_INLINE void halves(const uint8_t* p, int n, int shift, uint8_t* q) {
 }
 
 struct Q4_0 {
-    static constexpr int groups = 1, bytes = 18;
+    static constexpr int group = 32, groups = 1, bytes = 18;
     static constexpr bool offsets = false;
     static void block(const uint8_t* p, uint8_t* q, Group* g) {
         halves(p + 2, 16, 0, q);
@@ -205,7 +205,7 @@ struct Q4_0 {
 };
 
 struct Q4_1 {
-    static constexpr int groups = 1, bytes = 20;
+    static constexpr int group = 32, groups = 1, bytes = 20;
     static constexpr bool offsets = true;
     static void block(const uint8_t* p, uint8_t* q, Group* g) {
         halves(p + 4, 16, 0, q);
@@ -215,7 +215,7 @@ struct Q4_1 {
 };
 
 struct Q4_K {
-    static constexpr int groups = 8, bytes = 144;
+    static constexpr int group = 32, groups = 8, bytes = 144;
     static constexpr bool offsets = true;
     static void block(const uint8_t* p, uint8_t* q, Group* g) {
         for (int i = 0; i < 4; ++i) {
@@ -231,8 +231,21 @@ struct Q4_K {
     }
 };
 
+template <int Size, bool Offsets> struct Numbers {
+    static constexpr int group = Size, groups = 1, bytes = (Offsets ? 8 : 4) + Size / 2;
+    static constexpr bool offsets = Offsets;
+    static void block(const uint8_t* p, uint8_t* q, Group* g) {
+        *g = {};
+        std::memcpy(g, p, Offsets ? 8 : 4);
+        for (int i = 0; i < Size / 2; ++i) {
+            const uint8_t two = p[bytes - Size / 2 + i];
+            q[2 * i] = two & 15, q[2 * i + 1] = two >> 4;
+        }
+    }
+};
+
 template <class Format> void repack_panel(const RepackArgs& a, const QuantLayout& l, int64_t panel) {
-    constexpr int kGroup = 32, kValues = Format::groups * kGroup;
+    constexpr int kGroup = Format::group, kValues = Format::groups * kGroup;
     uint8_t* out = static_cast<uint8_t*>(a.out) + panel * l.panel_bytes;
     uint8_t* runs = static_cast<uint8_t*>(thread_scratch(kScratchGemm, kPanel * kRunStride + 4 * kWidth));
     const Source<uint8_t> source = source_of<uint8_t>(a.parts, a.w, panel);
@@ -258,7 +271,7 @@ template <class Format> void repack_panel(const RepackArgs& a, const QuantLayout
         for (int64_t g = 0; g < kn / kGroup; ++g) {
             std::memcpy(out, scales[g], static_cast<size_t>(l.scale_bytes));
             out += l.scale_bytes;
-            interleave(runs + g * kGroup / 2, kGroup / 8, out);
+            interleave(runs + g * kGroup / 2, l.segment / 8, out);
             out += kGroup / 2 * kPanel;
         }
     }
@@ -275,6 +288,14 @@ template <class Format> void repack_as(const RepackArgs& args) {
     }, &job);
 }
 
+template <bool Offsets> void repack_numbers(const RepackArgs& args) {
+    switch (args.w.group) {
+        case 32: return repack_as<Numbers<32, Offsets>>(args);
+        case 64: return repack_as<Numbers<64, Offsets>>(args);
+        default: return repack_as<Numbers<128, Offsets>>(args);
+    }
+}
+
 }  // namespace
 
 void repack(const RepackArgs& args) {
@@ -282,6 +303,7 @@ void repack(const RepackArgs& args) {
         case Format::Q4_0: return repack_as<Q4_0>(args);
         case Format::Q4_1: return repack_as<Q4_1>(args);
         case Format::Q4_K: return repack_as<Q4_K>(args);
+        case Format::Numbers: return args.w.offsets ? repack_numbers<true>(args) : repack_numbers<false>(args);
         default: return;
     }
 }

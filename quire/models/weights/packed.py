@@ -1,0 +1,204 @@
+"""Linears of a checkpoint that are quantized and packed: several tensors each, found in its headers, and made floats or blocks.
+
+Of all formats (see families/packing.py) the numbers are unsigned, of 4 or 8 bits; a weight is (number - zero) * scale. In little-endian
+words of 32 bits the first number is the lowest.
+
+    awq             qweight [in, out / 8], eight outputs in a word, in the order 0 2 4 6 1 3 5 7; qzeros [groups, out / 8], likewise;
+                    scales [groups, out]
+    gptq            qweight [in * bits / 32, out], consecutive inputs in a word; qzeros [groups, out * bits / 32], outputs in a word;
+                    scales [groups, out]; g_idx [in], the group of each input, optional
+    pack-quantized  weight_packed [out, in * bits / 32], inputs in a word; weight_scale [out, groups]; weight_zero_point
+                    [out * bits / 32, groups], outputs in a word, optional; weight_g_idx [in], optional; weight_shape [2]
+    int-quantized   weight [out, in], signed bytes; weight_scale [out, 1]
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.errors import ModelLoadError
+from quire.models.families.packing import Packing
+from quire.models.weights.safetensors import TensorInfo, view
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+_PARTS: Final[dict[str, tuple[str, ...]]] = {
+    "awq": ("qweight", "scales", "qzeros"),
+    "gptq": ("qweight", "scales", "qzeros", "g_idx"),
+    "pack-quantized": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
+    "int-quantized": ("weight", "weight_scale"),
+}
+"""The numbers, the scales, and what else there may be."""
+_AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
+_CHUNK: Final = 1 << 18
+"""Numbers that become floats at a time."""
+
+
+@dataclass(slots=True, frozen=True)
+class PackedTensor:
+    """One linear."""
+
+    name: str
+    packing: Packing
+    parts: Mapping[str, TensorInfo]
+    shape: tuple[int, int]
+    """[out, in]"""
+
+    def open(self, maps: Mapping[Path, mmap.mmap]) -> PackedWeight:
+        """Its scales and zeros read. Raises ModelLoadError."""
+        return PackedWeight(self, maps)
+
+
+def find_packed(packing: Packing, infos: dict[str, TensorInfo]) -> dict[str, PackedTensor]:
+    """Name of each packed linear's weight → its parts, which are taken out of ``infos``; there the weight stands for them.
+
+    Raises ModelLoadError for parts that are missing or do not fit together.
+    """
+    numbers, scales, *others = _PARTS[packing.method]
+    found = {}
+    for name in [name for name in infos if name.endswith(f".{scales}")]:
+        module = name.removesuffix(f".{scales}")
+        parts = {part: infos.pop(f"{module}.{part}") for part in (numbers, scales, *others) if f"{module}.{part}" in infos}
+        if numbers not in parts:
+            raise ModelLoadError(f"{parts[scales].file}: {name} is there, but no {module}.{numbers}")
+        weight = f"{module}.weight"
+        found[weight] = PackedTensor(weight, packing, parts, _shape(module, packing, parts))
+        out, inputs = found[weight].shape
+        dtype = "BF16" if parts[scales].dtype == "BF16" else "F16"
+        infos[weight] = TensorInfo(parts[numbers].file, dtype, (out, inputs), 0, 2 * out * inputs)
+    return found
+
+
+def _shape(module: str, packing: Packing, parts: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    """[out, in], where all parts have the shapes and dtypes that go with it."""
+    numbers = _PARTS[packing.method][0]
+    each = 32 // packing.bits
+    first, second = parts[numbers].shape if len(parts[numbers].shape) == 2 else (0, 0)
+    integers, floats = ("I32",), ("F32", "F16", "BF16")
+    if packing.method == "awq":
+        out, inputs = second * each, first
+    elif packing.method == "gptq":
+        out, inputs = second, first * each
+    else:
+        out, inputs = first, second * (each if packing.method == "pack-quantized" else 1)
+    packed = parts[numbers].shape
+    if not out * inputs or (packing.group_size and inputs % packing.group_size):
+        what = f"numbers in groups of {packing.group_size}" if packing.group_size else "numbers"
+        raise ModelLoadError(f"{parts[numbers].file}: {module}.{numbers} has the shape {list(packed)}, which is not that of {what}")
+    groups = inputs // packing.group_size if packing.group_size else 1
+    wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+        "qweight": (packed, integers), "weight_packed": (packed, integers), "weight": (packed, ("I8",)),
+        "scales": ((groups, out), floats), "weight_scale": ((out, groups), floats),
+        "qzeros": ((groups, -(-out // each)), integers), "weight_zero_point": ((-(-out // each), groups), integers),
+        "g_idx": ((inputs,), ("I32", "I64")), "weight_g_idx": ((inputs,), ("I32", "I64")), "weight_shape": ((2,), ("I32", "I64")),
+    }  # fmt: skip
+    for part, info in parts.items():
+        shape, dtypes = wanted[part]
+        if info.shape != shape or info.dtype not in dtypes:
+            raise ModelLoadError(
+                f"{info.file}: {module}.{part} is {info.dtype} {list(info.shape)}, and a linear with {inputs} inputs, {out} outputs and "
+                f"{groups} groups has {' or '.join(dtypes)} {list(shape)}"
+            )
+    if packing.offsets and packing.method != "int-quantized" and not {"qzeros", "weight_zero_point"} & parts.keys():
+        raise ModelLoadError(f"{parts[numbers].file}: {module} has no zeros, and its quantization is not symmetric")
+    return out, inputs
+
+
+class PackedWeight:
+    """One linear of an open checkpoint."""
+
+    def __init__(self, tensor: PackedTensor, maps: Mapping[Path, mmap.mmap]) -> None:
+        self._tensor, self._maps = tensor, maps
+        packing, parts, (out, inputs) = tensor.packing, tensor.parts, tensor.shape
+        _, scales, *_ = _PARTS[packing.method]
+        table = self._part(scales).astype(np.float32)
+        self._scales: F32 = np.ascontiguousarray(table.T if scales == "scales" else table)
+        self._zeros = self._read_zeros(out)
+        self._groups = np.arange(inputs) // (packing.group_size or inputs)
+        index = next((self._part(part) for part in ("g_idx", "weight_g_idx") if part in parts), None)
+        in_order = index is None or bool((index == self._groups).all())
+        if index is not None and not in_order:
+            if index.min() < 0 or index.max() >= self._scales.shape[1]:
+                raise ModelLoadError(
+                    f"{tensor.name}: g_idx names groups from {index.min()} to {index.max()}, and there are {self._scales.shape[1]}"
+                )
+            self._groups = index.astype(np.int64)
+        centred = bool((self._zeros == 1 << (packing.bits - 1)).all())
+        self.kind = packing.kind(inputs, not centred) if in_order else "int8"
+        """As in TransformerSpec.stored."""
+
+    def floats(self, first: int, last: int) -> npt.NDArray[np.float16]:
+        """[last - first, in]: rows of the weight."""
+        made = np.empty((last - first, self._tensor.shape[1]), np.float16)
+        step = max(1, _CHUNK // made.shape[1])
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start in range(first, last, step):
+                rows = slice(start, min(start + step, last))
+                zeros, scales = (each[rows][:, self._groups] for each in (self._zeros, self._scales))
+                made[start - first : rows.stop - first] = (self._numbers(rows) - zeros) * scales
+        return made
+
+    def blocks(self, first: int, last: int) -> U8:
+        """Rows as ``native.pack_blocks`` takes them, of the type ``kind``, which is not int8: a group's scale, its offset, then its
+        numbers, the even ones in the low halves of bytes."""
+        group = self.kind.partition(":")[2]
+        numbers, rows = self._numbers(slice(first, last)), slice(first, last)
+        halves = (numbers[:, 0::2] | numbers[:, 1::2] << 4).reshape(len(numbers), -1, int(group.split("+")[0]) // 2)
+        repeated = halves.shape[1] // self._scales.shape[1]  # the kernels' groups may be smaller
+        scales, zeros = (each[rows].repeat(repeated, axis=1) for each in (self._scales, self._zeros))
+        columns = (scales, (8 - zeros) * scales) if group.endswith("offsets") else (scales,)
+        return np.concatenate([np.stack(columns, axis=-1).view(np.uint8), halves], axis=-1).reshape(len(numbers), -1)
+
+    def _part(self, part: str) -> npt.NDArray[Any]:
+        info = self._tensor.parts[part]
+        return view(self._maps[info.file], info)
+
+    def _numbers(self, rows: slice) -> U8:
+        """[rows, in]"""
+        method, bits, inputs = self._tensor.packing.method, self._tensor.packing.bits, self._tensor.shape[1]
+        if method == "int-quantized":
+            return self._part("weight")[rows].view(np.uint8) ^ np.uint8(128)
+        if method == "pack-quantized":
+            return _unpack(self._part("weight_packed")[rows], bits)[:, :inputs]
+        words = self._part("qweight")
+        if method == "gptq":
+            return np.ascontiguousarray(_unpack(np.ascontiguousarray(words[:, rows].T), bits))
+        whole = slice(rows.start // 8, -(-rows.stop // 8))
+        made = _awq(words[:, whole])[:, rows.start - 8 * whole.start : rows.stop - 8 * whole.start]
+        return np.ascontiguousarray(made.T)
+
+    def _read_zeros(self, out: int) -> F32:
+        """[out, groups]"""
+        packing, parts = self._tensor.packing, self._tensor.parts
+        middle = np.full_like(self._scales, 1 << (packing.bits - 1))
+        if packing.method == "int-quantized" or not packing.offsets:
+            return middle
+        if packing.method == "awq":
+            return _awq(self._part("qzeros")).T.astype(np.float32)
+        if packing.method == "gptq":
+            zeros = _unpack(self._part("qzeros"), packing.bits)[:, :out].T
+            return ((zeros.astype(np.int64) + packing.zero_shift) & ((1 << packing.bits) - 1)).astype(np.float32)
+        assert "weight_zero_point" in parts
+        return _unpack(np.ascontiguousarray(self._part("weight_zero_point").T), packing.bits)[:, :out].T.astype(np.float32)
+
+
+def _unpack(words: npt.NDArray[Any], bits: int) -> U8:
+    """[rows, words] → [rows, numbers]"""
+    each = np.ascontiguousarray(words).view(np.uint8)
+    return each if bits == 8 else np.stack([each & 15, each >> 4], axis=-1).reshape(len(each), -1)
+
+
+def _awq(words: npt.NDArray[Any]) -> U8:
+    """[rows, words] → [rows, 8 * words]"""
+    numbers = _unpack(words, 4).reshape(len(words), -1, 8)
+    made = np.empty_like(numbers)
+    made[:, :, list(_AWQ_ORDER)] = numbers
+    return made.reshape(len(words), -1)
