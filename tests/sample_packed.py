@@ -11,18 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from quire.models.families import find_family
-from quire.models.weights import load_model
+from quire.models.weights import read_headers
+from quire.models.weights.safetensors import map_file, view
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True, "modules_to_not_convert": None},
     "gptq": {"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": False, "lm_head": False},
     "gptq-v2": {"quant_method": "gptq", "bits": 4, "sym": False, "desc_act": False, "checkpoint_format": "gptq_v2"},
-    "pack-quantized": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"], "config_groups": {"group_0": {
-        "targets": ["Linear"], "input_activations": None, "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}}}},
-    "int-quantized": {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"], "config_groups": {"group_0": {
-        "targets": ["Linear"], "input_activations": {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"},
-        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}}},
+    "pack-quantized": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"], "config_groups": {
+        "group_0": {"targets": ["Linear"], "input_activations": None,
+                    "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}}}},
+    "int-quantized": {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"], "config_groups": {
+        "group_0": {"targets": ["Linear"], "input_activations": {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"},
+                    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}}},
 }  # fmt: skip
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Of outputs in a word of AWQ's."""
@@ -73,11 +74,11 @@ def parts_of(method: str, weight: Array, bits: int, group: int, symmetric: bool,
     return made | ({} if groups is None else {"weight_g_idx": groups.astype(np.int32)})
 
 
-def packed_folder(source: Path, out: Path, method: str, *, bits: int = 4, group: int = 32, symmetric: bool | None = None, **config: Any) -> Path:
+def packed_folder(
+    source: Path, out: Path, method: str, *, bits: int = 4, group: int = 32, symmetric: bool | None = None, **config: Any
+) -> Path:
     """A copy of a model folder with the linears of its layers quantized. symmetric: None takes what is usual; config: changes."""
-    model = load_model(source)
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    family, wanted = find_family(values), model.spec.tensor_shapes()
     about = json.loads(json.dumps(CONFIGS[method])) | config
     if symmetric is None:
         symmetric = method not in ("awq", "gptq-v2")
@@ -86,23 +87,28 @@ def packed_folder(source: Path, out: Path, method: str, *, bits: int = 4, group:
         scheme |= {"symmetric": symmetric, "num_bits": bits} | ({"group_size": group} if group else {"strategy": "channel"})
     else:
         about |= {"bits": bits, "group_size": group or -1} | ({"sym": symmetric} if "sym" in about else {"zero_point": not symmetric})
+    shuffles = about.get("desc_act") or about.get("config_groups", {}).get("group_0", {}).get("weights", {}).get("actorder") == "group"
     out.mkdir(parents=True)
     for file in source.iterdir():
         if file.is_file() and not file.name.startswith("model"):
             shutil.copy(file, out / file.name)
-    prefix, tensors = family.prefixes[0] if family.prefixes else "", {}
+    tensors: dict[str, Array] = {}
     rng = np.random.default_rng(0)
-    for name, where in family.sources(model.spec).items():
-        array = np.ascontiguousarray(model.tensors[name], np.float32)
-        full = where.name if where.name.startswith("lm_head") else prefix + where.name
-        assert where.rows is None
-        assert not where.transpose
-        if not name.startswith("layers.") or len(wanted[name]) != 2:
-            tensors[full] = array.astype(np.float16)
+    for name, array in floats_of(source).items():
+        if ".layers." not in name or array.ndim != 2:
+            tensors[name] = array.astype(np.float16)
             continue
-        shuffled = rng.permutation(np.arange(array.shape[1]) // group) if about.get("desc_act") else None
-        for part, made in parts_of(method, array, bits, group, symmetric, shuffled).items():
-            tensors[f"{full.removesuffix('.weight')}.{part}"] = np.ascontiguousarray(made)  # save_file writes memory as it lies
+        groups = rng.permutation(np.arange(array.shape[1]) // group) if shuffles else None
+        for part, made in parts_of(method, array, bits, group, symmetric, groups).items():
+            # Contiguous, for save_file writes memory as it lies.
+            tensors[f"{name.removesuffix('.weight')}.{part}"] = np.ascontiguousarray(made)
     save_file(tensors, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(values | {"quantization_config": about}), encoding="utf-8")
     return out
+
+
+def floats_of(folder: Path) -> dict[str, Array]:
+    """A checkpoint's own tensors, as float32."""
+    headers = read_headers(folder)
+    maps = {file: map_file(file) for file in {info.file for info in headers.values()}}
+    return {name: view(maps[info.file], info).astype(np.float32) for name, info in headers.items()}

@@ -1,0 +1,187 @@
+"""Checkpoints whose linears are quantized: what becomes of the numbers in them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from quire.backends.cpu import _native as native
+from quire.errors import ModelLoadError
+from quire.models.weights import load_model, load_spec, resolve_model
+from sample_models import LLAMA, PHI3, write_model
+from sample_packed import ORDER, floats_of, packed_folder, round_to, words
+
+SIZES = {"num_hidden_layers": 2, "vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 192, "torch_dtype": "float16"}  # fmt: skip
+
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("awq", {}, "int4:32+offsets"),
+    ("awq", {"symmetric": True}, "int4:32"),
+    ("gptq", {}, "int4:32"),
+    ("gptq", {"symmetric": False}, "int4:32+offsets"),
+    ("gptq", {"group": 16}, "int8"),
+    ("gptq", {"bits": 8}, "int8"),
+    ("gptq", {"bits": 8, "symmetric": False}, "int8"),
+    ("gptq", {"desc_act": True}, "int8"),
+    ("gptq-v2", {}, "int4:32+offsets"),
+    ("gptq-v2", {"symmetric": True, "group": 0}, "int4:64"),
+    ("pack-quantized", {}, "int4:32"),
+    ("pack-quantized", {"symmetric": False}, "int4:32+offsets"),
+    ("pack-quantized", {"group": 0}, "int4:64"),
+    ("pack-quantized", {"bits": 8}, "int8"),
+    ("int-quantized", {"bits": 8, "group": 0}, "int8"),
+]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("llama"), LLAMA | SIZES)
+
+
+@pytest.mark.parametrize(("method", "options", "kind"), CASES, ids=lambda value: str(value))
+def test_numbers_of_every_format(llama: Path, tmp_path: Path, method: str, options: dict[str, Any], kind: str) -> None:
+    """The floats are (number - zero) * scale, and blocks make the same of them."""
+    folder = packed_folder(llama, tmp_path / "m", method, **options)
+    model, plain = load_model(folder), load_model(llama)
+    assert {each for name, each in model.spec.stored if name.startswith("layers")} == {kind}
+    assert dict(model.spec.stored)["embed" if model.spec.tied else "lm_head"] == "int8"
+    assert load_spec(folder).stored == model.spec.stored
+    bits, group = options.get("bits", 4), options.get("group", 32)
+    for name, shape in plain.spec.tensor_shapes().items():
+        found, weight = model.tensors[name], plain.tensors[name].astype(np.float32)
+        assert found.shape == shape
+        if not name.startswith("layers.") or len(shape) != 2:
+            assert np.array_equal(found, weight.astype(np.float16))
+            assert model.blocks(name) is None
+            continue
+        assert found.dtype == np.float16
+        if not options.get("desc_act"):
+            symmetric = options.get("symmetric", method not in ("awq", "gptq-v2"))
+            numbers, scales, zeros = round_to(weight, bits, group, symmetric)
+            index = np.arange(shape[1]) // (group or shape[1])
+            exact = ((numbers - zeros[:, index]).astype(np.float32) * scales.astype(np.float32)[:, index]).astype(np.float16)
+            assert np.array_equal(found, exact), name
+        assert np.linalg.norm(found - weight) < (0.15 if bits == 4 else 0.01) * np.linalg.norm(weight)
+        kept = model.blocks(name)
+        assert (kept is None) == (kind == "int8")
+        if kept is not None:
+            assert kept[0] == kind
+            packed = native.pack_blocks(kept[1](), kind)
+            x = np.random.default_rng(0).standard_normal((5, shape[1])).astype(np.float32)
+            native.linear(packed, x, out := np.empty((5, shape[0]), np.float32))
+            assert np.linalg.norm(out - x @ found.T.astype(np.float32)) < 0.015 * np.linalg.norm(out)
+    assert model.nbytes == sum(array.nbytes for array in model.tensors.values())
+
+
+def test_parts_of_a_fused_tensor(tmp_path: Path) -> None:
+    """Phi-3 stores q, k and v as one, and gate and up."""
+    rope = {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    source = write_model(tmp_path / "phi3", PHI3 | SIZES | {"rope_scaling": rope})
+    for method in ("awq", "gptq", "pack-quantized"):
+        model, plain = load_model(packed_folder(source, tmp_path / method, method)), load_model(source)
+        for part in ("q", "k", "v", "gate", "up", "o"):
+            name = f"layers.1.{part}.weight"
+            weight, found = plain.tensors[name].astype(np.float32), model.tensors[name]
+            assert found.shape == weight.shape
+            assert np.linalg.norm(found - weight) < 0.15 * np.linalg.norm(weight)
+            kept = model.blocks(name)
+            assert kept is not None
+            assert len(kept[1]()) == len(weight)
+
+
+def test_orders_of_words() -> None:
+    """As in the formats' definitions: the first of a word is lowest, and AWQ's outputs take turns."""
+    row = np.arange(8)[None]
+    assert words(row, 4).view(np.uint32)[0, 0] == 0x76543210
+    assert words(row, 4, ORDER).view(np.uint32)[0, 0] == 0x75316420
+    assert words(row[:, :4], 8).view(np.uint32)[0, 0] == 0x03020100
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported; supported: awq, gptq, compressed-tensors"),
+    ({"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 32}, "version 'gemv' is not supported"),
+    ({"quant_method": "awq", "bits": 3, "group_size": 32}, "bits 3 is not supported"),
+    ({"quant_method": "gptq", "bits": 2, "group_size": 32}, "bits 2 is not supported .only 4 and 8"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "'group_size' must be an integer from 1"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"-:.*": {}}}, "'dynamic'.* not supported"),
+    (COMPRESSED | {"format": "float-quantized"}, "format 'float-quantized' is not supported"),
+    (COMPRESSED | {"config_groups": {"a": {}, "b": {}}}, "must have one group"),
+    (COMPRESSED | {"config_groups": {"a": {"weights": {"num_bits": 4, "type": "float"}}}}, "type 'float' is not supported"),
+    (COMPRESSED | {"config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}}, "rounded activations"),
+    (COMPRESSED | {"format": "int-quantized", "config_groups": {"a": {"weights": {"num_bits": 8, "symmetric": False}}}}, "zeros of weig"),
+    ([4], "'quantization_config' is not an object"),
+])  # fmt: skip
+def test_configurations_that_are_refused(llama: Path, tmp_path: Path, change: Any, says: str) -> None:
+    folder = packed_folder(llama, tmp_path / "m", "gptq")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": change}))
+    with pytest.raises(ModelLoadError, match=f"config.json.*{says}"):
+        load_spec(folder)
+
+
+def damage(folder: Path, change: dict[str, Any]) -> None:
+    """change: part of the second layer's q → array, or None to leave it out."""
+    tensors = load_file(folder / "model.safetensors")
+    prefix = next(name for name in tensors if ".1." in name and name.endswith(("q_proj.qweight", "q_proj.weight_packed"))).rpartition(".")[
+        0
+    ]
+    for part, value in change.items():
+        if value is None:
+            tensors.pop(f"{prefix}.{part}")
+        else:
+            tensors[f"{prefix}.{part}"] = np.ascontiguousarray(value(tensors[f"{prefix}.{part}"]))
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("method", "change", "says"), [
+    ("gptq", {"scales": None}, "lacks 1 tensor .layers.1.self_attn.q_proj.weight"),
+    ("gptq", {"qweight": None, "qzeros": None, "g_idx": None}, r"q_proj.scales is there, but no .*q_proj.qweight"),
+    ("awq", {"qzeros": None}, "q_proj has no zeros, and its quantization is not symmetric"),
+    ("gptq", {"scales": lambda a: a[:-1]}, r"q_proj.scales is F16 .* 64 inputs, 64 outputs and 2 groups has F32 or F16 or BF16 \[2, 64\]"),
+    ("gptq", {"qzeros": lambda a: a.astype(np.int64)}, "q_proj.qzeros is I64"),
+    ("gptq", {"qweight": lambda a: a[:3]}, "has the shape .*, which is not that of numbers in groups of 32"),
+    ("gptq", {"qweight": lambda a: a.ravel()}, "has the shape .*, which is not that of numbers"),
+    ("gptq", {"qweight": lambda a: a[:, :32], "scales": lambda a: a[:, :32], "qzeros": lambda a: a[:, :4]}, "has the shape"),
+    ("gptq", {"g_idx": lambda a: a + 1}, "g_idx names groups from 1 to 2, and there are 2"),
+    ("pack-quantized", {"weight_scale": lambda a: a[:, :1]}, "q_proj.weight_scale is F16"),
+])  # fmt: skip
+def test_parts_that_do_not_fit(llama: Path, tmp_path: Path, method: str, change: dict[str, Any], says: str) -> None:
+    folder = packed_folder(llama, tmp_path / "m", method)
+    damage(folder, change)
+    with pytest.raises(ModelLoadError, match=says):
+        load_model(folder)
+
+
+def test_a_configuration_and_tensors_that_disagree(llama: Path, tmp_path: Path) -> None:
+    folder = packed_folder(llama, tmp_path / "m", "gptq")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name != "quantization_config"}))
+    with pytest.raises(ModelLoadError, match="lacks"):
+        load_model(folder)
+    save_file({name: array.astype(np.float16) for name, array in floats_of(llama).items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match=r"config.json says that the model is quantized, but no linear is"):
+        load_model(folder)
+
+
+def test_the_embedding_is_no_linear(tmp_path: Path) -> None:
+    source = resolve_model("embedded")
+    folder = packed_folder(source, tmp_path / "m", "gptq")
+    tensors = load_file(folder / "model.safetensors")
+    one = next(name for name in tensors if name.endswith("q_proj.qweight")).removesuffix(".qweight")
+    rows = tensors[name := next(name for name in tensors if "embed" in name)].shape[0]
+    del tensors[name]
+    for part in ("qweight", "scales", "qzeros", "g_idx"):
+        array = tensors[f"{one}.{part}"]
+        wide = np.repeat(array, rows // 256, axis=1) if array.ndim == 2 else array
+        tensors[f"{name.removesuffix('.weight')}.{part}"] = np.ascontiguousarray(wide)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"embed_tokens.weight, which is looked up, is quantized"):
+        load_model(folder)
