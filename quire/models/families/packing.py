@@ -75,8 +75,8 @@ def _awq(about: Config) -> Packing:
     version = about.values.get("version", "gemm")
     if not isinstance(version, str) or version.lower() != "gemm":
         about.refuse(f"version {version!r:.40} is not supported (only 'gemm')")
-    bits = _only(about, "bits" if "bits" in about.values else "w_bit", (4,))
-    size = _group(about, "group_size" if "group_size" in about.values else "q_group_size")
+    bits = _only(about, "w_bit" if "w_bit" in about.values else "bits", (4,))
+    size = _group(about, "q_group_size" if "q_group_size" in about.values else "group_size")
     return Packing("awq", bits, size, about.flag("zero_point", True))
 
 
