@@ -90,7 +90,7 @@ def _shape(module: str, packing: Packing, parts: Mapping[str, TensorInfo]) -> tu
     else:
         out, inputs = first, second * (each if packing.method == "pack-quantized" else 1)
     packed = parts[numbers].shape
-    if not out * inputs or (packing.group_size and inputs % packing.group_size):
+    if not out * inputs or inputs % 2 or (packing.group_size and inputs % packing.group_size):
         what = f"numbers in groups of {packing.group_size}" if packing.group_size else "numbers"
         raise ModelLoadError(f"{parts[numbers].file}: {module}.{numbers} has the shape {list(packed)}, which is not that of {what}")
     groups = inputs // packing.group_size if packing.group_size else 1
@@ -122,9 +122,10 @@ class PackedWeight:
         table = self._part(scales).astype(np.float32)
         self._scales: F32 = np.ascontiguousarray(table.T if scales == "scales" else table)
         self._zeros = self._read_zeros(out)
-        self._groups = np.arange(inputs) // (packing.group_size or inputs)
+        self._groups: npt.NDArray[np.int64] | None = None
+        """Of each input, where they are not in order."""
         index = next((self._part(part) for part in ("g_idx", "weight_g_idx") if part in parts), None)
-        in_order = index is None or bool((index == self._groups).all())
+        in_order = index is None or bool((index == np.arange(inputs) // (packing.group_size or inputs)).all())
         if index is not None and not in_order:
             if index.min() < 0 or index.max() >= self._scales.shape[1]:
                 raise ModelLoadError(
@@ -142,38 +143,50 @@ class PackedWeight:
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(first, last, step):
                 rows = slice(start, min(start + step, last))
-                zeros, scales = (each[rows][:, self._groups] for each in (self._zeros, self._scales))
-                made[start - first : rows.stop - first] = (self._numbers(rows) - zeros) * scales
+                made[start - first : rows.stop - first] = self._floats(rows)
         return made
 
     def blocks(self, first: int, last: int) -> U8:
         """Rows as ``native.pack_blocks`` takes them, of the type ``kind``, which is not int8: a group's scale, its offset, then its
         numbers, the even ones in the low halves of bytes."""
         group = self.kind.partition(":")[2]
-        numbers, rows = self._numbers(slice(first, last)), slice(first, last)
-        halves = (numbers[:, 0::2] | numbers[:, 1::2] << 4).reshape(len(numbers), -1, int(group.split("+")[0]) // 2)
+        rows = slice(first, last)
+        halves = self._bytes(rows).reshape(last - first, -1, int(group.split("+")[0]) // 2)
         repeated = halves.shape[1] // self._scales.shape[1]  # the kernels' groups may be smaller
         scales, zeros = (each[rows].repeat(repeated, axis=1) for each in (self._scales, self._zeros))
         columns = (scales, (8 - zeros) * scales) if group.endswith("offsets") else (scales,)
-        return np.concatenate([np.stack(columns, axis=-1).view(np.uint8), halves], axis=-1).reshape(len(numbers), -1)
+        return np.concatenate([np.stack(columns, axis=-1).view(np.uint8), halves], axis=-1).reshape(last - first, -1)
+
+    def _floats(self, rows: slice) -> F32:
+        numbers = _unpack(self._bytes(rows), self._tensor.packing.bits)
+        if self._groups is not None:
+            return (numbers - self._zeros[rows][:, self._groups]) * self._scales[rows][:, self._groups]
+        grouped = numbers.reshape(len(numbers), self._scales.shape[1], -1)
+        made: F32 = (grouped - self._zeros[rows][..., None]) * self._scales[rows][..., None]
+        return made.reshape(numbers.shape)
 
     def _part(self, part: str) -> npt.NDArray[Any]:
         info = self._tensor.parts[part]
         return view(self._maps[info.file], info)
 
-    def _numbers(self, rows: slice) -> U8:
-        """[rows, in]"""
-        method, bits, inputs = self._tensor.packing.method, self._tensor.packing.bits, self._tensor.shape[1]
+    def _bytes(self, rows: slice) -> U8:
+        """[rows, in * bits / 8], the first number lowest."""
+        method = self._tensor.packing.method
         if method == "int-quantized":
             return self._part("weight")[rows].view(np.uint8) ^ np.uint8(128)
         if method == "pack-quantized":
-            return _unpack(self._part("weight_packed")[rows], bits)[:, :inputs]
+            return np.ascontiguousarray(self._part("weight_packed")[rows]).view(np.uint8)
         words = self._part("qweight")
         if method == "gptq":
-            return np.ascontiguousarray(_unpack(np.ascontiguousarray(words[:, rows].T), bits))
+            return np.ascontiguousarray(words[:, rows].T).view(np.uint8)
         whole = slice(rows.start // 8, -(-rows.stop // 8))
-        made = _awq(words[:, whole])[:, rows.start - 8 * whole.start : rows.stop - 8 * whole.start]
-        return np.ascontiguousarray(made.T)
+        each = np.ascontiguousarray(words[:, whole].T).view(np.uint8).reshape(whole.stop - whole.start, len(words), 4)
+        made = np.empty((8 * len(each), len(words) // 2), np.uint8)
+        for i in range(4):
+            even, odd = each[:, 0::2, i], each[:, 1::2, i]
+            made[_AWQ_ORDER[2 * i] :: 8] = (even & 15) | odd << 4
+            made[_AWQ_ORDER[2 * i + 1] :: 8] = even >> 4 | (odd & 240)
+        return made[rows.start - 8 * whole.start : rows.stop - 8 * whole.start]
 
     def _read_zeros(self, out: int) -> F32:
         """[out, groups]"""
@@ -182,23 +195,16 @@ class PackedWeight:
         if packing.method == "int-quantized" or not packing.offsets:
             return middle
         if packing.method == "awq":
-            return _awq(self._part("qzeros")).T.astype(np.float32)
+            numbers = _unpack(np.ascontiguousarray(self._part("qzeros")).view(np.uint8), 4).reshape(-1, out // 8, 8)
+            return numbers[:, :, np.argsort(_AWQ_ORDER)].reshape(-1, out).T.astype(np.float32)
         if packing.method == "gptq":
-            zeros = _unpack(self._part("qzeros"), packing.bits)[:, :out].T
+            zeros = _unpack(np.ascontiguousarray(self._part("qzeros")).view(np.uint8), packing.bits)[:, :out].T
             return ((zeros.astype(np.int64) + packing.zero_shift) & ((1 << packing.bits) - 1)).astype(np.float32)
         assert "weight_zero_point" in parts
-        return _unpack(np.ascontiguousarray(self._part("weight_zero_point").T), packing.bits)[:, :out].T.astype(np.float32)
+        zeros = _unpack(np.ascontiguousarray(self._part("weight_zero_point").T).view(np.uint8), packing.bits)[:, :out].T
+        return zeros.astype(np.float32)
 
 
-def _unpack(words: npt.NDArray[Any], bits: int) -> U8:
-    """[rows, words] → [rows, numbers]"""
-    each = np.ascontiguousarray(words).view(np.uint8)
+def _unpack(each: U8, bits: int) -> U8:
+    """[rows, bytes] → [rows, numbers]"""
     return each if bits == 8 else np.stack([each & 15, each >> 4], axis=-1).reshape(len(each), -1)
-
-
-def _awq(words: npt.NDArray[Any]) -> U8:
-    """[rows, words] → [rows, 8 * words]"""
-    numbers = _unpack(words, 4).reshape(len(words), -1, 8)
-    made = np.empty_like(numbers)
-    made[:, :, list(_AWQ_ORDER)] = numbers
-    return made.reshape(len(words), -1)

@@ -89,8 +89,8 @@ def view(mapped: mmap.mmap, info: TensorInfo) -> npt.NDArray[Any]:
 
 
 def array_dtype(dtype: str) -> np.dtype[Any]:
-    """numpy dtype of a SUPPORTED dtype, or of integers; ``ml_dtypes.bfloat16`` for BF16, or uint16 (its bits) where ml_dtypes is not installed: the CUDA
-    backend does without."""
+    """numpy dtype of a SUPPORTED dtype, or of integers; ``ml_dtypes.bfloat16`` for BF16, or uint16 (its bits) where ml_dtypes is not
+    installed: the CUDA backend does without."""
     if dtype == "BF16":
         try:
             import ml_dtypes  # where it is used, as the other formats need no second extension module
