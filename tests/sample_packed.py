@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
@@ -24,6 +25,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "int-quantized": {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"], "config_groups": {
         "group_0": {"targets": ["Linear"], "input_activations": {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"},
                     "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}}},
+    "float-quantized": {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"], "config_groups": {
+        "group_0": {"targets": ["Linear"], "input_activations": {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"},
+                    "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}}}},
+    "fp8": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [48, 48]},
+    "fp8-tensor": {"quant_method": "fp8", "activation_scheme": "dynamic"},
 }  # fmt: skip
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Of outputs in a word of AWQ's."""
@@ -58,6 +64,15 @@ def words(numbers: Array, bits: int, order: tuple[int, ...] = ()) -> Array:
 
 def parts_of(method: str, weight: Array, bits: int, group: int, symmetric: bool, groups: Array | None = None) -> dict[str, Array]:
     """The tensors of a linear, by what their names end in."""
+    if method in ("float-quantized", "fp8", "fp8-tensor"):
+        rows, inputs = {"float-quantized": (1, weight.shape[1]), "fp8": (48, 48), "fp8-tensor": weight.shape}[method]
+        blocks = -(-weight.shape[0] // rows), -(-weight.shape[1] // inputs)
+        scales = np.empty(blocks, np.float32)
+        for i, j in np.ndindex(*blocks):
+            scales[i, j] = np.abs(weight[i * rows : (i + 1) * rows, j * inputs : (j + 1) * inputs]).max() / 448
+        numbers = (weight / scales.repeat(rows, 0).repeat(inputs, 1)[: len(weight), : weight.shape[1]]).astype(ml_dtypes.float8_e4m3fn)
+        name = "weight_scale_inv" if method == "fp8" else "weight_scale"
+        return {"weight": numbers, name: scales[0, 0] if method == "fp8-tensor" else scales}
     numbers, scales, zeros = round_to(weight, bits, group, symmetric, groups)
     if method == "awq":
         return {"qweight": words(numbers.T, 4, ORDER), "qzeros": words(zeros.T, 4, ORDER), "scales": np.ascontiguousarray(scales.T)}
@@ -82,7 +97,9 @@ def packed_folder(
     about = json.loads(json.dumps(CONFIGS[method])) | config
     if symmetric is None:
         symmetric = method not in ("awq", "gptq-v2")
-    if about["quant_method"] == "compressed-tensors":
+    if "fp8" in method or method == "float-quantized":
+        pass
+    elif about["quant_method"] == "compressed-tensors":
         scheme = about["config_groups"]["group_0"]["weights"]
         scheme |= {"symmetric": symmetric, "num_bits": bits} | ({"group_size": group} if group else {"strategy": "channel"})
     else:

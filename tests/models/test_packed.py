@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 from quire.backends.cpu import _native as native
 from quire.errors import ModelLoadError
 from quire.models.weights import load_model, load_spec, resolve_model
+from quire.models.weights.packed import _E4M3
 from sample_models import LLAMA, PHI3, write_model
-from sample_packed import ORDER, floats_of, packed_folder, round_to, words
+from sample_packed import ORDER, floats_of, packed_folder, parts_of, round_to, words
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 192, "torch_dtype": "float16"}  # fmt: skip
@@ -36,6 +38,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("pack-quantized", {"group": 0}, "int4:64"),
     ("pack-quantized", {"bits": 8}, "int8"),
     ("int-quantized", {"bits": 8, "group": 0}, "int8"),
+    ("float-quantized", {"bits": 8}, "int8"),
+    ("fp8", {"bits": 8}, "int8"),
+    ("fp8-tensor", {"bits": 8}, "int8"),
 ]
 
 
@@ -61,6 +66,15 @@ def test_numbers_of_every_format(llama: Path, tmp_path: Path, method: str, optio
             assert model.blocks(name) is None
             continue
         assert found.dtype == np.float16
+        if method in ("float-quantized", "fp8", "fp8-tensor"):  # three bits of fraction
+            assert np.linalg.norm(found - weight) < 0.04 * np.linalg.norm(weight)
+            parts = parts_of(method, weight, 8, 0, True)
+            scale = parts["weight_scale_inv" if method == "fp8" else "weight_scale"]
+            block = 48 if method == "fp8" else 1 << 20
+            at = np.arange(shape[0]) // (48 if method == "fp8" else 1), np.arange(shape[1]) // block
+            each = scale[at[0]][:, at[1]] if scale.ndim else scale
+            assert np.array_equal(found, (parts["weight"].astype(np.float32) * each).astype(np.float16))
+            continue
         if not options.get("desc_act"):
             symmetric = options.get("symmetric", method not in ("awq", "gptq-v2"))
             numbers, scales, zeros = round_to(weight, bits, group, symmetric)
@@ -95,6 +109,11 @@ def test_parts_of_a_fused_tensor(tmp_path: Path) -> None:
             assert len(kept[1]()) == len(weight)
 
 
+def test_small_floats() -> None:
+    every = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(_E4M3[every], every.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
 def test_orders_of_words() -> None:
     """As in the formats' definitions: the first of a word is lowest, and AWQ's outputs take turns."""
     row = np.arange(8)[None]
@@ -104,14 +123,18 @@ def test_orders_of_words() -> None:
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported; supported: awq, gptq, compressed-tensors"),
+    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported; supported: awq, gptq, fp8, compressed-tensors"),
     ({"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 32}, "version 'gemv' is not supported"),
     ({"quant_method": "awq", "bits": 3, "group_size": 32}, "bits 3 is not supported"),
     ({"quant_method": "gptq", "bits": 2, "group_size": 32}, "bits 2 is not supported .only 4 and 8"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "'group_size' must be an integer from 1"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"-:.*": {}}}, "'dynamic'.* not supported"),
-    (COMPRESSED | {"format": "float-quantized"}, "format 'float-quantized' is not supported"),
+    (COMPRESSED | {"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized' is not supported"),
+    (COMPRESSED | {"format": ["a"]}, "format .* is not supported"),
+    (COMPRESSED | {"format": "float-quantized", "config_groups": {"a": {"weights": {"num_bits": 8}}}}, "type 'int' is not supported"),
+    ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2' is not supported"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "'weight_block_size' must be two numbers above 0"),
     (COMPRESSED | {"config_groups": {"a": {}, "b": {}}}, "must have one group"),
     (COMPRESSED | {"config_groups": {"a": {"weights": {"num_bits": 4, "type": "float"}}}}, "type 'float' is not supported"),
     (COMPRESSED | {"config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}}, "rounded activations"),

@@ -1,8 +1,9 @@
 """``quantization_config`` of a config.json: how the linears of a checkpoint are quantized and packed.
 
-Three of the formats that transformers knows: AWQ (arXiv 2306.00978, as AutoAWQ's "gemm" packs it), GPTQ (arXiv 2210.17323, as AutoGPTQ
-and GPTQModel pack it), and compressed-tensors (https://github.com/vllm-project/compressed-tensors) for weights alone ("pack-quantized")
-or weights of 8 bits with activations that are rounded as they come ("int-quantized").
+Of the formats that transformers knows: AWQ (arXiv 2306.00978, as AutoAWQ's "gemm" packs it), GPTQ (arXiv 2210.17323, as AutoGPTQ and
+GPTQModel pack it), fp8 (as DeepSeek-V3, arXiv 2412.19437, and Qwen3 have it), and compressed-tensors
+(https://github.com/vllm-project/compressed-tensors) for weights alone ("pack-quantized"), or weights of 8 bits ("int-quantized",
+"float-quantized"), whose activations its other readers round to 8 bits of the same kind.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from quire.models.families.base import Config
+from quire.models.families.base import MAX_WIDTH, Config
 from quire.models.spec import TransformerSpec
 
 GROUPS: Final = (128, 64, 32)
@@ -21,13 +22,15 @@ GROUPS: Final = (128, 64, 32)
 class Packing:
     """How the numbers of a quantized linear lie in its tensors."""
 
-    method: Literal["awq", "gptq", "pack-quantized", "int-quantized"]
+    method: Literal["awq", "gptq", "pack-quantized", "int-quantized", "float-quantized", "fp8"]
     bits: int
     """4 or 8"""
     group_size: int
     """Inputs that share a scale; 0: all of an output."""
     offsets: bool
     """Whether zero may be another number than the middle one."""
+    rows: int = 1
+    """Outputs that share scales; 0: all."""
     zero_shift: int = 0
     """What is to be added to stored zeros (the first format of GPTQ has 1)."""
     in_order: bool = True
@@ -65,9 +68,11 @@ def packing_of(config: Config) -> Packing | None:
         return _gptq(about)
     if method == "compressed-tensors":
         return _compressed_tensors(about)
+    if method == "fp8":
+        return _fp8(about)
     return about.refuse(
-        f"quant_method {method!r:.40} is not supported; supported: awq, gptq, compressed-tensors. Take the model in 16 bits, as a GGUF "
-        "file, or in one of these"
+        f"quant_method {method!r:.40} is not supported; supported: awq, gptq, fp8, compressed-tensors. Take the model in 16 bits, as a "
+        "GGUF file, or in one of these"
     )
 
 
@@ -88,14 +93,20 @@ def _gptq(about: Config) -> Packing:
     if about.values.get("dynamic"):
         about.refuse("'dynamic', which gives layers formats of their own, is not supported")
     return Packing(
-        "gptq", bits, _group(about, "group_size"), not about.flag("sym", True), int(layout == "gptq"), not about.flag("desc_act", False)
+        "gptq",
+        bits,
+        _group(about, "group_size"),
+        not about.flag("sym", True),
+        zero_shift=int(layout == "gptq"),
+        in_order=not about.flag("desc_act", False),
     )
 
 
 def _compressed_tensors(about: Config) -> Packing:
     layout, groups = about.values.get("format"), about.values.get("config_groups")
-    if layout not in ("pack-quantized", "int-quantized"):
-        about.refuse(f"format {layout!r:.40} is not supported (only 'pack-quantized' and 'int-quantized')")
+    if layout not in ("pack-quantized", "int-quantized", "float-quantized"):
+        about.refuse(f"format {layout!r:.40} is not supported (only {', '.join(_LAYOUTS)})")
+    type_, widths, strategies = _LAYOUTS[layout]
     if not isinstance(groups, dict) or len(groups) != 1:
         about.refuse("'config_groups' must have one group: several formats in a model are not supported")
     group = next(iter(groups.values()))
@@ -105,17 +116,45 @@ def _compressed_tensors(about: Config) -> Packing:
     if about.values.get("kv_cache_scheme") or (layout == "pack-quantized" and group.get("input_activations")):
         about.refuse("rounded activations or KV ('input_activations', 'kv_cache_scheme') are not supported in this format")
     each = Config(weights, f"{about.where}: weights")
-    if each.values.get("type", "int") != "int":
-        each.refuse(f"type {each.values['type']!r:.40} is not supported (only 'int')")
-    bits = _only(each, "num_bits", (4, 8) if layout == "pack-quantized" else (8,))
+    if each.values.get("type", "int") != type_:
+        each.refuse(f"type {each.values.get('type', 'int')!r:.40} is not supported (only {type_!r} in {layout!r})")
+    bits = _only(each, "num_bits", widths)
     strategy = each.values.get("strategy") or ("group" if each.values.get("group_size") else "channel")
-    if strategy not in (("group", "channel") if layout == "pack-quantized" else ("channel",)):
-        each.refuse(f"strategy {strategy!r:.40} is not supported")
+    if strategy not in strategies:
+        each.refuse(f"strategy {strategy!r:.40} is not supported (only {', '.join(strategies)} in {layout!r})")
     symmetric = each.flag("symmetric", True)
-    if layout == "int-quantized" and not symmetric:
-        each.refuse("zeros of weights in 'int-quantized' are not supported")
-    size = _group(each, "group_size") if strategy == "group" else 0
-    return Packing(layout, bits, size, not symmetric, in_order=each.values.get("actorder") not in ("group", True))
+    if layout != "pack-quantized" and not symmetric:
+        each.refuse(f"zeros of weights in {layout!r} are not supported")
+    if strategy == "block":
+        rows, size = _block(each, "block_structure")
+    else:
+        rows, size = int(strategy != "tensor"), _group(each, "group_size") if strategy == "group" else 0
+    return Packing(layout, bits, size, not symmetric, rows, in_order=each.values.get("actorder") not in ("group", True))
+
+
+_LAYOUTS: Final[dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]]] = {
+    "pack-quantized": ("int", (4, 8), ("group", "channel")),
+    "int-quantized": ("int", (8,), ("channel",)),
+    "float-quantized": ("float", (8,), ("channel", "tensor", "block")),
+}
+"""Of compressed-tensors: format → type of the numbers, their bits, and what shares a scale."""
+
+
+def _fp8(about: Config) -> Packing:
+    if about.values.get("fmt", "e4m3") != "e4m3":
+        about.refuse(f"fmt {about.values['fmt']!r:.40} is not supported (only 'e4m3')")
+    if about.values.get("weight_block_size") is None:
+        return Packing("float-quantized", 8, 0, False, rows=0)
+    rows, size = _block(about, "weight_block_size")
+    return Packing("fp8", 8, size, False, rows)
+
+
+def _block(config: Config, name: str) -> tuple[int, int]:
+    """Outputs and inputs of a block."""
+    value = config.values.get(name)
+    if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and 0 < n <= MAX_WIDTH for n in value):
+        config.refuse(f"{name!r} must be two numbers above 0, got {value!r:.40}")
+    return value[0], value[1]
 
 
 def _only(config: Config, name: str, choices: tuple[int, ...]) -> int:

@@ -1,6 +1,6 @@
 """Linears of a checkpoint that are quantized and packed: several tensors each, found in its headers, and made floats or blocks.
 
-Of all formats (see families/packing.py) the numbers are unsigned, of 4 or 8 bits; a weight is (number - zero) * scale. In little-endian
+Numbers are unsigned, of 4 or 8 bits, or small floats (see families/packing.py); a weight is (number - zero) * scale. In little-endian
 words of 32 bits the first number is the lowest.
 
     awq             qweight [in, out / 8], eight outputs in a word, in the order 0 2 4 6 1 3 5 7; qzeros [groups, out / 8], likewise;
@@ -10,6 +10,8 @@ words of 32 bits the first number is the lowest.
     pack-quantized  weight_packed [out, in * bits / 32], inputs in a word; weight_scale [out, groups]; weight_zero_point
                     [out * bits / 32, groups], outputs in a word, optional; weight_g_idx [in], optional; weight_shape [2]
     int-quantized   weight [out, in], signed bytes; weight_scale [out, 1]
+    float-quantized weight [out, in], e4m3 (float8_e4m3fn); weight_scale [out, 1], or one number for all, or for blocks as below
+    fp8             weight [out, in], likewise; weight_scale_inv [out / rows, in / group], rounded up, of blocks, which it multiplies
 """
 
 from __future__ import annotations
@@ -35,8 +37,17 @@ _PARTS: Final[dict[str, tuple[str, ...]]] = {
     "gptq": ("qweight", "scales", "qzeros", "g_idx"),
     "pack-quantized": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
     "int-quantized": ("weight", "weight_scale"),
+    "float-quantized": ("weight", "weight_scale", "input_scale"),
+    "fp8": ("weight", "weight_scale_inv", "input_scale"),
 }
 """The numbers, the scales, and what else there may be."""
+_FP8: Final = ("float-quantized", "fp8")
+_E4M3: Final = np.array(
+    [(-1) ** (b >> 7) * (2.0 ** ((b >> 3 & 15) - 7) * (1 + (b & 7) / 8) if b >> 3 & 15 else 2.0**-6 * (b & 7) / 8) for b in range(256)],
+    np.float32,
+)
+"""What a byte of float8_e4m3fn (OCP OFP8) is: 4 bits of exponent, 3 of fraction, no infinities."""
+_E4M3[[0x7F, 0xFF]] = np.nan
 _AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 _CHUNK: Final = 1 << 18
 """Numbers that become floats at a time."""
@@ -89,25 +100,29 @@ def _shape(module: str, packing: Packing, parts: Mapping[str, TensorInfo]) -> tu
         out, inputs = second, first * each
     else:
         out, inputs = first, second * (each if packing.method == "pack-quantized" else 1)
-    packed = parts[numbers].shape
-    if not out * inputs or inputs % 2 or (packing.group_size and inputs % packing.group_size):
+    packed, bytes_ = parts[numbers].shape, packing.method in _FP8
+    if not out * inputs or (not bytes_ and (inputs % 2 or (packing.group_size and inputs % packing.group_size))):
         what = f"numbers in groups of {packing.group_size}" if packing.group_size else "numbers"
         raise ModelLoadError(f"{parts[numbers].file}: {module}.{numbers} has the shape {list(packed)}, which is not that of {what}")
-    groups = inputs // packing.group_size if packing.group_size else 1
+    groups = -(-inputs // packing.group_size) if packing.group_size else 1
+    rows = -(-out // packing.rows) if packing.rows else 1
     wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "qweight": (packed, integers), "weight_packed": (packed, integers), "weight": (packed, ("I8",)),
-        "scales": ((groups, out), floats), "weight_scale": ((out, groups), floats),
+        "qweight": (packed, integers), "weight_packed": (packed, integers), "weight": (packed, ("F8_E4M3",) if bytes_ else ("I8",)),
+        "scales": ((groups, out), floats), "weight_scale": ((rows, groups) if packing.rows else (1,), floats),
+        "weight_scale_inv": ((rows, groups), floats), "input_scale": (parts.get("input_scale", parts[numbers]).shape, floats),
         "qzeros": ((groups, -(-out // each)), integers), "weight_zero_point": ((-(-out // each), groups), integers),
         "g_idx": ((inputs,), ("I32", "I64")), "weight_g_idx": ((inputs,), ("I32", "I64")), "weight_shape": ((2,), ("I32", "I64")),
     }  # fmt: skip
     for part, info in parts.items():
         shape, dtypes = wanted[part]
+        if info.shape == () and shape == (1,):  # one number for all
+            shape = ()
         if info.shape != shape or info.dtype not in dtypes:
             raise ModelLoadError(
                 f"{info.file}: {module}.{part} is {info.dtype} {list(info.shape)}, and a linear with {inputs} inputs, {out} outputs and "
                 f"{groups} groups has {' or '.join(dtypes)} {list(shape)}"
             )
-    if packing.offsets and packing.method != "int-quantized" and not {"qzeros", "weight_zero_point"} & parts.keys():
+    if packing.offsets and not {"qzeros", "weight_zero_point"} & parts.keys():
         raise ModelLoadError(f"{parts[numbers].file}: {module} has no zeros, and its quantization is not symmetric")
     return out, inputs
 
@@ -119,11 +134,15 @@ class PackedWeight:
         self._tensor, self._maps = tensor, maps
         packing, parts, (out, inputs) = tensor.packing, tensor.parts, tensor.shape
         _, scales, *_ = _PARTS[packing.method]
-        table = self._part(scales).astype(np.float32)
+        table = self._part(scales).astype(np.float32).reshape(parts[scales].shape or (1,))
+        if packing.rows != 1:
+            table = np.broadcast_to(table.reshape(1, 1), (out, 1)) if not packing.rows else table.repeat(packing.rows, axis=0)[:out]
         self._scales: F32 = np.ascontiguousarray(table.T if scales == "scales" else table)
         self._zeros = self._read_zeros(out)
         self._groups: npt.NDArray[np.int64] | None = None
         """Of each input, where they are not in order."""
+        if packing.group_size and inputs % packing.group_size:  # blocks may end before they are full
+            self._groups = np.arange(inputs) // packing.group_size
         index = next((self._part(part) for part in ("g_idx", "weight_g_idx") if part in parts), None)
         in_order = index is None or bool((index == np.arange(inputs) // (packing.group_size or inputs)).all())
         if index is not None and not in_order:
@@ -158,7 +177,8 @@ class PackedWeight:
         return np.concatenate([np.stack(columns, axis=-1).view(np.uint8), halves], axis=-1).reshape(last - first, -1)
 
     def _floats(self, rows: slice) -> F32:
-        numbers = _unpack(self._bytes(rows), self._tensor.packing.bits)
+        bytes_ = self._bytes(rows)
+        numbers = _E4M3[bytes_] if self._tensor.packing.method in _FP8 else _unpack(bytes_, self._tensor.packing.bits)
         if self._groups is not None:
             return (numbers - self._zeros[rows][:, self._groups]) * self._scales[rows][:, self._groups]
         grouped = numbers.reshape(len(numbers), self._scales.shape[1], -1)
@@ -174,6 +194,8 @@ class PackedWeight:
         method = self._tensor.packing.method
         if method == "int-quantized":
             return self._part("weight")[rows].view(np.uint8) ^ np.uint8(128)
+        if method in _FP8:
+            return self._part("weight")[rows]
         if method == "pack-quantized":
             return np.ascontiguousarray(self._part("weight_packed")[rows]).view(np.uint8)
         words = self._part("qweight")
@@ -191,8 +213,8 @@ class PackedWeight:
     def _read_zeros(self, out: int) -> F32:
         """[out, groups]"""
         packing, parts = self._tensor.packing, self._tensor.parts
-        middle = np.full_like(self._scales, 1 << (packing.bits - 1))
-        if packing.method == "int-quantized" or not packing.offsets:
+        middle = np.full_like(self._scales, 0 if packing.method in _FP8 else 1 << (packing.bits - 1))
+        if not packing.offsets:
             return middle
         if packing.method == "awq":
             numbers = _unpack(np.ascontiguousarray(self._part("qzeros")).view(np.uint8), 4).reshape(-1, out // 8, 8)
