@@ -173,7 +173,8 @@ class PackedWeight:
         halves = self._bytes(rows).reshape(last - first, -1, int(group.split("+")[0]) // 2)
         repeated = halves.shape[1] // self._scales.shape[1]  # the kernels' groups may be smaller
         scales, zeros = (each[rows].repeat(repeated, axis=1) for each in (self._scales, self._zeros))
-        columns = (scales, (8 - zeros) * scales) if group.endswith("offsets") else (scales,)
+        with np.errstate(invalid="ignore"):
+            columns = (scales, (8 - zeros) * scales) if group.endswith("offsets") else (scales,)
         return np.concatenate([np.stack(columns, axis=-1).view(np.uint8), halves], axis=-1).reshape(last - first, -1)
 
     def _floats(self, rows: slice) -> F32:
