@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from quire.backends.cpu import _native as native
 from quire.errors import ModelLoadError
+from quire.models.families import spec_from_config
 from quire.models.weights import load_model, load_spec, resolve_model
 from quire.models.weights.packed import _E4M3
 from sample_models import LLAMA, PHI3, write_model
@@ -21,6 +22,7 @@ from sample_packed import ORDER, floats_of, packed_folder, parts_of, round_to, w
 SIZES = {"num_hidden_layers": 2, "vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 192, "torch_dtype": "float16"}  # fmt: skip
 
+W4 = {"config_groups": {"a": {"weights": {"num_bits": 4}}}}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("awq", {}, "int4:32+offsets"),
@@ -139,6 +141,8 @@ def test_orders_of_words() -> None:
     (COMPRESSED | {"config_groups": {"a": {"weights": {"num_bits": 4, "type": "float"}}}}, "type 'float' is not supported"),
     (COMPRESSED | {"config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}}, "rounded activations"),
     (COMPRESSED | {"format": "int-quantized", "config_groups": {"a": {"weights": {"num_bits": 8, "symmetric": False}}}}, "zeros of weig"),
+    (COMPRESSED | W4 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
+    (COMPRESSED | W4 | {"transform_config": {"config_groups": {}}}, "'transform_config'"),
     ([4], "'quantization_config' is not an object"),
 ])  # fmt: skip
 def test_configurations_that_are_refused(llama: Path, tmp_path: Path, change: Any, says: str) -> None:
@@ -192,6 +196,56 @@ def test_a_configuration_and_tensors_that_disagree(llama: Path, tmp_path: Path) 
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLoadError, match=r"config.json says that the model is quantized, but no linear is"):
         load_model(folder)
+
+
+def test_biases_that_tools_add(llama: Path, tmp_path: Path) -> None:
+    """Zeros say nothing; a model that has none refuses others."""
+    folder = packed_folder(llama, tmp_path / "m", "gptq")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.qweight")).removesuffix("qweight") + "bias"
+    save_file(tensors | {name: np.zeros(64, np.float16)}, folder / "model.safetensors")
+    assert "layers.0.o.bias" not in load_model(folder).tensors
+    save_file(tensors | {name: np.ones(64, np.float16)}, folder / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"o_proj.bias is not zero, and LlamaForCausalLM .* has no such bias"):
+        load_model(folder)
+
+
+def test_a_configuration_in_a_file_of_its_own(llama: Path, tmp_path: Path) -> None:
+    folder = packed_folder(llama, tmp_path / "m", "gptq")
+    stored = load_model(folder).spec.stored
+    config = json.loads((folder / "config.json").read_text())
+    about = config.pop("quantization_config")
+    del about["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(about))
+    assert load_model(folder).spec.stored == stored == load_spec(folder).stored
+
+
+REAL = {
+    "Qwen2.5-7B-Instruct-AWQ": {"bits": 4, "group_size": 128, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm",
+                                "zero_point": True},
+    "Qwen2.5-7B-Instruct-GPTQ-Int4": {"batch_size": 1, "bits": 4, "damp_percent": 0.01, "desc_act": False, "exllama_config": {"version": 1},
+                                      "group_size": 128, "quant_method": "gptq", "sym": True, "true_sequential": True},
+    "Llama-3.1-8B-Instruct-quantized.w4a16": {"config_groups": {"group_0": {"input_activations": None, "output_activations": None,
+        "targets": ["Linear"], "weights": {"actorder": "weight", "block_structure": None, "dynamic": False, "group_size": 128,
+        "num_bits": 4, "observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True, "type": "int"}}}, "format": "pack-quantized",
+        "ignore": ["lm_head"], "kv_cache_scheme": None, "quant_method": "compressed-tensors", "quantization_status": "compressed",
+        "sparsity_config": {}},
+    "Qwen3-8B-FP8": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+    "Llama-3.1-8B-Instruct-FP8-dynamic": {"config_groups": {"group_0": {"input_activations": {"dynamic": True, "num_bits": 8,
+        "strategy": "token", "symmetric": True, "type": "float"}, "output_activations": None, "targets": ["Linear"], "weights": {
+        "dynamic": False, "num_bits": 8, "strategy": "channel", "symmetric": True, "type": "float"}}}, "format": "float-quantized",
+        "ignore": ["lm_head"], "kv_cache_scheme": None, "quant_method": "compressed-tensors", "quantization_status": "compressed"},
+}  # fmt: skip
+"""What such models on the Hub say, in short."""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_configurations_as_they_are_published(name: str) -> None:
+    spec = spec_from_config(LLAMA | {"hidden_size": 3072, "intermediate_size": 8192, "quantization_config": REAL[name]})
+    kind = {"AWQ": "int4:128+offsets", "Int4": "int4:128", "w4a16": "int4:128"}.get(name.rpartition("-")[2].rpartition(".")[2], "int8")
+    assert {each for layer, each in spec.stored if layer.startswith("layers")} == {kind}
+    assert dict(spec.stored)["lm_head"] == "int8"
 
 
 def test_the_embedding_is_no_linear(tmp_path: Path) -> None:

@@ -113,6 +113,11 @@ def _compressed_tensors(about: Config) -> Packing:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         about.refuse("'config_groups' says nothing about weights")
+    sparsity = about.values.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+        about.refuse(f"sparse weights (sparsity_config, format {sparsity['format']!r:.40}) are not supported")
+    if about.values.get("transform_config"):
+        about.refuse("'transform_config', which turns weights and activations, is not supported")
     if about.values.get("kv_cache_scheme") or (layout == "pack-quantized" and group.get("input_activations")):
         about.refuse("rounded activations or KV ('input_activations', 'kv_cache_scheme') are not supported in this format")
     each = Config(weights, f"{about.where}: weights")

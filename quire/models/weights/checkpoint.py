@@ -185,6 +185,14 @@ def _named(folder: Path, config: ModelConfig, headers: Mapping[str, TensorInfo])
             raise ModelLoadError(f"{folder}: the tensor {name!r} is there twice, with and without the prefix of {full!r}")
         infos[name] = info
     packed = find_packed(config.packing, infos) if config.packing is not None else {}
+    sources = {source.name for source in config.family.sources(config.spec).values()}
+    for bias in [name.removesuffix(".weight") + ".bias" for name in packed]:  # GPTQ's tools give every linear one
+        if bias in infos and bias not in sources and infos[bias].dtype in SUPPORTED:
+            info = infos.pop(bias)
+            if view(map_file(info.file), info).any():
+                raise ModelLoadError(
+                    f"{info.file}: {bias} is not zero, and {config.spec.architecture} with this config.json has no such bias"
+                )
     if config.packing is not None and not packed:
         raise ModelLoadError(f"{folder}: config.json says that the model is quantized, but no linear is: there are no tensors of such")
     return infos, packed
@@ -239,7 +247,9 @@ def _read_config(folder: Path) -> ModelConfig:
         hint = " (it holds an adapter: merge it into its base model first)" if (folder / "adapter_config.json").exists() else ""
         raise ModelLoadError(f"{folder} has no config.json: it is not a model folder in Hugging Face format{hint}")
     values = _read_json(file)
-    generation = folder / "generation_config.json"
+    generation, older = folder / "generation_config.json", folder / "quantize_config.json"
+    if "quantization_config" not in values and older.exists():  # as AutoGPTQ wrote it before transformers knew GPTQ
+        values["quantization_config"] = {"quant_method": "gptq", **_read_json(older)}
     family = find_family(values, str(file))
     spec = spec_from_config(values, _read_json(generation) if generation.exists() else None, str(file))
     return ModelConfig(family, spec, packing_of(Config(values, str(file))))

@@ -22,7 +22,7 @@ _NAME: Final = re.compile(
 )
 _SMALL: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "adapter_config.json",
+    "adapter_config.json", "quantize_config.json",
 )  # fmt: skip
 """What is read of a repository, besides additional chat templates and weights: others hold the same weights again in other formats."""
 _SINGLE: Final = "model.safetensors"
