@@ -38,7 +38,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False, epilog=f"Engines: {', '.join(NAMES)}")
     parser.add_argument("model", metavar="MODEL", help="model folder in Hugging Face format, or a GGUF file, for quire-file and llama-file")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for table, plot, JSON, logs and GGUF files")
-    parser.add_argument("--engines", metavar="A,B,...", help="which, in the order of the first round (default: float32, all that are here)")
+    parser.add_argument(
+        "--engines",
+        metavar="A,B,...",
+        help="which, in the order of the first round (default: all that are here, in float32 or with the GGUF file)",
+    )
     parser.add_argument("--define", action="append", default=[], metavar="'NAME=ENGINE OPTIONS'",
                         help="one more engine: a known one with more options, e.g. 'quire-kv8=quire --kv-dtype int8'")  # fmt: skip
     parser.add_argument("--quire-options", default="", metavar="'OPTIONS'", help="added to quire serve, for all of its engines")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from quire import LLM, SamplingParams
 from quire.cli.main import main
 from quire.errors import ConfigError
 from quire.models.weights import resolve_model
+from quire.models.weights.packed import PackedWeight
 from sample_packed import packed_folder
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, logprobs=0)
@@ -69,6 +73,26 @@ def test_cache_of_packed_weights(folders: dict[str, Path], tmp_path: Path) -> No
     written = packed.stat().st_mtime_ns
     assert answers(folders["awq"], cache_dir=str(tmp_path)) == plain
     assert packed.stat().st_mtime_ns == written
+
+
+def test_a_cache_is_not_taken_for_numbers_that_are_read_otherwise(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(folders["gptq-v2"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    wrong = config | {"quantization_config": config["quantization_config"] | {"checkpoint_format": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(wrong))
+    assert answers(folder, cache_dir=str(tmp_path / "cache")) != answers(folders["gptq-v2"])
+    (folder / "config.json").write_text(json.dumps(config))
+    assert answers(folder, cache_dir=str(tmp_path / "cache")) == answers(folders["gptq-v2"])
+    assert "was made with other options: it is made again" in caplog.text
+
+
+def test_nothing_is_kept_of_what_weights_were_made_from(folders: dict[str, Path]) -> None:
+    decoder = LLM(folders["awq"], kv_memory="16MiB").backend.decoder
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, PackedWeight)], decoder
 
 
 def test_other_widths(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,10 +54,10 @@ class Setup:
 
 
 QUIRE: Final[dict[str, tuple[str, ...]]] = {
-    "quire": ("--dtype", "float32"),
+    "quire": ("--dtype", "float32", "--quantize", "none"),
     "quire-file": (),
-    "quire-f16": ("--dtype", "float16"),
-    "quire-bf16": ("--dtype", "bfloat16"),
+    "quire-f16": ("--dtype", "float16", "--quantize", "none"),
+    "quire-bf16": ("--dtype", "bfloat16", "--quantize", "none"),
     "quire-int8": ("--dtype", "float32", "--quantize", "int8"),
     "quire-int4": ("--dtype", "float32", "--quantize", "int4"),
 }
@@ -95,8 +95,10 @@ def make(name: str, setup: Setup) -> Peer:
 
 
 def installed(setup: Setup) -> list[str]:
-    """The engines that a run without ``--engines`` takes: the float32 ones that are here."""
+    """The engines that a run without ``--engines`` takes: the float32 ones that are here, or those that read a GGUF file."""
     names = ["quire", "hf-one", "hf-batch16", "hf-batch32", "hf-continuous", "vllm", "vllm-eager", "llama-f32", "llama-f32-split"]
+    if setup.model.is_file():
+        names = ["quire-file", "llama-file", "llama-file-split"]
     found = []
     for name in names:
         try:

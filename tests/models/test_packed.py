@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from quire.backends.cpu import _native as native
 from quire.errors import ModelLoadError
 from quire.models.families import spec_from_config
-from quire.models.weights import load_model, load_spec, resolve_model
+from quire.models.weights import load_model, load_spec, read_headers, resolve_model
 from quire.models.weights.packed import _E4M3
 from sample_models import LLAMA, PHI3, write_model
 from sample_packed import ORDER, floats_of, packed_folder, parts_of, round_to, words
@@ -131,7 +131,7 @@ def test_orders_of_words() -> None:
     ({"quant_method": "gptq", "bits": 2, "group_size": 32}, "bits 2 is not supported .only 4 and 8"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "'group_size' must be an integer from 1"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
-    ({"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"-:.*": {}}}, "'dynamic'.* not supported"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"+:.*down.*": {"bits": 8}}}, "'dynamic'.* not supported"),
     (COMPRESSED | {"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized' is not supported"),
     (COMPRESSED | {"format": ["a"]}, "format .* is not supported"),
     (COMPRESSED | {"format": "float-quantized", "config_groups": {"a": {"weights": {"num_bits": 8}}}}, "type 'int' is not supported"),
@@ -220,6 +220,75 @@ def test_a_configuration_in_a_file_of_its_own(llama: Path, tmp_path: Path) -> No
     (folder / "quantize_config.json").write_text(json.dumps(about))
     assert load_model(folder).spec.stored == stored == load_spec(folder).stored
 
+    save_file({name: array.astype(np.float16) for name, array in floats_of(llama).items()}, folder / "model.safetensors")
+    assert load_model(folder).spec.stored == load_spec(folder).stored == ()  # left over from another model
+
+
+def test_inputs_in_order_whatever_the_configuration_says(llama: Path, tmp_path: Path) -> None:
+    folder = packed_folder(llama, tmp_path / "m", "gptq")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "int4:32" in {kind for _, kind in load_model(folder).spec.stored}
+
+
+def test_linears_that_are_not_quantized(llama: Path, tmp_path: Path) -> None:
+    """Plan and load go by the tensors."""
+    folder = packed_folder(llama, tmp_path / "m", "gptq")
+    tensors, plain = load_file(folder / "model.safetensors"), floats_of(llama)
+    for name in [name for name in tensors if ".mlp." in name]:
+        del tensors[name]
+    tensors |= {name: array.astype(np.float16) for name, array in plain.items() if ".mlp." in name}
+    save_file(tensors, folder / "model.safetensors")
+    stored = dict(load_model(folder).spec.stored)
+    assert (stored["layers.0.q"], stored["layers.0.up"]) == ("int4:32", "int8")
+    assert dict(load_spec(folder).stored) == stored
+    (folder / "model.safetensors").unlink()
+    assert dict(load_spec(folder).stored)["layers.0.up"] == "int4:32"  # as far as the configuration tells
+
+
+@pytest.mark.parametrize("method", ["int-quantized", "float-quantized", "fp8"])
+def test_scales_of_activations_say_nothing(llama: Path, tmp_path: Path, method: str) -> None:
+    folder = packed_folder(llama, tmp_path / "m", method, bits=8, group=0)
+    tensors = raw(folder)
+    expected = load_model(folder).tensors["layers.0.q.weight"]
+    modules = {name.rpartition(".")[0] for name in tensors if name.endswith(("weight_scale", "weight_scale_inv"))}
+    extra = {f"{module}.{part}": np.ones(1, np.float32) for module in modules for part in ("input_scale", "activation_scale")}
+    if method == "int-quantized":
+        extra |= {f"{module}.weight_zero_point": np.zeros((1, 1), np.int8) for module in modules}
+    save_file(tensors | extra, folder / "model.safetensors")
+    assert np.array_equal(load_model(folder).tensors["layers.0.q.weight"], expected)
+    if method == "int-quantized":
+        zeros = {name: array + 1 for name, array in extra.items() if name.endswith("zero_point")}
+        save_file(tensors | extra | zeros, folder / "model.safetensors")
+        with pytest.raises(ModelLoadError, match="zeros of weights in 'int-quantized' are not supported"):
+            load_model(folder)
+
+
+def raw(folder: Path) -> dict[str, np.ndarray]:
+    """Tensors of any dtype, float8 too, which the library's numpy does not know."""
+    headers = read_headers(folder)
+    data = (folder / "model.safetensors").read_bytes()
+    dtypes = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "I8": np.int8, "F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
+    return {
+        name: np.frombuffer(data[info.offset : info.offset + info.nbytes], dtypes[info.dtype]).reshape(info.shape)
+        for name, info in headers.items()
+    }
+
+
+def test_one_scale_by_its_other_name(llama: Path, tmp_path: Path) -> None:
+    folder = packed_folder(llama, tmp_path / "m", "fp8-tensor")
+    expected, tensors = load_model(folder).tensors["layers.0.q.weight"], raw(folder)
+    save_file({name.replace("weight_scale", "weight_scale_inv"): array for name, array in tensors.items()}, folder / "model.safetensors")
+    assert np.array_equal(load_model(folder).tensors["layers.0.q.weight"], expected)
+
+
+def test_blocks_larger_than_the_linear(llama: Path, tmp_path: Path) -> None:
+    folder = packed_folder(llama, tmp_path / "m", "fp8-tensor", weight_block_size=[1 << 22, 1 << 22])
+    tensors = {name.replace("weight_scale", "weight_scale_inv"): array for name, array in raw(folder).items()}
+    save_file({name: a.reshape(1, 1) if name.endswith("_inv") else a for name, a in tensors.items()}, folder / "model.safetensors")
+    assert np.isfinite(load_model(folder).tensors["layers.0.q.weight"]).all()
+
 
 REAL = {
     "Qwen2.5-7B-Instruct-AWQ": {"bits": 4, "group_size": 128, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm",
@@ -228,9 +297,9 @@ REAL = {
                                       "group_size": 128, "quant_method": "gptq", "sym": True, "true_sequential": True},
     "Llama-3.1-8B-Instruct-quantized.w4a16": {"config_groups": {"group_0": {"input_activations": None, "output_activations": None,
         "targets": ["Linear"], "weights": {"actorder": "weight", "block_structure": None, "dynamic": False, "group_size": 128,
-        "num_bits": 4, "observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True, "type": "int"}}}, "format": "pack-quantized",
-        "ignore": ["lm_head"], "kv_cache_scheme": None, "quant_method": "compressed-tensors", "quantization_status": "compressed",
-        "sparsity_config": {}},
+        "num_bits": 4, "observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True, "type": "int"}}},
+        "format": "pack-quantized", "ignore": ["lm_head"], "kv_cache_scheme": None, "quant_method": "compressed-tensors",
+        "quantization_status": "compressed", "sparsity_config": {}},
     "Qwen3-8B-FP8": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
     "Llama-3.1-8B-Instruct-FP8-dynamic": {"config_groups": {"group_0": {"input_activations": {"dynamic": True, "num_bits": 8,
         "strategy": "token", "symmetric": True, "type": "float"}, "output_activations": None, "targets": ["Linear"], "weights": {

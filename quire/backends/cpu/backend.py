@@ -68,7 +68,7 @@ class CpuBackend:
         start = perf_counter()
         cache = None
         if quantization is not None and config.cache_dir is not None:
-            cache = PackedCache(model.folder, config.cache_dir, quantization)
+            cache = PackedCache(model.folder, config.cache_dir, quantization, model.reading)
             tell("check the weight cache", perf_counter() - start)
         start = perf_counter()
         try:

@@ -147,6 +147,7 @@ class Decoder:
             self.layers.append(layer)
         self.final_norm = self._norm("final_norm", spec.logit_scale) if spec.final_norm else None
         self.lm_head = self._linear("embed" if spec.tied else "lm_head")
+        self._tensors, self._packer = {}, Packer()  # they may hold what weights were made from
         for packed, then in pairwise(part for linear in self._linears() for part in linear.parts):
             packed.set_then(then)
 

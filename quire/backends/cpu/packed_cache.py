@@ -38,7 +38,8 @@ from quire.models.quantization import Quantization
 from quire.models.weights import content_digest, weight_files
 
 PACKING: Final = 2
-"""Counts what native.pack_linear and pack_blocks make of the same weights: raise it with every change of scales, rounding or layout."""
+"""Counts what native.pack_linear and pack_blocks make of the same weights, and models.weights.packed of the same tensors: raise it
+with every change of scales, rounding or layout."""
 MAGIC: Final = b"QUIREPK\n"
 _ALIGN: Final = 64
 _PIECE: Final = 4 << 20
@@ -72,8 +73,9 @@ class Unusable(Exception):
 class PackedCache:
     """The packed linears of one model: taken from the file where it holds them, else collected and written at the end."""
 
-    def __init__(self, folder: Path, cache_dir: str, quantization: Quantization) -> None:
-        """folder: the model's. Raises ConfigError where the cache would have to be written and can't be; ModelLoadError."""
+    def __init__(self, folder: Path, cache_dir: str, quantization: Quantization, reading: str = "") -> None:
+        """folder: the model's. reading: see Model. Raises ConfigError where the cache would have to be written and can't be, and
+        ModelLoadError."""
         directory = Path(cache_dir).expanduser()
         files = weight_files(folder)
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
@@ -90,7 +92,7 @@ class PackedCache:
         total = sum(file.stat().st_size for file in files)
         with Progress("reading the checkpoint's content", total) as progress:
             digest = content_digest(files, directory / f"{name}.content.json", progress.add, native.num_threads())
-        self._origin: Origin = {"packing": PACKING, "content": digest, **_kind(quantization), "panel": native.panel()}
+        self._origin: Origin = {"packing": PACKING, "content": digest, "reading": reading, **_kind(quantization), "panel": native.panel()}
         if self._temporary is None:
             try:
                 self._mapped, self._entries, self._start = _open(self.path, self._origin)
@@ -141,7 +143,7 @@ class PackedCache:
 
 
 def _kind(quantization: Quantization) -> dict[str, Any]:
-    """Which linears have which kind under ``stored`` is a part of the checkpoint's content."""
+    """Which linears have which kind under ``stored`` follows from the checkpoint's content, and how it is read."""
     return {"dtype": quantization.dtype, "group_size": quantization.group_size, "offsets": quantization.offsets}
 
 

@@ -8,6 +8,7 @@ GPTQModel pack it), fp8 (as DeepSeek-V3, arXiv 2412.19437, and Qwen3 have it), a
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -34,23 +35,27 @@ class Packing:
     zero_shift: int = 0
     """What is to be added to stored zeros (the first format of GPTQ has 1)."""
     in_order: bool = True
-    """False where inputs were sorted before they were put into groups."""
+    """False where inputs were probably sorted before they were put into groups: tensors say."""
 
-    def kind(self, inputs: int, offsets: bool) -> str:
+    def kind(self, inputs: int, offsets: bool, in_order: bool) -> str:
         """What a linear is multiplied as: see TransformerSpec.stored."""
-        if self.bits != 4 or not self.in_order:
+        if self.bits != 4 or not in_order:
             return "int8"
         for group in GROUPS:
             if inputs % group == 0 and (self.group_size or group) % group == 0:
                 return f"int4:{group}" + ("+offsets" if offsets else "")
         return "int8"
 
-    def stored(self, spec: TransformerSpec) -> tuple[tuple[str, str], ...]:
-        """TransformerSpec.stored, where nothing but the configuration is known: all linears of the layers are quantized."""
-        shapes = {name.removesuffix(".weight"): shape for name, shape in spec.tensor_shapes().items() if len(shape) == 2}
-        layers = {name: self.kind(shape[1], self.offsets) for name, shape in shapes.items() if name.startswith("layers.")}
-        others = {name: "int8" for name in shapes if name not in layers and name not in ("positions", "embed")}
-        return tuple((layers | others | ({"embed": "int8"} if spec.tied else {})).items())
+    def stored(self, spec: TransformerSpec, packed: Container[str] | None = None) -> tuple[tuple[str, str], ...]:
+        """TransformerSpec.stored, as far as configuration and names tell. packed: the linears that are quantized; None: those of layers."""
+        found = {}
+        for full, shape in spec.tensor_shapes().items():
+            name = full.removesuffix(".weight")
+            if len(shape) != 2 or name == "positions" or (name == "embed" and not spec.tied):
+                continue
+            quantized = name.startswith("layers.") if packed is None else name in packed
+            found[name] = self.kind(shape[1], self.offsets, self.in_order or not self.group_size) if quantized else "int8"
+        return tuple(found.items())
 
 
 def packing_of(config: Config) -> Packing | None:
@@ -90,7 +95,8 @@ def _gptq(about: Config) -> Packing:
     layout = about.values.get("checkpoint_format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         about.refuse(f"checkpoint_format {layout!r:.40} is not supported (only 'gptq' and 'gptq_v2')")
-    if about.values.get("dynamic"):
+    dynamic = about.values.get("dynamic")
+    if dynamic and not (isinstance(dynamic, dict) and all(name.startswith("-:") for name in dynamic)):  # -: what is not quantized
         about.refuse("'dynamic', which gives layers formats of their own, is not supported")
     return Packing(
         "gptq",
@@ -134,7 +140,7 @@ def _compressed_tensors(about: Config) -> Packing:
         rows, size = _block(each, "block_structure")
     else:
         rows, size = int(strategy != "tensor"), _group(each, "group_size") if strategy == "group" else 0
-    return Packing(layout, bits, size, not symmetric, rows, in_order=each.values.get("actorder") not in ("group", True))
+    return Packing(layout, bits, size, not symmetric, rows, in_order=each.values.get("actorder") not in ("group", "dynamic", True))
 
 
 _LAYOUTS: Final[dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]]] = {

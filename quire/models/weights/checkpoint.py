@@ -119,6 +119,8 @@ def load_model(folder: str | Path, widen: Widen | None = None) -> Model:
     family, spec = config.family, config.spec
     headers = read_headers(folder)
     infos, packed = _named(folder, config, headers)
+    if config.packing is not None and not packed:
+        raise ModelLoadError(f"{folder}: config.json says that the model is quantized, but no linear is: there are no tensors of such")
     sources = _match(folder, family, spec, infos)
     stored: Counter[str] = Counter()
     for info in infos.values():
@@ -133,7 +135,7 @@ def load_model(folder: str | Path, widen: Widen | None = None) -> Model:
             raise ModelLoadError(f"{folder}: config.json ties lm_head to the embedding, but a quantized lm_head is stored")
         _check_tied(folder, _view(sources["embed.weight"], infos, maps), _view(Source("lm_head.weight"), infos, maps))
     if packed:
-        return _load_packed(folder, spec, infos, sources, packed, maps)
+        return _load_packed(folder, spec, infos, sources, packed, maps, repr(config.packing))
     tensors = {name: _view(source, infos, maps) for name, source in sources.items()}
     return Model(spec, folder, tensors, list(maps.values()), sum(array.nbytes for array in tensors.values()))
 
@@ -145,6 +147,7 @@ def _load_packed(
     sources: Mapping[str, Source],
     packed: Mapping[str, PackedTensor],
     maps: dict[Path, mmap],
+    reading: str,
 ) -> Model:
     """The model of a checkpoint that is quantized."""
     weights = {name: tensor.open(maps) for name, tensor in packed.items()}
@@ -164,7 +167,7 @@ def _load_packed(
         if weight.kind != "int8":
             kept[name] = (weight.kind, partial(weight.blocks, *rows))
     spec = replace(spec, stored=tuple((name, stored.get(name, "int8")) for name, _ in spec.stored))
-    return Model(spec, folder, Made(makers), list(maps.values()), nbytes, kept.get)
+    return Model(spec, folder, Made(makers), list(maps.values()), nbytes, kept.get, reading)
 
 
 def _view(source: Source, infos: Mapping[str, TensorInfo], maps: Mapping[Path, mmap]) -> npt.NDArray[Any]:
@@ -193,8 +196,6 @@ def _named(folder: Path, config: ModelConfig, headers: Mapping[str, TensorInfo])
                 raise ModelLoadError(
                     f"{info.file}: {bias} is not zero, and {config.spec.architecture} with this config.json has no such bias"
                 )
-    if config.packing is not None and not packed:
-        raise ModelLoadError(f"{folder}: config.json says that the model is quantized, but no linear is: there are no tensors of such")
     return infos, packed
 
 
@@ -248,11 +249,28 @@ def _read_config(folder: Path) -> ModelConfig:
         raise ModelLoadError(f"{folder} has no config.json: it is not a model folder in Hugging Face format{hint}")
     values = _read_json(file)
     generation, older = folder / "generation_config.json", folder / "quantize_config.json"
-    if "quantization_config" not in values and older.exists():  # as AutoGPTQ wrote it before transformers knew GPTQ
+    alone = "quantization_config" not in values and older.exists()
+    if alone:  # as AutoGPTQ wrote it before transformers knew GPTQ
         values["quantization_config"] = {"quant_method": "gptq", **_read_json(older)}
     family = find_family(values, str(file))
     spec = spec_from_config(values, _read_json(generation) if generation.exists() else None, str(file))
-    return ModelConfig(family, spec, packing_of(Config(values, str(file))))
+    packing = packing_of(Config(values, str(file)))
+    headers = _headers_if_there(folder) if packing is not None else None
+    if packing is not None and headers is not None:
+        packed = _named(folder, ModelConfig(family, spec, packing), headers)[1]
+        if not packed and alone:  # left over from another model
+            return ModelConfig(family, replace(spec, stored=()), None)
+        linears = {name.removesuffix(".weight") for name, source in family.sources(spec).items() if source.name in packed}
+        spec = replace(spec, stored=packing.stored(spec, linears))
+    return ModelConfig(family, spec, packing)
+
+
+def _headers_if_there(folder: Path) -> dict[str, TensorInfo] | None:
+    """None for a folder without its weights, or a part of them: its configuration is read nevertheless."""
+    try:
+        return read_headers(folder)
+    except ModelLoadError:
+        return None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class Model:
     """Of all tensors, as ``tensors`` gives them."""
     blocks: Blocks = no_blocks
     """What the file has of a linear that is stored in 4 bits (see TransformerSpec.stored)."""
+    reading: str = ""
+    """How numbers are made of the files, where not all of that is in the files: a part of what packed weights are made from."""
 
     def release(self) -> None:
         """Give back the memory in which the files were read so far: it stays in the system's cache as long as there is room, and

@@ -32,13 +32,15 @@ from quire.models.weights.safetensors import TensorInfo, view
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
+_OF_ACTIVATIONS: Final = ("input_scale", "input_zero_point", "activation_scale", "output_scale")
+"""Quire finds scales of activations for each row by itself, so these say nothing to it."""
 _PARTS: Final[dict[str, tuple[str, ...]]] = {
     "awq": ("qweight", "scales", "qzeros"),
     "gptq": ("qweight", "scales", "qzeros", "g_idx"),
     "pack-quantized": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
-    "int-quantized": ("weight", "weight_scale"),
-    "float-quantized": ("weight", "weight_scale", "input_scale"),
-    "fp8": ("weight", "weight_scale_inv", "input_scale"),
+    "int-quantized": ("weight", "weight_scale", "weight_zero_point", *_OF_ACTIVATIONS),
+    "float-quantized": ("weight", "weight_scale", *_OF_ACTIVATIONS),
+    "fp8": ("weight", "weight_scale_inv", *_OF_ACTIVATIONS),
 }
 """The numbers, the scales, and what else there may be."""
 _FP8: Final = ("float-quantized", "fp8")
@@ -74,6 +76,9 @@ def find_packed(packing: Packing, infos: dict[str, TensorInfo]) -> dict[str, Pac
     Raises ModelLoadError for parts that are missing or do not fit together.
     """
     numbers, scales, *others = _PARTS[packing.method]
+    if packing.method == "float-quantized":  # one scale for all has two names
+        for name in [name for name in infos if name.endswith(".weight_scale_inv")]:
+            infos[name.removesuffix("_inv")] = infos.pop(name)
     found = {}
     for name in [name for name in infos if name.endswith(f".{scales}")]:
         module = name.removesuffix(f".{scales}")
@@ -109,11 +114,15 @@ def _shape(module: str, packing: Packing, parts: Mapping[str, TensorInfo]) -> tu
     wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
         "qweight": (packed, integers), "weight_packed": (packed, integers), "weight": (packed, ("F8_E4M3",) if bytes_ else ("I8",)),
         "scales": ((groups, out), floats), "weight_scale": ((rows, groups) if packing.rows else (1,), floats),
-        "weight_scale_inv": ((rows, groups), floats), "input_scale": (parts.get("input_scale", parts[numbers]).shape, floats),
+        "weight_scale_inv": ((rows, groups), floats),
         "qzeros": ((groups, -(-out // each)), integers), "weight_zero_point": ((-(-out // each), groups), integers),
         "g_idx": ((inputs,), ("I32", "I64")), "weight_g_idx": ((inputs,), ("I32", "I64")), "weight_shape": ((2,), ("I32", "I64")),
     }  # fmt: skip
+    if packing.method == "int-quantized":
+        wanted["weight_zero_point"] = (parts.get("weight_zero_point", parts["weight_scale"]).shape, ("I8",))
     for part, info in parts.items():
+        if part in _OF_ACTIVATIONS:
+            continue
         shape, dtypes = wanted[part]
         if info.shape == () and shape == (1,):  # one number for all
             shape = ()
@@ -136,7 +145,9 @@ class PackedWeight:
         _, scales, *_ = _PARTS[packing.method]
         table = self._part(scales).astype(np.float32).reshape(parts[scales].shape or (1,))
         if packing.rows != 1:
-            table = np.broadcast_to(table.reshape(1, 1), (out, 1)) if not packing.rows else table.repeat(packing.rows, axis=0)[:out]
+            table = (
+                np.broadcast_to(table.reshape(1, 1), (out, 1)) if not packing.rows else table.repeat(min(packing.rows, out), axis=0)[:out]
+            )
         self._scales: F32 = np.ascontiguousarray(table.T if scales == "scales" else table)
         self._zeros = self._read_zeros(out)
         self._groups: npt.NDArray[np.int64] | None = None
@@ -152,7 +163,7 @@ class PackedWeight:
                 )
             self._groups = index.astype(np.int64)
         centred = bool((self._zeros == 1 << (packing.bits - 1)).all())
-        self.kind = packing.kind(inputs, not centred) if in_order else "int8"
+        self.kind = packing.kind(inputs, not centred, in_order)
         """As in TransformerSpec.stored."""
 
     def floats(self, first: int, last: int) -> npt.NDArray[np.float16]:
@@ -214,7 +225,9 @@ class PackedWeight:
     def _read_zeros(self, out: int) -> F32:
         """[out, groups]"""
         packing, parts = self._tensor.packing, self._tensor.parts
-        middle = np.full_like(self._scales, 0 if packing.method in _FP8 else 1 << (packing.bits - 1))
+        middle = np.broadcast_to(np.float32(0 if packing.method in _FP8 else 1 << (packing.bits - 1)), self._scales.shape)
+        if packing.method == "int-quantized" and "weight_zero_point" in parts and self._part("weight_zero_point").any():
+            raise ModelLoadError(f"{self._tensor.name}: zeros of weights in 'int-quantized' are not supported")
         if not packing.offsets:
             return middle
         if packing.method == "awq":
