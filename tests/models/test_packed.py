@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,19 @@ def raw(folder: Path) -> dict[str, np.ndarray]:
         name: np.frombuffer(data[info.offset : info.offset + info.nbytes], dtypes[info.dtype]).reshape(info.shape)
         for name, info in headers.items()
     }
+
+
+def test_scales_in_bfloat16(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compressed-tensors usually has them; also where ml_dtypes is not installed."""
+    folder = packed_folder(llama, tmp_path / "m", "pack-quantized")
+    expected, tensors = load_model(folder).tensors["layers.0.q.weight"], raw(folder)
+    scales = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items() if name.endswith("weight_scale")}
+    save_file(tensors | scales, folder / "model.safetensors")
+    found = load_model(folder).tensors["layers.0.q.weight"]
+    np.testing.assert_allclose(found, expected, rtol=2**-8)
+    assert not np.array_equal(found, expected)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert np.array_equal(load_model(folder).tensors["layers.0.q.weight"], found)
 
 
 def test_one_scale_by_its_other_name(llama: Path, tmp_path: Path) -> None:

@@ -143,7 +143,10 @@ class PackedWeight:
         self._tensor, self._maps = tensor, maps
         packing, parts, (out, inputs) = tensor.packing, tensor.parts, tensor.shape
         _, scales, *_ = _PARTS[packing.method]
-        table = self._part(scales).astype(np.float32).reshape(parts[scales].shape or (1,))
+        table = self._part(scales)
+        if parts[scales].dtype == "BF16":  # also where nothing is installed that knows it
+            table = (table.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        table = table.astype(np.float32).reshape(parts[scales].shape or (1,))
         if packing.rows != 1:
             table = (
                 np.broadcast_to(table.reshape(1, 1), (out, 1)) if not packing.rows else table.repeat(min(packing.rows, out), axis=0)[:out]

@@ -2,8 +2,8 @@
 //
 // An element of out is one chain, whatever the rows, tiles and threads around it: for the segments of K in ascending order
 // (quantized.h), the exact integer sum of (q - zero) * a, as a float32, is fused into sum = fma(integer, scale, sum), and with
-// offsets that of a into sum = fma(integer, offset, sum); at the end what epilogue.h does. Integers have no order of summation: instruction sets, which sum them in their own ways
-// (segment_sums.h), differ only where fma does.
+// offsets that of a into sum = fma(integer, offset, sum); at the end what epilogue.h does. Integers have no order of summation:
+// instruction sets, which sum them in their own ways (segment_sums.h), differ only where fma does.
 //
 // As in gemm.cpp a task is a block of rows against one panel, which goes by in slices that fit L2 with room for the next.
 #include "epilogue.h"
