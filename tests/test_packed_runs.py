@@ -95,6 +95,14 @@ def test_nothing_is_kept_of_what_weights_were_made_from(folders: dict[str, Path]
     assert not [each for each in gc.get_objects() if isinstance(each, PackedWeight)], decoder
 
 
+def test_the_benchmark_names_the_limit_of_what_is_multiplied(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = ["--requests", "2", "--prompt-mean", "8", "--output-mean", "4", "--kv-memory", "32MiB"]
+    assert main(["bench", "throughput", str(folders["awq"]), *lengths]) == 0
+    assert "GOP/s   int8, measured" in capsys.readouterr().out
+    assert main(["bench", "throughput", str(folders["awq"]), "--quantize", "none", *lengths]) == 0
+    assert "GFLOP/s   float32, measured" in capsys.readouterr().out
+
+
 def test_other_widths(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert LLM(folders["awq"], kv_memory="16MiB", quantize="int8").backend.weight_note.startswith("int8 with one scale for each output")
     with pytest.raises(ConfigError, match="--group-size 32 is for"):

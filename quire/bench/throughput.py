@@ -107,7 +107,7 @@ def run(config: EngineConfig, num_requests: int, prompt: Lengths, output: Length
     elapsed = perf_counter() - start
     result = _summarize(workload, elapsed, recorder.steps, samples, before, engine.stats(), limits)
     result.workload = {"requests": num_requests, "prompt": asdict(prompt), "output": asdict(output), "seed": config.seed}
-    result.engine = {**asdict(config), "max_model_len": recorder.max_model_len}
+    result.engine = {**asdict(config.as_stored(spec.quantized)), "max_model_len": recorder.max_model_len}
     return result
 
 
