@@ -107,8 +107,8 @@ class EngineConfig(_Checked):
     dtype: str = option("auto", "width of the weights; auto keeps the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
     quantize: str | None = option(
         None,
-        "quantize the linear layers at load: int8; int4 (CPU); fp8 (GPU); --dtype is the width of the rest. stored (CPU; the default for "
-        "GGUF files that are quantized): those of 4 bits as they are, others int8; none: --dtype for all",
+        "quantize the linear layers at load: int8; int4 (CPU); fp8 (GPU); --dtype is the width of the rest. stored (CPU; the default for a "
+        "checkpoint that is quantized, GGUF or other): those of 4 bits as they are, others int8; none: --dtype for all",
         choices=("int8", "int4", "fp8", "stored", "none"),
     )
     group_size: int | None = option(
