@@ -18,7 +18,11 @@ def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     add = parser.add_argument
     add("--model", metavar="LIST", help="of llama-160m, llama-0.5b, Llama-3.2-1B, Qwen3-0.6B (default: all)")
-    add("--dtype", metavar="LIST", help="of weights and KV: float32, float16, bfloat16, int8, int4 (default: all that there are)")
+    add(
+        "--dtype",
+        metavar="LIST",
+        help="of weights and KV: float32, float16, bfloat16, int8, int4, int4+offsets (default: all that there are)",
+    )
     add("--kernel", metavar="LIST", help="of linear, attention, norm, rotary, write_kv, sampling (default: all)")
     add("--rows", metavar="LIST", help="rows of a step; sequences in decode attention; prefill runs where 512 or 2048 is one of them "
         "(default: what is usual for each kernel, 1 to 512)")  # fmt: skip

@@ -16,7 +16,7 @@ from time import perf_counter
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.doctor import buffer_bytes
-from quire.backends.cpu.kernel_cases import DTYPES, GROUP_SIZE, KERNELS, MODELS, Call, Case, Selection, cases
+from quire.backends.cpu.kernel_cases import DTYPES, FOUR_BITS, GROUP_SIZE, KERNELS, MODELS, Call, Case, Selection, cases
 from quire.backends.cpu.machine import examine, use_threads
 from quire.errors import ConfigError
 
@@ -90,11 +90,11 @@ def select(
     """From lists with commas; None: all, or what is usual. Raises ConfigError."""
     if group_size is not None and group_size not in (0, 32, 64, 128):
         raise ConfigError(f"--group-size {group_size} is not supported; choose from: 0 (one scale an output, int8 only), 32, 64, 128")
-    if group_size == 0 and dtypes is not None and "int4" in dtypes.split(","):
+    if group_size == 0 and dtypes is not None and any(name in dtypes.split(",") for name in FOUR_BITS):
         raise ConfigError("--group-size 0 is for int8: int4 weights need groups of 32, 64 or 128")
     return Selection(
         models=_names("--model", models, tuple(MODELS)),
-        dtypes=_names("--dtype", dtypes, [name for name in DTYPES if group_size != 0 or name != "int4"]),
+        dtypes=_names("--dtype", dtypes, [name for name in DTYPES if group_size != 0 or name not in FOUR_BITS]),
         kernels=_names("--kernel", kernels, KERNELS),
         rows=_numbers(rows),
         group_size=GROUP_SIZE if group_size is None else group_size,
@@ -197,14 +197,14 @@ def describe_limits(limits: Limits) -> str:
     )
 
 
-HEADER = f"{'kernel':<11}{'model':<13}{'':<22}{'type':<9}{'rows':>5}{'time':>13}{'GB/s':>8}{'Gop/s':>9}  of the limit"
+HEADER = f"{'kernel':<11}{'model':<13}{'':<22}{'type':<13}{'rows':>5}{'time':>13}{'GB/s':>8}{'Gop/s':>9}  of the limit"
 
 
 def describe(r: Result) -> str:
     """A line of the table."""
     operations = f"{r.g_operations_per_s:,.1f}" if r.g_operations_per_s else "-"
     return (
-        f"{r.kernel:<11}{r.model:<13}{r.name:<22}{r.dtype:<9}{r.rows:>5}{1e6 * r.seconds:>10,.1f} µs{r.gb_per_s:>8.1f}{operations:>9}"
+        f"{r.kernel:<11}{r.model:<13}{r.name:<22}{r.dtype:<13}{r.rows:>5}{1e6 * r.seconds:>10,.1f} µs{r.gb_per_s:>8.1f}{operations:>9}"
         f"{r.fraction:>7.0%} {r.bound}"
     )
 

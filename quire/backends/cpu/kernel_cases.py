@@ -60,7 +60,10 @@ MODELS = {
     "Llama-3.2-1B": Shape(2048, 32, 8, 64, 8192, 128_256),
     "Qwen3-0.6B": Shape(1024, 16, 8, 128, 3072, 151_936, head_norm=True),
 }
-DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+FOUR_BITS = ("int4", "int4+offsets")
+"""The second: as the layers of a GGUF file in Q4_K, or of most AWQ checkpoints, are kept."""
+QUANTIZED = ("int8", *FOUR_BITS)
+DTYPES = ("float32", "float16", "bfloat16", *QUANTIZED)
 KERNELS = ("linear", "attention", "norm", "rotary", "write_kv", "sampling")
 
 
@@ -117,8 +120,8 @@ def cases(selection: Selection, skip: Skip) -> Iterator[Case]:
 
 def _linear(selection: Selection, skip: Skip) -> Iterator[Case]:
     for dtype in selection.dtypes:
-        quantize = dtype if dtype in ("int8", "int4") else None
-        if quantize and not _packs(quantize, selection.group_size):
+        quantize = dtype in QUANTIZED
+        if quantize and not _packs(dtype, selection.group_size):
             skip(f"linear {dtype}: this build's kernels have no {dtype} weights")
             continue
         for model, shape in selection.shapes().items():
@@ -143,7 +146,7 @@ def _linear(selection: Selection, skip: Skip) -> Iterator[Case]:
 def _weight_sets(n: int, k: int, dtype: str, group_size: int, gated: bool) -> list[native.PackedLinear]:
     """The same shape so often that all of them are far more than the last cache holds."""
     # Overlapping rows of one long line: random enough, and made at once.
-    line = _as(_random((n + k,)) * np.float32(0.02), "float32" if dtype in ("int8", "int4") else dtype)
+    line = _as(_random((n + k,)) * np.float32(0.02), "float32" if dtype in QUANTIZED else dtype)
     weights = np.lib.stride_tricks.sliding_window_view(line, k)[:n]
     sets: list[native.PackedLinear] = []
     while not sets or sum(packed.nbytes for packed in sets) < 4 * last_level_cache():
@@ -154,15 +157,24 @@ def _weight_sets(n: int, k: int, dtype: str, group_size: int, gated: bool) -> li
 def _pack(weights: Array, dtype: str, group_size: int, gated: bool = False) -> native.PackedLinear:
     pack: Any = native.pack_linear
     parts = np.split(weights, 2) if gated else [weights]
-    kind = {"quantize": dtype, "group_size": group_size} if dtype in ("int8", "int4") else {}
+    if dtype == "int4+offsets":
+        return native.pack_blocks([_blocks(part, group_size) for part in parts], f"int4:{group_size}+offsets", gated)
+    kind = {"quantize": dtype, "group_size": group_size} if dtype in QUANTIZED else {}
     packed: native.PackedLinear = pack(parts, gated=gated, **kind)
     return packed
+
+
+def _blocks(weights: Array, group_size: int) -> Array:
+    """Rows of blocks of that shape, as native.pack_blocks takes them: a scale, an offset, and any numbers."""
+    blocks = np.random.default_rng(0).integers(0, 256, (len(weights), weights.shape[1] // group_size, 8 + group_size // 2), np.uint8)
+    blocks[..., :8] = np.array([0.01, 0.001], np.float32).view(np.uint8)
+    return blocks.reshape(len(weights), -1)
 
 
 def _packs(dtype: str, group_size: int) -> bool:
     try:
         _pack(np.zeros((64, 256), np.float32), dtype, group_size)
-    except TypeError:
+    except (TypeError, AttributeError):
         return False
     return True
 
@@ -249,7 +261,7 @@ def _where(counts: Sequence[int], context: int) -> tuple[Array, Array, Array]:
 
 def _kv_dtypes(selection: Selection, kernel: str, skip: Skip) -> Iterator[str]:
     for dtype in selection.dtypes:
-        if dtype == "int4":
+        if dtype in FOUR_BITS:
             continue  # a width of weights only
         try:
             Pool(Shape(64, 1, 1, 64, 64, 64), dtype, 1).attention([1], 1)[0]()
