@@ -99,7 +99,7 @@ test-emulated: $(VENV)/.emulated
 	@$(BIN)/cmake --build $(EMULATED) -- --quiet
 	@rm -rf $(EMULATED)/python && mkdir $(EMULATED)/python && cp -r quire $(EMULATED)/python/
 	@$(BIN)/cmake --install $(EMULATED) --prefix $(EMULATED)/python > /dev/null
-	@PYTHONPATH=$(EMULATED)/python $(BIN)/python -P -c 'import sys; from quire.backends.cpu import _native as n; sys.exit(None if n.__file__.startswith(sys.argv[1]) and "avx512vnni" in n.available_isas() else "The AVX-512 kernels are emulated with AVX2, FMA and F16C, which this CPU lacks: it has kernels for " + ", ".join(n.available_isas()))' $(EMULATED)
+	@PYTHONPATH=$(EMULATED)/python $(BIN)/python -P -c 'import sys; from quire.backends.cpu import _native as n; sys.exit(None if n.__file__.startswith(sys.argv[1]) and "avx512bf16" in n.available_isas() else "The AVX-512 kernels are emulated with AVX2, FMA and F16C, which this CPU lacks: it has kernels for " + ", ".join(n.available_isas()))' $(EMULATED)
 	PYTHONPATH=$(EMULATED)/python $(BIN)/pytest -k avx512 tests/backends/cpu
 
 # With GCC's sanitizers, in a copy too; without the tests that limit the memory, which sanitizers need more of. SANITIZE=thread looks for

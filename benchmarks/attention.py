@@ -32,7 +32,7 @@ class Bench:
         self.dim: int = args.dim
         self.block: int = args.block
         self.rounds, self.rng = args.rounds, np.random.default_rng(0)
-        self.bandwidth, self.peak = native.measure_read_bandwidth(), native.measure_fma_peak()
+        self.bandwidth, self.peak = native.measure_read_bandwidth(), native.measure_peak("float32")
         print(f"{native.isa()}, {native.num_threads()} threads; float32 peak {self.peak:.0f} GFLOP/s, read {self.bandwidth:.1f} GB/s")
         print(f"{self.heads} heads of {self.dim} over {self.kv_heads} KV heads, blocks of {self.block}")
 

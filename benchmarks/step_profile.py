@@ -167,10 +167,10 @@ def main() -> None:
         model.spec, model.tensors, num_blocks=blocks, block_size=BLOCK, kv_dtype=args.kv_dtype, max_tokens=most,
         max_rows=max([*args.rows, *(1 + count for count in args.guesses)], default=1), max_model_len=8192, packer=packer,
     )  # fmt: skip
-    bandwidth, peak = native.measure_read_bandwidth() * 1e9, native.measure_fma_peak() * 1e9
-    peaks = {"int8": native.measure_int8_peak() * 1e9, "int4": native.measure_int8_peak() * 1e9}
-    print(f"{native.isa()}, {native.num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s, int8 peak", end=" ")
-    print(f"{peaks['int8'] / 1e9:.0f} G operations/s, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    bandwidth, peak = native.measure_read_bandwidth() * 1e9, native.measure_peak("float32") * 1e9
+    peaks = {dtype: native.measure_peak(native.arithmetic(dtype)) * 1e9 for dtype in ("bfloat16", "int8", "int4")}
+    print(f"{native.isa()}, {native.num_threads()} threads; read bandwidth {bandwidth / 1e9:.1f} GB/s; 10^9 operations/s:", end=" ")
+    print(f"float32 {peak / 1e9:.0f}, bfloat16 {peaks['bfloat16'] / 1e9:.0f}, int8 {peaks['int8'] / 1e9:.0f}")
     names = {id(part): "lm_head" for part in decoder.lm_head.parts}
     for layer in decoder.layers:
         names |= {id(part): name for name in ("qkv", "o", "up", "down") for part in getattr(layer, name).parts}

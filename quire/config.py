@@ -104,7 +104,12 @@ class EngineConfig(_Checked):
         "for tests",
         choices=("cpu", "cuda", "torch-cpu"),
     )
-    dtype: str = option("auto", "width of the weights; auto keeps the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option(
+        "auto",
+        "width of the weights; auto keeps the checkpoint's. A busy CPU that multiplies bfloat16 (AVX-512 BF16) is twice as fast with that as "
+        "with float32 or float16",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     quantize: str | None = option(
         None,
         "quantize the linear layers at load: int8; int4 (CPU); fp8 (GPU); --dtype is the width of the rest. stored (CPU; the default for a "

@@ -121,12 +121,13 @@ def scored(requests: list[Request]) -> list[Request]:
 
 
 # The portable kernels are slow, and the small models take every path through them.
-# With VNNI only the linears of quantized weights differ from those of AVX-512.
-ISAS = [isa for isa in native.available_isas() if isa != "avx512vnni"]
+# With VNNI only the linears of quantized weights differ from those of AVX-512, with BF16 only those of bfloat16.
+ISAS = [isa for isa in native.available_isas() if isa not in ("avx512vnni", "avx512bf16")]
 PAIRS = [(model, isa) for model in MODELS for isa in ISAS if (model, isa) != ("embedded", "portable")]
 
 QUICK = ["three at a time", "chunks of 7", "chunks of 33", "one thread", "three threads"]
-QUANTIZED: list[tuple[str, str, dict[str, Any]]] = [
+WIDTHS: list[tuple[str, str, dict[str, Any]]] = [
+    *[(model, native.available_isas()[0], {"dtype": "bfloat16"}) for model in ("embedded", "opt-post-norm")],
     ("embedded", native.available_isas()[0], {"quantize": "int8"}),
     *[("embedded", isa, {"quantize": "int4"}) for isa in native.available_isas() if isa != "portable"],
     *[("opt-post-norm", isa, {"quantize": "int8"}) for isa in native.available_isas()],  # widths that are no multiple of anything
@@ -139,9 +140,9 @@ def test_outputs_do_not_depend_on_anything_else(model: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "isa", "options"), QUANTIZED, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value
+    ("model", "isa", "options"), WIDTHS, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value
 )
-def test_nor_do_those_of_quantized_weights(model: str, isa: str, options: dict[str, Any]) -> None:
+def test_nor_do_those_of_narrower_weights(model: str, isa: str, options: dict[str, Any]) -> None:
     # Blocks, caches and admission don't know what linears are made of: with int8 they are varied in full, on the best instruction set.
     whole = isa == native.available_isas()[0] and options == {"quantize": "int8"}
     compare(folder_of(model), isa, options, list(VARIANTS) if whole else QUICK, list(SQUEEZED) if whole else ["swap"])

@@ -27,6 +27,8 @@ class Backend(Protocol):
     """Positions that a query sees in every layer (the model's sliding window); 0 where some layer sees all."""
     memory_note: str
     """How the size of the KV pool was found, with the arithmetic; empty where it was stated."""
+    arithmetic: str
+    """What the linears multiply: float32, bfloat16, float16 or int8."""
     weight_note: str
     """How the weights are quantized; empty where they are not."""
     max_model_len: int
@@ -41,7 +43,7 @@ class Backend(Protocol):
 
     def limits(self) -> tuple[float, float]:
         """Measured limits of the device: memory read bandwidth in bytes/s; operations/s (two for each multiply-add) in what the
-        linears compute with, float32 or, where weights are quantized, int8."""
+        linears compute with, ``arithmetic``."""
         ...
 
     def weight_bytes(self) -> int:

@@ -33,7 +33,9 @@ class Limits:
     bytes_per_s: float
     """Reading memory."""
     flops_per_s: float
-    """Two operations per multiply-add: of float32, or of int8 where weights are quantized."""
+    """Two operations per multiply-add, of ``arithmetic``."""
+    arithmetic: str
+    """What the linears multiply: float32, bfloat16, float16 or int8."""
 
 
 @dataclass(slots=True)
@@ -99,7 +101,7 @@ def run(config: EngineConfig, num_requests: int, prompt: Lengths, output: Length
     engine = Engine(recorder, config)
     for request in (_request(0, WARM_UP), *(_request(i, w) for i, w in enumerate(workload))):
         engine.limits.check(request.prompt_token_ids, request.params)
-    limits = Limits(*llm.backend.limits())
+    limits = Limits(*llm.backend.limits(), llm.backend.arithmetic)
     _drain(engine, [WARM_UP])
     before, recorder.steps = engine.stats(), []
     start = perf_counter()
@@ -175,7 +177,6 @@ def _kv_use(samples: list[EngineStats]) -> KVUse:
 
 def describe(r: Throughput) -> str:
     """The result as a table for the terminal."""
-    quantized = r.engine["quantize"] is not None
     share = f"{r.tokens_accepted / r.output_tokens:.1%} of the output, of {r.tokens_drafted:,} tokens that were guessed (--speculation)"
     drafts = [("speculation", f"{r.tokens_accepted:,}", share)] if r.tokens_drafted else []
     rows = [
@@ -195,8 +196,8 @@ def describe(r: Throughput) -> str:
         ),
         (
             "arithmetic",
-            f"{r.limits.flops_per_s / 1e9:,.0f} {'GOP/s' if quantized else 'GFLOP/s'}",
-            f"{'int8' if quantized else 'float32'}, measured; {r.compute_fraction:.1%} of it used",
+            f"{r.limits.flops_per_s / 1e9:,.0f} {'GOP/s' if r.limits.arithmetic == 'int8' else 'GFLOP/s'}",
+            f"{r.limits.arithmetic}, measured; {r.compute_fraction:.1%} of it used",
         ),
         ("reached", f"{r.reached_fraction:.1%}", "of the speed at which every step is bound by memory or arithmetic alone"),
     ]

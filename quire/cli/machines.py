@@ -59,7 +59,7 @@ def open_machine(machine: Machine | None, config: EngineConfig, spec: Transforme
     from quire.models.parallel import check as check_parallel
 
     check_parallel(spec, config.tensor_parallel)
-    machine = machine or _this(config)
+    machine = machine or _this(config, spec)
     weights = config.quantize or config.weight_width(spec.dtype)
     if machine.weights and machine.weights != weights:
         raise ConfigError(
@@ -77,11 +77,11 @@ def open_machine(machine: Machine | None, config: EngineConfig, spec: Transforme
     return replace(machine, step_s=machine.step_s + wait, spread=max(machine.spread, 0.35), source=source)
 
 
-def by_width(config: EngineConfig, stated: Machine | None, machine: Machine) -> dict[str, Machine]:
+def by_width(config: EngineConfig, spec: TransformerSpec, stated: Machine | None, machine: Machine) -> dict[str, Machine]:
     """How to quantize, or nothing → the machine, which may compute in another width then. machine: that of ``config``, opened."""
     if stated is None:
         other = None if config.quantize else "int8"
-        second = replace(_this(replace(config, quantize=other, group_size=None, cache_dir=None)), memory=machine.memory)
+        second = replace(_this(replace(config, quantize=other, group_size=None, cache_dir=None), spec), memory=machine.memory)
         single, quantized = (second, machine) if config.quantize else (machine, second)
         kinds = ("stored", "int8", "int4") if config.quantize == "stored" else ("int8", "int4")
         return {"": single, **dict.fromkeys(kinds, quantized)}
@@ -90,7 +90,7 @@ def by_width(config: EngineConfig, stated: Machine | None, machine: Machine) -> 
     return {config.quantize or "": machine}
 
 
-def _this(config: EngineConfig) -> Machine:
+def _this(config: EngineConfig, spec: TransformerSpec) -> Machine:
     from quire.backends.base import cpu_kernels
 
     with cpu_kernels():
@@ -98,8 +98,9 @@ def _this(config: EngineConfig) -> Machine:
         from quire.backends.cpu.machine import use_threads
     threads = use_threads(config.threads)
     reads = native.measure_read_bandwidth() * 1e9
-    single = native.measure_fma_peak() * 1e9
-    peak = native.measure_int8_peak() * 1e9 if config.quantize else single
+    single = native.measure_peak("float32") * 1e9
+    kind = native.arithmetic("int8" if config.quantize else config.weight_width(spec.dtype))
+    peak = single if kind == "float32" else native.measure_peak(kind) * 1e9
     ridge = peak / reads
     return Machine(
         "this machine",

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     config = config.as_stored(spec.quantized)
     machine = machines.open_machine(stated, config, spec, args.memory)
     found = plan.plan(config, spec, machine, demand)
-    others = plan.alternatives(config, spec, machines.by_width(config, stated, machine), demand)
+    others = plan.alternatives(config, spec, machines.by_width(config, spec, stated, machine), demand)
     gpus = []
     if stated in GPUS.values():
         gpus = [(name, plan.plan(config, spec, machines.open_machine(gpu, config, spec, None), demand)) for name, gpu in GPUS.items()]

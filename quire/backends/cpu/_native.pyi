@@ -24,7 +24,7 @@ KV = Floats | NDArray[np.int8]
 # --- instruction sets, threads, limits ------------------------------------------------------------------------------
 
 def isa() -> str:
-    """The instruction set in use: 'avx512vnni', 'avx512', 'avx2' or 'portable'. At import: QUIRE_ISA, or else the best available."""
+    """The instruction set in use: 'avx512bf16', 'avx512vnni', 'avx512', 'avx2' or 'portable'. At import: QUIRE_ISA, or else the best."""
 
 def available_isas() -> list[str]:
     """What this machine has, best first; 'portable' always."""
@@ -51,11 +51,13 @@ def measure_read_bandwidth(bytes: int = 1 << 29, seconds: float = 0.2) -> float:
     """GB/s (10^9) of reading the same `bytes` (at least 4096) on huge pages again and again, for so long; the default is far more
     than caches hold. ValueError for numbers out of range."""
 
-def measure_fma_peak() -> float:
-    """GFLOP/s (10^9) of independent float32 multiply-adds in registers."""
+def measure_peak(arithmetic: str) -> float:
+    """G operations/s (10^9, two for a multiply-add) in registers, of what arithmetic() names: independent multiply-adds of float32; of
+    bfloat16, in pairs, with sums in float32 (or of float32, where the instruction set has no such products); of int8 with sums in int32,
+    exact for all operands. ValueError for another name."""
 
-def measure_int8_peak() -> float:
-    """G operations/s (10^9, two for a multiply-add) of int8 with int32 sums in registers, exact for all operands."""
+def arithmetic(dtype: str) -> str:
+    """What linears with weights of such a dtype (float32, float16, bfloat16, int8, int4) multiply: float32, bfloat16 or int8."""
 
 def measure_region(together: bool = False, asleep: bool = False) -> float:
     """Seconds of a parallel region without work, median. together: until every thread has taken a task of it, which an empty

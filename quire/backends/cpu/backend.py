@@ -41,6 +41,7 @@ class CpuBackend:
         self.num_host_blocks = memory.num_host_blocks
         self.memory_note = memory.note
         kind = Quantization.of(config, spec)
+        self.arithmetic = native.arithmetic(config.weight_width(spec.dtype) if kind is None else "int8")
         self.weight_note = "" if kind is None else f"{kind}: {decoder.weight_bytes() / 1e6:,.0f} MB that a step reads"
         self.block_size = config.block_size
         self.max_model_len = max_model_len
@@ -136,8 +137,7 @@ class CpuBackend:
 
     def limits(self) -> tuple[float, float]:
         """Measured limits of this machine with the threads in use. See Backend."""
-        peak = native.measure_int8_peak() if self.weight_note else native.measure_fma_peak()
-        return native.measure_read_bandwidth() * 1e9, peak * 1e9
+        return native.measure_read_bandwidth() * 1e9, native.measure_peak(self.arithmetic) * 1e9
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads."""

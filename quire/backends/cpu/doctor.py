@@ -6,11 +6,13 @@ ever take away.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.machine import Machine, examine, last_level_cache, use_threads, why_threads
+
+KINDS = ("float32", "bfloat16", "int8")
+"""Of arithmetic, in the order of Peak."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -20,6 +22,9 @@ class Peak:
     isa: str
     float32_one_thread: float
     float32: float
+    bfloat16_one_thread: float
+    bfloat16: float
+    """Of products with weights in bfloat16: those of float32 where the instruction set has no others."""
     int8_one_thread: float
     int8: float
 
@@ -65,7 +70,8 @@ def measure(threads: int | None = None) -> Report:
     count = use_threads(threads)
     isas = machine.isas
     size = buffer_bytes(machine)
-    bandwidth, single = [], {}
+    bandwidth: list[Bandwidth] = []
+    single: dict[str, list[float]] = {}
     for n in thread_counts(count):
         native.set_num_threads(n)
         bandwidth.append(Bandwidth(n, native.measure_read_bandwidth(size, 0.4)))
@@ -73,7 +79,7 @@ def measure(threads: int | None = None) -> Report:
             single = {isa: _peaks(isa) for isa in isas}
     full = {isa: _peaks(isa) for isa in isas} if count > 1 else single
     regions = Regions(*(1e6 * native.measure_region(*kind) for kind in ((False, False), (True, False), (True, True))))
-    peaks = [Peak(isa, single[isa][0], full[isa][0], single[isa][1], full[isa][1]) for isa in isas]
+    peaks = [Peak(isa, *(figure for pair in zip(single[isa], full[isa], strict=True) for figure in pair)) for isa in isas]
     return Report(machine, count, bandwidth, size, peaks, regions, notes(machine, count, bandwidth, peaks, regions))
 
 
@@ -90,16 +96,12 @@ def thread_counts(most: int) -> list[int]:
     return sorted({1 << i for i in range(most.bit_length()) if 1 << i <= most} | {most})
 
 
-def _peaks(isa: str) -> tuple[float, float]:
-    """(float32, int8) with the threads in use; of two tries some way apart, since a neighbour may fill a whole one."""
-    return tuple(max(_of(isa, kind) for _ in range(2)) for kind in (native.measure_fma_peak, native.measure_int8_peak))  # type: ignore[return-value]
-
-
-def _of(isa: str, kind: Callable[[], float]) -> float:
+def _peaks(isa: str) -> list[float]:
+    """Of each KIND, with the threads in use; of two tries some way apart, since a neighbour may fill a whole one."""
     before = native.isa()
     native.set_isa(isa)
     try:
-        return kind()
+        return [max(native.measure_peak(kind) for _ in range(2)) for kind in KINDS]
     finally:
         native.set_isa(before)
 
@@ -161,12 +163,12 @@ def describe(report: Report) -> str:
     text = [f"{name:<12}{value}" for name, value in lines]
     text += ["", f"reading memory, GB/s (of {_size(report.bandwidth_buffer)})"]
     text += [f"  {b.threads:>3} {'thread ' if b.threads == 1 else 'threads'}{b.gb_per_s:>10.1f}" for b in report.bandwidth]
-    columns = [f"{kind}, {n} thread{'s' if n > 1 else ''}" for kind in ("float32", "int8") for n in (1, report.threads)]
-    text += ["", f"{'arithmetic, 10^9 operations/s':<30}" + "".join(f"{column:>20}" for column in columns)]
+    columns = [f"{kind}, {n} thread{'s' if n > 1 else ''}" for kind in KINDS for n in (1, report.threads)]
+    text += ["", f"{'arithmetic, 10^9 operations/s':<30}" + "".join(f"{column:>21}" for column in columns)]
     for p in report.peaks:
         in_use = "in use" if p.isa == m.isa else "" if p.isa in m.isas else "no kernels"
-        figures = (p.float32_one_thread, p.float32, p.int8_one_thread, p.int8)
-        text.append(f"  {p.isa:<12}{in_use:<16}" + "".join(f"{figure:>20,.0f}" for figure in figures))
+        figures = (p.float32_one_thread, p.float32, p.bfloat16_one_thread, p.bfloat16, p.int8_one_thread, p.int8)
+        text.append(f"  {p.isa:<12}{in_use:<16}" + "".join(f"{figure:>21,.0f}" for figure in figures))
     r = report.regions_us
     text += [
         "",

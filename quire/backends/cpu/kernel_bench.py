@@ -15,7 +15,7 @@ from statistics import median
 from time import perf_counter
 
 from quire.backends.cpu import _native as native
-from quire.backends.cpu.doctor import buffer_bytes
+from quire.backends.cpu.doctor import KINDS, buffer_bytes
 from quire.backends.cpu.kernel_cases import DTYPES, FOUR_BITS, GROUP_SIZE, KERNELS, MODELS, Call, Case, Selection, cases
 from quire.backends.cpu.machine import examine, use_threads
 from quire.errors import ConfigError
@@ -44,15 +44,16 @@ class Limits:
     """Bytes read again and again → GB/s, ascending."""
     float32_g_per_s: float
     """10^9 operations/s."""
+    bfloat16_g_per_s: float
     int8_g_per_s: float
 
     def bound(self, case: Case) -> tuple[float, str]:
-        """(least seconds of a call, what binds: memory, cache, float32 or int8)."""
+        """(least seconds of a call, what binds: memory, cache, float32, bfloat16 or int8)."""
         bandwidth, where = self.memory_gb_per_s, "memory"
         if case.cached and case.bytes <= max(self.cache_gb_per_s):
             bandwidth, where = next(rate for size, rate in self.cache_gb_per_s.items() if size >= case.bytes), "cache"
-        peak = self.int8_g_per_s if case.arithmetic == "int8" else self.float32_g_per_s
-        return max((case.bytes / bandwidth / 1e9, where), (case.operations / peak / 1e9, case.arithmetic))
+        peaks = {"float32": self.float32_g_per_s, "bfloat16": self.bfloat16_g_per_s, "int8": self.int8_g_per_s}
+        return max((case.bytes / bandwidth / 1e9, where), (case.operations / peaks[case.arithmetic] / 1e9, case.arithmetic))
 
 
 @dataclass(slots=True, frozen=True)
@@ -68,7 +69,7 @@ class Result:
     gb_per_s: float
     g_operations_per_s: float
     bound: str
-    """What binds: memory, cache, float32 or int8."""
+    """What binds: memory, cache, float32, bfloat16 or int8."""
     fraction: float
     """Least possible time of a call, of the time that it took."""
 
@@ -126,7 +127,7 @@ def _numbers(text: str | None) -> list[int] | None:
 def measure_limits(threads: int) -> Limits:
     caches = {1 << shift: native.measure_read_bandwidth(1 << shift, 0.03) for shift in range(16, 28, 2)}
     memory = native.measure_read_bandwidth(buffer_bytes(examine()), 0.4)
-    return Limits(native.isa(), threads, memory, caches, native.measure_fma_peak(), native.measure_int8_peak())
+    return Limits(native.isa(), threads, memory, caches, *(native.measure_peak(kind) for kind in KINDS))
 
 
 def run(
@@ -193,7 +194,7 @@ def describe_limits(limits: Limits) -> str:
     threads = f"{limits.threads} thread{'s' if limits.threads > 1 else ''}"
     return (
         f"{limits.isa}, {threads}; read bandwidth {limits.memory_gb_per_s:.1f} GB/s; float32 {limits.float32_g_per_s:,.0f}, "
-        f"int8 {limits.int8_g_per_s:,.0f} x 10^9 operations/s\nreading from caches, GB/s: {caches}"
+        f"bfloat16 {limits.bfloat16_g_per_s:,.0f}, int8 {limits.int8_g_per_s:,.0f} x 10^9 operations/s\nreading from caches, GB/s: {caches}"
     )
 
 

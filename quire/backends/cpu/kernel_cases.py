@@ -137,7 +137,7 @@ def _linear(selection: Selection, skip: Skip) -> Iterator[Case]:
                     x, out = _random((count, k)), np.empty((count, sets[0].n), np.float32)
                     act = "silu" if gated else None
                     calls: list[Call] = [partial(native.linear, packed, x, out, activation=act) for packed in sets]
-                    arithmetic = "int8" if quantize else "float32"
+                    arithmetic = native.arithmetic("int8" if quantize else dtype)
                     yield Case(
                         "linear", f"{name} {n}x{k}", model, dtype, count, sets[0].nbytes, 2 * count * n * k, arithmetic, False, calls
                     )

@@ -67,6 +67,7 @@ class CudaBackend:
         self.spec, self.folder, self.decoder, self.device = spec, folder, decoder, device
         self.num_blocks, self.num_host_blocks = memory.num_blocks, memory.num_host_blocks
         self.memory_note = memory.note
+        self.arithmetic = str(decoder.dtype).removeprefix("torch.")
         self.weight_note = ""
         if config.quantize is not None:
             self.weight_note = f"{config.quantize} with one scale for each output: {decoder.weight_bytes() / 1e6:,.0f} MB that a step reads"

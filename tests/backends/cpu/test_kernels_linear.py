@@ -35,6 +35,11 @@ def run(packed, x, bias=None, out=None, accumulate=False):
     return out
 
 
+def as_multiplied(x, dtype, isa):
+    """Activations as the linear takes them: AVX-512 BF16 rounds them to the bfloat16 of its weights."""
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32) if (isa, dtype) == ("avx512bf16", "bfloat16") else x
+
+
 def make(rng, m, n, k, dtype="float32"):
     weight = rng.standard_normal((n, k)).astype(DTYPES[dtype])
     return weight, rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal(n).astype(np.float32)
@@ -44,12 +49,12 @@ def make(rng, m, n, k, dtype="float32"):
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 1, 1), (1, 65, 33), (2, 64, 1024), (3, 100, 7), (7, 31, 1025), (31, 130, 257), (65, 200, 2100)]
 )
-def test_matches_float64(dtype, m, n, k):
+def test_matches_float64(dtype, m, n, k, isa):
     weight, x, bias = make(np.random.default_rng(m * n * k), m, n, k, dtype)
     packed = native.pack_linear(bits(weight))
     assert (packed.n, packed.k, packed.dtype) == (n, k, dtype)
     assert packed.nbytes >= weight.nbytes
-    exact = x.astype(np.float64) @ weight.astype(np.float64).T
+    exact = as_multiplied(x, dtype, isa).astype(np.float64) @ weight.astype(np.float64).T
     tolerance = 1e-6 * (np.abs(x).astype(np.float64) @ np.abs(weight.astype(np.float64)).T + 1)
     assert (np.abs(run(packed, x) - exact) <= tolerance).all()
     assert (np.abs(run(packed, x, bias) - (exact + bias)) <= tolerance + 1e-6).all()
@@ -89,9 +94,36 @@ def test_is_a_chain_in_order(isa):
     assert np.array_equal(run(native.pack_linear(weight), x), expected)
 
 
-def test_sixteen_bits_wide_are_widened_exactly():
+def test_is_a_chain_of_pairs_with_products_of_bfloat16(isa):
+    """acc = fma(x, w, acc), and of each two positions of K the second first, whichever vendor made the CPU."""
+    if isa != "avx512bf16":
+        pytest.skip("float32 is multiplied")
+    for k in (1300, 1301):
+        weight, x, _ = make(np.random.default_rng(3), 2, 5, k, "bfloat16")
+        wide, rounded = weight.astype(np.float64), x.astype(ml_dtypes.bfloat16).astype(np.float64)
+        expected = np.zeros((2, 5), np.float32)
+        for at in [at for pair in range(0, k, 2) for at in (pair + 1, pair) if at < k]:
+            expected = (rounded[:, at : at + 1] * wide[:, at] + expected).astype(np.float32)
+        assert np.array_equal(run(native.pack_linear(bits(weight)), x), expected)
+
+
+def test_numbers_that_bfloat16_can_not_hold(isa):
+    """Infinities and NaN stay, an odd number of positions reads nothing behind them, and subnormals do not slow anything down."""
+    weight = np.ones((3, 3), ml_dtypes.bfloat16)
+    packed = native.pack_linear(bits(weight))
+    behind = np.full((4, 8), np.nan, np.float32)
+    behind[:, :3] = [[1, 2, 3], [np.inf, 1, 1], [1, np.nan, 1], [1e-40, 1e-40, 1.0]]
+    out = run(packed, behind[:, :3])
+    assert np.array_equal(out, np.repeat(np.array([[6], [np.inf], [np.nan], [1]], np.float32), 3, axis=1), equal_nan=True)
+    large = run(packed, np.array([[3.4e38, 0, 0]], np.float32))[0, 0]
+    assert large == (np.inf if isa == "avx512bf16" else np.float32(3.4e38))
+
+
+def test_sixteen_bits_wide_are_widened_exactly(isa):
     """The same numbers in 16 and in 32 bits give the same bytes, at few rows and at many."""
     for dtype in ("float16", "bfloat16"):
+        if (isa, dtype) == ("avx512bf16", "bfloat16"):
+            continue  # they are not widened
         weight, x, _ = make(np.random.default_rng(4), 40, 70, 300, dtype)
         narrow, wide = native.pack_linear(bits(weight)), native.pack_linear(weight.astype(np.float32))
         for m in (1, 5, 40):

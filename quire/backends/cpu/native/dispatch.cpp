@@ -18,6 +18,16 @@ const Kernels& avx512vnni_kernels() {
     }();
     return kernels;
 }
+const Kernels& avx512bf16_kernels() {
+    static const Kernels kernels = [] {
+        Kernels k = avx512vnni_kernels();
+        k.name = "avx512bf16";
+        k.linear = avx512bf16::linear;
+        k.bf16_loop = avx512bf16::bf16_loop;
+        return k;
+    }();
+    return kernels;
+}
 #endif
 
 std::vector<const Kernels*> supported() {
@@ -26,11 +36,14 @@ std::vector<const Kernels*> supported() {
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #if defined(QUIRE_EMULATE_AVX512)
-    if (v3) all = {&avx2::kernels, &avx512vnni_kernels(), &avx512::kernels};   // never chosen but by name
+    if (v3) all = {&avx2::kernels, &avx512bf16_kernels(), &avx512vnni_kernels(), &avx512::kernels};   // never chosen but by name
 #else
     if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        if (__builtin_cpu_supports("avx512vnni")) all.push_back(&avx512vnni_kernels());
+        if (__builtin_cpu_supports("avx512vnni")) {
+            if (__builtin_cpu_supports("avx512bf16")) all.push_back(&avx512bf16_kernels());
+            all.push_back(&avx512vnni_kernels());
+        }
         all.push_back(&avx512::kernels);
     }
     if (v3) all.push_back(&avx2::kernels);

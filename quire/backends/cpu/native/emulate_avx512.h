@@ -1,5 +1,5 @@
-// The AVX-512 and AVX-512 VNNI intrinsics that the kernels use, out of AVX2: the kernels of both run, slowly, and are tested
-// on a machine that has neither. Only -DQUIRE_EMULATE_AVX512=ON includes this, before all else, in the files of both.
+// The AVX-512, VNNI and BF16 intrinsics that the kernels use, out of AVX2: the kernels of all three run, slowly, and are tested
+// on a machine that has none. Only -DQUIRE_EMULATE_AVX512=ON includes this, before all else, in their files.
 //
 // Functions of namespace quire hide those of <immintrin.h>; an intrinsic that is missing here doesn't compile ("target
 // specific option mismatch"): write it here. Results are those of the hardware, bit for bit: a vector is two of AVX2 wherever
@@ -228,6 +228,36 @@ QUIRE_EMULATED __m256i dpbusd256(__m256i sum, __m256i u, __m256i s) {
 }
 QUIRE_EMULATED __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i u, __m512i s) {
     return join512(dpbusd256(low512(sum), low512(u), low512(s)), dpbusd256(high512(sum), high512(u), high512(s)));
+}
+
+// BF16. Of a pair, the second product is added first; either sum is rounded once, and what is subnormal is 0 throughout.
+QUIRE_EMULATED __m256 flush256(__m256 a) {
+    const __m256i exponent = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7f800000));
+    const __m256i small = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+    return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srli_epi32(small, 1)), a);   // the sign stays
+}
+QUIRE_EMULATED __m256 dpbf16_256(__m256 sum, __m256i a, __m256i b) {
+    const auto odd = [](__m256i x) { return flush256(_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(INT32_MIN >> 15)))); };
+    const auto even = [](__m256i x) { return flush256(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))); };
+    sum = flush256(_mm256_fmadd_ps(odd(a), odd(b), flush256(sum)));
+    return flush256(_mm256_fmadd_ps(even(a), even(b), sum));
+}
+QUIRE_EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+    const __m512i x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
+    return join512(dpbf16_256(low512(sum), low512(x), low512(y)), dpbf16_256(high512(sum), high512(x), high512(y)));
+}
+QUIRE_EMULATED __m256i narrow_bf16_256(__m256 a) {   // 32 bits each
+    const __m256i u = _mm256_castps_si256(flush256(a)), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i even = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    return _mm256_blendv_epi8(even, quiet, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+QUIRE_EMULATED __m256i narrow_bf16(__m512 a) {
+    const __m256i packed = _mm256_packus_epi32(narrow_bf16_256(low512(a)), narrow_bf16_256(high512(a)));
+    return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+QUIRE_EMULATED __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+    return reinterpret_cast<__m512bh>(join512(narrow_bf16(low), narrow_bf16(high)));
 }
 
 // Halves by number.

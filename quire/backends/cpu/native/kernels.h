@@ -18,8 +18,11 @@ enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Activation : int32_t { none, silu, gelu, gelu_tanh, relu };
 
 // Weights in the order in which the inner loop reads them: [panel_count][k][panel], the last panel padded with 0. Gated,
-// each panel has panel / 2 gates, then the columns that they gate. A quarter of a panel is a vector of float32; in bfloat16, the columns of
-// the first and the second quarter take turns, and those of the third and the fourth: load_two in simd.h says why.
+// each panel has panel / 2 gates, then the columns that they gate. A quarter of a panel is a vector of float32. In bfloat16 two weights
+// share 32 bits, so that a shift and a mask widen them. In the panels of AVX-512 they are those of two positions of K, [panel_count][k / 2]
+// [panel][2], with a 0 for the last of an odd number: AVX-512 BF16 multiplies such pairs. In others (16 registers, too few to keep one
+// position while the other is multiplied), those of two columns: the first and the second quarter of a panel take turns, and so do the
+// third and the fourth.
 struct Panels {
     const void* data;
     DType dtype;
@@ -34,6 +37,10 @@ struct Panels {
 __attribute__((always_inline)) static inline int64_t panel_outputs(const Panels& w) { return w.gated ? w.panel / 2 : w.panel; }
 __attribute__((always_inline)) static inline int64_t panel_count(const Panels& w) {
     return (w.n + panel_outputs(w) - 1) / panel_outputs(w);
+}
+__attribute__((always_inline)) static inline bool pairs_positions(const Panels& w) { return w.dtype == DType::bf16 && w.panel == 64; }
+__attribute__((always_inline)) static inline int64_t panel_positions(const Panels& w) {   // of float weights
+    return pairs_positions(w) ? w.k + w.k % 2 : w.k;
 }
 
 // A matrix somewhere in memory, at any address and with any strides (in bytes).
@@ -223,7 +230,8 @@ struct Kernels {
     // Limits of the machine.
     double (*read_sum)(const float* p, int64_t n, bool apart);       // apart: in several places at once
     int64_t (*fma_loop)(int64_t iterations);         // returns the float32 operations that it did
-    int64_t (*int8_loop)(int64_t iterations);        // likewise, of int8
+    int64_t (*bf16_loop)(int64_t iterations);        // likewise, of products with weights in bfloat16
+    int64_t (*int8_loop)(int64_t iterations);        // and of int8
 };
 
 constexpr int64_t kSumRun = 1024;
@@ -231,11 +239,18 @@ constexpr int64_t kMaxRun = 64;
 
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
-// AVX-512 with VNNI is the table of AVX-512 with these in place of its own.
+namespace avx512 {
+extern const Kernels kernels;
+void linear(const LinearArgs&);
+}
+// AVX-512 with VNNI is the table of AVX-512 with these in place of its own, and AVX-512 BF16 that of VNNI.
 namespace avx512vnni {
 void linear_quantized(const LinearArgs&);
 int64_t int8_loop(int64_t iterations);
+}
+namespace avx512bf16 {
+void linear(const LinearArgs&);
+int64_t bf16_loop(int64_t iterations);
 }
 
 }  // namespace quire

@@ -42,22 +42,6 @@ void read_task(const void* context, int64_t task, int64_t) {
     sink.store(job.kernels.read_sum(job.data + begin, std::min(job.chunk, job.floats - begin), job.apart), std::memory_order_relaxed);
 }
 
-// G operations/s of `loop`, which returns how many it did, on all threads.
-double measure_peak(int64_t (*loop)(int64_t)) {
-    struct Job { int64_t (*loop)(int64_t); std::atomic<int64_t> operations; };
-    double best = 0;
-    for (int round = 0; round < kRounds; ++round) {
-        Job job{loop, 0};
-        const auto start = Clock::now();
-        run_tasks(4 * num_threads(), [](const void* context, int64_t, int64_t) {
-            auto& j = *static_cast<Job*>(const_cast<void*>(context));
-            j.operations.fetch_add(j.loop(kIterations), std::memory_order_relaxed);
-        }, &job);
-        best = std::max(best, static_cast<double>(job.operations) / seconds_since(start) / 1e9);
-    }
-    return best;
-}
-
 }  // namespace
 
 double measure_read_bandwidth(const Kernels& kernels, int64_t bytes, double seconds) {
@@ -78,9 +62,20 @@ double measure_read_bandwidth(const Kernels& kernels, int64_t bytes, double seco
     return best;
 }
 
-double measure_fma_peak(const Kernels& kernels) { return measure_peak(kernels.fma_loop); }
-
-double measure_int8_peak(const Kernels& kernels) { return measure_peak(kernels.int8_loop); }
+double measure_peak(int64_t (*loop)(int64_t)) {
+    struct Job { int64_t (*loop)(int64_t); std::atomic<int64_t> operations; };
+    double best = 0;
+    for (int round = 0; round < kRounds; ++round) {
+        Job job{loop, 0};
+        const auto start = Clock::now();
+        run_tasks(4 * num_threads(), [](const void* context, int64_t, int64_t) {
+            auto& j = *static_cast<Job*>(const_cast<void*>(context));
+            j.operations.fetch_add(j.loop(kIterations), std::memory_order_relaxed);
+        }, &job);
+        best = std::max(best, static_cast<double>(job.operations) / seconds_since(start) / 1e9);
+    }
+    return best;
+}
 
 double measure_region(bool together, bool asleep) {
     struct Job { int threads; std::atomic<int> here; };

@@ -18,7 +18,7 @@ struct Job {
     const std::vector<Matrix>* parts;
     char* out;
     int64_t n, k, panel, k_block, k_blocks;
-    bool turns;   // the columns of two vectors take turns, as in Panels
+    bool turns, pairs;   // the columns of two vectors take turns, or two positions of K lie together, as in Panels
 };
 
 constexpr int64_t kMaxPanel = 64;
@@ -30,11 +30,12 @@ template <class T> void pack_task(const void* context, int64_t task, int64_t) {
     constexpr int64_t kRun = 64 / sizeof(T);
     const int64_t panel = job.panel, p = task / job.k_blocks, k0 = task % job.k_blocks * job.k_block;
     const int64_t k1 = std::min(k0 + job.k_block, job.k), columns = std::min(panel, job.n - p * panel);
-    T* const out = reinterpret_cast<T*>(job.out) + p * job.k * panel;   // columns that don't exist stay 0
+    const int64_t positions = job.pairs ? job.k + job.k % 2 : job.k;
+    T* const out = reinterpret_cast<T*>(job.out) + p * positions * panel;   // columns and positions that don't exist stay 0
 
     const char* column[kMaxPanel];
     int64_t k_stride[kMaxPanel], place[kMaxPanel];
-    bool side_by_side = !job.turns;
+    bool side_by_side = !job.turns && !job.pairs;
     size_t part = 0;
     for (int64_t j = 0, begin = 0; j < columns; ++j) {
         const int64_t n = p * panel + j;
@@ -43,7 +44,7 @@ template <class T> void pack_task(const void* context, int64_t task, int64_t) {
         column[j] = m.data + (n - begin) * m.n_stride;
         k_stride[j] = m.k_stride;
         const int64_t vector = panel / 4, pair = j / (2 * vector) * 2 * vector;
-        place[j] = job.turns ? pair + (j - pair) % vector * 2 + (j - pair) / vector : j;
+        place[j] = job.pairs ? 2 * j : job.turns ? pair + (j - pair) % vector * 2 + (j - pair) / vector : j;
         side_by_side &= column[j] == column[0] + j * static_cast<int64_t>(sizeof(T)) && k_stride[j] == k_stride[0];
     }
     if (side_by_side) {
@@ -63,7 +64,7 @@ template <class T> void pack_task(const void* context, int64_t task, int64_t) {
             }
         }
         for (int64_t i = 0; i < run; ++i) {
-            T* row = out + (k + i) * panel;
+            T* row = out + (job.pairs ? (k + i) / 2 * 2 * panel + i % 2 : (k + i) * panel);
             for (int64_t j = 0; j < columns; ++j) row[place[j]] = buffer[j][i];
         }
     }
@@ -112,7 +113,7 @@ Panels ungated(const Panels& p) {
 }  // namespace
 
 int64_t packed_bytes(const Panels& p) {
-    return panel_count(p) * (p.bits ? quant_layout(p).panel_bytes : p.panel * p.k * (p.dtype == DType::f32 ? 4 : 2));
+    return panel_count(p) * (p.bits ? quant_layout(p).panel_bytes : p.panel * panel_positions(p) * (p.dtype == DType::f32 ? 4 : 2));
 }
 
 PackedLinear::PackedLinear(const Kernels& kernels_, const Panels& panels_)
@@ -129,7 +130,7 @@ PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& p
         return;
     }
     Job job{&columns, static_cast<char*>(memory), whole.n, panels.k, panels.panel, 2048, (panels.k + 2047) / 2048,
-            dtype == DType::bf16};
+            dtype == DType::bf16 && !pairs_positions(panels), pairs_positions(panels)};
     run_tasks(count() * job.k_blocks, dtype == DType::f32 ? pack_task<uint32_t> : pack_task<uint16_t>, &job);
 }
 

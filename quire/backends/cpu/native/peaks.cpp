@@ -1,4 +1,4 @@
-// The loops that measure the machine: reading, float32 and int8 arithmetic as one instruction set can do them.
+// The loops that measure the machine: reading, and arithmetic of each width, as one instruction set can do them.
 #include "simd.h"
 
 namespace quire::QUIRE_NS {
@@ -55,6 +55,21 @@ int64_t fma_loop(int64_t iterations) {
     for (int i = 0; i < kChains; ++i) keep(c[i]);
     return 2 * kWidth * kChains * iterations;
 }
+
+#if defined(QUIRE_ISA_avx512bf16)
+int64_t bf16_loop(int64_t iterations) {
+    vf c[kChains];
+    for (vf& v : c) v = zero();
+    vp a = {}, b = {};
+    keep(a), keep(b);
+    for (int64_t k = 0; k < iterations; ++k)
+#pragma GCC unroll 12
+        for (int i = 0; i < kChains; ++i) c[i] = add_dot(c[i], a, b);
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) keep(c[i]);
+    return 4 * kWidth * kChains * iterations;
+}
+#endif
 
 // Multiply-adds of int8 with sums of int32, as a tile of a product keeps them in registers: rows of activations times
 // vectors of weights. With VNNI an instruction takes every byte; without it bytes are widened to 16 bits first (which a

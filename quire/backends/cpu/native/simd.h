@@ -10,7 +10,11 @@
 
 #include "kernels.h"
 
-#if defined(QUIRE_ISA_avx512vnni)   // avx512, and the products of bytes in simd_int.h
+#if defined(QUIRE_ISA_avx512bf16)   // avx512, and products of bfloat16
+#define QUIRE_ISA_avx512
+#define QUIRE_NS avx512bf16
+#include <immintrin.h>
+#elif defined(QUIRE_ISA_avx512vnni)   // avx512, and the products of bytes in simd_int.h
 #define QUIRE_ISA_avx512
 #define QUIRE_NS avx512vnni
 #include <immintrin.h>
@@ -67,10 +71,10 @@ QUIRE_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 QUIRE_INLINE vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 QUIRE_INLINE vf widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 QUIRE_INLINE vf load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-QUIRE_INLINE void load_two(const bf16* p, vf& a, vf& b) {
-    const __m512i x = _mm512_loadu_si512(p);
-    a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-    b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(INT32_MIN >> 15)));
+// The first, and the second, of kWidth pairs.
+QUIRE_INLINE vf load_even(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+QUIRE_INLINE vf load_odd(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(INT32_MIN >> 15)));
 }
 QUIRE_INLINE vf widen_i8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
 QUIRE_INLINE vf load(const i8* p) { return widen_i8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -139,6 +143,14 @@ QUIRE_INLINE vm lanes_between(int lo, int hi) {   // lanes i with lo <= i < hi, 
     return static_cast<vm>(((1u << hi) - 1) & ~((1u << lo) - 1));
 }
 QUIRE_INLINE float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#if defined(QUIRE_ISA_avx512bf16)
+using vp = __m512bh;   // kWidth pairs
+QUIRE_INLINE vp load_pairs(const bf16* p) { return reinterpret_cast<vp>(_mm512_loadu_si512(p)); }
+QUIRE_INLINE vp set1_pair(const bf16* p) { int32_t x; std::memcpy(&x, p, 4); return reinterpret_cast<vp>(_mm512_set1_epi32(x)); }
+QUIRE_INLINE vp narrow_pairs(vf first, vf second) { return _mm512_cvtne2ps_pbh(second, first); }   // to nearest even; subnormals to 0
+QUIRE_INLINE void store_pairs(bf16* p, vp a) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(a)); }
+QUIRE_INLINE vf add_dot(vf sum, vp a, vp b) { return _mm512_dpbf16_ps(sum, a, b); }   // of both numbers of each pair
+#endif
 
 #elif defined(QUIRE_ISA_avx2)
 using vf = __m256;
@@ -153,6 +165,7 @@ QUIRE_INLINE vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(rein
 QUIRE_INLINE vf widen(__m128i x, f16) { return _mm256_cvtph_ps(x); }
 QUIRE_INLINE vf widen(__m128i x, bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 QUIRE_INLINE vf load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), bf16{}); }
+// Two vectors whose lanes take turns.
 QUIRE_INLINE void load_two(const bf16* p, vf& a, vf& b) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
@@ -298,9 +311,6 @@ QUIRE_INLINE void store_n(bf16* p, vf a, int n) {
     for (int i = 0; i < n; ++i) from_float(buffer[i], p[i]);
 }
 QUIRE_INLINE void store(bf16* p, vf a) { store_n(p, a, kWidth); }
-
-// Two vectors of a panel's columns (kernels.h). bfloat16, whose lanes take turns, is widened by a shift and a mask.
-template <class T> QUIRE_INLINE void load_two(const T* p, vf& a, vf& b) { a = load(p), b = load(p + kWidth); }
 
 // A vector whose halves, or quarters, lie at at[0] + i, at[1] + i and so on.
 template <int Parts, class T> QUIRE_INLINE vf load_parts(const T* const* at, int64_t i) {

@@ -55,6 +55,7 @@ const Kernels kernels = {
     .run_maxima = run_maxima,
     .read_sum = read_sum,
     .fma_loop = fma_loop,
+    .bf16_loop = fma_loop,
     .int8_loop = int8_loop,
 };
 
