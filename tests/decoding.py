@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.cpu.decoder import Decoder
+from quire.backends.cpu.packer import Packer
 from quire.backends.rows import Rows
 from quire.core.plan import RowStart, RowWork
 from quire.models.weights import Model
@@ -16,9 +17,10 @@ from quire.sampling_params import SamplingParams
 
 
 def decode_logits(
-    model: Model, tokens: Sequence[int], chunks: Sequence[int], *, block_size: int = 16, kv_dtype: str = "float32"
+    model: Model, tokens: Sequence[int], chunks: Sequence[int], *, block_size: int = 16, kv_dtype: str = "float32", dtype: str | None = None
 ) -> npt.NDArray[Any]:
-    """[len(tokens), vocab] float32, computed in steps of ``chunks`` positions, the last size repeated; KV in blocks out of order."""
+    """[len(tokens), vocab] float32, computed in steps of ``chunks`` positions, the last size repeated; KV in blocks out of order.
+    dtype: of the weights; None: as stored."""
     count = len(tokens)
     num_blocks = -(-count // block_size)
     decoder = Decoder(
@@ -30,6 +32,7 @@ def decode_logits(
         max_tokens=max(chunks),
         max_rows=max(chunks),
         max_model_len=count,
+        packer=Packer(dtype),
     )
     decoder.poison_blocks(list(range(num_blocks + 2)))  # a read of memory that was never written shows as NaN
     rows = Rows(2, count, block_size)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -19,10 +20,10 @@ Array = npt.NDArray[np.float64]
 
 
 class ReferenceModel:
-    """tensors: canonical name → array of any float dtype; all arithmetic is float64."""
+    """tensors: canonical name → array of any float dtype; all arithmetic is float64. rounds: what linears read is rounded to bfloat16."""
 
-    def __init__(self, spec: TransformerSpec, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-        self.spec = spec
+    def __init__(self, spec: TransformerSpec, tensors: Mapping[str, npt.NDArray[Any]], rounds: bool = False) -> None:
+        self.spec, self.rounds = spec, rounds
         self.tensors = {name: np.asarray(array, dtype=np.float64) for name, array in tensors.items()}
 
     def logits(self, tokens: Sequence[int]) -> Array:
@@ -36,8 +37,8 @@ class ReferenceModel:
         for i in range(spec.num_layers):
             at = f"layers.{i}"
             if spec.norm_first:
-                x = x + self._attention(i, self._norm(f"{at}.attn_norm", x))
-                x = x + self._mlp(at, self._norm(f"{at}.mlp_norm", x))
+                x = x + self._behind(f"{at}.attn_out_norm", self._attention(i, self._norm(f"{at}.attn_norm", x)))
+                x = x + self._behind(f"{at}.mlp_out_norm", self._mlp(at, self._norm(f"{at}.mlp_norm", x)))
             else:
                 x = self._norm(f"{at}.attn_norm", x + self._attention(i, x))
                 x = self._norm(f"{at}.mlp_norm", x + self._mlp(at, x))
@@ -45,7 +46,7 @@ class ReferenceModel:
             x = self._norm("final_norm", x) * spec.logit_scale
         if "embed_out.weight" in t:
             x = self._linear("embed_out", x)
-        return x @ t["embed.weight" if spec.tied else "lm_head.weight"].T
+        return self._linear("embed" if spec.tied else "lm_head", x)
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """``count`` tokens after the prompt, the lowest id among equals; end-of-text is a token like any other."""
@@ -55,11 +56,16 @@ class ReferenceModel:
         return tokens[len(prompt) :]
 
     def _linear(self, name: str, x: Array) -> Array:
+        if self.rounds:
+            x = x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
         y = x @ self.tensors[f"{name}.weight"].T
         return y + self.tensors[f"{name}.bias"] if f"{name}.bias" in self.tensors else y
 
+    def _behind(self, name: str, x: Array) -> Array:
+        return self._norm(name, x) if self.spec.norms_behind else x
+
     def _norm(self, name: str, x: Array) -> Array:
-        weight, eps = self.tensors[f"{name}.weight"], self.spec.norm_eps
+        weight, eps = self.tensors[f"{name}.weight"] + self.spec.norm_offset, self.spec.norm_eps
         if self.spec.norm == "rms" or name.endswith(("q_norm", "k_norm")):
             return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
         x = x - x.mean(-1, keepdims=True)
@@ -72,8 +78,8 @@ class ReferenceModel:
         v = self._linear(f"{at}.v", x).reshape(n, spec.num_kv_heads, spec.head_dim)
         if spec.head_norm:
             q, k = self._norm(f"{at}.q_norm", q), self._norm(f"{at}.k_norm", k)
-        if spec.rope is not None and spec.rotates(layer):
-            q, k = rotate(spec.rope, q), rotate(spec.rope, k)
+        if (rope := spec.layer_rope(layer)) is not None:
+            q, k = rotate(rope, q), rotate(rope, k)
         group = spec.num_heads // spec.num_kv_heads
         k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
         scores = np.einsum("qhd,khd->hqk", q, k) * spec.scale

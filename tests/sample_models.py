@@ -31,6 +31,20 @@ PHI3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pa
 SMOLLM3 = {**LLAMA, "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0],
            "no_rope_layer_interval": 4, "layer_types": ["full_attention"] * 4, "use_sliding_window": False, "sliding_window": None,
            "tie_word_embeddings": True}  # fmt: skip
+GEMMA3: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 1000, "hidden_size": 96, "num_hidden_layers": 7,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 200, "max_position_embeddings": 4096,
+    "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_scaling": None,
+    "rope_local_base_freq": 10000, "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+    "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None, "torch_dtype": "bfloat16",
+    "bos_token_id": 2, "eos_token_id": [1, 106],
+}  # fmt: skip
+GEMMA3_VISION: dict[str, Any] = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "torch_dtype": "bfloat16", "eos_token_id": [1, 106],
+    "text_config": {"hidden_size": 96, "intermediate_size": 200, "model_type": "gemma3_text", "num_hidden_layers": 7, "vocab_size": 1000,
+                    "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
+    "vision_config": {"hidden_size": 40, "model_type": "siglip_vision_model"},
+}  # fmt: skip
 STARCODER2 = {**LLAMA, "architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh",
               "use_bias": True, "norm_epsilon": 1e-5, "sliding_window": 4096, "tie_word_embeddings": True}  # fmt: skip
 STABLELM = {**LLAMA, "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "layer_norm_eps": 1e-5, "use_qkv_bias": True,

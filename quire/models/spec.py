@@ -8,6 +8,7 @@ Canonical tensor names (``{i}`` counts layers from 0; linears are [out, in], as 
     embed.weight [vocab, embed_size]        positions.weight [max_positions + position_offset, hidden]   (learned only)
     embed_in.weight [hidden, embed_size]    embed_out.weight [embed_size, hidden]                        (embed_size != hidden only)
     layers.{i}.attn_norm.weight|bias        layers.{i}.mlp_norm.weight|bias
+    layers.{i}.attn_out_norm.weight         layers.{i}.mlp_out_norm.weight                               (norms_behind only)
     layers.{i}.q|k|v|o.weight|bias          layers.{i}.q_norm|k_norm.weight [head_dim]                   (head_norm only)
     layers.{i}.gate|up|down.weight|bias     (gate only where gated)
     final_norm.weight|bias                  lm_head.weight [vocab, embed_size]                           (untied only)
@@ -113,6 +114,10 @@ class TransformerSpec:
     norm_eps: float = 1e-5
     norm_first: bool = True
     """Pre-norm (every family here) or post-norm (OPT-350m: norms after the residual additions)."""
+    norms_behind: bool = False
+    """RMS norms also of what attention and feed-forward give, before it is added (Gemma; pre-norm only)."""
+    norm_offset: float = 0.0
+    """What is added to the stored weights of RMS norms (Gemma: 1)."""
     final_norm: bool = True
     norm_bias: bool = False
     head_norm: bool = False
@@ -124,8 +129,8 @@ class TransformerSpec:
     mlp_bias: bool = False
     rope: RopeSpec | None = None
     """None: learned absolute positions."""
-    rope_layers: tuple[bool, ...] = ()
-    """Whether each layer rotates (SmolLM3: three of four do); empty: all."""
+    ropes: tuple[RopeSpec | None, ...] = ()
+    """Of each layer, where not all are ``rope``. None: it does not rotate (SmolLM3: one of four)."""
     position_offset: int = 0
     """Learned positions: row of position p is p + position_offset (OPT: 2)."""
     windows: tuple[int, ...] = ()
@@ -172,8 +177,8 @@ class TransformerSpec:
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
 
-    def rotates(self, layer: int) -> bool:
-        return self.rope is not None and (not self.rope_layers or self.rope_layers[layer])
+    def layer_rope(self, layer: int) -> RopeSpec | None:
+        return self.ropes[layer] if self.ropes else self.rope
 
     def common_window(self) -> int:
         """Positions beyond which no layer looks back; 0 where some layer sees everything."""
@@ -210,6 +215,8 @@ class TransformerSpec:
             if self.head_norm:
                 shapes[f"{at}.q_norm.weight"] = shapes[f"{at}.k_norm.weight"] = (d,)
             norm(f"{at}.mlp_norm")
+            if self.norms_behind:
+                shapes[f"{at}.attn_out_norm.weight"] = shapes[f"{at}.mlp_out_norm.weight"] = (h,)
             if self.gated:
                 linear(f"{at}.gate", f, h, self.mlp_bias)
             linear(f"{at}.up", f, h, self.mlp_bias)

@@ -11,7 +11,7 @@ import pytest
 from quire.errors import ModelLoadError
 from quire.models.families import FAMILIES, find_family, spec_from_config
 from quire.models.spec import RopeSpec
-from sample_models import GPT2, GRANITE, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STABLELM, STARCODER2, YARN
+from sample_models import GEMMA3, GEMMA3_VISION, GPT2, GRANITE, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STABLELM, STARCODER2, YARN
 
 ALL = [LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -148,14 +148,43 @@ def test_granite() -> None:
 
 def test_smollm3() -> None:
     spec = spec_from_config(SMOLLM3)
-    assert spec.rope_layers == (True, True, True, False)
-    assert [spec.rotates(i) for i in range(4)] == [True, True, True, False]
+    assert [spec.layer_rope(i) is not None for i in range(4)] == [True, True, True, False]
     assert spec.tied
     assert spec.windows == ()
     assert spec_from_config({**SMOLLM3, "rope_theta": None}).rope == RopeSpec(2000000.0, 16)
     windows = {**SMOLLM3, "use_sliding_window": True, "sliding_window": 512}
     assert spec_from_config({**windows, "layer_types": None}).windows == (0, 0, 0, 512)
     assert spec_from_config({**windows, "no_rope_layers": [0, 1, 1, 1], "layer_types": ["sliding_attention"] * 4}).windows == (512,) * 4
+
+
+def test_gemma3() -> None:
+    spec = spec_from_config(GEMMA3)
+    assert (spec.norm_offset, spec.norms_behind, spec.head_norm, spec.tied) == (1.0, True, True, True)
+    assert (spec.activation, spec.scale, spec.embed_scale) == ("gelu_tanh", 1 / 16, 96**0.5)
+    assert spec.windows == (512,) * 5 + (0, 512)
+    assert spec.rope == RopeSpec(1e6, 32)
+    assert [spec.layer_rope(i) for i in range(7)] == [RopeSpec(1e4, 32)] * 5 + [RopeSpec(1e6, 32), RopeSpec(1e4, 32)]
+    assert (spec.bos_token_id, spec.eos_token_ids) == (2, (1, 106))
+    # A window as long as the context hides nothing, but the layer rotates as those with a window do.
+    whole = spec_from_config({**GEMMA3, "sliding_window": 4096})
+    assert (whole.windows, whole.ropes) == ((), spec.ropes)
+    kinds = ["full_attention", *["sliding_attention"] * 6]
+    new = {name: value for name, value in GEMMA3.items() if name not in ("rope_theta", "rope_local_base_freq", "sliding_window_pattern")}
+    new |= {"layer_types": kinds, "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}  # fmt: skip
+    assert spec_from_config(new).ropes == (RopeSpec(2e6, 32, "linear", 8.0),) + (RopeSpec(500.0, 32),) * 6
+    assert spec_from_config({**new, "rope_parameters": {"full_attention": None}}).ropes[:2] == (RopeSpec(1e6, 32), RopeSpec(1e4, 32))
+    first = {"vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "head_dim": 256}
+    assert spec_from_config(GEMMA3 | first).num_parameters() == 999_885_952, "gemma-3-1b"
+
+
+def test_gemma3_that_sees_images_is_served_as_one_that_reads() -> None:
+    spec = spec_from_config(GEMMA3_VISION)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.max_positions) == (8, 4, 256, 131072), "defaults of the class"
+    assert spec.ropes == (RopeSpec(1e4, 256),) * 5 + (RopeSpec(1e6, 256, "linear", 8.0), RopeSpec(1e4, 256))
+    assert (spec.windows, spec.dtype, spec.eos_token_ids) == ((1024,) * 5 + (0, 1024), "bfloat16", (1, 106))
+    untied = {**GEMMA3_VISION, "tie_word_embeddings": False, "text_config": {**GEMMA3_VISION["text_config"], "torch_dtype": "float16"}}
+    assert (spec_from_config(untied).tied, spec_from_config(untied).dtype) == (False, "float16")
 
 
 def test_starcoder2_and_stablelm() -> None:
@@ -242,7 +271,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         LLAMA,
         {"architectures": ["MambaForCausalLM"]},
-        "architecture 'MambaForCausalLM' is not supported; supported: GPT2LMHeadModel, Granite",
+        "architecture 'MambaForCausalLM' is not supported; supported: GPT2LMHeadModel, Gemma3",
     ),
     (LLAMA, {"architectures": None, "model_type": "mamba"}, "model_type 'mamba' is not supported"),
     (LLAMA, {"architectures": [3]}, "architecture 3 is not supported"),
@@ -268,6 +297,21 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope type .'linear'. is not supported"),
     (PHI3, {"rope_scaling": {"type": {"a": 1}}}, "is not supported; supported: default, linear, llama3, yarn, longrope"),
     (SMOLLM3, {"layer_types": ["full_attention"]}, "'layer_types' must list"),
+    (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
+    (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
+    (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+    (GEMMA3, {"layer_types": ["full_attention"]}, "'layer_types' must list full_attention or sliding_attention for each of the 7 layers"),
+    (GEMMA3, {"layer_types": [["full_attention"]] * 7}, "'layer_types' must list"),
+    (GEMMA3, {"sliding_window_pattern": 0}, "'sliding_window_pattern' must be an integer from 1"),
+    (GEMMA3, {"sliding_window": -1}, "'sliding_window' must be an integer from 1"),
+    (GEMMA3, {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' must be a number above 0"),
+    (GEMMA3, {"rope_local_base_freq": "low"}, "'rope_local_base_freq' must be a number"),
+    (GEMMA3, {"rope_parameters": {"rope_type": "default"}}, "'rope_parameters' must have an object for full_attention"),
+    (GEMMA3, {"rope_parameters": {"full_attention": 3}}, "'full_attention' must be an object, got 3"),
+    (GEMMA3, {"rope_parameters": {"full_attention": {"rope_type": "ntk"}}}, "rope type 'ntk' is not supported"),
+    (GEMMA3, {"rope_parameters": {}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "contradict each other"),
+    (GEMMA3_VISION, {"text_config": None}, "'text_config' must be an object"),
+    (GEMMA3_VISION, {"text_config": {"num_hidden_layers": -1}}, "config.json, text_config: 'num_hidden_layers' must be an integer"),
     (STABLELM, {"use_parallel_residual": True}, "use_parallel_residual True is not supported"),
     (STABLELM, {"qk_layernorm": True}, "qk_layernorm True is not supported"),
     (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),

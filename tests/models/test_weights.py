@@ -15,7 +15,7 @@ import pytest
 from quire.errors import ModelLoadError
 from quire.models.families import find_family
 from quire.models.weights import load_model, load_spec, read_headers, resolve_model
-from sample_models import GPT2, LLAMA, OPT, QWEN3, Tensors, checkpoint, write_model, write_safetensors
+from sample_models import GEMMA3_VISION, GPT2, LLAMA, OPT, QWEN3, Tensors, checkpoint, write_model, write_safetensors
 
 
 def fails(folder: Path | str, *parts: str) -> str:
@@ -74,6 +74,20 @@ def test_harmless_buffers_are_left_out(tmp_path: Path) -> None:
     llama = checkpoint(LLAMA)
     llama["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float64)  # nor does its dtype matter
     load_model(write_model(tmp_path / "b", LLAMA, llama))
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_what_sees_is_left_out(tmp_path: Path, prefix: str) -> None:
+    tensors = {name.replace("language_model.model.", prefix): array for name, array in checkpoint(GEMMA3_VISION).items()}
+    expected = load_model(write_model(tmp_path / "a", GEMMA3_VISION, tensors))
+    outer = prefix.removesuffix("language_model.").removeprefix("language_model.model.")  # where they lie today
+    for name in ("vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.bias", "multi_modal_projector.mm_soft_emb_norm.weight"):
+        tensors[outer + name] = np.zeros(3, np.float32)
+    found = load_model(write_model(tmp_path / "b", GEMMA3_VISION, tensors))
+    assert found.spec == expected.spec
+    assert found.tensors.keys() == expected.tensors.keys() == found.spec.tensor_shapes().keys()
+    tensors["audio_tower.weight"] = np.zeros(3, np.float32)
+    fails(write_model(tmp_path / "c", GEMMA3_VISION, tensors), "audio_tower.weight")
 
 
 def test_tied(tmp_path: Path) -> None:

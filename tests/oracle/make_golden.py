@@ -29,6 +29,8 @@ GOLDEN = [
     (Case("mistral-window", "mistral", heads(6, 2, sliding_window=11, **_SMALL)), torch.bfloat16),
     (Case("qwen2-windows", "qwen2", heads(3, 3, use_sliding_window=True, sliding_window=9, max_window_layers=1, **_SMALL)), torch.bfloat16),
     (Case("qwen3-tied", "qwen3", heads(4, 2, head_dim=16, tie_word_embeddings=True, **_SMALL)), torch.float32),
+    (Case("gemma3", "gemma3", heads(3, 1, head_dim=12, num_hidden_layers=6, query_pre_attn_scalar=12, sliding_window=9, **_SMALL)),
+     torch.bfloat16),
     (Case("granite", "granite", heads(3, 1, embedding_multiplier=6.0, residual_multiplier=0.3, logits_scaling=4.0,
           attention_multiplier=0.3, tie_word_embeddings=True, **_SMALL)), torch.float16),
     (Case("phi3-long-partial", "phi3", heads(3, 1, partial_rotary_factor=0.5, sliding_window=200, **longrope(2, 32), **_SMALL)),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -58,6 +60,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
@@ -72,6 +75,7 @@ _BASE: dict[str, dict[str, Any]] = {
     "mistral": _SHARED,
     "qwen2": _SHARED,
     "qwen3": _SHARED,
+    "gemma3": {**_SHARED, "head_dim": 16, "sliding_window": 9, "num_hidden_layers": 3, "query_pre_attn_scalar": 20},
     "granite": _SHARED,
     "phi3": _SHARED,
     "smollm3": _SHARED,
@@ -112,6 +116,11 @@ CASES = [
          "attention_factor": 1.5})),
     Case("llama-gelu", "llama", heads(2, 2, hidden_act="gelu")),
     Case("mistral-window", "mistral", heads(6, 3, sliding_window=7)),
+    Case("gemma3-pattern", "gemma3", heads(4, 2, num_hidden_layers=7)),
+    Case("gemma3-types-scaled", "gemma3", heads(3, 1, head_dim=20, attention_bias=True, tie_word_embeddings=False,
+         layer_types=["full_attention", "sliding_attention", "sliding_attention"], rope_parameters={"full_attention":
+         {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}})),
+    Case("gemma3-window-of-the-context", "gemma3", heads(2, 2, sliding_window=256)),
     Case("mistral-full-head-dim", "mistral", heads(3, 1, sliding_window=None, head_dim=24)),
     Case("qwen2-tied", "qwen2", heads(6, 2, tie_word_embeddings=True)),
     Case("qwen2-some-windows", "qwen2", heads(3, 3, use_sliding_window=True, sliding_window=9, max_window_layers=1, **_THREE)),

@@ -161,9 +161,9 @@ def linear(
     an infinity gives NaN. x and out must not overlap.
     """
 
-def rms_norm(x: F32, weight: F32, eps: float, out: F32) -> None:
-    """out = x / sqrt(mean(x^2) + eps) * weight over the last axis. x and out: [m, d], or [m, heads, d] (a norm for each
-    head), maybe strided, maybe the same memory."""
+def rms_norm(x: F32, weight: F32, eps: float, out: F32, accumulate: bool = False) -> None:
+    """out = (accumulate: out +=) x / sqrt(mean(x^2) + eps) * weight over the last axis. x and out: [m, d], or [m, heads, d] (a norm for
+    each head), maybe strided, maybe the same memory."""
 
 def layer_norm(x: F32, weight: F32, bias: F32 | None, eps: float, out: F32) -> None:
     """out = (x - mean) / sqrt(variance + eps) * weight + bias, likewise."""

@@ -19,7 +19,7 @@ from quire.backends.cpu import _native as native
 from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.replay import Replay
 from quire.backends.rows import Batch, Part
-from quire.models.spec import TransformerSpec
+from quire.models.spec import RopeSpec, TransformerSpec
 
 MAX_SCORED_ROWS = 64
 """Positions of prompts whose logits are there at the same time: a prompt of thousands by a large vocabulary would take gigabytes."""
@@ -55,10 +55,10 @@ class Norm:
     eps: float
     rms: bool
 
-    def __call__(self, x: F32, out: F32) -> None:
-        """x, out [T, hidden] (or [T, heads, head_dim]: each head by itself)."""
+    def __call__(self, x: F32, out: F32, *, accumulate: bool = False) -> None:
+        """x, out [T, hidden] (or [T, heads, head_dim]: each head by itself); ``accumulate`` adds to out (RMS norms only)."""
         if self.rms:
-            native.rms_norm(x, self.weight, self.eps, out)
+            native.rms_norm(x, self.weight, self.eps, out, accumulate)
         else:
             native.layer_norm(x, self.weight, self.bias, self.eps, out)
 
@@ -74,8 +74,12 @@ class Layer:
     up: Linear
     """With the activation; gate and up where gated."""
     down: Linear
+    attn_out_norm: Norm | None
+    """Of what attention, and the feed-forward, adds to the residual."""
+    mlp_out_norm: Norm | None
     window: int
-    rotates: bool
+    rope: tuple[F32, F32] | None
+    """(cos, sin) [max_model_len, rotary_dim / 2]; None where the layer does not rotate."""
     key_cache: npt.NDArray[Any]
     """[num_blocks, kv_heads, head_dim, block_size]"""
     value_cache: npt.NDArray[Any]
@@ -117,12 +121,8 @@ class Decoder:
         self.positions = self._packer.matrix(tensors["positions.weight"]) if spec.rope is None else None
         if spec.embedding_size != spec.hidden_size:
             self.embed_in, self.embed_out = self._linear("embed_in"), self._linear("embed_out")
-        if spec.rope is not None:
-            # Angles in float32, as the models were trained with.
-            frequencies = np.array(spec.rope.inverse_frequencies(max_model_len), np.float32)
-            angles = np.arange(max_model_len, dtype=np.float32)[:, None] * frequencies
-            magnitude = np.float32(spec.rope.magnitude)
-            self.cos, self.sin = magnitude * np.cos(angles), magnitude * np.sin(angles)
+        layer_ropes = [spec.layer_rope(i) for i in range(spec.num_layers)]
+        tables = {rope: _turns(rope, max_model_len) for rope in set(layer_ropes) if rope is not None}
         shape = (num_blocks, spec.num_kv_heads)
         self.layers = []
         for i in range(spec.num_layers):
@@ -137,8 +137,10 @@ class Decoder:
                 mlp_norm=self._norm(f"{at}.mlp_norm"),
                 up=self._linear(*ups, gated=spec.gated, activation=spec.activation),
                 down=self._linear(f"{at}.down"),
+                attn_out_norm=self._norm(f"{at}.attn_out_norm") if spec.norms_behind else None,
+                mlp_out_norm=self._norm(f"{at}.mlp_out_norm") if spec.norms_behind else None,
                 window=spec.window(i),
-                rotates=spec.rotates(i),
+                rope=None if (rope := layer_ropes[i]) is None else tables[rope],
                 key_cache=aligned((*shape, d, block_size), kv_dtype),
                 value_cache=aligned((*shape, block_size, d), kv_dtype),
                 key_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
@@ -268,8 +270,8 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             layer.q_norm(queries, queries)
             layer.k_norm(keys, keys)
-        if layer.rotates:
-            native.rotary(heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions, self.cos, self.sin)
+        if layer.rope is not None:
+            native.rotary(heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions, *layer.rope)
         where = (batch.block_tables, batch.rows, batch.query_start, batch.start)
         cache, scales = (layer.key_cache, layer.value_cache), (layer.key_scales, layer.value_scales)
         if (part := batch.written) is None:
@@ -283,14 +285,23 @@ class Decoder:
             where = (batch.block_tables, asked.rows, asked.query_start, asked.start)
         attended = self._attended[: len(queries)]
         native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales)
-        layer.o(attended, residual, accumulate=True)
+        self._add(layer.o, attended, layer.attn_out_norm, residual)
         return residual
 
     def _feed_forward(self, layer: Layer, x: F32, residual: F32) -> None:
         """residual += down(up(x))"""
         up = self._up[: len(x)]
         layer.up(x, up)
-        layer.down(up, residual, accumulate=True)
+        self._add(layer.down, up, layer.mlp_out_norm, residual)
+
+    def _add(self, linear: Linear, x: F32, norm: Norm | None, residual: F32) -> None:
+        """residual += norm(linear(x)). What was normed to begin with has been read by then: its buffer is used again."""
+        if norm is None:
+            linear(x, residual, accumulate=True)
+            return
+        behind = self._normed[: len(x)]
+        linear(x, behind)
+        norm(behind, residual, accumulate=True)
 
     def _vector(self, name: str) -> F32:
         return np.ascontiguousarray(self._tensors[name], np.float32)
@@ -304,10 +315,20 @@ class Decoder:
 
     def _norm(self, name: str, scale: float = 1.0) -> Norm:
         bias = np.float32(scale) * self._vector(f"{name}.bias") if self.spec.norm_bias else None
-        return Norm(np.float32(scale) * self._vector(f"{name}.weight"), bias, self.spec.norm_eps, self.spec.norm == "rms")
+        weight = np.float32(scale) * (self._vector(f"{name}.weight") + np.float32(self.spec.norm_offset))
+        return Norm(weight, bias, self.spec.norm_eps, self.spec.norm == "rms")
 
     def _head_norm(self, name: str) -> Norm | None:
-        return Norm(self._vector(f"{name}.weight"), None, self.spec.norm_eps, True) if self.spec.head_norm else None
+        weight = self._vector(f"{name}.weight") + np.float32(self.spec.norm_offset) if self.spec.head_norm else None
+        return None if weight is None else Norm(weight, None, self.spec.norm_eps, True)
+
+
+def _turns(rope: RopeSpec, positions: int) -> tuple[F32, F32]:
+    """(cos, sin) of each position and frequency. Angles in float32, as the models were trained with."""
+    frequencies = np.array(rope.inverse_frequencies(positions), np.float32)
+    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
+    magnitude = np.float32(rope.magnitude)
+    return magnitude * np.cos(angles), magnitude * np.sin(angles)
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:

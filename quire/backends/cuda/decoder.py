@@ -17,7 +17,7 @@ from quire.backends.cuda.cache import KVPool, LayerKV
 from quire.backends.cuda.group import Group
 from quire.backends.cuda.tiles import DecodeTiles
 from quire.backends.cuda.weights import Linear, Loader
-from quire.models.spec import TransformerSpec
+from quire.models.spec import RopeSpec, TransformerSpec
 
 
 @dataclass(slots=True)
@@ -88,6 +88,9 @@ class Layer:
     up: Linear
     """Gate beside up where gated."""
     down: Linear
+    attn_out_norm: Norm | None
+    """Of what attention, and the feed-forward, adds to the residual."""
+    mlp_out_norm: Norm | None
     window: int
     rope: tuple[Tensor, Tensor] | None
     """(cos, sin); None where the layer does not rotate."""
@@ -113,22 +116,25 @@ class Decoder:
         self.embed = loader.tensor("embed.weight")
         self.dtype = self.embed.dtype
         self.positions = loader.tensor("positions.weight") if spec.rope is None else None
-        rope = None
-        if spec.rope is not None:
-            # Angles in float32, as the models were trained with.
-            frequencies = torch.tensor(spec.rope.inverse_frequencies(max_model_len), dtype=torch.float32, device=device)
-            angles = torch.arange(max_model_len, dtype=torch.float32, device=device)[:, None] * frequencies
-            rope = (spec.rope.magnitude * angles.cos(), spec.rope.magnitude * angles.sin())
+        layer_ropes = [spec.layer_rope(i) for i in range(spec.num_layers)]
+        tables = {rope: _turns(rope, max_model_len, device) for rope in set(layer_ropes) if rope is not None}
         self._embed_in = self._embed_out = None
         if spec.embedding_size != spec.hidden_size:
             self._embed_in, self._embed_out = loader.linear("embed_in"), loader.linear("embed_out")
 
         def norm(name: str, scale: float = 1.0) -> Norm:
             bias = loader.tensor(f"{name}.bias") * scale if spec.norm_bias else None
-            return Norm(loader.tensor(f"{name}.weight") * scale, bias, spec.norm_eps, ops)
+            return Norm(norm_weight(name) * scale, bias, spec.norm_eps, ops)
+
+        def norm_weight(name: str) -> Tensor:
+            weight = loader.tensor(f"{name}.weight")
+            return weight.float() + spec.norm_offset if spec.norm_offset else weight
 
         def head_norm(name: str) -> Tensor | None:
-            return loader.tensor(f"{name}.weight") if spec.head_norm else None
+            return norm_weight(name) if spec.head_norm else None
+
+        def norm_behind(name: str) -> Norm | None:
+            return norm(name) if spec.norms_behind else None
 
         self.layers = []
         for i in range(spec.num_layers):
@@ -137,7 +143,8 @@ class Decoder:
                 norm(f"{at}.attn_norm"), loader.linear(f"{at}.q", f"{at}.k", f"{at}.v"), head_norm(f"{at}.q_norm"),
                 head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"),
                 loader.linear(*((f"{at}.gate", f"{at}.up") if spec.gated else (f"{at}.up",))), loader.linear(f"{at}.down"),
-                spec.window(i), rope if spec.rotates(i) else None, NO_KV,
+                norm_behind(f"{at}.attn_out_norm"), norm_behind(f"{at}.mlp_out_norm"),
+                spec.window(i), None if (rope := layer_ropes[i]) is None else tables[rope], NO_KV,
             ))  # fmt: skip
         self.final_norm = norm("final_norm", spec.logit_scale) if spec.final_norm else None
         own = loader.has("lm_head.weight")
@@ -196,8 +203,11 @@ class Decoder:
                 x, residual = step.wanted(x), step.wanted(residual)
                 if not len(x):
                     return residual
-            x = layer.mlp_norm(self._summed(layer.o(x)), residual)
+            x = self._summed(layer.o(x))
+            x = layer.mlp_norm(x if layer.attn_out_norm is None else layer.attn_out_norm(x), residual)
             x = self._feed_forward(layer, x)
+            if layer.mlp_out_norm is not None:
+                x = layer.mlp_out_norm(x)
             if following is not None:
                 x = following.attn_norm(x, residual)
         return residual.add_(x) if self.final_norm is None else self.final_norm(x, residual)
@@ -243,3 +253,10 @@ class Decoder:
         if self._group is not None:
             self._group.reduce(x)
         return x
+
+
+def _turns(rope: RopeSpec, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [positions, rotary_dim / 2]. Angles in float32, as the models were trained with."""
+    frequencies = torch.tensor(rope.inverse_frequencies(positions), dtype=torch.float32, device=device)
+    angles = torch.arange(positions, dtype=torch.float32, device=device)[:, None] * frequencies
+    return rope.magnitude * angles.cos(), rope.magnitude * angles.sin()

@@ -12,12 +12,14 @@ from typing import Any, Final
 
 from quire.gguf import Gguf
 from quire.models.families.base import Source, renamed
+from quire.models.families.gemma3 import GLOBAL, LOCAL
 from quire.models.spec import RopeSpec, TransformerSpec
 
 _TOP: Final = {"embed": "token_embd", "positions": "position_embd", "final_norm": "output_norm", "lm_head": "output"}
 _LAYER: Final = {
     "attn_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "q_norm": "attn_q_norm",
     "k_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+    "attn_out_norm": "post_attention_norm", "mlp_out_norm": "post_ffw_norm",
 }  # fmt: skip
 FACTORS: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that belong to the configuration: what each frequency of a rotation is divided by."""
@@ -69,6 +71,7 @@ ARCHITECTURES: Final = {
     "qwen3": Architecture("Qwen3ForCausalLM", _RMS),
     "granite": Architecture("GraniteForCausalLM", _RMS | _SCALES, interleaved=True),
     "smollm3": Architecture("SmolLM3ForCausalLM", _RMS, interleaved=True),
+    "gemma3": Architecture("Gemma3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}),
     "phi3": Architecture("Phi3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}, fused_gate=True),
     "starcoder2": Architecture("Starcoder2ForCausalLM", _SHARED | {"norm_epsilon": ".attention.layer_norm_epsilon"}),
     "stablelm": Architecture("StableLmForCausalLM", _SHARED | {"layer_norm_eps": ".attention.layer_norm_epsilon"}),
@@ -112,6 +115,8 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
         _rotation(model, kind, values, factors)
     if kind.name in ("Phi3ForCausalLM", "Starcoder2ForCausalLM"):
         values["sliding_window"] = values.get("sliding_window") or None
+    if kind.name == "Gemma3ForCausalLM":
+        _gemma3(model, values)
     if kind.name == "GraniteForCausalLM" and "attention_multiplier" not in values and (head_dim := _head_dim(values)):
         values["attention_multiplier"] = head_dim**-0.5
     if kind.name == "StableLmForCausalLM":
@@ -127,6 +132,22 @@ def _one(model: Gguf, field: str, value: Any) -> Any:
     if len(set(value)) != 1:
         model.refuse(f"has layers that differ in {field} ({value!s:.60}), which is not supported")
     return value[0]
+
+
+def _gemma3(model: Gguf, values: dict[str, Any]) -> None:
+    """What llama.cpp knows of Gemma 3 without being told: which layers have a window, how those rotate, and the scale of 27B's products."""
+    pattern = model.fields.get("gemma3.attention.sliding_window_pattern", 6)
+    if not values.get("sliding_window"):
+        values["layer_types"], values["sliding_window"] = [GLOBAL] * values["num_hidden_layers"], None
+    elif isinstance(pattern, list):
+        values["layer_types"] = [LOCAL if each else GLOBAL for each in pattern]
+    else:
+        values["sliding_window_pattern"] = pattern
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    largest = values["num_hidden_layers"] == 62 and type(hidden) is int and type(heads) is int and heads > 0
+    values["query_pre_attn_scalar"] = hidden // heads if largest else _head_dim(values)
+    values["rope_local_base_freq"] = model.fields.get("gemma3.rope.freq_base_swa")
+    values["final_logit_softcapping"] = model.fields.get("gemma3.final_logit_softcapping")
 
 
 def _head_dim(values: Mapping[str, Any]) -> int:
@@ -171,13 +192,17 @@ def _rotation(model: Gguf, kind: Architecture, values: dict[str, Any], factors: 
         model.refuse(f"has the rope type {scaling!r:.40}, which is not supported; supported: linear, yarn, longrope with its factors")
 
 
-def with_factors(spec: TransformerSpec, factors: Factors, model: Gguf) -> TransformerSpec:
-    """The factors of Llama 3's rotation, which a file has as a tensor instead of what they are made from."""
+def as_converted(spec: TransformerSpec, factors: Factors, model: Gguf) -> TransformerSpec:
+    """With what a file has done already, and the factors of Llama 3's rotation, which it has instead of what they are made from."""
+    if spec.norm_offset:  # it has been added already
+        spec = replace(spec, norm_offset=0.0)
     given = factors.get("rope_freqs.weight")
     if given is None or spec.rope is None:
         return spec
     if len(given) != spec.rope.rotary_dim // 2 or spec.rope.scaling != "none":
         model.refuse(f"has {len(given)} factors in rope_freqs.weight, and {spec.rope.rotary_dim // 2} frequencies to take them")
+    if spec.ropes:
+        model.refuse("has factors in rope_freqs.weight, and layers that rotate in several ways, which is not supported")
     rope = RopeSpec(spec.rope.theta, spec.rope.rotary_dim, "longrope", short_factors=given, long_factors=given)
     return replace(spec, rope=rope)
 

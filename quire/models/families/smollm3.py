@@ -38,7 +38,8 @@ def _read(config: Config) -> TransformerSpec:
         theta=2000000.0,
     )
     tied = config.flag("tie_word_embeddings", True)
-    return replace(spec, rope_layers=tuple(bool(each) for each in rotates[:layers]), tied=tied)
+    ropes = tuple(spec.rope if each else None for each in rotates[:layers])
+    return replace(spec, ropes=ropes if None in ropes else (), tied=tied)
 
 
 FAMILIES = (Family("SmolLM3ForCausalLM", "smollm3", _read, decoder_sources, ("model.",), BUFFERS),)

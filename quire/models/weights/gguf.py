@@ -21,7 +21,7 @@ import numpy.typing as npt
 from quire.errors import ModelLoadError
 from quire.gguf import TYPES, Gguf, GgufTensor, read_gguf
 from quire.models.families import Source, spec_from_config
-from quire.models.families.gguf import FACTORS, config_of, sources_of, with_factors
+from quire.models.families.gguf import FACTORS, as_converted, config_of, sources_of
 from quire.models.spec import TransformerSpec
 from quire.models.weights.messages import some
 from quire.models.weights.model import Made, Model
@@ -77,7 +77,7 @@ def _spec(model: Gguf, maps: Maps) -> TransformerSpec:
             if not all(0 < value < 1e6 for value in factors[name]):
                 model.refuse(f"has a factor in {name} that is not above 0 and below 1e+06")
     values, generation = config_of(model, factors)
-    spec = with_factors(spec_from_config(values, generation, str(model.path)), factors, model)
+    spec = as_converted(spec_from_config(values, generation, str(model.path)), factors, model)
     stored: Counter[str] = Counter()
     for name, tensor in model.tensors.items():
         if len(tensor.shape) == 2 and name.startswith("blk."):

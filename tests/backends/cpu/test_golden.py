@@ -22,6 +22,9 @@ from reference_model import ReferenceModel, relative_error
 GOLDEN = sorted(folder.parent for folder in (Path(__file__).parents[2] / "fixtures" / "golden").glob("*/golden.npz"))
 TOLERANCE = 1e-4
 """Of logits, relative to the largest of the row."""
+ROUNDED = 2e-2
+"""The same where linears round what they read to bfloat16 (AVX-512 BF16): now and then a number is just over the middle in one
+computation and just below it in another."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
 
 
 def test_every_family_has_a_fixture() -> None:
-    assert len({load_model(folder).spec.architecture for folder in GOLDEN}) == len(FAMILIES)
+    assert {load_model(folder).spec.architecture for folder in GOLDEN} == set(FAMILIES) - {"Gemma3ForConditionalGeneration"}  # a name more
 
 
 def test_reference_model(golden: Golden) -> None:
@@ -58,22 +61,26 @@ def test_logits(golden: Golden, chunks: list[int], isa: str) -> None:
     before = native.isa()
     native.set_isa(isa)
     try:
+        tokens, expected, tolerance = golden.prompt + golden.tokens, golden.logits, TOLERANCE
+        if native.arithmetic(golden.model.spec.dtype) == "bfloat16":
+            expected, tolerance = ReferenceModel(golden.model.spec, golden.model.tensors, rounds=True).logits(tokens), ROUNDED
         for block_size in (4, 16, 128):
-            found = decode_logits(golden.model, golden.prompt + golden.tokens, chunks, block_size=block_size)
-            assert relative_error(found, golden.logits) < TOLERANCE
+            found = decode_logits(golden.model, tokens, chunks, block_size=block_size)
+            assert relative_error(found, expected) < tolerance
+            assert np.median([relative_error(*rows) for rows in zip(found, expected, strict=True)]) < TOLERANCE
     finally:
         native.set_isa(before)
 
 
 def test_logits_with_a_narrower_cache(golden: Golden) -> None:
     """float16 KV, the default: rounded keys and values, so only close."""
-    found = decode_logits(golden.model, golden.prompt + golden.tokens, [41, 1], kv_dtype="float16")
+    found = decode_logits(golden.model, golden.prompt + golden.tokens, [41, 1], kv_dtype="float16", dtype="float32")
     assert relative_error(found, golden.logits) < 2e-2
 
 
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 5, "block_size": 4}, {"threads": 1, "block_size": 64}], ids=str)
 def test_greedy_tokens(golden: Golden, options: dict[str, Any]) -> None:
-    engine = running.open_engine(golden.folder, kv_dtype="float32", **options)
+    engine = running.open_engine(golden.folder, dtype="float32", kv_dtype="float32", **options)
     assert running.run(engine, [greedy("a", golden)]).outputs["a", 0].token_ids == golden.tokens
 
 
@@ -81,7 +88,9 @@ def test_greedy_tokens_after_preemption(golden: Golden) -> None:
     """Four copies in a pool that holds two of them at their full length."""
     length = len(golden.prompt) + len(golden.tokens)
     memory = 2 * (-(-length // 8)) * 8 * golden.model.spec.kv_bytes_per_token("float32")
-    engine = running.open_engine(golden.folder, kv_dtype="float32", block_size=8, kv_memory=str(memory), max_model_len=length)
+    engine = running.open_engine(
+        golden.folder, dtype="float32", kv_dtype="float32", block_size=8, kv_memory=str(memory), max_model_len=length
+    )
     done = running.run(engine, [greedy(name, golden) for name in "abcd"], preempt_every=5)
     assert done.stats.preemptions > 0
     assert all(done.outputs[name, 0].token_ids == golden.tokens for name in "abcd")

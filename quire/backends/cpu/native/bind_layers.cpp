@@ -215,13 +215,14 @@ void linear(const nb::object& self, const Array& x_, const OutArray& out_, const
     }, self, x_, out_, bias);
 }
 
-void norm(const Array& x_, const Array& weight, const MaybeArray& bias, float eps, const OutArray& out_, bool centre) {
+void norm(const Array& x_, const Array& weight, const MaybeArray& bias, float eps, const OutArray& out_, bool centre, bool accumulate) {
     const Heads x = heads(x_, "x"), out = heads(out_, "out");
     require(out.rows == x.rows && out.heads == x.heads && out.dim == x.dim && out_.ndim() == x_.ndim(),
             "out must have the shape of x, " + shape_of(x_) + ", not " + shape_of(out_));
     const float* w = vector<float>(weight, "weight", "float32", x.dim);
     const float* b = bias ? vector<float>(*bias, "bias", "float32", x.dim) : nullptr;
-    const NormArgs args{x.data, out.data, w, b, x.rows, x.heads, x.dim, x.stride, x.head_stride, out.stride, out.head_stride, eps, centre};
+    const NormArgs args{x.data, out.data, w, b, x.rows, x.heads, x.dim, x.stride, x.head_stride, out.stride, out.head_stride, eps, centre,
+                        accumulate};
     run_kernel([args, kernel = active_kernels().norm] { kernel(args); }, x_, weight, bias, out_);
 }
 
@@ -291,11 +292,13 @@ void bind_layers(nb::module_& m) {
     m.def("linear", linear, nb::arg("packed"), nb::arg("x"), nb::arg("out"), nb::arg("bias") = nb::none(),
           nb::arg("accumulate") = false, nb::arg("activation") = nb::none());
     m.def("rms_norm",
-          [](const Array& x, const Array& weight, float eps, const OutArray& out) { norm(x, weight, {}, eps, out, false); },
-          nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"));
+          [](const Array& x, const Array& weight, float eps, const OutArray& out, bool accumulate) {
+              norm(x, weight, {}, eps, out, false, accumulate);
+          },
+          nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"), nb::arg("accumulate") = false);
     m.def("layer_norm",
           [](const Array& x, const Array& weight, const MaybeArray& bias, float eps, const OutArray& out) {
-              norm(x, weight, bias, eps, out, true);
+              norm(x, weight, bias, eps, out, true, false);
           },
           nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("eps"), nb::arg("out"));
     m.def("rotary", rotary, nb::arg("x"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"));

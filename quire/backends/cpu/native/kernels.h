@@ -103,6 +103,7 @@ struct NormArgs {
     int64_t m, heads, dim, x_stride, x_head_stride, out_stride, out_head_stride;
     float eps;
     bool centre;         // layer norm: subtract the mean
+    bool accumulate;     // out += instead of out =
 };
 
 struct RotaryArgs {

@@ -44,6 +44,7 @@ void norm_vector(const NormArgs& a, const float* x, float* out) {
         const int left = static_cast<int>(a.dim - i < kWidth ? a.dim - i : kWidth);
         vf y = mul(sub(load_n(x + i, left), mean), scale);
         y = a.bias ? fma(y, load_n(a.weight + i, left), load_n(a.bias + i, left)) : mul(y, load_n(a.weight + i, left));
+        if (a.accumulate) y = add(load_n(out + i, left), y);
         store_n(out + i, y, left);
     }
 }

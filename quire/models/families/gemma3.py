@@ -1,0 +1,106 @@
+"""Gemma 3: Llama with RMS norms behind attention and feed-forward as well, norms of heads, and five layers with a window for each without.
+
+What looks at a window rotates by frequencies of its own. Checkpoints hold the weights of norms less 1. Of a model that sees images
+(``Gemma3ForConditionalGeneration``) the part that reads and writes text is served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
+from quire.models.families.llama import BUFFERS, LAYER, TOP, read_decoder, read_rope
+from quire.models.spec import RopeSpec, TransformerSpec
+
+_LAYER = LAYER | {
+    "attn_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+"""transformers' own: the files of 4B and more say little about the text model."""
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def _read_text(config: Config) -> TransformerSpec:
+    given = {name: value for name, value in config.values.items() if value is not None}
+    config = Config(_DEFAULTS | given, config.where)
+    config.unsupported(attn_logit_softcapping=None, final_logit_softcapping=None, use_bidirectional_attention=False)
+    layers = config.integer("num_hidden_layers", high=MAX_LAYERS)
+    every = config.integer("sliding_window_pattern", high=MAX_LAYERS)
+    types = config.values.get("layer_types", [GLOBAL if (i + 1) % every == 0 else LOCAL for i in range(layers)])
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (LOCAL, GLOBAL) for kind in types):
+        config.refuse(f"'layer_types' must list {GLOBAL} or {LOCAL} for each of the {layers} layers")
+    window = config.integer("sliding_window", high=MAX_POSITIONS)
+    values, local = _rotations(config, given)
+    bias = config.flag("attention_bias", False)
+    spec = read_decoder(
+        Config(values, config.where), "Gemma3ForCausalLM", head_norm=True, qkv_bias=bias, o_bias=bias,
+        windows=tuple(window if kind == LOCAL else 0 for kind in types),
+    )  # fmt: skip
+    return replace(
+        spec,
+        norm_offset=1.0,
+        norms_behind=True,
+        activation=config.activation("hidden_activation", ""),
+        ropes=tuple(local if kind == LOCAL else spec.rope for kind in types),
+        embed_scale=spec.hidden_size**0.5,
+        attention_scale=config.number("query_pre_attn_scalar", high=1e6) ** -0.5,
+    )
+
+
+def _rotations(config: Config, given: dict[str, Any]) -> tuple[dict[str, Any], RopeSpec]:
+    """(the fields with the rotation of layers that see everything where Llama has its own, that of the others). transformers 4 has
+    ``rope_theta``, ``rope_scaling`` and ``rope_local_base_freq``, 5 an object of parameters for either kind of layer."""
+    values = {name: value for name, value in config.values.items() if name not in ("rope_parameters", "hidden_act")}
+    head_dim = config.integer("head_dim", high=4096)
+    parameters = given.get("rope_parameters")
+    if parameters is None:
+        local = {"rope_theta": config.number("rope_local_base_freq", low=1.0)}
+        return values, read_rope(Config(local, config.where), head_dim)
+    if "rope_scaling" in given:
+        config.refuse("'rope_scaling' and 'rope_parameters' contradict each other; keep one of them")
+    kinds = {LOCAL: "rope_local_base_freq", GLOBAL: "rope_theta"}
+    if not isinstance(parameters, dict) or not set(parameters) <= set(kinds):
+        config.refuse(f"'rope_parameters' must have an object for {GLOBAL} and one for {LOCAL}")
+    found = {}
+    for kind, theta in kinds.items():
+        inner = parameters.get(kind) or {}
+        if not isinstance(inner, dict):
+            config.refuse(f"'rope_parameters', {kind!r} must be an object, got {inner!r:.80}")
+        found[kind] = {"rope_theta": config.values[theta], **{name: value for name, value in inner.items() if value is not None}}
+    beside = {name: value for name, value in values.items() if name != "rope_theta"}
+    local_config = Config(beside | {"rope_parameters": found[LOCAL]}, config.where)
+    return beside | {"rope_parameters": found[GLOBAL]}, read_rope(local_config, head_dim)
+
+
+def _read_part(config: Config) -> TransformerSpec:
+    text = config.values.get("text_config")
+    if not isinstance(text, dict):
+        config.refuse("'text_config' must be an object")
+    outer = {name: config.values.get(name) for name in ("dtype", "torch_dtype", "tie_word_embeddings")}
+    inner = {name: value for name, value in text.items() if value is not None}
+    return replace(_read_text(Config(outer | inner, f"{config.where}, text_config")), architecture="Gemma3ForConditionalGeneration")
+
+
+def _sources(spec: TransformerSpec) -> dict[str, Source]:
+    return renamed(spec, TOP, _LAYER, "layers")
+
+
+FAMILIES = (
+    Family("Gemma3ForCausalLM", "gemma3_text", _read_text, _sources, ("model.",), BUFFERS),
+    Family(
+        "Gemma3ForConditionalGeneration",
+        "gemma3",
+        _read_part,
+        _sources,
+        ("language_model.model.", "model.language_model.", "language_model."),
+        rf"{BUFFERS}|(model\.)?(vision_tower|multi_modal_projector)\..*",
+    ),
+)
