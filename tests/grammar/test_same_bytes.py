@@ -106,4 +106,4 @@ def test_complete_ones_are_what_was_asked_for(reference: Any) -> None:
             assert "import" not in text
         if "allowed_token_ids" in kind:
             assert set(output.token_ids) <= set(range(60, 120))
-    assert complete > 2
+    assert complete > 1

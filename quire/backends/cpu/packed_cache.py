@@ -37,7 +37,7 @@ from quire.errors import ConfigError
 from quire.models.quantization import Quantization
 from quire.models.weights import content_digest, weight_files
 
-PACKING: Final = 3
+PACKING: Final = 2
 """Counts what native.pack_linear and pack_blocks make of the same weights, and models.weights.packed of the same tensors: raise it
 with every change of scales, rounding or layout."""
 MAGIC: Final = b"QUIREPK\n"
