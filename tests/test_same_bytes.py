@@ -127,7 +127,7 @@ PAIRS = [(model, isa) for model in MODELS for isa in ISAS if (model, isa) != ("e
 
 QUICK = ["three at a time", "chunks of 7", "chunks of 33", "one thread", "three threads"]
 WIDTHS: list[tuple[str, str, dict[str, Any]]] = [
-    *[(model, native.available_isas()[0], {"dtype": "bfloat16"}) for model in ("embedded", "opt-post-norm")],
+    *[(model, native.available_isas()[0], {"dtype": "bfloat16"}) for model in ("embedded", "opt-post-norm", "gemma3")],
     ("embedded", native.available_isas()[0], {"quantize": "int8"}),
     *[("embedded", isa, {"quantize": "int4"}) for isa in native.available_isas() if isa != "portable"],
     *[("opt-post-norm", isa, {"quantize": "int8"}) for isa in native.available_isas()],  # widths that are no multiple of anything

@@ -51,6 +51,14 @@ def test_norm_of_a_row_does_not_depend_on_others():
         assert np.array_equal(again, whole)
 
 
+def test_norm_added_to_what_is_there():
+    x, weight, residual = normal(3, 40, 77), normal(4, 77), normal(5, 40, 90)[:, :77]
+    normed, added = np.empty_like(x), residual.copy()
+    native.rms_norm(x, weight, 1e-6, normed)
+    native.rms_norm(x, weight, 1e-6, added, accumulate=True)
+    assert np.array_equal(added, residual + normed)
+
+
 def test_head_norm_inside_a_fused_buffer():
     qkv, weight = normal(5, 4, 10 * 24), normal(6, 24)
     heads = qkv.reshape(4, 10, 24)[:, 2:7]
