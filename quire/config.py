@@ -106,7 +106,7 @@ class EngineConfig(_Checked):
     )
     dtype: str = option(
         "auto",
-        "width of the weights; auto keeps the checkpoint's. A CPU that multiplies bfloat16 (AVX-512 BF16) is up to twice as fast with that "
+        "width of the weights; auto keeps the checkpoint's. An AMD CPU that multiplies bfloat16 (Zen 4) is up to twice as fast with that "
         "as with float32 or float16",
         choices=("auto", "float32", "bfloat16", "float16"),
     )

@@ -126,8 +126,9 @@ ISAS = [isa for isa in native.available_isas() if isa not in ("avx512vnni", "avx
 PAIRS = [(model, isa) for model in MODELS for isa in ISAS if (model, isa) != ("embedded", "portable")]
 
 QUICK = ["three at a time", "chunks of 7", "chunks of 33", "one thread", "three threads"]
+PAIRED = next((isa for isa in native.available_isas() if isa == "avx512bf16"), native.available_isas()[0])
 WIDTHS: list[tuple[str, str, dict[str, Any]]] = [
-    *[(model, native.available_isas()[0], {"dtype": "bfloat16"}) for model in ("embedded", "opt-post-norm", "gemma3")],
+    *[(model, PAIRED, {"dtype": "bfloat16"}) for model in ("embedded", "opt-post-norm", "gemma3")],
     ("embedded", native.available_isas()[0], {"quantize": "int8"}),
     *[("embedded", isa, {"quantize": "int4"}) for isa in native.available_isas() if isa != "portable"],
     *[("opt-post-norm", isa, {"quantize": "int8"}) for isa in native.available_isas()],  # widths that are no multiple of anything

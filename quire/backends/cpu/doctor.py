@@ -119,7 +119,7 @@ def notes(machine: Machine, threads: int, bandwidth: list[Bandwidth], peaks: lis
             "figures may be too low"
         )
     if machine.isa_stated and machine.isa != machine.isas[0]:
-        found.append(f"QUIRE_ISA={machine.isa} is less than this machine has: without it, {machine.isas[0]} would be used")
+        found.append(f"QUIRE_ISA={machine.isa} is not what this machine would take: without it, {machine.isas[0]} is used")
     one, all_ = bandwidth[0], bandwidth[-1]
     if all_.threads > 1 and all_.gb_per_s < 1.15 * one.gb_per_s:
         found.append(

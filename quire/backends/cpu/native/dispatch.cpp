@@ -41,8 +41,10 @@ std::vector<const Kernels*> supported() {
     if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         if (__builtin_cpu_supports("avx512vnni")) {
-            if (__builtin_cpu_supports("avx512bf16")) all.push_back(&avx512bf16_kernels());
+            // Zen 4 does twice as many products of bfloat16 a second as of float32. Sapphire and Emerald Rapids, which do two of float32 at
+            // a time, seem to do no more of them: there rounding would gain nothing, and is left to who asks for it by name.
             all.push_back(&avx512vnni_kernels());
+            if (__builtin_cpu_supports("avx512bf16")) all.insert(__builtin_cpu_is("amd") ? all.begin() : all.end(), &avx512bf16_kernels());
         }
         all.push_back(&avx512::kernels);
     }
