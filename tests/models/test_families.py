@@ -180,6 +180,7 @@ def test_gemma3() -> None:
 
 def test_gemma3_that_sees_images_is_served_as_one_that_reads() -> None:
     spec = spec_from_config(GEMMA3_VISION)
+    assert spec.architecture == "Gemma3ForCausalLM", "which is what is served"
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.max_positions) == (8, 4, 256, 131072), "defaults of the class"
     assert spec.ropes == (RopeSpec(1e4, 256),) * 5 + (RopeSpec(1e6, 256, "linear", 8.0), RopeSpec(1e4, 256))
     assert (spec.windows, spec.dtype, spec.eos_token_ids) == ((1024,) * 5 + (0, 1024), "bfloat16", (1, 106))

@@ -86,7 +86,7 @@ def _read_part(config: Config) -> TransformerSpec:
         config.refuse("'text_config' must be an object")
     outer = {name: config.values.get(name) for name in ("dtype", "torch_dtype", "tie_word_embeddings")}
     inner = {name: value for name, value in text.items() if value is not None}
-    return replace(_read_text(Config(outer | inner, f"{config.where}, text_config")), architecture="Gemma3ForConditionalGeneration")
+    return _read_text(Config(outer | inner, f"{config.where}, text_config"))
 
 
 def _sources(spec: TransformerSpec) -> dict[str, Source]:
