@@ -19,7 +19,9 @@ import pytest
 from quire.config import EngineConfig, model_name
 from quire.errors import ConfigError, ModelLoadError
 from quire.gguf import TYPES, read_gguf
-from quire.models.families.gguf import ARCHITECTURES
+from quire.models.families import spec_from_config
+from quire.models.families.gguf import ARCHITECTURES, config_of
+from quire.models.spec import TransformerSpec
 from quire.models.weights import load_model, load_spec, resolve_model, weight_files
 from sample_gguf import TOKENS, tiny_fields, tiny_tensors, tokenizer_fields, write_gguf
 
@@ -171,6 +173,34 @@ def test_where_a_file_is_found(tmp_path: Path) -> None:
     fails(tmp_path / "pipe.gguf", "is a file and no GGUF")  # at once, and not when somebody writes to it
     (tmp_path / "text").write_text("no")
     fails(tmp_path / "text", "is a file and no GGUF")
+
+
+def test_what_gemma3_is_known_to_do(tmp_path: Path) -> None:
+    def read(**changes: Any) -> TransformerSpec:
+        path = write_gguf(
+            tmp_path / "a.gguf", tiny_fields("gemma3", **changes), {"token_embd.weight": np.zeros((len(TOKENS), 64), np.float32)}
+        )
+        return spec_from_config(*config_of(read_gguf(path), {}))
+
+    seven = {"gemma3__block_count": 7, "gemma3__attention__sliding_window": 32}
+    spec = read(**seven)
+    assert spec.windows == (32,) * 5 + (0, 32)
+    assert spec.tied
+    assert [rope.theta for rope in spec.ropes if rope] == [1e4] * 5 + [5e3, 1e4]
+    found = read(**seven, gemma3__attention__sliding_window_pattern=[True, False] * 3 + [True], gemma3__rope__freq_base_swa=500.0)
+    assert found.windows == (32, 0) * 3 + (32,)
+    assert [rope.theta for rope in found.ropes if rope] == [500.0, 5e3] * 3 + [500.0]
+    assert read(**seven, gemma3__attention__sliding_window_pattern=2).windows == (32, 0) * 3 + (32,)
+    whole = read(gemma3__block_count=7)  # no window: of no layer
+    assert (whole.windows, {rope.theta for rope in whole.ropes if rope}) == ((), {5e3})
+    assert spec.scale == 16**-0.5
+    assert read(gemma3__block_count=62).scale == (64 // 4) ** -0.5
+    assert read(gemma3__block_count=62, gemma3__attention__key_length=8, gemma3__rope__dimension_count=8).scale == (64 // 4) ** -0.5
+    for odd in ("seven", 0, 2**32 - 1):
+        with pytest.raises(ModelLoadError, match="'num_hidden_layers' must be an integer"):
+            read(gemma3__block_count=odd)
+    with pytest.raises(ModelLoadError, match=r"final_logit_softcapping 30\.0 is not supported"):
+        read(**seven, gemma3__final_logit_softcapping=30.0)
 
 
 @pytest.mark.parametrize(("changes", "parts"), [

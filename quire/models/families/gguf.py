@@ -138,7 +138,7 @@ def _gemma3(model: Gguf, values: dict[str, Any]) -> None:
     """What llama.cpp knows of Gemma 3 without being told: which layers have a window, how those rotate, and the scale of 27B's products."""
     pattern = model.fields.get("gemma3.attention.sliding_window_pattern", 6)
     if not values.get("sliding_window"):
-        values["layer_types"], values["sliding_window"] = [GLOBAL] * values["num_hidden_layers"], None
+        values["sliding_window_pattern"], values["sliding_window"] = 1, None
     elif isinstance(pattern, list):
         values["layer_types"] = [LOCAL if each else GLOBAL for each in pattern]
     else:
