@@ -119,7 +119,7 @@ def notes(machine: Machine, threads: int, bandwidth: list[Bandwidth], peaks: lis
             "figures may be too low"
         )
     if machine.isa_stated and machine.isa != machine.isas[0]:
-        found.append(f"QUIRE_ISA={machine.isa} is not what this machine would take: without it, {machine.isas[0]} is used")
+        found.append(f"QUIRE_ISA={machine.isa} is not what this machine would take: without it, {machine.isas[0]} would be used")
     one, all_ = bandwidth[0], bandwidth[-1]
     if all_.threads > 1 and all_.gb_per_s < 1.15 * one.gb_per_s:
         found.append(
@@ -163,12 +163,13 @@ def describe(report: Report) -> str:
     text = [f"{name:<12}{value}" for name, value in lines]
     text += ["", f"reading memory, GB/s (of {_size(report.bandwidth_buffer)})"]
     text += [f"  {b.threads:>3} {'thread ' if b.threads == 1 else 'threads'}{b.gb_per_s:>10.1f}" for b in report.bandwidth]
-    columns = [f"{kind}, {n} thread{'s' if n > 1 else ''}" for kind in KINDS for n in (1, report.threads)]
-    text += ["", f"{'arithmetic, 10^9 operations/s':<30}" + "".join(f"{column:>21}" for column in columns)]
+    of_all = report.threads > 1
+    text += ["", "arithmetic, 10^9 operations/s of 1 thread" + (f", and of {report.threads}" if of_all else "")]
+    text.append(" " * 22 + "".join(f"{kind:>{20 if of_all else 10}}" for kind in KINDS))
     for p in report.peaks:
-        in_use = "in use" if p.isa == m.isa else "" if p.isa in m.isas else "no kernels"
-        figures = (p.float32_one_thread, p.float32, p.bfloat16_one_thread, p.bfloat16, p.int8_one_thread, p.int8)
-        text.append(f"  {p.isa:<12}{in_use:<16}" + "".join(f"{figure:>21,.0f}" for figure in figures))
+        pairs = ((p.float32_one_thread, p.float32), (p.bfloat16_one_thread, p.bfloat16), (p.int8_one_thread, p.int8))
+        figures = [figure for pair in pairs for figure in (pair if of_all else pair[:1])]
+        text.append(f"  {p.isa:<12}{'in use' if p.isa == m.isa else '':<8}" + "".join(f"{figure:>10,.0f}" for figure in figures))
     r = report.regions_us
     text += [
         "",
