@@ -131,9 +131,8 @@ WIDTHS: list[tuple[str, str, dict[str, Any]]] = [
     *[(model, PAIRED, {"dtype": "bfloat16"}) for model in ("embedded", "opt-post-norm", "gemma3")],
     ("embedded", native.available_isas()[0], {"quantize": "int8"}),
     *[("embedded", isa, {"quantize": "int4"}) for isa in native.available_isas() if isa not in ("portable", "avx512bf16")],
-    *[
-        ("opt-post-norm", isa, {"quantize": "int8"}) for isa in native.available_isas() if isa != "avx512bf16"
-    ],  # widths that are no multiple of anything
+    # Widths that are no multiple of anything.
+    *[("opt-post-norm", isa, {"quantize": "int8"}) for isa in native.available_isas() if isa != "avx512bf16"],
 ]
 
 
