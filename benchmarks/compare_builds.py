@@ -29,7 +29,7 @@ def work(build: str, selection: Sequence[str | None]) -> None:
     from quire.backends.cpu.kernel_bench import Limits, measure, select
     from quire.backends.cpu.kernel_cases import cases
 
-    any_limits = Limits("", 0, 1.0, {1 << 62: 1.0}, 1.0, 1.0)
+    any_limits = Limits("", 0, 1.0, {1 << 62: 1.0}, 1.0, 1.0, 1.0)
     models, dtypes, kernels, rows = selection
     for case in cases(select(models, dtypes, kernels, rows), lambda skipped: None):
         print(f"{case.kernel} {case.model} {case.name} {case.dtype} {case.rows}", flush=True)
