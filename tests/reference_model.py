@@ -94,6 +94,20 @@ class ReferenceModel:
         return self._linear(f"{at}.o", np.einsum("hqk,khd->qhd", weights, v).reshape(n, -1))
 
     def _mlp(self, at: str, x: Array) -> Array:
+        return self._experts(at, x) if self.spec.num_experts else self._feed_forward(at, x)
+
+    def _experts(self, at: str, x: Array) -> Array:
+        spec, out = self.spec, np.zeros_like(x)
+        scores = self._linear(f"{at}.router", x)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        for row in range(len(x)):
+            chosen = np.argsort(-scores[row], kind="stable")[: spec.experts_per_token]
+            total = shares[row, chosen].sum() if spec.experts_sum_to_one else shares[row].sum()
+            for j in chosen:
+                out[row] += shares[row, j] / total * self._feed_forward(f"{at}.experts.{j}", x[row])
+        return out
+
+    def _feed_forward(self, at: str, x: Array) -> Array:
         up = self._linear(f"{at}.up", x)
         y = activate(self.spec.activation, self._linear(f"{at}.gate", x)) * up if self.spec.gated else activate(self.spec.activation, up)
         return self._linear(f"{at}.down", y)

@@ -9,7 +9,8 @@ quantized, nor are norms and biases.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
 from quire.config import EngineConfig
@@ -32,6 +33,10 @@ class Quantization:
     """int4 only: a group has not only a scale, but also what its numbers times the scale must be raised by."""
     linears: tuple[tuple[str, Quantization], ...] = ()
     """Canonical name → kind, under ``stored``."""
+    _kinds: Mapping[str, Quantization] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_kinds", dict(self.linears))
 
     @classmethod
     def of(cls, config: EngineConfig, spec: TransformerSpec) -> Quantization | None:
@@ -62,7 +67,7 @@ class Quantization:
     def kind(self, name: str) -> Quantization:
         """Of a linear, by its canonical name; a tied lm_head is ``embed``."""
         if self.linears:
-            return dict(self.linears)[name]
+            return self._kinds[name]
         return INT8 if self.dtype == "int4" and name in ("lm_head", "embed") else self
 
     def __str__(self) -> str:
@@ -102,9 +107,7 @@ class Quantization:
 
     def _linears(self, spec: TransformerSpec) -> dict[str, tuple[int, int, Quantization]]:
         """Canonical name → outputs, inputs, kind, of every linear that is stored as one."""
-        shapes = {name.removesuffix(".weight"): shape for name, shape in spec.tensor_shapes().items() if len(shape) == 2}
-        tables = ("embed", "positions")
-        return {name: (n, k, self.kind(name)) for name, (n, k) in shapes.items() if name not in tables}
+        return {name: (n, k, self.kind(name)) for name, (n, k) in spec.quantizable().items() if name != "embed"}
 
     def _refuse(self, spec: TransformerSpec, name: str, k: int) -> NoReturn:
         widths = {k for _, k, kind in self._linears(spec).values() if kind == self}

@@ -11,6 +11,7 @@ Canonical tensor names (``{i}`` counts layers from 0; linears are [out, in], as 
     layers.{i}.attn_out_norm.weight         layers.{i}.mlp_out_norm.weight                               (norms_behind only)
     layers.{i}.q|k|v|o.weight|bias          layers.{i}.q_norm|k_norm.weight [head_dim]                   (head_norm only)
     layers.{i}.gate|up|down.weight|bias     (gate only where gated)
+    layers.{i}.router.weight [experts, hidden]   layers.{i}.experts.{j}.gate|up|down.weight   (instead of these, in a mixture of experts)
     final_norm.weight|bias                  lm_head.weight [vocab, embed_size]                           (untied only)
 """
 
@@ -107,6 +108,7 @@ class TransformerSpec:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+    """Inner units of a feed-forward, or of each expert."""
     max_positions: int
     """The model's context, in tokens."""
 
@@ -124,6 +126,12 @@ class TransformerSpec:
     """RMS norm of each query and key head before rotary (Qwen3)."""
     activation: Activation = "silu"
     gated: bool = True
+    num_experts: int = 0
+    """Feed-forwards of each layer, of which a position takes the ``experts_per_token`` that its router scores highest, and adds them up by
+    the softmax of the scores (Shazeer et al., arXiv 1701.06538; Mixtral, arXiv 2401.04088). 0: there is one, without a router."""
+    experts_per_token: int = 0
+    experts_sum_to_one: bool = True
+    """Whether it is the softmax of the scores of those that are taken, or of all."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -217,15 +225,29 @@ class TransformerSpec:
             norm(f"{at}.mlp_norm")
             if self.norms_behind:
                 shapes[f"{at}.attn_out_norm.weight"] = shapes[f"{at}.mlp_out_norm.weight"] = (h,)
-            if self.gated:
-                linear(f"{at}.gate", f, h, self.mlp_bias)
-            linear(f"{at}.up", f, h, self.mlp_bias)
-            linear(f"{at}.down", h, f, self.mlp_bias)
+            if self.num_experts:
+                linear(f"{at}.router", self.num_experts, h, False)
+            for place in self.feed_forwards(at):
+                if self.gated:
+                    linear(f"{place}.gate", f, h, self.mlp_bias)
+                linear(f"{place}.up", f, h, self.mlp_bias)
+                linear(f"{place}.down", h, f, self.mlp_bias)
         if self.final_norm:
             norm("final_norm")
         if not self.tied:
             linear("lm_head", self.vocab_size, e, False)
         return shapes
+
+    def quantizable(self) -> dict[str, tuple[int, int]]:
+        """Name → [out, in] of the linears that may be quantized: all but routers, whose choices hang on small differences. A tied lm_head
+        is ``embed``."""
+        tables = ("positions",) if self.tied else ("positions", "embed")
+        shapes = {full.removesuffix(".weight"): shape for full, shape in self.tensor_shapes().items() if len(shape) == 2}
+        return {name: (n, k) for name, (n, k) in shapes.items() if name not in tables and not name.endswith(".router")}
+
+    def feed_forwards(self, layer: str) -> list[str]:
+        """Where the linears of a layer's feed-forward are, or of its experts."""
+        return [f"{layer}.experts.{j}" for j in range(self.num_experts)] or [layer]
 
     def num_parameters(self) -> int:
         """Parameters, a tied lm_head counted once."""
@@ -249,8 +271,18 @@ class TransformerSpec:
     def matmul_parameters(self) -> int:
         """Parameters that one computed position multiplies by, without lm_head."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
+        mlp = max(1, self.experts_per_token) * self.feed_forward_parameters() + self.num_experts * self.hidden_size
         return self.num_layers * (self.hidden_size * (2 * q + 2 * kv) + mlp)
+
+    def feed_forward_parameters(self) -> int:
+        """Of the linears of one feed-forward, or of one expert."""
+        return (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
+
+    def experts_met(self, positions: float) -> float:
+        """Experts of a layer that some of so many positions take, if each takes any of them as often as the others; 0 without experts."""
+        if not self.num_experts:
+            return 0.0
+        return self.num_experts * (1 - (1 - self.experts_per_token / self.num_experts) ** positions)
 
 
 class Extent(Protocol):

@@ -18,10 +18,14 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -31,6 +35,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     StableLmConfig,
@@ -60,6 +66,9 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "granitemoe": (GraniteMoeConfig, GraniteMoeForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
@@ -75,6 +84,9 @@ _BASE: dict[str, dict[str, Any]] = {
     "mistral": _SHARED,
     "qwen2": _SHARED,
     "qwen3": _SHARED,
+    "mixtral": {**_SHARED, "num_local_experts": 5},
+    "qwen3_moe": {**_SHARED, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
+    "granitemoe": {**_SHARED, "num_local_experts": 6, "num_experts_per_tok": 4},
     "gemma3": {**_SHARED, "head_dim": 16, "sliding_window": 9, "num_hidden_layers": 3, "query_pre_attn_scalar": 20},
     "granite": _SHARED,
     "phi3": _SHARED,
@@ -116,6 +128,13 @@ CASES = [
          "attention_factor": 1.5})),
     Case("llama-gelu", "llama", heads(2, 2, hidden_act="gelu")),
     Case("mistral-window", "mistral", heads(6, 3, sliding_window=7)),
+    Case("mixtral", "mixtral", heads(6, 2)),
+    Case("mixtral-window-one-of-three", "mixtral", heads(3, 1, sliding_window=9, num_local_experts=3, num_experts_per_tok=1)),
+    Case("qwen3-moe", "qwen3_moe", heads(4, 2, head_dim=16, norm_topk_prob=True)),
+    Case("qwen3-moe-sum-of-all", "qwen3_moe", heads(3, 3, norm_topk_prob=False, tie_word_embeddings=True, attention_bias=True)),
+    Case("qwen3-moe-all-taken", "qwen3_moe", heads(2, 1, num_experts=4, num_experts_per_tok=4)),
+    Case("granitemoe", "granitemoe", heads(3, 1, embedding_multiplier=6.0, residual_multiplier=0.3, logits_scaling=4.0,
+         attention_multiplier=0.3)),
     Case("gemma3-pattern", "gemma3", heads(4, 2, num_hidden_layers=7)),
     Case("gemma3-types-scaled", "gemma3", heads(3, 1, head_dim=20, attention_bias=True, tie_word_embeddings=False,
          layer_types=["full_attention", "sliding_attention", "sliding_attention"], rope_parameters={"full_attention":
@@ -175,7 +194,7 @@ def build(case: Case) -> PreTrainedModel:
             elif any(part in name for part in ("embed_tokens", "wte", "lm_head")):
                 parameter.copy_(embedding * noise)
             else:
-                fan_in = parameter.shape[0] if case.kind == "gpt2" else parameter.shape[1]
+                fan_in = parameter.shape[0] if case.kind == "gpt2" else parameter.shape[-1]
                 parameter.copy_(1.5 * noise / fan_in**0.5)
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, [2, 3]
     return model

@@ -161,6 +161,27 @@ def linear(
     an infinity gives NaN. x and out must not overlap.
     """
 
+@final
+class Experts:
+    """The feed-forwards of a mixture of experts, whose bytes are moved together; views of a linear's ``data`` from before are void."""
+
+    def __init__(self, up: tuple[PackedLinear, ...], down: tuple[PackedLinear, ...], taken: int, sum_to_one: bool) -> None:
+        """up [n, k], gated or not, and down [k, n] of each expert; those of one list are of one kind. taken: experts of a row, those with
+        the highest scores; of equal ones the first. sum_to_one: their weights are the softmax of these scores; else of all."""
+    @property
+    def nbytes(self) -> int: ...
+    def set_then(self, then: PackedLinear) -> None:
+        """See PackedLinear."""
+
+def experts(
+    experts: Experts, x: F32, scores: F32, out: F32, rows: F32, inner: F32, accumulate: bool = False, activation: str | None = None
+) -> None:
+    """out[m, k] = the weighed sum of what the experts that scores [m, experts] choose give for x [m, k]; with accumulate, out += that.
+
+    rows [m * taken, k] and inner [m * taken, n] are memory to work in. Each expert is ``linear`` with up and the activation, then with
+    down; the sum goes over a row's experts by score, as a chain of multiply-adds. A NaN among the scores makes the row NaN.
+    """
+
 def rms_norm(x: F32, weight: F32, eps: float, out: F32, accumulate: bool = False) -> None:
     """out = (accumulate: out +=) x / sqrt(mean(x^2) + eps) * weight over the last axis. x and out: [m, d], or [m, heads, d] (a norm for
     each head), maybe strided, maybe the same memory."""

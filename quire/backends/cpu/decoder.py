@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,12 @@ MAX_SCORED_ROWS = 64
 
 F32 = npt.NDArray[np.float32]
 Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+class Sum(Protocol):
+    """What a residual takes: of x, into out or added to it."""
+
+    def __call__(self, x: F32, out: F32, *, accumulate: bool = False) -> None: ...
 
 
 @dataclass(slots=True)
@@ -64,6 +71,29 @@ class Norm:
 
 
 @dataclass(slots=True)
+class FeedForward:
+    """down(up(x))"""
+
+    up: Linear
+    """With the activation; gate and up where gated."""
+    down: Linear
+
+
+@dataclass(slots=True)
+class Experts:
+    """As many feed-forwards as the router has outputs, of which each position takes a few, and how they are weighed."""
+
+    router: Linear
+    experts: native.Experts
+    activation: str
+
+    def __call__(self, scores: F32, rows: F32, inner: F32, x: F32, out: F32, *, accumulate: bool = False) -> None:
+        """x, out [T, hidden], maybe the same. The rest is memory to work in: see native.experts."""
+        self.router(x, scores)
+        native.experts(self.experts, x, scores, out, rows, inner, accumulate, self.activation)
+
+
+@dataclass(slots=True)
 class Layer:
     attn_norm: Norm
     qkv: Linear
@@ -71,9 +101,7 @@ class Layer:
     k_norm: Norm | None
     o: Linear
     mlp_norm: Norm
-    up: Linear
-    """With the activation; gate and up where gated."""
-    down: Linear
+    mlp: FeedForward | Experts
     attn_out_norm: Norm | None
     """Of what attention, and the feed-forward, adds to the residual."""
     mlp_out_norm: Norm | None
@@ -127,7 +155,6 @@ class Decoder:
         self.layers = []
         for i in range(spec.num_layers):
             at = f"layers.{i}"
-            ups = (f"{at}.gate", f"{at}.up") if spec.gated else (f"{at}.up",)
             layer = Layer(
                 attn_norm=self._norm(f"{at}.attn_norm"),
                 qkv=self._linear(f"{at}.q", f"{at}.k", f"{at}.v"),
@@ -135,8 +162,7 @@ class Decoder:
                 k_norm=self._head_norm(f"{at}.k_norm"),
                 o=self._linear(f"{at}.o"),
                 mlp_norm=self._norm(f"{at}.mlp_norm"),
-                up=self._linear(*ups, gated=spec.gated, activation=spec.activation),
-                down=self._linear(f"{at}.down"),
+                mlp=self._experts(at) if spec.num_experts else self._feed_forward_of(at),
                 attn_out_norm=self._norm(f"{at}.attn_out_norm") if spec.norms_behind else None,
                 mlp_out_norm=self._norm(f"{at}.mlp_out_norm") if spec.norms_behind else None,
                 window=spec.window(i),
@@ -150,8 +176,9 @@ class Decoder:
         self.final_norm = self._norm("final_norm", spec.logit_scale) if spec.final_norm else None
         self.lm_head = self._linear("embed" if spec.tied else "lm_head")
         self._tensors, self._packer = {}, Packer()  # they may hold what weights were made from
-        for packed, then in pairwise(part for linear in self._linears() for part in linear.parts):
-            packed.set_then(then)
+        for packed, then in pairwise(self._packed()):
+            if isinstance(then, native.PackedLinear):
+                packed.set_then(then)
 
         def buffer(rows: int, width: int) -> F32:
             # An odd number of cache lines from row to row: a power of two would put all rows into the same few lines of L1.
@@ -163,7 +190,11 @@ class Decoder:
         self._normed = buffer(max_tokens, spec.hidden_size)
         self._qkv = buffer(max_tokens, q + 2 * kv)
         self._attended = buffer(max_tokens, q)
-        self._up = buffer(max_tokens, spec.intermediate_size)
+        taken = max(1, spec.experts_per_token)
+        self._up = buffer(max_tokens * taken, spec.intermediate_size)
+        if spec.num_experts:
+            self._scores = buffer(max_tokens, spec.num_experts)
+            self._rows = buffer(max_tokens * taken, spec.hidden_size)
         self._embedded = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._x
         self._last = buffer(max_tokens, spec.hidden_size)
         self._projected = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._last
@@ -235,18 +266,27 @@ class Decoder:
 
     def weight_bytes(self) -> int:
         """Bytes of all packed linears, lm_head included: what a step reads."""
-        linears = self._linears()
-        if self.spec.embedding_size != self.spec.hidden_size:
-            linears += [self.embed_in, self.embed_out]
-        return sum(part.nbytes for linear in linears for part in linear.parts)
+        outside = [self.embed_in, self.embed_out] if self.spec.embedding_size != self.spec.hidden_size else []
+        return sum(part.nbytes for part in self._packed()) + sum(part.nbytes for linear in outside for part in linear.parts)
+
+    def expert_bytes(self) -> int:
+        """Of which experts: a step reads those that its positions take."""
+        return sum(layer.mlp.experts.nbytes for layer in self.layers if isinstance(layer.mlp, Experts))
 
     def head_bytes(self) -> int:
         """Of which lm_head: what a step without a row of logits does not read."""
         return sum(part.nbytes for part in self.lm_head.parts)
 
-    def _linears(self) -> list[Linear]:
-        """Those of all layers and lm_head, in the order in which a step reads them."""
-        return [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.up, layer.down)] + [self.lm_head]
+    def _packed(self) -> list[native.PackedLinear | native.Experts]:
+        """The weights of all layers and lm_head, in the order in which a step reads them."""
+        found: list[native.PackedLinear | native.Experts] = []
+        for layer in self.layers:
+            found += [*layer.qkv.parts, *layer.o.parts]
+            if isinstance(layer.mlp, Experts):
+                found += [*layer.mlp.router.parts, layer.mlp.experts]
+            else:
+                found += [*layer.mlp.up.parts, *layer.mlp.down.parts]
+        return found + self.lm_head.parts
 
     def _embed(self, batch: Batch) -> F32:
         count = len(batch.ids)
@@ -289,12 +329,17 @@ class Decoder:
         return residual
 
     def _feed_forward(self, layer: Layer, x: F32, residual: F32) -> None:
-        """residual += down(up(x))"""
-        up = self._up[: len(x)]
-        layer.up(x, up)
-        self._add(layer.down, up, layer.mlp_out_norm, residual)
+        """residual += norm(mlp(x))"""
+        mlp = layer.mlp
+        if isinstance(mlp, FeedForward):
+            up = self._up[: len(x)]
+            mlp.up(x, up)
+            self._add(mlp.down, up, layer.mlp_out_norm, residual)
+            return
+        taken = len(x) * self.spec.experts_per_token
+        self._add(partial(mlp, self._scores[: len(x)], self._rows[:taken], self._up[:taken]), x, layer.mlp_out_norm, residual)
 
-    def _add(self, linear: Linear, x: F32, norm: Norm | None, residual: F32) -> None:
+    def _add(self, linear: Sum, x: F32, norm: Norm | None, residual: F32) -> None:
         """residual += norm(linear(x)). What was normed to begin with has been read by then: its buffer is used again."""
         if norm is None:
             linear(x, residual, accumulate=True)
@@ -306,11 +351,29 @@ class Decoder:
     def _vector(self, name: str) -> F32:
         return np.ascontiguousarray(self._tensors[name], np.float32)
 
+    def _feed_forward_of(self, at: str) -> FeedForward:
+        up = self._linear(*self._ups(at), gated=self.spec.gated, activation=self.spec.activation)
+        return FeedForward(up, self._linear(f"{at}.down"))
+
+    def _experts(self, at: str) -> Experts:
+        spec = self.spec
+        router = Linear([self._packer.floats(self._tensors, self._shapes_of(f"{at}.router"))], None)
+        each = spec.feed_forwards(at)
+        ups, downs = [self._shapes_of(*self._ups(one)) for one in each], [self._shapes_of(f"{one}.down") for one in each]
+        up = self._packer.experts(self._tensors, ups, gated=spec.gated)
+        down = self._packer.experts(self._tensors, downs)
+        return Experts(router, native.Experts(up, down, spec.experts_per_token, spec.experts_sum_to_one), spec.activation)
+
+    def _ups(self, at: str) -> tuple[str, ...]:
+        return (f"{at}.gate", f"{at}.up") if self.spec.gated else (f"{at}.up",)
+
+    def _shapes_of(self, *names: str) -> dict[str, tuple[int, ...]]:
+        return {name: self._shapes[f"{name}.weight"] for name in names}
+
     def _linear(self, *names: str, gated: bool = False, activation: str | None = None) -> Linear:
         """One linear of the weights of ``names``, side by side, or gate and up."""
         biases = [self._vector(f"{name}.bias") for name in names if f"{name}.bias" in self._tensors]
-        shapes = {name: self._shapes[f"{name}.weight"] for name in names}
-        parts = self._packer.linear(self._tensors, shapes, gated=gated)
+        parts = self._packer.linear(self._tensors, self._shapes_of(*names), gated=gated)
         return Linear(parts, np.concatenate(biases) if biases else None, activation)
 
     def _norm(self, name: str, scale: float = 1.0) -> Norm:

@@ -17,6 +17,8 @@ from quire.models.quantization import INT8, Quantization
 from quire.models.weights import Blocks, no_blocks
 
 Tensors = Mapping[str, npt.NDArray[Any]]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the weights of linears, by name, in the order in which they are packed."""
 
 
 class Packer:
@@ -44,14 +46,11 @@ class Packer:
             tensor = tensor.astype(self._weight_dtype)
         return _bits(tensor)
 
-    def linear(self, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], *, gated: bool = False) -> list[native.PackedLinear]:
+    def linear(self, tensors: Tensors, shapes: Shapes, *, gated: bool = False) -> list[native.PackedLinear]:
         """The weights that ``shapes`` names, side by side, or gate and up: one linear, or several, each with the outputs of some, where
         they are not all stored in the same way."""
         if self._quantization is None:
-            weights = _alike([tensors[f"{name}.weight"] for name in shapes])
-            packed = [native.pack_linear([self.matrix(weight) for weight in weights], gated=gated)]
-            self._done(shapes)
-            return packed
+            return [self.floats(tensors, shapes, gated=gated)]
         kinds = {name: self._kind(name, self._quantization) for name in shapes}
         if gated and len(set(kinds.values())) > 1:
             kinds = dict.fromkeys(shapes, (INT8, ""))
@@ -60,15 +59,31 @@ class Packer:
             for kind, names in groupby(shapes, kinds.__getitem__)
         ]
 
+    def floats(self, tensors: Tensors, shapes: Shapes, *, gated: bool = False, wide: bool = False) -> native.PackedLinear:
+        """One linear that is not quantized, whatever others are. wide: in float32."""
+        weights = [self.matrix(weight) for weight in _alike([tensors[f"{name}.weight"] for name in shapes], wide)]
+        packed = native.pack_linear(weights, gated=gated)
+        self._done(shapes)
+        return packed
+
+    def experts(self, tensors: Tensors, experts: list[Shapes], *, gated: bool = False) -> tuple[native.PackedLinear, ...]:
+        """One linear of each expert (gate and up where gated), all of one kind: int8 where they are not stored in the same way."""
+        if self._quantization is None:
+            packed = tuple(self.floats(tensors, shapes, gated=gated) for shapes in experts)
+            if len({each.dtype for each in packed}) > 1:
+                packed = tuple(self.floats(tensors, shapes, gated=gated, wide=True) for shapes in experts)
+            return packed
+        kinds = {self._kind(name, self._quantization) for shapes in experts for name in shapes}
+        kind = kinds.pop() if len(kinds) == 1 else (INT8, "")
+        return tuple(self._quantized(tensors, shapes, *kind, gated) for shapes in experts)
+
     def _kind(self, name: str, quantization: Quantization) -> tuple[Quantization, str]:
         """And the type of the blocks that are packed as they are; empty where numbers are made of floats."""
         kind = quantization.kind(name)
         kept = self._blocks(f"{name}.weight") if quantization.linears and kind.dtype == "int4" else None
         return kind, kept[0] if kept else ""
 
-    def _quantized(
-        self, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], kind: Quantization, stored: str, gated: bool
-    ) -> native.PackedLinear:
+    def _quantized(self, tensors: Tensors, shapes: Shapes, kind: Quantization, stored: str, gated: bool) -> native.PackedLinear:
         name, rows, k = "+".join(shapes), [n for n, _ in shapes.values()], next(iter(shapes.values()))[1]
         packed = self._cache.take(name, rows[0] if gated else sum(rows), k, kind, gated) if self._cache is not None else None
         if packed is None:
@@ -83,7 +98,7 @@ class Packer:
         self._done(shapes)
         return packed
 
-    def _done(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _done(self, shapes: Shapes) -> None:
         """With weights of these shapes."""
         if self._progress is not None:
             self._progress.add(sum(map(prod, shapes.values())))
@@ -91,9 +106,10 @@ class Packer:
             self._release()
 
 
-def _alike(weights: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """In one width: the widest holds those of a checkpoint of mixed widths."""
-    return [np.asarray(weight, np.float32) for weight in weights] if len({weight.dtype for weight in weights}) > 1 else weights
+def _alike(weights: list[npt.NDArray[Any]], wide: bool = False) -> list[npt.NDArray[Any]]:
+    """In one width: the widest holds those of a checkpoint of mixed widths. wide: in that one always."""
+    mixed = wide or len({weight.dtype for weight in weights}) > 1
+    return [np.asarray(weight, np.float32) for weight in weights] if mixed else weights
 
 
 def _bits(tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:

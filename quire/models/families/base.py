@@ -11,6 +11,7 @@ from quire.models.spec import Activation, TransformerSpec
 
 # Limits far above any model that fits one machine, low enough that no number in a file can make us loop or allocate for long.
 MAX_LAYERS: Final = 4096
+MAX_EXPERTS: Final = 1024
 MAX_WIDTH: Final = 1 << 22
 MAX_POSITIONS: Final = 1 << 30
 
@@ -100,7 +101,8 @@ class Config:
 
 @dataclass(slots=True, frozen=True)
 class Source:
-    """Where a canonical tensor is in a checkpoint: the tensor ``name``, transposed, then ``rows`` of its first axis."""
+    """Where a canonical tensor is in a checkpoint: the tensor ``name``, transposed, then one expert of it, then ``rows`` of its first
+    axis."""
 
     name: str
     """Without the family's prefix."""
@@ -109,6 +111,8 @@ class Source:
     """First and one past the last row, where several canonical tensors are fused into one."""
     rows_total: int = 0
     """Rows of the fused tensor."""
+    expert: tuple[int, int] | None = None
+    """Which of how many, where the linears of all experts are one tensor of three axes."""
     interleaved: int = 0
     """Heads whose rows (of a linear's outputs) are stored in the order of the original rotary code: the two dimensions that are turned
     together are neighbours, and not half a head apart. 0: they are not."""
@@ -117,6 +121,8 @@ class Source:
         """The shape that the checkpoint must have for the canonical tensor to have ``shape``."""
         if self.rows is not None:
             shape = (self.rows_total, *shape[1:])
+        if self.expert is not None:
+            shape = (self.expert[1], *shape)
         return shape[::-1] if self.transpose else shape
 
 
@@ -146,14 +152,19 @@ class Family:
 def renamed(spec: TransformerSpec, top: Mapping[str, str], layer: Mapping[str, str], layers: str) -> dict[str, Source]:
     """Sources that differ from the canonical names by a table only.
 
-    top: module → checkpoint module; layer: the same within a layer; layers: name of the list of layers.
+    top: module → checkpoint module; layer: the same within a layer, with ``experts`` for the list of experts and ``experts.gate`` and so on
+    for what each of them has; layers: name of the list of layers.
     """
     sources = {}
     for name in spec.tensor_shapes():
         module, _, parameter = name.rpartition(".")
         if module.startswith("layers."):
-            _, index, part = module.split(".")
-            sources[name] = Source(f"{layers}.{index}.{layer[part]}.{parameter}")
+            _, index, part = module.split(".", 2)
+            if part.startswith("experts."):
+                _, expert, part = part.split(".")
+                sources[name] = Source(f"{layers}.{index}.{layer['experts']}.{expert}.{layer[f'experts.{part}']}.{parameter}")
+            else:
+                sources[name] = Source(f"{layers}.{index}.{layer[part]}.{parameter}")
         else:
             sources[name] = Source(f"{top[module]}.{parameter}")
     return sources

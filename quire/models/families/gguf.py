@@ -18,8 +18,9 @@ from quire.models.spec import RopeSpec, TransformerSpec
 _TOP: Final = {"embed": "token_embd", "positions": "position_embd", "final_norm": "output_norm", "lm_head": "output"}
 _LAYER: Final = {
     "attn_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+    "k_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "router": "ffn_gate_inp",
     "attn_out_norm": "post_attention_norm", "mlp_out_norm": "post_ffw_norm",
+    "experts": "", "experts.gate": "ffn_gate_exps", "experts.up": "ffn_up_exps", "experts.down": "ffn_down_exps",
 }  # fmt: skip
 FACTORS: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that belong to the configuration: what each frequency of a rotation is divided by."""
@@ -60,6 +61,7 @@ _SCALES: Final = {
     "attention_multiplier": ".attention.scale",
     "logits_scaling": ".logit_scale",
 }
+_EXPERTS: Final = {"num_experts": ".expert_count", "num_experts_per_tok": ".expert_used_count"}
 _GPT2: Final = {
     "n_embd": ".embedding_length", "n_layer": ".block_count", "n_head": ".attention.head_count", "n_inner": ".feed_forward_length",
     "n_positions": ".context_length", "layer_norm_epsilon": ".attention.layer_norm_epsilon",
@@ -69,7 +71,12 @@ ARCHITECTURES: Final = {
     "llama": Architecture("LlamaForCausalLM", _RMS, interleaved=True),
     "qwen2": Architecture("Qwen2ForCausalLM", _RMS),
     "qwen3": Architecture("Qwen3ForCausalLM", _RMS),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        _RMS | _EXPERTS | {"moe_intermediate_size": ".expert_feed_forward_length", "norm_topk_prob": True},
+    ),
     "granite": Architecture("GraniteForCausalLM", _RMS | _SCALES, interleaved=True),
+    "granitemoe": Architecture("GraniteMoeForCausalLM", _RMS | _SCALES | _EXPERTS, interleaved=True),
     "smollm3": Architecture("SmolLM3ForCausalLM", _RMS, interleaved=True),
     "gemma3": Architecture("Gemma3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}),
     "phi3": Architecture("Phi3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}, fused_gate=True),
@@ -78,6 +85,9 @@ ARCHITECTURES: Final = {
     "gpt2": Architecture("GPT2LMHeadModel", _GPT2),
 }  # fmt: skip
 """``general.architecture`` → what it is here."""
+
+_MIXTRAL: Final = Architecture("MixtralForCausalLM", _RMS | _EXPERTS, interleaved=True)
+"""Which files call ``llama`` as well."""
 
 _SAMPLING: Final = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
 
@@ -89,7 +99,7 @@ def architecture_of(model: Gguf) -> Architecture:
         kind = model.fields.get("general.type", "model")
         what = f"the architecture {name!r:.40}" if kind == "model" else f"not a language model but of the type {kind!r:.40}"
         model.refuse(f"has {what}; supported: {', '.join(sorted(ARCHITECTURES))}")
-    return ARCHITECTURES[name]
+    return _MIXTRAL if name == "llama" and model.fields.get("llama.expert_count") else ARCHITECTURES[name]
 
 
 def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -98,8 +108,11 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
     embed = model.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         model.refuse("has no token_embd.weight: it holds a tokenizer, or another part of a model, but not its weights")
-    if experts := model.fields.get(f"{prefix}.expert_count"):
-        model.refuse(f"is a mixture of {experts} experts, which is not supported")
+    if (experts := model.fields.get(f"{prefix}.expert_count")) and "num_experts" not in kind.fields:
+        model.refuse(f"is a mixture of {experts} experts, which is not supported for {prefix}")
+    for field, only in (("shared_count", 0), ("gating_func", 1), ("weights_scale", 1.0), ("group_count", 0)):
+        if model.fields.get(f"{prefix}.expert_{field}", only) != only:
+            model.refuse(f"has {prefix}.expert_{field} {model.fields[f'{prefix}.expert_{field}']!r:.40}, which is not supported")
     if model.fields.get(f"{prefix}.attention.causal") is False:
         model.refuse("sees what comes after a token, too: it makes vectors of texts, and can't generate any")
     values: dict[str, Any] = {"architectures": [kind.name], "vocab_size": embed.shape[0]}
@@ -214,6 +227,10 @@ def sources_of(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
     q, kv, f = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
     parts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
     for i in range(spec.num_layers):
+        for j in range(spec.num_experts):
+            for part in ("gate", "up", "down"):
+                stacked = f"blk.{i}.{_LAYER[f'experts.{part}']}.weight"
+                sources[f"layers.{i}.experts.{j}.{part}.weight"] = Source(stacked, expert=(j, spec.num_experts))
         for parameter in ("weight", "bias"):
             fused = f"blk.{i}.attn_qkv.{parameter}"
             for part, rows in parts.items():

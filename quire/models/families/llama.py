@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log
 
-from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
+from quire.models.families.base import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
 from quire.models.spec import RopeSpec, TransformerSpec
 
 TOP = {"embed": "embed_tokens", "final_norm": "norm", "lm_head": "lm_head"}
@@ -20,6 +21,11 @@ LAYER = {
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
+    "router": "mlp.gate",
+    "experts": "mlp.experts",
+    "experts.gate": "gate_proj",
+    "experts.up": "up_proj",
+    "experts.down": "down_proj",
 }
 BUFFERS = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
@@ -125,6 +131,7 @@ def read_decoder(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     max_positions: int | None = None,
+    inner: str = "intermediate_size",
     head_norm: bool = False,
     qkv_bias: bool = False,
     o_bias: bool = False,
@@ -134,8 +141,8 @@ def read_decoder(
     partial: float | None = None,
     longrope: bool = False,
 ) -> TransformerSpec:
-    """The fields that Llama and its relatives share. kv_heads, head_dim, max_positions: where config.json does not say. theta, partial,
-    longrope: see read_rope."""
+    """The fields that Llama and its relatives share. kv_heads, head_dim, max_positions: where config.json does not say. inner: the field
+    that says intermediate_size. theta, partial, longrope: see read_rope."""
     hidden = config.integer("hidden_size")
     heads = config.integer("num_attention_heads")
     if "num_key_value_heads" in config.values:
@@ -162,7 +169,7 @@ def read_decoder(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=config.integer("intermediate_size"),
+        intermediate_size=config.integer(inner),
         max_positions=positions,
         norm="rms",
         norm_eps=config.number("rms_norm_eps", 1e-6, high=1.0),
@@ -177,6 +184,16 @@ def read_decoder(
         tied=config.flag("tie_word_embeddings", False),
         dtype=config.dtype(),
     )
+
+
+def with_experts(spec: TransformerSpec, config: Config, *, count: int, per_token: int, sum_to_one: bool = True) -> TransformerSpec:
+    """A mixture of experts. count, per_token: where config.json does not say."""
+    name = "num_experts" if "num_experts" in config.values else "num_local_experts"  # both names are written
+    experts = config.integer(name, count, high=MAX_EXPERTS)
+    taken = config.integer("num_experts_per_tok", per_token, high=MAX_EXPERTS)
+    if taken > experts:
+        config.refuse(f"'num_experts_per_tok' {taken} is more than the {experts} experts that there are")
+    return replace(spec, num_experts=experts, experts_per_token=taken, experts_sum_to_one=sum_to_one)
 
 
 def decoder_sources(spec: TransformerSpec) -> dict[str, Source]:

@@ -49,12 +49,9 @@ class Packing:
     def stored(self, spec: TransformerSpec, packed: Container[str] | None = None) -> tuple[tuple[str, str], ...]:
         """TransformerSpec.stored, as far as configuration and names tell. packed: the linears that are quantized; None: those of layers."""
         found = {}
-        for full, shape in spec.tensor_shapes().items():
-            name = full.removesuffix(".weight")
-            if len(shape) != 2 or name == "positions" or (name == "embed" and not spec.tied):
-                continue
+        for name, (_, inputs) in spec.quantizable().items():
             quantized = name.startswith("layers.") if packed is None else name in packed
-            found[name] = self.kind(shape[1], self.offsets, self.in_order or not self.group_size) if quantized else "int8"
+            found[name] = self.kind(inputs, self.offsets, self.in_order or not self.group_size) if quantized else "int8"
         return tuple(found.items())
 
 

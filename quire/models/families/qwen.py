@@ -1,9 +1,9 @@
-"""Qwen2, Qwen2.5 (biases on q, k and v) and Qwen3 (RMS norms on query and key heads). Dense models only."""
+"""Qwen2, Qwen2.5 (biases on q, k and v) and Qwen3 (RMS norms on query and key heads; also with experts)."""
 
 from __future__ import annotations
 
 from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family
-from quire.models.families.llama import BUFFERS, decoder_sources, read_decoder
+from quire.models.families.llama import BUFFERS, decoder_sources, read_decoder, with_experts
 from quire.models.spec import TransformerSpec
 
 
@@ -35,21 +35,27 @@ def _read_qwen2(config: Config) -> TransformerSpec:
 
 def _read_qwen3(config: Config) -> TransformerSpec:
     config.unsupported(dual_chunk_attention_config=None)
+    return _qwen3(config, "Qwen3ForCausalLM", 32, 128, "intermediate_size", _windows(config))
+
+
+def _read_qwen3_moe(config: Config) -> TransformerSpec:
+    config.unsupported(dual_chunk_attention_config=None, mlp_only_layers=[], decoder_sparse_step=1)
+    layers = config.integer("num_hidden_layers", high=MAX_LAYERS)
+    window = config.integer("sliding_window", 0, high=MAX_POSITIONS) if config.flag("use_sliding_window", False) else 0
+    spec = _qwen3(config, "Qwen3MoeForCausalLM", 4, None, "moe_intermediate_size", (window,) * layers)
+    return with_experts(spec, config, count=128, per_token=8, sum_to_one=config.flag("norm_topk_prob", False))
+
+
+def _qwen3(config: Config, name: str, kv_heads: int, head_dim: int | None, inner: str, windows: tuple[int, ...]) -> TransformerSpec:
     bias = config.flag("attention_bias", False)
     return read_decoder(
-        config,
-        "Qwen3ForCausalLM",
-        kv_heads=32,
-        head_dim=128,
-        max_positions=32768,
-        head_norm=True,
-        qkv_bias=bias,
-        o_bias=bias,
-        windows=_windows(config),
-    )
+        config, name, kv_heads=kv_heads, head_dim=head_dim, max_positions=32768, inner=inner, head_norm=True, qkv_bias=bias, o_bias=bias,
+        windows=windows,
+    )  # fmt: skip
 
 
 FAMILIES = (
     Family("Qwen2ForCausalLM", "qwen2", _read_qwen2, decoder_sources, ("model.",), BUFFERS),
     Family("Qwen3ForCausalLM", "qwen3", _read_qwen3, decoder_sources, ("model.",), BUFFERS),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", _read_qwen3_moe, decoder_sources, ("model.",), BUFFERS),
 )

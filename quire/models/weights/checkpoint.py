@@ -159,7 +159,7 @@ def _load_packed(
         if (weight := weights.get(source.name)) is None:
             makers[name] = partial(_view, source, infos, maps)
             continue
-        if source.transpose:
+        if source.transpose or source.expert is not None:
             raise ModelLoadError(f"{folder}: {spec.architecture} with quantized linears ({source.name}) is not supported")
         rows = source.rows or (0, shapes[name][0])
         makers[name] = partial(weight.floats, *rows)
@@ -174,6 +174,8 @@ def _view(source: Source, infos: Mapping[str, TensorInfo], maps: Mapping[Path, m
     array = view(maps[infos[source.name].file], infos[source.name])
     if source.transpose:
         array = array.T
+    if source.expert is not None:
+        array = array[source.expert[0]]
     return array if source.rows is None else array[slice(*source.rows)]
 
 

@@ -86,12 +86,9 @@ def _spec(model: Gguf, maps: Maps) -> TransformerSpec:
     dtype = {"F32": "float32", "BF16": "bfloat16"}.get(most, "float16")
     if most in _FLOATS:
         return replace(spec, dtype=dtype)
-    tables = () if spec.tied else ("embed.weight",)
-    held = {
-        name.removesuffix(".weight"): model.tensors[source.name].type
-        for name, source in sources_of(model, spec).items()
-        if source.name in model.tensors and len(model.tensors[source.name].shape) == 2 and name not in (*tables, "positions.weight")
-    }
+    sources = sources_of(model, spec)
+    found = {name: model.tensors.get(sources[f"{name}.weight"].name) for name in spec.quantizable()}
+    held = {name: tensor.type for name, tensor in found.items() if tensor is not None}
     return replace(spec, dtype=dtype, stored=tuple((name, _KEPT.get(kind, "int8")) for name, kind in held.items()))
 
 
@@ -134,6 +131,8 @@ class _Tensors:
         source = self._sources[name]
         tensor = self._infos[source.name]
         rows = _bytes(self._maps[tensor.file], tensor)
+        if source.expert is not None:
+            rows = rows.reshape(tensor.shape[0], tensor.shape[1], -1)[source.expert[0]]
         if source.rows is not None:
             rows = rows[slice(*source.rows)]
         if heads := source.interleaved:
@@ -149,9 +148,9 @@ class _Tensors:
 
 
 def _bytes(mapped: mmap.mmap, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-    """[rows, bytes of a row]; of a list, each value is a row."""
+    """[rows, bytes of a row]; of a list, each value is a row; of three axes, the rows of one matrix follow those of another."""
     flat = np.frombuffer(mapped, np.uint8, tensor.nbytes, tensor.offset)
-    return flat.reshape(tensor.shape[0], -1)
+    return flat.reshape(prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.shape[0], -1)
 
 
 def _floats(rows: npt.NDArray[np.uint8], tensor: GgufTensor) -> npt.NDArray[Any]:

@@ -6,6 +6,7 @@
 
 #include "arrays.h"
 #include "dispatch.h"
+#include "experts.h"
 #include "pack.h"
 #include "recording.h"
 
@@ -201,18 +202,59 @@ void linear(const nb::object& self, const Array& x_, const OutArray& out_, const
             "out must be [" + std::to_string(x.rows) + ", " + std::to_string(packed.panels.n) + "], not " + shape_of(out_));
     const float* b = bias ? vector<float>(*bias, "bias", "float32", (packed.panels.gated ? 2 : 1) * packed.panels.n) : nullptr;
     const Activation kind = activation_named(activation);
-    LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, kind, nullptr, 0, 0, Reading::slices};
-    if (const PackedLinear* then = packed.then)
-        args.then = then->panels.data, args.then_panels = then->count(), args.then_panel_bytes = then->nbytes / then->count();
-    const auto kernel = packed.panels.bits ? packed.kernels.linear_quantized : packed.kernels.linear;
+    LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, kind, nullptr, 0, 0, Reading::slices,
+                    nullptr, 0};
+    if (packed.then) packed.then->follow(args, packed.then->panels.data);
     if (x.rows == 0) return;
     run_kernel([=, &packed] {
-        packed.read(args.m, [&](Reading reading) {
-            LinearArgs mine = args;
-            mine.reading = reading;
-            kernel(mine);
-        });
+        packed.readings.read(args.m, 1, [&](Reading reading) { packed.run(args, reading); });
     }, self, x_, out_, bias);
+}
+
+std::vector<PackedLinear*> linears_of(const nb::tuple& list, const char* name) {
+    std::vector<PackedLinear*> linears;
+    for (nb::handle item : list) linears.push_back(&nb::cast<PackedLinear&>(item));
+    require(!linears.empty(), std::string(name) + ": at least one expert is needed");
+    const Panels& first = linears[0]->panels;
+    for (const PackedLinear* each : linears) {
+        const Panels& p = each->panels;
+        require(p.n == first.n && p.k == first.k && p.dtype == first.dtype && p.bits == first.bits && p.group == first.group &&
+                    p.gated == first.gated && p.offsets == first.offsets && &each->kernels == &linears[0]->kernels,
+                std::string(name) + ": the linears of all experts must be alike");
+    }
+    return linears;
+}
+
+void make_experts(Experts* self, const nb::tuple& up_, const nb::tuple& down_, int64_t taken, bool sum_to_one) {
+    const std::vector<PackedLinear*> up = linears_of(up_, "up"), down = linears_of(down_, "down");
+    require(up.size() == down.size(), "up and down must have as many experts: " + std::to_string(up.size()) + " and " +
+                                          std::to_string(down.size()));
+    require(up[0]->panels.n == down[0]->panels.k && down[0]->panels.n == up[0]->panels.k,
+            "down must be [" + std::to_string(up[0]->panels.k) + ", " + std::to_string(up[0]->panels.n) + "], not [" +
+                std::to_string(down[0]->panels.n) + ", " + std::to_string(down[0]->panels.k) + "]");
+    require(taken >= 1 && taken <= static_cast<int64_t>(up.size()),
+            "taken is " + std::to_string(taken) + ": choose from 1 to the " + std::to_string(up.size()) + " experts");
+    new (self) Experts(up, down, taken, sum_to_one);
+}
+
+void run_experts(const nb::object& self, const Array& x_, const Array& scores_, const OutArray& out_, const OutArray& rows_,
+                 const OutArray& inner_, bool accumulate, const std::optional<std::string>& activation) {
+    const auto& experts = nb::cast<const Experts&>(self);
+    const Matrix2 x = matrix(x_, "x"), scores = matrix(scores_, "scores"), out = matrix(out_, "out"), rows = matrix(rows_, "rows"),
+                  inner = matrix(inner_, "inner");
+    const int64_t hidden = experts.up().panels.k, intermediate = experts.up().panels.n;
+    const auto shaped = [&](const Matrix2& m, const char* name, const auto& array, int64_t m_rows, int64_t cols) {
+        require(m.rows == m_rows && m.cols == cols, std::string(name) + " must be [" + std::to_string(m_rows) + ", " + std::to_string(cols) +
+                                                        "], not " + shape_of(array));
+    };
+    shaped(x, "x", x_, x.rows, hidden);
+    shaped(scores, "scores", scores_, x.rows, experts.count());
+    shaped(out, "out", out_, x.rows, hidden);
+    shaped(rows, "rows", rows_, x.rows * experts.taken(), hidden);
+    shaped(inner, "inner", inner_, x.rows * experts.taken(), intermediate);
+    const Experts::Args args{x.data, scores.data, out.data, rows.data, inner.data, x.rows, x.stride, scores.stride, out.stride, rows.stride,
+                             inner.stride, accumulate, activation_named(activation)};
+    run_kernel([args, &experts] { experts.run(args); }, self, x_, scores_, out_, rows_, inner_);
 }
 
 void norm(const Array& x_, const Array& weight, const MaybeArray& bias, float eps, const OutArray& out_, bool centre, bool accumulate) {
@@ -282,6 +324,13 @@ void bind_layers(nb::module_& m) {
         .def_prop_ro("nbytes", [](const PackedLinear& p) { return p.nbytes; })
         .def("set_then", [](PackedLinear& p, const PackedLinear& then) { p.then = &then; }, nb::arg("then"), nb::keep_alive<1, 2>())
         .def_prop_ro("isa", [](const PackedLinear& p) { return p.kernels.name; });
+    nb::class_<Experts>(m, "Experts")
+        .def("__init__", make_experts, nb::arg("up"), nb::arg("down"), nb::arg("taken"), nb::arg("sum_to_one"), nb::keep_alive<1, 2>(),
+             nb::keep_alive<1, 3>())
+        .def_prop_ro("nbytes", [](const Experts& e) { return e.nbytes(); })
+        .def("set_then", [](Experts& e, const PackedLinear& then) { e.then = &then; }, nb::arg("then"), nb::keep_alive<1, 2>());
+    m.def("experts", run_experts, nb::arg("experts"), nb::arg("x"), nb::arg("scores"), nb::arg("out"), nb::arg("rows"), nb::arg("inner"),
+          nb::arg("accumulate") = false, nb::arg("activation") = nb::none());
     m.def("pack_linear", pack_linear, nb::arg("weights"), nb::arg("quantize") = nb::none(), nb::arg("group_size") = 0,
           nb::arg("gated") = false);
     m.def("load_packed", load_packed, nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("dtype"), nb::arg("group_size") = 0,

@@ -1,4 +1,4 @@
-// What happens to each element alone: embedding rows, conversions between float widths.
+// What happens to each element alone: embedding rows, sums of what experts give, conversions between float widths.
 #include "simd.h"
 #include "threads.h"
 
@@ -23,6 +23,19 @@ void embed_task(const void* context, int64_t row, int64_t) {
         case DType::f32: return embed_row(a, static_cast<const float*>(a.table), row);
         case DType::f16: return embed_row(a, static_cast<const f16*>(a.table), row);
         case DType::bf16: return embed_row(a, static_cast<const bf16*>(a.table), row);
+    }
+}
+
+void combine_task(const void* context, int64_t row, int64_t) {
+    const CombineArgs& a = *static_cast<const CombineArgs*>(context);
+    const int32_t* places = a.places + row * a.taken;
+    const float* weights = a.weights + row * a.taken;
+    float* out = a.out + row * a.out_stride;
+    for (int64_t i = 0; i < a.dim; i += kWidth) {
+        const int left = static_cast<int>(a.dim - i < kWidth ? a.dim - i : kWidth);
+        vf sum = zero();
+        for (int64_t j = 0; j < a.taken; ++j) sum = fma(set1(weights[j]), load_n(a.y + places[j] * a.y_stride + i, left), sum);
+        store_n(out + i, a.accumulate ? add(load_n(out + i, left), sum) : sum, left);
     }
 }
 
@@ -54,6 +67,15 @@ void convert_task(const void* context, int64_t task, int64_t) {
 }
 
 }  // namespace
+
+void combine(const CombineArgs& args) {
+    constexpr int64_t kAlone = 32768;   // numbers that are added sooner than others are woken
+    if (args.m * args.taken * args.dim <= kAlone) {
+        for (int64_t row = 0; row < args.m; ++row) combine_task(&args, row, -1);
+    } else {
+        run_tasks(args.m, combine_task, &args);
+    }
+}
 
 void embed(const EmbedArgs& a) { run_tasks(a.m, embed_task, &a); }
 void convert(const ConvertArgs& a) { run_tasks((a.n + kRun - 1) / kRun, convert_task, &a); }

@@ -242,10 +242,9 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     const Plan& plan = *static_cast<const Plan*>(context);
     const LinearArgs& a = plan.args;
     const TaskGrid& grid = plan.grid;
-    const int64_t panel = task / grid.row_blocks, row = task % grid.row_blocks * grid.rows_per_block;
-    const int64_t rows = a.m - row < grid.rows_per_block ? a.m - row : grid.rows_per_block;
-    const T* base = static_cast<const T*>(a.w.data);
-    const T* w = base + panel * panel_positions(a.w) * kPanel;
+    const Task now = task_of(grid, task);
+    const int64_t row = now.row, rows = now.rows;
+    const T* w = reinterpret_cast<const T*>(now.data);
     const bool whole = a.reading != Reading::short_slices, widen = kNarrow<T> && rows >= kWidenRows;
     const int64_t most = whole ? kSlice : widen ? kShortSlice<float> : kShortSlice<T>;
     const bool plain = !a.w.gated && a.activation == Activation::none;
@@ -253,7 +252,7 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     float* part = static_cast<float*>(thread_scratch(kScratchGemm, (part_floats + wide_floats + 1) * sizeof(float)));
     float* wide = part + part_floats;
 
-    Target t{output_of(a, panel, row), part, false, false, false};
+    Target t{output_of(a, now.panel, row), part, false, false, false};
     const Input* x = plan.x + row * plan.x_stride;
     for (int64_t k = 0; k == 0 || k < plan.positions; k += most) {
         const int64_t kn = plan.positions - k < most ? plan.positions - k : most;
@@ -263,7 +262,7 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
         t.finishes = left == 0 && !plain;
         const Coming rest{reinterpret_cast<const char*>(w + (k + kn) * kPanel),
                           (left < most ? left : most) * kPanel * static_cast<int64_t>(sizeof(T)) / 64};
-        const Coming coming = left == 0 ? panel_after(a, grid, task, next, most * kPanel * static_cast<int64_t>(sizeof(float))) : rest;
+        const Coming coming = left == 0 ? panel_after(a, grid, now, task, next, most * kPanel * static_cast<int64_t>(sizeof(float))) : rest;
         if constexpr (!kDots)
             if (widen) {
                 widen_positions(w + k * kPanel, kn, wide);
@@ -301,16 +300,17 @@ template <class T> void task_beside(const void* context, int64_t task, int64_t) 
     constexpr int64_t kPart = 128 / sizeof(T);
     const Plan& plan = *static_cast<const Plan*>(context);
     const LinearArgs& a = plan.args;
-    const int64_t panel = task * kBeside, left = panel_count(a.w) - panel, stride = panel_positions(a.w) * kPanel;
+    const Task now = task_of(plan.grid, task);
+    const int64_t left = panel_count(a.w) - now.panel, stride = panel_positions(a.w) * kPanel;
     const int panels = static_cast<int>(left < kBeside ? left : kBeside);
-    const T* w = static_cast<const T*>(a.w.data) + panel * stride;
+    const T* w = reinterpret_cast<const T*>(now.data);
     alignas(64) float sums[kRowsBeside][kBeside * kPanel];
-    std::memset(sums, 0, static_cast<size_t>(a.m) * sizeof(sums[0]));
-    const int64_t part = a.m == 1 ? plan.positions : kPart;
+    std::memset(sums, 0, static_cast<size_t>(now.rows) * sizeof(sums[0]));
+    const int64_t part = now.rows == 1 ? plan.positions : kPart;
     for (int64_t k = 0; k < plan.positions; k += part, w += part * kPanel) {
         const int64_t kn = plan.positions - k < part ? plan.positions - k : part;
-        for (int m = 0; m < a.m; ++m) {
-            const Input* x = plan.x + m * plan.x_stride + k;
+        for (int m = 0; m < now.rows; ++m) {
+            const Input* x = plan.x + (now.row + m) * plan.x_stride + k;
             const char* next = reinterpret_cast<const char*>(w + kn * kPanel + m % kBeside * stride) + m / kBeside * kn * kQuarter;
             if (m == 0) next = nullptr;
             if (panels == kBeside) beside<kBeside>(x, w, stride, kn, next, sums[m]);
@@ -319,16 +319,18 @@ template <class T> void task_beside(const void* context, int64_t task, int64_t) 
         }
     }
     for (int i = 0; i < panels; ++i) {
-        const Output out = output_of(a, panel + i, 0);
-        for (int m = 0; m < a.m; ++m) finish_rows(out, sums[m] + i * kPanel, nullptr, m, 1);
+        const Output out = output_of(a, now.panel + i, now.row);
+        for (int m = 0; m < now.rows; ++m) finish_rows(out, sums[m] + i * kPanel, nullptr, m, 1);
     }
 }
 
-template <class T> void run(const Plan& plan) {
-    const int64_t panels = panel_count(plan.args.w);
-    if (plan.args.reading == Reading::beside && plan.args.m <= kRowsBeside && panels >= 8 * num_threads())   // or there would be too few tasks
-        return run_tasks((panels + kBeside - 1) / kBeside, task_beside<T>, &plan);
-    run_tasks(plan.grid.tasks, task<T>, &plan);
+template <class T> void run(Plan plan) {
+    const LinearArgs& a = plan.args;
+    const int64_t panel_bytes = panel_positions(a.w) * kPanel * static_cast<int64_t>(sizeof(T));
+    const int64_t panels = panel_count(a.w) * (a.groups ? a.num_groups : 1);
+    const bool beside = a.reading == Reading::beside && most_rows(a) <= kRowsBeside && panels >= 8 * num_threads();   // or too few tasks
+    plan.grid = grid_of(a, {kMostRows, kRowBlock, 4, panel_bytes, beside ? kBeside : 1});
+    run_tasks(plan.grid.tasks, beside ? task_beside<T> : task<T>, &plan);
 }
 
 }  // namespace
@@ -338,22 +340,11 @@ void linear(const LinearArgs& args) {
 #if defined(QUIRE_ISA_avx512bf16)
     if (args.w.dtype != DType::bf16) return avx512::linear(args);
 #endif
-    const int64_t panels = panel_count(args.w);
-    // Enough tasks for every thread, but no more row blocks than that takes, since each reads the weights; and row blocks
-    // whose partial sums stay in L2.
-    const int64_t wanted = (4 * num_threads() + panels - 1) / panels, most = (args.m + 2 * kMostRows - 1) / (2 * kMostRows);
-    const int64_t fit = (args.m + kRowBlock - 1) / kRowBlock;
-    const int64_t blocks = wanted > most ? most : wanted;
-    const int64_t count = blocks > fit ? blocks : fit;
-    const int64_t rows_per_block = ((args.m + count - 1) / count + kMostRows - 1) / kMostRows * kMostRows;
-    const int64_t row_blocks = (args.m + rows_per_block - 1) / rows_per_block;
-    const int64_t panel_bytes = panel_positions(args.w) * kPanel * (args.w.dtype == DType::f32 ? 4 : 2);
-    const TaskGrid grid{row_blocks, rows_per_block, panels * row_blocks, panel_bytes};
 #if defined(QUIRE_ISA_avx512bf16)
     const RoundRows rounded = round_rows(args);
-    run<bf16>({args, grid, rounded.out, rounded.stride, panel_positions(args.w)});
+    run<bf16>({args, {}, rounded.out, rounded.stride, panel_positions(args.w)});
 #else
-    const Plan plan{args, grid, args.x, args.x_stride, args.w.k};
+    const Plan plan{args, {}, args.x, args.x_stride, args.w.k};
     switch (args.w.dtype) {
         case DType::f32: return run<float>(plan);
         case DType::f16: return run<f16>(plan);

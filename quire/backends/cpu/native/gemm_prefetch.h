@@ -1,6 +1,6 @@
 // What the tasks of a linear prefetch, whatever their weights are: while one is computed, memory must not be idle.
 #pragma once
-#include "simd.h"
+#include "gemm_tasks.h"
 
 namespace quire::QUIRE_NS {
 
@@ -79,20 +79,15 @@ template <class Work> QUIRE_INLINE void with_fetch(const Fetch& fetch, Work work
     }
 }
 
-// How the tasks of a linear are numbered: panel by panel, the blocks of rows of a panel one after the other.
-struct TaskGrid {
-    int64_t row_blocks, rows_per_block, tasks, panel_bytes;
-};
-
 // The panel that the thread of this task will probably want afterwards: another one, or of the linear that follows one of the
 // first, which the threads take first. Of a panel, no more than `most` bytes.
-QUIRE_INLINE Coming panel_after(const LinearArgs& a, const TaskGrid& grid, int64_t task, int64_t next, int64_t most) {
+QUIRE_INLINE Coming panel_after(const LinearArgs& a, const TaskGrid& grid, const Task& now, int64_t task, int64_t next, int64_t most) {
     const char* at = nullptr;
     int64_t bytes = 0;
     if (next >= 0) {
-        if (next / grid.row_blocks == task / grid.row_blocks) return {nullptr, 0};
         bytes = grid.panel_bytes;
-        at = static_cast<const char*>(a.w.data) + next / grid.row_blocks * bytes;
+        at = task_of(grid, next).data;
+        if (at == now.data) return {nullptr, 0};
     } else if (const int64_t panel = grid.tasks - 1 - task; panel < a.then_panels) {
         bytes = a.then_panel_bytes;
         at = static_cast<const char*>(a.then) + panel * bytes;

@@ -157,20 +157,20 @@ template <class Kind> void task(const void* context, int64_t task, int64_t next)
     const LinearArgs& a = plan.args;
     const QuantLayout& l = plan.layout;
     const TaskGrid& grid = plan.grid;
-    const int64_t panel = task / grid.row_blocks, row = task % grid.row_blocks * grid.rows_per_block;
-    const int64_t rows = a.m - row < grid.rows_per_block ? a.m - row : grid.rows_per_block;
-    const uint8_t* w = static_cast<const uint8_t*>(a.w.data) + panel * l.panel_bytes;
+    const Task now = task_of(grid, task);
+    const int64_t row = now.row, rows = now.rows;
+    const uint8_t* w = reinterpret_cast<const uint8_t*>(now.data);
     float* sums = static_cast<float*>(thread_scratch(kScratchGemm, static_cast<size_t>(rows * kPanel) * sizeof(float)));
     std::memset(sums, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
 
-    const Output out = output_of(a, panel, row);
+    const Output out = output_of(a, now.panel, row);
     const int64_t slice_bytes = kSlicePositions / l.segment * l.stride;
     for (int64_t k = 0, at = 0; k < a.w.k; k += kSlicePositions, at += slice_bytes) {
         const bool last = k + kSlicePositions >= a.w.k;
         const Slice s{w + at + l.scale_bytes, w + (a.w.group ? at : 0), l.stride, l.scale_stride, l.segment,
                       last ? a.w.k - k : kSlicePositions, l.panel_bytes};
         const int64_t rest = l.panel_bytes - at - slice_bytes;
-        const Coming coming = last ? panel_after(a, grid, task, next, slice_bytes)
+        const Coming coming = last ? panel_after(a, grid, now, task, next, slice_bytes)
                                    : Coming{reinterpret_cast<const char*>(w + at + slice_bytes),
                                             ((rest < slice_bytes ? rest : slice_bytes) + 63) / 64};
         slice<Kind>(plan, s, row, rows, k, sums, coming, last && next < 0 && coming.lines > 0, last ? &out : nullptr);
@@ -184,22 +184,26 @@ template <class Kind> void task_beside(const void* context, int64_t task, int64_
     const Plan& plan = *static_cast<const Plan*>(context);
     const LinearArgs& a = plan.args;
     const QuantLayout& l = plan.layout;
-    const int64_t panel = task * kBeside, left = panel_count(a.w) - panel;
-    const uint8_t* w = static_cast<const uint8_t*>(a.w.data) + panel * l.panel_bytes;
+    const Task now = task_of(plan.grid, task);
+    const int64_t left = panel_count(a.w) - now.panel, row = now.row;
+    const uint8_t* w = reinterpret_cast<const uint8_t*>(now.data);
     const Slice s{w + l.scale_bytes, w, l.stride, l.scale_stride, l.segment, a.w.k, l.panel_bytes};
     alignas(64) float sums[kBeside * kPanel] = {};
-    const Tile t{{plan.rows.a, plan.rows.stride, plan.rows.start, plan.rows.spans, plan.rows.sum, plan.rows.segments}, sums, 0};
+    const QuantRows& q = plan.rows;
+    const Tile t{{q.a + row * q.stride, q.stride, q.start + row * q.spans, q.spans, Kind::offsets ? q.sum + row * q.segments : nullptr,
+                  q.segments}, sums, 0};
     if (left >= kBeside) tile_spans<Kind, 1, kBeside * kVecs, Fetch{0, 1, false}>(s, t, {});
     else tile_spans<Kind, 1, kVecs, Fetch{0, 1, false}>(s, t, {});
     for (int i = 0; i < kBeside && i < left; ++i)
-        finish_rows(output_of(a, panel + i, 0), sums + i * kPanel, plan.rows.scale, 0, 1);
+        finish_rows(output_of(a, now.panel + i, row), sums + i * kPanel, q.scale + row, 0, 1);
 }
 
-template <class Kind> void run(const Plan& plan) {
-    const int64_t panels = panel_count(plan.args.w);
-    if (plan.args.reading == Reading::beside && plan.args.m == 1 && panels >= 8 * num_threads())
-        return run_tasks((panels + kBeside - 1) / kBeside, task_beside<Kind>, &plan);
-    run_tasks(plan.grid.tasks, task<Kind>, &plan);
+template <class Kind> void run(Plan plan) {
+    const LinearArgs& a = plan.args;
+    const int64_t panels = panel_count(a.w) * (a.groups ? a.num_groups : 1);
+    const bool beside = a.reading == Reading::beside && most_rows(a) == 1 && panels >= 8 * num_threads();
+    plan.grid = grid_of(a, {kRows<Kind::bits>, kRowBlock, 8, plan.layout.panel_bytes, beside ? kBeside : 1});
+    run_tasks(plan.grid.tasks, beside ? task_beside<Kind> : task<Kind>, &plan);
 }
 
 }  // namespace
@@ -207,17 +211,7 @@ template <class Kind> void run(const Plan& plan) {
 void linear_quantized(const LinearArgs& args) {
     if (args.m == 0 || args.w.n == 0) return;
     const QuantLayout layout = quant_layout(args.w);
-    const int64_t panels = panel_count(args.w);
-    const int64_t tile_rows = args.w.bits == 8 ? kRows<8> : kRows<4>;
-    // Enough tasks for every thread, and row blocks that stay in L2.
-    const int64_t wanted = (8 * num_threads() + panels - 1) / panels, most = (args.m + 2 * tile_rows - 1) / (2 * tile_rows);
-    const int64_t fit = (args.m + kRowBlock - 1) / kRowBlock;
-    const int64_t blocks = wanted > most ? most : wanted;
-    const int64_t count = blocks > fit ? blocks : fit;
-    const int64_t rows_per_block = ((args.m + count - 1) / count + tile_rows - 1) / tile_rows * tile_rows;
-    const int64_t row_blocks = (args.m + rows_per_block - 1) / rows_per_block;
-    const Plan plan{args, layout, args.w.bits == 8 ? quantize_rows<8>(args, layout) : quantize_rows<4>(args, layout),
-                    {row_blocks, rows_per_block, panels * row_blocks, layout.panel_bytes}};
+    const Plan plan{args, layout, args.w.bits == 8 ? quantize_rows<8>(args, layout) : quantize_rows<4>(args, layout), {}};
     if (args.w.bits == 8) run<Int8>(plan);
     else if (args.w.offsets) run<Int4Offsets>(plan);
     else run<Int4>(plan);

@@ -81,8 +81,11 @@ struct DequantizeArgs {
 enum class Reading : int32_t { slices, short_slices, beside };
 constexpr int kReadings = 3, kRowsBeside = 6, kRowsShort = 48;   // short slices never pay with more rows than kRowsShort
 
+// Some rows of x and out, and the weights that they meet: those of an expert.
+struct RowGroup { int64_t row, rows; const void* data; };
+
 struct LinearArgs {
-    Panels w;
+    Panels w;            // with groups: what the weights of each are like
     const float* x;      // [m, k], rows x_stride floats apart
     float* out;          // [m, n], rows out_stride floats apart
     const float* bias;   // [n], gated [2][n]; or null
@@ -92,6 +95,8 @@ struct LinearArgs {
     const void* then;    // the panels that will be read after these, to prefetch; or null
     int64_t then_panels, then_panel_bytes;
     Reading reading;
+    const RowGroup* groups;   // of all rows; or null: all meet w.data
+    int64_t num_groups;
 };
 
 // Rows are [m][heads][dim], with strides in floats; heads is 1 for a plain matrix.
@@ -122,6 +127,16 @@ struct EmbedArgs {
     DType dtype;
     float scale;
     bool add;            // out += row instead of out = row * scale
+};
+
+// out (+)= for each row the sum of weights[row][i] * y[places[row][i]] over its `taken` places, one chain of multiply-adds.
+struct CombineArgs {
+    const float* y;      // rows y_stride floats apart
+    const int32_t* places;
+    const float* weights;
+    float* out;          // [m, dim]
+    int64_t m, dim, taken, y_stride, out_stride;
+    bool accumulate;
 };
 
 struct ConvertArgs {
@@ -213,6 +228,7 @@ struct Kernels {
     void (*norm)(const NormArgs&);
     void (*rotary)(const RotaryArgs&);
     void (*embed)(const EmbedArgs&);
+    void (*combine)(const CombineArgs&);
     void (*convert)(const ConvertArgs&);
     void (*write_kv)(const WriteKvArgs&);
     void (*attention_shared)(const AttentionArgs&);  // runs args.shared, which args.works may need

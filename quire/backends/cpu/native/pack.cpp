@@ -84,12 +84,10 @@ std::vector<Matrix> interleaved(const Matrix& gate, const Matrix& up, int64_t ha
     return parts;
 }
 
-// Those of all linears that are packed alike; kept to the end of the process, a kilobyte for each shape.
-Readings& readings_of(const Kernels& kernels, const Panels& p) {
-    static std::mutex mutex;
-    static std::map<std::tuple<const Kernels*, DType, int64_t, int64_t, int64_t, int64_t, bool, bool>, Readings> all;
-    const std::lock_guard lock(mutex);
-    return all[{&kernels, p.dtype, p.bits, p.group, p.n, p.k, p.gated, p.offsets}];
+// Memory on huge pages, given back with its last user.
+std::shared_ptr<void> shared_memory(int64_t bytes) {
+    const auto size = static_cast<size_t>(bytes);
+    return {allocate_large(size), [size](void* p) { free_large(p, size); }};
 }
 
 Panels of_parts(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated,
@@ -112,16 +110,23 @@ Panels ungated(const Panels& p) {
 
 }  // namespace
 
+Readings& readings_of(const Kernels& kernels, const Panels& p, bool grouped) {   // a kilobyte for each shape
+    static std::mutex mutex;
+    static std::map<std::tuple<const Kernels*, DType, int64_t, int64_t, int64_t, int64_t, bool, bool, bool>, Readings> all;
+    const std::lock_guard lock(mutex);
+    return all[{&kernels, p.dtype, p.bits, p.group, p.n, p.k, p.gated, p.offsets, grouped}];
+}
+
 int64_t packed_bytes(const Panels& p) {
     return panel_count(p) * (p.bits ? quant_layout(p).panel_bytes : p.panel * panel_positions(p) * (p.dtype == DType::f32 ? 4 : 2));
 }
 
 PackedLinear::PackedLinear(const Kernels& kernels_, const Panels& panels_)
-    : kernels(kernels_), panels(panels_), nbytes(packed_bytes(panels_)), owned_(false), readings_(readings_of(kernels, panels)) {}
+    : kernels(kernels_), panels(panels_), nbytes(packed_bytes(panels_)), readings(readings_of(kernels, panels, false)) {}
 
 PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated)
-    : kernels(kernels_), panels(of_parts(kernels_, parts, dtype, bits, group, gated)), nbytes(packed_bytes(panels)), owned_(true),
-      readings_(readings_of(kernels, panels)) {
+    : kernels(kernels_), panels(of_parts(kernels_, parts, dtype, bits, group, gated)), nbytes(packed_bytes(panels)),
+      readings(readings_of(kernels, panels, false)) {
     void* memory = allocate();
     const std::vector<Matrix> columns = columns_of(panels, parts);
     const Panels whole = ungated(panels);
@@ -137,19 +142,31 @@ PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& p
 PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, Format format, int64_t group, bool offsets,
                            bool gated)
     : kernels(kernels_), panels(of_parts(kernels_, parts, DType::f32, 4, group, gated, offsets)), nbytes(packed_bytes(panels)),
-      owned_(true), readings_(readings_of(kernels, panels)) {
+      readings(readings_of(kernels, panels, false)) {
     void* memory = allocate();
     kernels.repack({columns_of(panels, parts).data(), format, ungated(panels), memory});
 }
 
 void* PackedLinear::allocate() {
-    void* memory = allocate_large(static_cast<size_t>(nbytes));
-    panels.data = memory;
-    return memory;
+    memory_ = shared_memory(nbytes);
+    panels.data = memory_.get();
+    return memory_.get();
 }
 
-PackedLinear::~PackedLinear() {
-    if (owned_) free_large(const_cast<void*>(panels.data), static_cast<size_t>(nbytes));
+void PackedLinear::gather(const std::vector<PackedLinear*>& linears) {
+    const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+    int64_t size = 0;
+    for (const PackedLinear* each : linears) size += each->memory_ ? lines(each->nbytes) : 0;
+    if (!size) return;
+    const std::shared_ptr<void> all = shared_memory(size);
+    char* at = static_cast<char*>(all.get());
+    for (PackedLinear* each : linears) {
+        if (!each->memory_) continue;
+        std::memcpy(at, each->panels.data, static_cast<size_t>(each->nbytes));
+        each->panels.data = at;
+        each->memory_ = all;
+        at += lines(each->nbytes);
+    }
 }
 
 }  // namespace quire

@@ -2,6 +2,7 @@
 // quantized.h for 8 and 4 bits. The bytes depend on the width of a panel, which the instruction set decides, and on nothing
 // else of the machine: they may be kept in a file and mapped where the width is the same.
 #pragma once
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -13,6 +14,14 @@ namespace quire {
 struct Readings {
     // For each number of rows up to kRowsBeside, from there on for each number of tiles of so many.
     Trial trials[kRowsBeside - 1 + kRowsShort / kRowsBeside];
+
+    // Calls work(Reading) with the one that is fastest for so many rows, which is found out meanwhile. matrices: that are read.
+    template <class Work> void read(int64_t rows, int64_t matrices, const Work& work) {
+        if (rows > kRowsShort) return work(Reading::slices);
+        const bool few = rows <= kRowsBeside;
+        Trial& trial = trials[few ? rows - 1 : kRowsBeside - 1 + (rows - 1) / kRowsBeside];
+        trial.run(few ? kReadings : kReadings - 1, [&](int way) { work(static_cast<Reading>(way)); }, static_cast<float>(matrices));
+    }
 };
 
 class PackedLinear {
@@ -23,7 +32,6 @@ public:
     PackedLinear(const Kernels& kernels, const std::vector<Matrix>& parts, Format format, int64_t group, bool offsets, bool gated);
     // Uses packed bytes where they are: panels.data must stay, and hold packed_bytes(panels).
     PackedLinear(const Kernels& kernels, const Panels& panels);
-    ~PackedLinear();
     PackedLinear(const PackedLinear&) = delete;
     PackedLinear& operator=(const PackedLinear&) = delete;
 
@@ -33,21 +41,29 @@ public:
     const PackedLinear* then = nullptr;   // what is read after it; must outlive it
     int64_t count() const { return panel_count(panels); }
 
-    // Calls work(Reading) with the one that is fastest for so many rows, which is found out meanwhile.
-    template <class Work> void read(int64_t rows, const Work& work) const {
-        if (rows > kRowsShort) return work(Reading::slices);
-        const bool few = rows <= kRowsBeside;
-        Trial& trial = readings_.trials[few ? rows - 1 : kRowsBeside - 1 + (rows - 1) / kRowsBeside];
-        trial.run(few ? kReadings : kReadings - 1, [&](int way) { work(static_cast<Reading>(way)); });
+    Readings& readings;
+
+    void run(LinearArgs args, Reading reading) const {
+        args.reading = reading;
+        (panels.bits ? kernels.linear_quantized : kernels.linear)(args);
     }
+    // Is what comes after `args`, at `data`: its own bytes, or those of one that is like it.
+    void follow(LinearArgs& args, const void* data) const {
+        args.then = data, args.then_panels = count(), args.then_panel_bytes = nbytes / count();
+    }
+
+    // Moves the bytes of linears side by side, where they own them: each alone would leave a huge page partly empty, or have none.
+    static void gather(const std::vector<PackedLinear*>& linears);
 
 private:
     void* allocate();
 
-    bool owned_;
-    Readings& readings_;
+    std::shared_ptr<void> memory_;        // null where the bytes are somebody else's
 };
 
 int64_t packed_bytes(const Panels& panels);
+
+// Those of all linears that are packed alike; kept to the end of the process. grouped: where groups of rows meet weights of their own.
+Readings& readings_of(const Kernels& kernels, const Panels& panels, bool grouped);
 
 }  // namespace quire

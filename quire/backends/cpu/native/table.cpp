@@ -11,6 +11,7 @@ void dequantize(const DequantizeArgs&);
 void norm(const NormArgs&);
 void rotary(const RotaryArgs&);
 void embed(const EmbedArgs&);
+void combine(const CombineArgs&);
 void convert(const ConvertArgs&);
 void write_kv(const WriteKvArgs&);
 void attention_shared(const AttentionArgs&);
@@ -41,6 +42,7 @@ const Kernels kernels = {
     .norm = norm,
     .rotary = rotary,
     .embed = embed,
+    .combine = combine,
     .convert = convert,
     .write_kv = write_kv,
     .attention_shared = attention_shared,

@@ -25,7 +25,7 @@ double cpu_quota(const std::string& root = "/");
 // Memory of this thread, 64-byte aligned, at least `bytes`, contents undefined; valid until the next call with the
 // same slot on the same thread. Kernels that may be active at the same time on one thread use different slots.
 enum Scratch {
-    kScratchGemm, kScratchQuantized, kScratchAttention, kScratchShared, kScratchSampler, kScratchHistory, kScratchSlots
+    kScratchTasks, kScratchExperts, kScratchGemm, kScratchQuantized, kScratchAttention, kScratchShared, kScratchSampler, kScratchHistory, kScratchSlots
 };
 void* thread_scratch(Scratch slot, size_t bytes);
 

@@ -14,8 +14,8 @@ class Trial {
 public:
     Trial() { for (std::atomic<float>& best : best_) best.store(std::numeric_limits<float>::infinity(), std::memory_order_relaxed); }
 
-    // work(way): way is from 0 up to `ways`, which is always the same, and at most kMostWays.
-    template <class Work> void run(int ways, const Work& work) {
+    // work(way): way is from 0 up to `ways`, which is always the same, and at most kMostWays. amount: how much work there is this time.
+    template <class Work> void run(int ways, const Work& work, float amount = 1.0f) {
         const int turn = turns_.load(std::memory_order_relaxed);
         if (turn >= kTurns * ways) return work(fastest());
         turns_.store(turn + 1, std::memory_order_relaxed);
@@ -23,7 +23,7 @@ public:
         const auto start = std::chrono::steady_clock::now();
         work(turn % ways);
         const std::chrono::duration<float> time = std::chrono::steady_clock::now() - start;
-        best.store(std::min(best.load(std::memory_order_relaxed), time.count()), std::memory_order_relaxed);
+        best.store(std::min(best.load(std::memory_order_relaxed), time.count() / amount), std::memory_order_relaxed);
     }
 
 private:

@@ -1,0 +1,124 @@
+// Every row is routed by itself: the experts with the highest scores, of equal ones the first, and their softmax. Then rows are sorted by
+// expert, so that all that take one meet its weights at once, and all experts of a step are one parallel region: the weights of those that
+// nobody takes are not read. A row's sum goes over its own experts in the order of their scores. So its bytes are its own.
+#include "experts.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "threads.h"
+
+namespace quire {
+namespace {
+
+constexpr int64_t kAlone = 32768;       // numbers that are gone through sooner than others are woken
+constexpr int64_t kRowsOfTask = 8;
+
+struct Routing {
+    const Experts::Args& args;
+    int64_t experts, taken, dim;
+    bool sum_to_one;
+    int32_t* chosen;     // [m, taken]
+    float* weights;      // [m, taken]
+    int32_t* places;     // [m, taken]: in `rows`
+};
+
+// A row with a NaN among its scores takes the first experts, and is NaN.
+void route(const Routing& r, int64_t row) {
+    const float* scores = r.args.scores + row * r.args.scores_stride;
+    int32_t* chosen = r.chosen + row * r.taken;
+    float* weights = r.weights + row * r.taken;
+    if (std::any_of(scores, scores + r.experts, [](float score) { return std::isnan(score); })) {
+        for (int64_t i = 0; i < r.taken; ++i)
+            chosen[i] = static_cast<int32_t>(i), weights[i] = std::numeric_limits<float>::quiet_NaN();
+        return;
+    }
+    int64_t last = -1;   // those taken so far come before it: by score, and then by number
+    for (int64_t i = 0; i < r.taken; ++i) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < r.experts; ++e) {
+            const bool left = last < 0 || scores[e] < scores[last] || (scores[e] == scores[last] && e > last);
+            if (left && (best < 0 || scores[e] > scores[best])) best = e;
+        }
+        chosen[i] = static_cast<int32_t>(last = best);
+    }
+    const float most = scores[chosen[0]];
+    float sum = 0.0f;
+    for (int64_t i = 0; i < r.taken; ++i) sum += weights[i] = std::exp(scores[chosen[i]] - most);
+    if (!r.sum_to_one) {
+        sum = 0.0f;
+        for (int64_t e = 0; e < r.experts; ++e) sum += std::exp(scores[e] - most);
+    }
+    for (int64_t i = 0; i < r.taken; ++i) weights[i] /= sum;
+}
+
+void fetch(const Routing& r, int64_t row) {
+    const Experts::Args& a = r.args;
+    for (int64_t i = 0; i < r.taken; ++i)
+        std::memcpy(a.rows + r.places[row * r.taken + i] * a.rows_stride, a.x + row * a.x_stride, static_cast<size_t>(r.dim) * sizeof(float));
+}
+
+template <void (*work)(const Routing&, int64_t)> void for_rows(const Routing& r, int64_t each) {
+    if (r.args.m * each <= kAlone) {
+        for (int64_t row = 0; row < r.args.m; ++row) work(r, row);
+        return;
+    }
+    run_tasks((r.args.m + kRowsOfTask - 1) / kRowsOfTask, [](const void* context, int64_t task, int64_t) {
+        const Routing& r = *static_cast<const Routing*>(context);
+        const int64_t end = std::min((task + 1) * kRowsOfTask, r.args.m);
+        for (int64_t row = task * kRowsOfTask; row < end; ++row) work(r, row);
+    }, &r);
+}
+
+}  // namespace
+
+Experts::Experts(std::vector<PackedLinear*> up, std::vector<PackedLinear*> down, int64_t taken, bool sum_to_one)
+    : up_(std::move(up)), down_(std::move(down)), taken_(taken), sum_to_one_(sum_to_one),
+      up_readings_(readings_of(up_[0]->kernels, up_[0]->panels, true)),
+      down_readings_(readings_of(down_[0]->kernels, down_[0]->panels, true)) {
+    PackedLinear::gather(up_);
+    PackedLinear::gather(down_);
+}
+
+void Experts::run(const Args& a) const {
+    if (a.m == 0) return;
+    const int64_t experts = count(), rows = a.m * taken_;
+    const auto size = [](int64_t items, size_t each) { return (static_cast<size_t>(items) * each + 63) / 64 * 64; };
+    const size_t ints = size(rows, 4), groups_size = size(experts, sizeof(RowGroup));
+    char* memory = static_cast<char*>(thread_scratch(kScratchExperts, 3 * ints + size(experts + 1, 4) + 2 * groups_size));
+    const Routing routing{a, experts, taken_, up().panels.k, sum_to_one_, reinterpret_cast<int32_t*>(memory),
+                          reinterpret_cast<float*>(memory + ints), reinterpret_cast<int32_t*>(memory + 2 * ints)};
+    auto* up_groups = reinterpret_cast<RowGroup*>(memory + 3 * ints);
+    auto* down_groups = reinterpret_cast<RowGroup*>(memory + 3 * ints + groups_size);
+    auto* starts = reinterpret_cast<int32_t*>(memory + 3 * ints + 2 * groups_size);   // of each expert's rows; then where its next one goes
+    for_rows<route>(routing, experts * taken_);
+
+    std::fill_n(starts, experts + 1, 0);
+    for (int64_t i = 0; i < rows; ++i) ++starts[routing.chosen[i] + 1];
+    int64_t met = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+        if (const int32_t here = starts[e + 1]) {
+            up_groups[met] = {starts[e], here, up_[static_cast<size_t>(e)]->panels.data};
+            down_groups[met++] = {starts[e], here, down_[static_cast<size_t>(e)]->panels.data};
+        }
+        starts[e + 1] += starts[e];
+    }
+    for (int64_t i = 0; i < rows; ++i) routing.places[i] = starts[routing.chosen[i]]++;
+    for_rows<fetch>(routing, taken_ * routing.dim);
+
+    LinearArgs args{up().panels, a.rows, a.inner, nullptr, rows, a.rows_stride, a.inner_stride, false, a.activation, nullptr, 0, 0,
+                    Reading::slices, up_groups, met};
+    down().follow(args, down_groups[0].data);
+    const int64_t each = (rows + met - 1) / met;
+    up_readings_.read(each, met, [&](Reading reading) { up().run(args, reading); });
+    args = {down().panels, a.inner, a.rows, nullptr, rows, a.inner_stride, a.rows_stride, false, Activation::none, nullptr, 0, 0,
+            Reading::slices, down_groups, met};
+    if (then) then->follow(args, then->panels.data);
+    down_readings_.read(each, met, [&](Reading reading) { down().run(args, reading); });
+    up().kernels.combine({a.rows, routing.places, routing.weights, a.out, a.m, routing.dim, taken_, a.rows_stride, a.out_stride,
+                          a.accumulate});
+}
+
+}  // namespace quire
