@@ -191,7 +191,8 @@ class LLM:
     def cost(self) -> ModelCost:
         """What the steps of this model ask of this machine, in the widths that it is served in."""
         backend = self.backend
-        return ModelCost(backend.spec, backend.weight_bytes(), backend.head_bytes(), self.config.kv_width(backend.spec.dtype))
+        kv_dtype = self.config.kv_width(backend.spec.dtype)
+        return ModelCost(backend.spec, backend.weight_bytes(), backend.head_bytes(), kv_dtype, backend.expert_bytes())
 
     def reset_prefix_cache(self) -> None:
         """Forget what was computed so far: no later request finds it."""

@@ -27,6 +27,9 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "head_dim": 64, "intermediate_size": 2048},
     "llama-0.5b": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
                    "head_dim": 128, "intermediate_size": 3072},
+    "moe-1.3b": {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 1024, "num_hidden_layers": 24,
+                 "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 512,
+                 "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 8, "norm_topk_prob": True},
 }  # fmt: skip
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -40,8 +43,7 @@ CHUNK = 1 << 22  # elements drawn at a time
 
 def make_config(shape: str, dtype: str) -> dict[str, Any]:
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
         **SHAPES[shape],
         "vocab_size": VOCAB,
         "max_position_embeddings": 8192,

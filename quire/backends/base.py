@@ -54,6 +54,10 @@ class Backend(Protocol):
         """Of which only a step with a row of logits reads (lm_head)."""
         ...
 
+    def expert_bytes(self) -> int:
+        """Of which a step reads a part: those of the experts that its positions take. 0 where there are none."""
+        ...
+
 
 class OverlappingBackend(Backend, Protocol):
     """A backend whose device works beside the host: a step is launched before the tokens of the one before it are read.

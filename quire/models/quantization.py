@@ -99,6 +99,10 @@ class Quantization:
         """Bytes of all linears but lm_head: what a step reads."""
         return sum(kind.nbytes(n, k) for name, (n, k, kind) in self._linears(spec).items() if name != "lm_head")
 
+    def expert_bytes(self, spec: TransformerSpec) -> int:
+        """Bytes of all experts."""
+        return sum(kind.nbytes(n, k) for name, (n, k, kind) in self._linears(spec).items() if ".experts." in name)
+
     def check(self, spec: TransformerSpec) -> None:
         """Raises ConfigError where the group size does not divide the inputs of some linear."""
         for name, (_, k, kind) in self._linears(spec).items():
@@ -129,12 +133,13 @@ def planned_cost(config: EngineConfig, whole: TransformerSpec) -> ModelCost:
     spec, head = part_of(whole, config.tensor_parallel), head_bytes(config, whole, config.tensor_parallel)
     if quantization is None:
         tables = 2 * spec.hidden_size * spec.embedding_size if spec.embedding_size != spec.hidden_size else 0
-        linears = (spec.matmul_parameters() + tables) * DTYPE_BYTES[width]
+        linears = (spec.linear_parameters() + tables) * DTYPE_BYTES[width]
+        experts = spec.num_layers * spec.num_experts * spec.feed_forward_parameters() * DTYPE_BYTES[width]
     else:
-        linears = quantization.linear_bytes(spec)
-    return ModelCost(
-        spec, linears + head, head, config.kv_width(spec.dtype), 0 if spec is whole else head_rows(whole, config.tensor_parallel)
-    )
+        routers = spec.num_layers * spec.num_experts * spec.hidden_size * DTYPE_BYTES[width]
+        linears, experts = quantization.linear_bytes(spec) + routers, quantization.expert_bytes(spec)
+    rows = 0 if spec is whole else head_rows(whole, config.tensor_parallel)
+    return ModelCost(spec, linears + head, head, config.kv_width(spec.dtype), experts, rows)
 
 
 def planned_weights(config: EngineConfig, whole: TransformerSpec) -> int:

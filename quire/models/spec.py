@@ -274,6 +274,10 @@ class TransformerSpec:
         mlp = max(1, self.experts_per_token) * self.feed_forward_parameters() + self.num_experts * self.hidden_size
         return self.num_layers * (self.hidden_size * (2 * q + 2 * kv) + mlp)
 
+    def linear_parameters(self) -> int:
+        """Of all linears of all layers, those of experts that a position does not take included."""
+        return self.matmul_parameters() + self.num_layers * (self.num_experts - self.experts_per_token) * self.feed_forward_parameters()
+
     def feed_forward_parameters(self) -> int:
         """Of the linears of one feed-forward, or of one expert."""
         return (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
@@ -282,7 +286,8 @@ class TransformerSpec:
         """Experts of a layer that some of so many positions take, if each takes any of them as often as the others; 0 without experts."""
         if not self.num_experts:
             return 0.0
-        return self.num_experts * (1 - (1 - self.experts_per_token / self.num_experts) ** positions)
+        left_out: float = (1 - self.experts_per_token / self.num_experts) ** positions
+        return self.num_experts * (1 - left_out)
 
 
 class Extent(Protocol):
@@ -307,11 +312,14 @@ class ModelCost:
     head_bytes: int
     """Of which only steps with a row of logits read (lm_head)."""
     kv_dtype: str
+    expert_bytes: int = 0
+    """Of which experts: a step reads those that its positions take."""
     head_rows: int = 0
     """Tokens of the vocabulary whose logits the machine computes, where several share the model; 0: all."""
 
     def of(self, extent: Extent) -> StepCost:
-        """The operations, and the memory that is read at least: weights once a step, and the KV of every row once.
+        """The operations, and the memory that is read at least: weights once a step, and the KV of every row once. Of several steps
+        together, experts are those of as many steps of their mean size.
 
         Two operations for each multiply-add; norms and activations are left out (below 1 %, and in caches). In the last layer
         positions without a row of logits need keys and values only.
@@ -321,9 +329,14 @@ class ModelCost:
         kv = spec.hidden_size * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim  # with the queries, a part of one product
         last = extent.positions * kv + extent.rows * (per_layer - kv)
         head = extent.rows * (self.head_rows or spec.vocab_size) * spec.embedding_size
+        weights = extent.steps * (self.weight_bytes - self.head_bytes) + extent.sampling_steps * self.head_bytes
+        if self.expert_bytes and extent.steps:
+            most, least = (spec.experts_met(each / extent.steps) / spec.num_experts for each in (extent.positions, extent.rows))
+            met = (most * (spec.num_layers - 1) + least) / spec.num_layers
+            weights -= round(extent.steps * self.expert_bytes * (1 - met))
         return StepCost(
             linear_flops=2 * (extent.positions * (spec.num_layers - 1) * per_layer + last + head),
-            weight_bytes=extent.steps * (self.weight_bytes - self.head_bytes) + extent.sampling_steps * self.head_bytes,
+            weight_bytes=weights,
             attention_flops=4 * spec.num_heads * spec.head_dim * ((spec.num_layers - 1) * extent.context + extent.rows_context),
             kv_bytes=extent.keys * spec.kv_bytes_per_token(self.kv_dtype),
         )

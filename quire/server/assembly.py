@@ -71,7 +71,8 @@ def load_model(start: Start) -> Serving:
     start.observers.attach(client)
     compiler = Compiler(start.folder, loaded.limits.vocab_size, loaded.eos_token_ids)
     start.ends.callback(compiler.close)
-    cost = ModelCost(loaded.spec, loaded.weight_bytes, loaded.head_bytes, engine_config.kv_width(loaded.spec.dtype))
+    kv_dtype = engine_config.kv_width(loaded.spec.dtype)
+    cost = ModelCost(loaded.spec, loaded.weight_bytes, loaded.head_bytes, kv_dtype, loaded.expert_bytes)
     batches = None if start.store is None else open_runner(start.store, client, config)
     app = create_app(Context(
         client, tokenizer, config, start.model, tuple(loaded.eos_token_ids), dict(loaded.sampling_defaults),

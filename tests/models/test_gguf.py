@@ -204,7 +204,7 @@ def test_what_gemma3_is_known_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "parts"), [
-    ({"general__architecture": "mamba"}, ["the architecture 'mamba'", "supported: gemma3, gpt2, granite, llama"]),
+    ({"general__architecture": "mamba"}, ["the architecture 'mamba'", "supported: gemma3, gpt2, granite, granitemoe, llama"]),
     ({"general__architecture": "clip", "general__type": "mmproj"}, ["not a language model but of the type 'mmproj'"]),
     ({"llama__block_count": None}, ["a.gguf", "has no field llama.block_count"]),
     ({"llama__block_count": 3}, ["lacks 9 tensors (blk.2.attn_norm.weight [64]"]),
@@ -218,7 +218,12 @@ def test_what_gemma3_is_known_to_do(tmp_path: Path) -> None:
     ({"llama__attention__layer_norm_rms_epsilon": None}, ["has no field llama.attention.layer_norm_rms_epsilon"]),
     ({"llama__rope__scaling__attn_factor": 1.2}, ["attn_factor without the factors"]),
     ({"llama__odd": [1] * ((1 << 22) + 1)}, ["has 4,194,305 entries in 'llama.odd', and at most 4,194,304 are read"]),
-    ({"llama__expert_count": 8}, ["is a mixture of 8 experts"]),
+    ({"llama__expert_count": 8}, ["has no field llama.expert_used_count"]),
+    ({"llama__expert_count": 8, "llama__expert_used_count": 9}, ["'num_experts_per_tok' 9 is more than the 8 experts"]),
+    ({"llama__expert_count": 8, "llama__expert_used_count": 2}, ["lacks 8 tensors (blk.0.ffn_gate_inp.weight [8, 64]"]),
+    ({"llama__expert_count": 8, "llama__expert_used_count": 2, "llama__expert_gating_func": 2}, ["llama.expert_gating_func 2, which is not"]),
+    ({"llama__expert_count": 8, "llama__expert_used_count": 2, "llama__expert_shared_count": 1}, ["llama.expert_shared_count 1, which"]),
+    ({"general__architecture": "qwen3", "qwen3__expert_count": 8}, ["is a mixture of 8 experts, which is not supported for qwen3"]),
     ({"llama__attention__causal": False}, ["sees what comes after a token"]),
     ({"llama__attention__value_length": 8, "llama__attention__key_length": 16}, ["keys of 16 and values of 8"]),
     ({"general__sampling__temp": -1.0}, ["temperature"]),

@@ -146,3 +146,7 @@ class CpuBackend:
     def head_bytes(self) -> int:
         """Of which only a step with a row of logits reads."""
         return self.decoder.head_bytes()
+
+    def expert_bytes(self) -> int:
+        """Of which a step reads the experts that its positions take."""
+        return self.decoder.expert_bytes()

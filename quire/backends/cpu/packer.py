@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from math import prod
 from typing import Any
@@ -66,7 +66,7 @@ class Packer:
         self._done(shapes)
         return packed
 
-    def experts(self, tensors: Tensors, experts: list[Shapes], *, gated: bool = False) -> tuple[native.PackedLinear, ...]:
+    def experts(self, tensors: Tensors, experts: Sequence[Shapes], *, gated: bool = False) -> tuple[native.PackedLinear, ...]:
         """One linear of each expert (gate and up where gated), all of one kind: int8 where they are not stored in the same way."""
         if self._quantization is None:
             packed = tuple(self.floats(tensors, shapes, gated=gated) for shapes in experts)

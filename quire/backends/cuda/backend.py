@@ -198,6 +198,10 @@ class CudaBackend:
         """Of which only a step with a row of logits reads."""
         return self.decoder.lm_head.nbytes
 
+    def expert_bytes(self) -> int:
+        """Of which a step reads the experts that its positions take."""
+        return self.decoder.expert_bytes()
+
     def _compute(self, batch: Batch, arrays: Arrays, updates: Updates, masks: list[bytes | None], pending: Pending) -> None:
         """Send what the step needs, and queue it; into ``pending`` what comes of it."""
         if batch.uniform and arrays.num_decoding == len(arrays.rows) and (size := self._captured_size(arrays, updates)):

@@ -36,7 +36,7 @@ class Architecture:
     name: str
     """The class name in a config.json."""
     fields: Mapping[str, Any]
-    """config.json's fields that are always so, or (a text with a dot) GGUF's field for them, without the architecture's name."""
+    """config.json's fields → GGUF's for them, without the architecture's name, or what they always are, which is no text."""
     interleaved: bool = False
     """Whether the rows of q and k are in the order of the original rotary code."""
     fused_gate: bool = False
@@ -117,7 +117,9 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
         model.refuse("sees what comes after a token, too: it makes vectors of texts, and can't generate any")
     values: dict[str, Any] = {"architectures": [kind.name], "vocab_size": embed.shape[0]}
     for name, field in kind.fields.items():
-        if (value := model.fields.get(prefix + field)) is not None:
+        if not isinstance(field, str):
+            values[name] = field
+        elif (value := model.fields.get(prefix + field)) is not None:
             values[name] = _one(model, prefix + field, value)
         elif name not in _OPTIONAL and name not in _SCALES:
             model.refuse(f"has no field {prefix}{field}")

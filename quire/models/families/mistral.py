@@ -6,7 +6,6 @@ from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family
 from quire.models.families.llama import BUFFERS, LAYER, TOP, decoder_sources, read_decoder, with_experts
 from quire.models.spec import TransformerSpec
 
-
 _MIXTRAL = LAYER | {
     "router": "block_sparse_moe.gate",
     "experts": "block_sparse_moe.experts",

@@ -104,7 +104,8 @@ class Loaded(Message, frozen=True):
     spec: TransformerSpec
     weight_bytes: int
     head_bytes: int
-    """Both as Backend tells them."""
+    expert_bytes: int
+    """All as Backend tells them."""
     machine_limits: tuple[float, float] | None = None
     """Bytes read and operations per second, where they were to be measured."""
 

@@ -206,5 +206,6 @@ def describe(
         spec=spec,
         weight_bytes=backend.weight_bytes(),
         head_bytes=backend.head_bytes(),
+        expert_bytes=backend.expert_bytes(),
         machine_limits=limits,
     )

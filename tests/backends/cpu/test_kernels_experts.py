@@ -1,0 +1,203 @@
+"""Mixtures of experts: a row gives what the linears of its experts give it, whoever else is in the step."""
+
+import numpy as np
+import pytest
+
+from quire.backends.cpu import _native as native
+
+HIDDEN, INNER = 96, 160
+KINDS = [("float32", None, 0), ("float16", None, 0), ("bfloat16", None, 0), ("float32", "int8", 0), ("float32", "int8", 32),
+         ("float32", "int4", 32)]  # fmt: skip
+
+
+@pytest.fixture(params=native.available_isas(), autouse=True)
+def isa(request):
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = native.num_threads()
+    yield
+    native.set_num_threads(before)
+
+
+def packed(rng, count, n, k, kind=KINDS[0], gated=False):
+    """One linear of each expert, and its weights [n, k] (gate, up) in float32."""
+    dtype, quantize, group = kind
+    weights = (rng.standard_normal((count, 1 + gated, n, k)) / k**0.5).astype(np.float32)
+    stored = weights.astype(np.float16) if dtype == "float16" else weights
+    if dtype == "bfloat16":
+        stored = (weights.view(np.uint32) >> 16).astype(np.uint16)
+    return tuple(native.pack_linear(list(each), quantize, group, gated) for each in stored), weights
+
+
+def make(count, taken, kind=KINDS[0], sum_to_one=True, gated=True, hidden=HIDDEN, inner=INNER, seed=0):
+    rng = np.random.default_rng(seed)
+    up, wide_up = packed(rng, count, inner, hidden, kind, gated)
+    down, wide_down = packed(rng, count, hidden, inner, kind)
+    return native.Experts(up, down, taken, sum_to_one), (up, down), (wide_up, wide_down)
+
+
+def inputs(m, count, hidden=HIDDEN, seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((m, hidden)).astype(np.float32), rng.standard_normal((m, count)).astype(np.float32)
+
+
+def run(experts, x, scores, taken, inner=INNER, out=None, accumulate=False, activation="silu"):
+    out = np.full(x.shape, np.nan, np.float32) if out is None else out
+    rows, inside = (np.full((len(x) * taken, width), np.nan, np.float32) for width in (x.shape[1], inner))
+    native.experts(experts, x, scores, out, rows, inside, accumulate, activation)
+    return out
+
+
+def expected(weights, x, scores, taken, sum_to_one=True):
+    """In float64."""
+    ups, downs = (each.astype(np.float64) for each in weights)
+    out = np.zeros(x.shape)
+    for row, score in enumerate(scores.astype(np.float64)):
+        shares = np.exp(score - score.max())
+        chosen = np.argsort(-score, kind="stable")[:taken]
+        total = shares[chosen].sum() if sum_to_one else shares.sum()
+        for e in chosen:
+            gate, up = (ups[e] @ x[row].astype(np.float64)) if len(ups[e]) == 2 else (None, ups[e][0] @ x[row])
+            inner = up * gate / (1 + np.exp(-gate)) if gate is not None else up / (1 + np.exp(-up))
+            out[row] += shares[e] / total * (downs[e][0] @ inner)
+    return out
+
+
+@pytest.mark.parametrize("sum_to_one", [True, False])
+@pytest.mark.parametrize(("count", "taken", "gated"), [(1, 1, True), (5, 1, False), (8, 3, True), (130, 7, True), (6, 6, False)])
+def test_matches_float64(count, taken, gated, sum_to_one):
+    experts, _, weights = make(count, taken, sum_to_one=sum_to_one, gated=gated)
+    for m in [1, 2, 9, 40]:
+        x, scores = inputs(m, count)
+        exact = expected(weights, x, scores, taken, sum_to_one)
+        assert np.abs(run(experts, x, scores, taken) - exact).max() < 1e-5
+        residual = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+        added = run(experts, x, scores, taken, out=residual.copy(), accumulate=True)
+        assert np.array_equal(added, residual + run(experts, x, scores, taken))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_an_expert_gives_what_its_linears_give(kind):
+    """Of one expert, whose weight is 1: bit for bit."""
+    experts, (up, down), _ = make(7, 1, kind)
+    assert experts.nbytes == sum(each.nbytes for each in (*up, *down))
+    for m in [1, 3, 8, 70, 400]:
+        x, scores = inputs(m, 7, seed=m)
+        found = run(experts, x, scores, 1)
+        for e in range(7):
+            rows = np.flatnonzero(scores.argmax(1) == e)
+            inner, out = np.empty((len(rows), INNER), np.float32), np.empty((len(rows), HIDDEN), np.float32)
+            native.linear(up[e], x[rows], inner, None, False, "silu")
+            native.linear(down[e], inner, out)
+            assert np.array_equal(found[rows], out)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_row_is_the_same_alone_and_among_others(kind):
+    hidden, inner = 576, 1152  # so many panels that a few rows may go against several at once
+    experts, _, _ = make(9, 3, kind, hidden=hidden, inner=inner)
+    x, scores = inputs(300, 9, hidden)
+    scores[::4] = scores[0]  # and a crowd at some
+    whole = run(experts, x, scores, 3, inner)
+    for threads in [1, 2, 3]:
+        native.set_num_threads(threads)
+        for m in [1, 1, 1, 2, 3, 5, 8, 17, 40, 111, 300] * 2:  # the ways to read the weights take turns
+            first = int(np.random.default_rng(m).integers(0, 300 - m + 1))
+            part = slice(first, first + m)
+            assert np.array_equal(run(experts, x[part], scores[part], 3, inner), whole[part]), (threads, m)
+
+
+def test_equal_scores_take_the_first():
+    experts, _, weights = make(6, 2)
+    x, _ = inputs(3, 6)
+    scores = np.array([[1, 1, 1, 1, 1, 1], [0, 3, 1, 3, 3, 0], [-np.inf] * 6], np.float32)
+    found = run(experts, x, scores, 2)
+    clear = np.array([[9, 9, 0, 0, 0, 0], [0, 9, 0, 9, 0, 0]], np.float32)
+    assert np.array_equal(found[:2], run(experts, x[:2], clear, 2))
+    assert np.isnan(found[2]).all()  # softmax of nothing but -inf
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    experts, _, _ = make(6, 2)
+    x, scores = inputs(12, 6)
+    clean = run(experts, x, scores, 2)
+    scores[3, 4], scores[7, 0], x[9, 5] = np.nan, np.inf, np.nan
+    found = run(experts, x, scores, 2)
+    others = [row for row in range(12) if row not in (3, 7, 9)]
+    assert np.array_equal(found[others], clean[others])
+    assert np.isnan(found[[3, 7, 9]]).all()
+
+
+def test_experts_that_nobody_takes_are_not_read():
+    rng = np.random.default_rng(0)
+    up, down = packed(rng, 4, INNER, HIDDEN, gated=True)[0], packed(rng, 3, HIDDEN, INNER)[0]
+    bad = native.pack_linear(np.full((HIDDEN, INNER), np.nan, np.float32))
+    experts = native.Experts(up, (*down, bad), 2, True)
+    x, scores = inputs(20, 4)
+    scores[:, 3] = -50.0
+    assert np.isfinite(run(experts, x, scores, 2)).all()
+
+
+def test_out_may_be_x():
+    experts, _, _ = make(5, 2)
+    x, scores = inputs(33, 5)
+    clean = run(experts, x, scores, 2)
+    assert np.array_equal(run(experts, x, scores, 2, out=x), clean)
+
+
+def test_a_recording_chooses_anew():
+    experts, _, _ = make(8, 2)
+    x, scores = inputs(4, 8)
+    out, rows, inner = np.empty_like(x), np.empty((8, HIDDEN), np.float32), np.empty((8, INNER), np.float32)
+    calls = native.Recording()
+    with calls:
+        native.experts(experts, x, scores, out, rows, inner, False, "silu")
+    other_x, other_scores = inputs(4, 8, seed=9)
+    x[:], scores[:] = other_x, other_scores
+    calls.run()
+    assert np.array_equal(out, run(experts, other_x, other_scores, 2))
+
+
+def test_what_comes_next_changes_nothing():
+    experts, _, _ = make(8, 2, hidden=576, inner=320)
+    x, scores = inputs(20, 8, 576)
+    clean = run(experts, x, scores, 2, 320)
+    experts.set_then(native.pack_linear(np.ones((500, 576), np.float32)))
+    assert np.array_equal(run(experts, x, scores, 2, 320), clean)
+
+
+def test_wrong_use():
+    rng = np.random.default_rng(0)
+    up, down = packed(rng, 3, INNER, HIDDEN, gated=True)[0], packed(rng, 3, HIDDEN, INNER)[0]
+    other = packed(rng, 1, INNER, HIDDEN, ("float16", None, 0), True)[0]
+    for args, says in [
+        (((), (), 1, True), "up: at least one expert"),
+        ((up, down[:2], 1, True), "as many experts: 3 and 2"),
+        (((*up[:2], *other), down, 1, True), "up: the linears of all experts must be alike"),
+        ((up, up, 1, True), r"down must be \[96, 160\], not \[160, 96\]"),
+        ((up, down, 0, True), "taken is 0: choose from 1 to the 3 experts"),
+        ((up, down, 4, True), "taken is 4"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            native.Experts(*args)
+    with pytest.raises(TypeError):
+        native.Experts(list(up), list(down), 1, True)
+    experts = native.Experts(up, down, 2, True)
+    x, scores = inputs(4, 3)
+    rows, inner, out = np.empty((8, HIDDEN), np.float32), np.empty((8, INNER), np.float32), np.empty_like(x)
+    for call, says in [
+        ((x[:, :90], scores, out, rows, inner), r"x must be \[4, 96\]"),
+        ((x, scores[:3], out, rows, inner), r"scores must be \[4, 3\]"),
+        ((x, scores, out[:3], rows, inner), r"out must be \[4, 96\]"),
+        ((x, scores, out, rows[:7], inner), r"rows must be \[8, 96\], not \[7, 96\]"),
+        ((x, scores, out, rows, inner[:, :159]), r"inner must be \[8, 160\]"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            native.experts(experts, *call)
+    native.experts(experts, x[:0], scores[:0], out[:0], rows[:0], inner[:0])
