@@ -26,6 +26,7 @@ from cuda_steps import free, step_seconds  # noqa: E402
 from quire.backends.cuda import backend as backends  # noqa: E402
 from quire.backends.cuda.decoder import Decoder  # noqa: E402
 from quire.backends.cuda.device import open_device, operations  # noqa: E402
+from quire.backends.cuda.weights import Experts  # noqa: E402
 
 COUNT = 30
 
@@ -44,7 +45,9 @@ def changes(ops: ModuleType, decoder: Decoder, on_gpu: bool) -> dict[str, list[A
 
         found["no early starts"] = [patch.object(module, "programmatic", lambda: False) for module in (attention, kv_write, layers, linear)]
         found["products of the library"] = [patch.object(linear, "FEW", 0)]
-    linears = [each for layer in decoder.layers for each in (layer.qkv, layer.o, layer.up, layer.down)]
+    linears = [each for layer in decoder.layers for each in (layer.qkv, layer.o)]
+    for mlp in (layer.mlp for layer in decoder.layers):
+        linears += [mlp.router] if isinstance(mlp, Experts) else [mlp.up, mlp.down]
     found["--deterministic"] = [patch.object(each, "same", True) for each in [*linears, decoder.lm_head]]
     return found
 

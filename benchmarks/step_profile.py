@@ -66,6 +66,12 @@ class Recorder:
             rows = next(len(a) for a in args if isinstance(a, np.ndarray))
             columns = packed[0].n * (2 if packed[0].gated else 1)
             return key, self.limit(packed[0].nbytes, 2 * rows * columns * packed[0].k, packed[0].dtype)
+        if name == "experts":
+            experts, x, scores, inner = args[0], args[1], args[2], args[5]
+            chosen = np.argsort(-scores, axis=1, kind="stable")[:, : experts.taken]
+            read = experts.nbytes * len(np.unique(chosen)) // experts.count
+            operations = 2 * chosen.size * x.shape[1] * inner.shape[1] * (3 if experts.gated else 2)
+            return name, self.limit(read, operations, experts.dtype)
         if name == "paged_attention":
             queries, keys = args[0], args[1]
             read = 2 * self.distinct * keys.shape[1] * keys.shape[2] * keys.itemsize
@@ -173,7 +179,9 @@ def main() -> None:
     print(f"float32 {peak / 1e9:.0f}, bfloat16 {peaks['bfloat16'] / 1e9:.0f}, int8 {peaks['int8'] / 1e9:.0f}")
     names = {id(part): "lm_head" for part in decoder.lm_head.parts}
     for layer in decoder.layers:
-        names |= {id(part): name for name in ("qkv", "o", "up", "down") for part in getattr(layer, name).parts}
+        linears = {"qkv": layer.qkv, "o": layer.o}
+        linears |= {name: part for name in ("up", "down", "router") if (part := getattr(layer.mlp, name, None)) is not None}
+        names |= {id(part): name for name, linear in linears.items() for part in linear.parts}
     recorder = Recorder(names, lambda read, work, dtype: max(read / bandwidth, work / peaks.get(dtype, peak)))
     vars(module)["native"] = recorder
     start, busy, own = perf_counter(), busy_seconds(), process_time()

@@ -67,8 +67,8 @@ def test_a_file_of_several_kinds(folder: Path) -> None:
     decoder = LLM(path, kv_memory="16MiB").backend.decoder
     for layer in decoder.layers:
         assert [(part.dtype, part.offsets, part.n) for part in layer.qkv.parts] == [("int4", True, 384), ("int8", False, 128)]
-        assert [(part.dtype, part.offsets, part.gated) for part in layer.up.parts] == [("int4", True, True)]
-        assert [(part.dtype, part.group_size) for part in layer.down.parts] == [("int4", 32)]
+        assert [(part.dtype, part.offsets, part.gated) for part in layer.mlp.up.parts] == [("int4", True, True)]
+        assert [(part.dtype, part.group_size) for part in layer.mlp.down.parts] == [("int4", 32)]
     assert [part.dtype for part in decoder.lm_head.parts] == ["int8"]
     stored, floats = tokens(path), tokens(path, quantize="none", dtype="float32")
     same = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), 24) for x, y in zip(stored, floats, strict=True)]
@@ -81,8 +81,8 @@ def test_gate_and_up_of_two_kinds(tmp_path: Path) -> None:
     """Are multiplied by each other, and so become one linear: of int8."""
     path = write_gguf(tmp_path / "a.gguf", tiny_fields(), tiny_tensors(), "Q4_0", other={"ffn_up": "Q4_1"})
     decoder = LLM(path, kv_memory="1MiB").backend.decoder
-    assert [(part.dtype, part.gated) for part in decoder.layers[0].up.parts] == [("int8", True)]
-    assert [(part.dtype, part.offsets) for part in decoder.layers[0].down.parts] == [("int4", False)]
+    assert [(part.dtype, part.gated) for part in decoder.layers[0].mlp.up.parts] == [("int8", True)]
+    assert [(part.dtype, part.offsets) for part in decoder.layers[0].mlp.down.parts] == [("int4", False)]
 
 
 def test_cache_of_packed_weights(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

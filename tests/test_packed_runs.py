@@ -50,7 +50,7 @@ def test_one_model_in_several_formats(folders: dict[str, Path]) -> None:
     assert answers(folders["gptq"]) == answers(folders["centred"])
     for name, kinds in (("awq", {("int4", 64, True)}), ("gptq", {("int4", 64, False)}), ("int8", {("int8", 0, False)})):
         backend = LLM(folders[name], kv_memory="16MiB").backend
-        found = {(p.dtype, p.group_size, p.offsets) for layer in backend.decoder.layers for p in (*layer.qkv.parts, *layer.up.parts)}
+        found = {(p.dtype, p.group_size, p.offsets) for layer in backend.decoder.layers for p in (*layer.qkv.parts, *layer.mlp.up.parts)}
         assert found == kinds
         assert [part.dtype for part in backend.decoder.lm_head.parts] == ["int8"]
     assert LLM(folders["awq"], kv_memory="16MiB").backend.weight_note.startswith("int4 and int8 as the file has them: 4 MB")

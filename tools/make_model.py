@@ -43,7 +43,8 @@ CHUNK = 1 << 22  # elements drawn at a time
 
 def make_config(shape: str, dtype: str) -> dict[str, Any]:
     return {
-        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         **SHAPES[shape],
         "vocab_size": VOCAB,
         "max_position_embeddings": 8192,

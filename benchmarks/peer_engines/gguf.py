@@ -27,7 +27,8 @@ TYPES: Final = {"f32": (0, 0), "f16": (1, 1), "q4": (2, 2), "q8": (8, 7), "bf16"
 UINT32, FLOAT32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 NAMES: Final = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output", "attn_norm": "attn_norm", "q": "attn_q",
                 "k": "attn_k", "v": "attn_v", "o": "attn_output", "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up",
-                "down": "ffn_down"}  # fmt: skip
+                "down": "ffn_down", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "router": "ffn_gate_inp"}  # fmt: skip
+ARCHITECTURES: Final = {"LlamaForCausalLM": "llama", "Qwen3MoeForCausalLM": "qwen3moe"}
 CHUNK: Final = 1 << 22  # elements converted at a time
 
 
@@ -35,23 +36,29 @@ def write_gguf(model: Path, out: Path, width: str) -> None:
     """Write ``model`` (a folder) to ``out``. Raises ModelLoadError where this writer does not know the architecture."""
     opened = load_model(model)
     spec, tensors = opened.spec, opened.tensors
-    if spec.architecture != "LlamaForCausalLM" or spec.rope is None or spec.rope.scaling != "none":
-        raise ModelLoadError(f"benchmarks/peer_engines/gguf.py writes plain Llama models only, and {model} is {spec.architecture}")
+    if spec.architecture not in ARCHITECTURES or spec.rope is None or spec.rope.scaling != "none":
+        known = " and ".join(ARCHITECTURES)
+        raise ModelLoadError(f"benchmarks/peer_engines/gguf.py writes plain {known} only, and {model} is {spec.architecture}")
     values = [*_hyperparameters(spec, TYPES[width][1], model.resolve().name), *_vocabulary(model, spec)]
     infos, offset = b"", 0
-    for name, array in tensors.items():
-        kind = TYPES[width][0] if array.ndim == 2 else 0
-        encoded = _name(name).encode()
-        infos += struct.pack("<Q", len(encoded)) + encoded + struct.pack("<I", array.ndim)
-        infos += struct.pack(f"<{array.ndim}Q", *reversed(array.shape)) + struct.pack("<IQ", kind, offset)
-        offset += _padded(_nbytes(array, width))
+    stacks: dict[str, list[str]] = {}
+    for name in tensors:
+        stacks.setdefault(_name(name), []).append(name)
+    for name, members in stacks.items():
+        each = _width(name, tensors[members[0]], width)
+        shape = (*((len(members),) if "_exps" in name else ()), *tensors[members[0]].shape)
+        encoded = name.encode()
+        infos += struct.pack("<Q", len(encoded)) + encoded + struct.pack("<I", len(shape))
+        infos += struct.pack(f"<{len(shape)}Q", *reversed(shape)) + struct.pack("<IQ", TYPES[each][0], offset)
+        offset += _padded(len(members) * _nbytes(tensors[members[0]], each))
     part = out.with_suffix(".part")
     with part.open("wb") as file:
-        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values)) + b"".join(values) + infos)
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(stacks), len(values)) + b"".join(values) + infos)
         file.write(bytes(-file.tell() % ALIGNMENT))
-        for name, array in tensors.items():
-            for piece in _pieces(_interleaved(name, array, spec)):
-                file.write(encode(np.asarray(piece, np.float32), width if array.ndim == 2 else "f32").tobytes())
+        for name, members in stacks.items():
+            for member in members:
+                for piece in _pieces(_interleaved(member, tensors[member], spec)):
+                    file.write(encode(np.asarray(piece, np.float32), _width(name, tensors[member], width)).tobytes())
             file.write(bytes(-file.tell() % ALIGNMENT))
     opened.close()
     part.rename(out)
@@ -82,7 +89,8 @@ def encode(values: npt.NDArray[np.float32], width: str) -> npt.NDArray[Any]:
 
 def _hyperparameters(spec: TransformerSpec, file_type: int, name: str) -> Iterator[bytes]:
     assert spec.rope is not None
-    yield _value("general.architecture", STRING, "llama")
+    prefix = ARCHITECTURES[spec.architecture]
+    yield _value("general.architecture", STRING, prefix)
     yield _value("general.name", STRING, name)
     yield _value("general.file_type", UINT32, file_type)
     yield _value("general.alignment", UINT32, ALIGNMENT)
@@ -91,10 +99,12 @@ def _hyperparameters(spec: TransformerSpec, file_type: int, name: str) -> Iterat
         "block_count": spec.num_layers, "feed_forward_length": spec.intermediate_size, "rope.dimension_count": spec.head_dim,
         "attention.head_count": spec.num_heads, "attention.head_count_kv": spec.num_kv_heads,
         "attention.key_length": spec.head_dim, "attention.value_length": spec.head_dim,
+        **({"expert_count": spec.num_experts, "expert_used_count": spec.experts_per_token,
+            "expert_feed_forward_length": spec.intermediate_size} if spec.num_experts else {}),
     }.items():  # fmt: skip
-        yield _value(f"llama.{key}", UINT32, number)
-    yield _value("llama.attention.layer_norm_rms_epsilon", FLOAT32, spec.norm_eps)
-    yield _value("llama.rope.freq_base", FLOAT32, spec.rope.theta)
+        yield _value(f"{prefix}.{key}", UINT32, number)
+    yield _value(f"{prefix}.attention.layer_norm_rms_epsilon", FLOAT32, spec.norm_eps)
+    yield _value(f"{prefix}.rope.freq_base", FLOAT32, spec.rope.theta)
 
 
 def _vocabulary(model: Path, spec: TransformerSpec) -> Iterator[bytes]:
@@ -118,17 +128,25 @@ def _vocabulary(model: Path, spec: TransformerSpec) -> Iterator[bytes]:
 
 
 def _name(canonical: str) -> str:
-    """layers.3.q.weight → blk.3.attn_q.weight."""
+    """layers.3.q.weight → blk.3.attn_q.weight; all experts of a layer are one tensor."""
     module, _, parameter = canonical.rpartition(".")
+    if ".experts." in module:
+        layer, _, part = module.rpartition(".")
+        return f"{layer.partition('.experts.')[0].replace('layers.', 'blk.')}.{NAMES[part]}_exps.{parameter}"
     head, _, part = module.rpartition(".")
     return f"{head.replace('layers.', 'blk.')}{'.' if head else ''}{NAMES[part]}.{parameter}"
 
 
 def _interleaved(name: str, array: npt.NDArray[Any], spec: TransformerSpec) -> npt.NDArray[Any]:
     """llama.cpp rotates neighbours where the checkpoint rotates halves: the rows of each head of q and k change places."""
-    if name.split(".")[-2] not in ("q", "k"):
+    if spec.architecture != "LlamaForCausalLM" or name.split(".")[-2] not in ("q", "k"):
         return array
     return array.reshape(-1, 2, spec.head_dim // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _width(name: str, array: npt.NDArray[Any], width: str) -> str:
+    """Vectors and routers are float32."""
+    return width if array.ndim == 2 and "ffn_gate_inp" not in name else "f32"
 
 
 def _pieces(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:

@@ -168,6 +168,12 @@ def gpu_buffer_bytes(config: EngineConfig, spec: TransformerSpec) -> int:
     return config.max_num_batched_tokens * position + 2 * rows * (position + 4 * 4 * spec.vocab_size)
 
 
+def read_note(weights: int, experts: int) -> str:
+    """What a step reads of weights, in bytes, of which experts."""
+    taken = f", of the {experts / 1e6:,.0f} MB of experts those that its positions take" if experts else ""
+    return f"{weights / 1e6:,.0f} MB that a step reads{taken}"
+
+
 def _mib(size: int) -> int:
     return -(-size >> 20)
 

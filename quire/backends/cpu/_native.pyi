@@ -169,6 +169,15 @@ class Experts:
         """up [n, k], gated or not, and down [k, n] of each expert; those of one list are of one kind. taken: experts of a row, those with
         the highest scores; of equal ones the first. sum_to_one: their weights are the softmax of these scores; else of all."""
     @property
+    def count(self) -> int: ...
+    @property
+    def taken(self) -> int: ...
+    @property
+    def dtype(self) -> str:
+        """As of a PackedLinear, of up; and so is ``gated``."""
+    @property
+    def gated(self) -> bool: ...
+    @property
     def nbytes(self) -> int: ...
     def set_then(self, then: PackedLinear) -> None:
         """See PackedLinear."""

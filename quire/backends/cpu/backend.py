@@ -15,7 +15,7 @@ from quire.backends.cpu.packed_cache import PackedCache
 from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.sampler import Sampler
 from quire.backends.cpu.scorer import Scorer
-from quire.backends.memory import KVMemory, context_length, host_room, kv_memory
+from quire.backends.memory import KVMemory, context_length, host_room, kv_memory, read_note
 from quire.backends.parameters import sampled_masks
 from quire.backends.progress import Progress
 from quire.backends.rows import Rows, fresh_blocks
@@ -42,7 +42,7 @@ class CpuBackend:
         self.memory_note = memory.note
         kind = Quantization.of(config, spec)
         self.arithmetic = native.arithmetic(config.weight_width(spec.dtype) if kind is None else "int8")
-        self.weight_note = "" if kind is None else f"{kind}: {decoder.weight_bytes() / 1e6:,.0f} MB that a step reads"
+        self.weight_note = "" if kind is None else f"{kind}: {read_note(decoder.weight_bytes(), decoder.expert_bytes())}"
         self.block_size = config.block_size
         self.max_model_len = max_model_len
         self.window = spec.common_window()

@@ -26,7 +26,7 @@ from quire.backends.cuda.staging import to_device
 from quire.backends.cuda.steps import Samples, Steps
 from quire.backends.cuda.swap import Copier
 from quire.backends.cuda.tables import Tables, Updates
-from quire.backends.memory import KVMemory
+from quire.backends.memory import KVMemory, read_note
 from quire.backends.parameters import Parameters, sampled_masks
 from quire.backends.progress import Progress
 from quire.backends.rows import Batch, Rows, fresh_blocks
@@ -70,7 +70,9 @@ class CudaBackend:
         self.arithmetic = str(decoder.dtype).removeprefix("torch.")
         self.weight_note = ""
         if config.quantize is not None:
-            self.weight_note = f"{config.quantize} with one scale for each output: {decoder.weight_bytes() / 1e6:,.0f} MB that a step reads"
+            self.weight_note = (
+                f"{config.quantize} with one scale for each output: {read_note(decoder.weight_bytes(), decoder.expert_bytes())}"
+            )
         self.block_size, self.max_model_len = config.block_size, max_model_len
         self.window = spec.common_window()
         self._ops, self._poison, self._same = ops, config.kv_debug, config.deterministic

@@ -16,8 +16,8 @@ from torch import Tensor
 from quire.backends.cuda.cache import KVPool, LayerKV
 from quire.backends.cuda.group import Group
 from quire.backends.cuda.tiles import DecodeTiles
-from quire.backends.cuda.weights import Linear, Loader
-from quire.models.spec import RopeSpec, TransformerSpec
+from quire.backends.cuda.weights import Experts, Linear, Loader
+from quire.models.spec import Activation, RopeSpec, TransformerSpec
 
 
 @dataclass(slots=True)
@@ -78,6 +78,27 @@ NO_KV = LayerKV(torch.empty(0), torch.empty(0), None, None)
 
 
 @dataclass(slots=True)
+class FeedForward:
+    """down(act(up(x)))"""
+
+    up: Linear
+    """Gate beside up where gated."""
+    down: Linear
+    gated: bool
+    activation: Activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] → [T, hidden]"""
+        if self.gated:
+            return self.down(self.up.gated(x, self.activation))
+        return self.down(self.up.ops.activate(self.up(x), self.activation, False))
+
+    @property
+    def nbytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
+
+
+@dataclass(slots=True)
 class Layer:
     attn_norm: Norm
     qkv: Linear
@@ -85,9 +106,7 @@ class Layer:
     k_norm: Tensor | None
     o: Linear
     mlp_norm: Norm
-    up: Linear
-    """Gate beside up where gated."""
-    down: Linear
+    mlp: FeedForward | Experts
     attn_out_norm: Norm | None
     """Of what attention, and the feed-forward, adds to the residual."""
     mlp_out_norm: Norm | None
@@ -136,13 +155,23 @@ class Decoder:
         def norm_behind(name: str) -> Norm | None:
             return norm(name) if spec.norms_behind else None
 
+        def ups(place: str) -> tuple[str, ...]:
+            return (f"{place}.gate", f"{place}.up") if spec.gated else (f"{place}.up",)
+
+        def mlp(at: str) -> FeedForward | Experts:
+            if not spec.num_experts:
+                return FeedForward(loader.linear(*ups(at)), loader.linear(f"{at}.down"), spec.gated, spec.activation)
+            places = spec.feed_forwards(at)
+            up, down = loader.stacked([ups(place) for place in places]), loader.stacked([(f"{place}.down",) for place in places])
+            router = loader.linear(f"{at}.router", exact=True)
+            return Experts(router, *up, *down, spec.activation, spec.experts_per_token, spec.experts_sum_to_one)
+
         self.layers = []
         for i in range(spec.num_layers):
             at = f"layers.{i}"
             self.layers.append(Layer(
                 norm(f"{at}.attn_norm"), loader.linear(f"{at}.q", f"{at}.k", f"{at}.v"), head_norm(f"{at}.q_norm"),
-                head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"),
-                loader.linear(*((f"{at}.gate", f"{at}.up") if spec.gated else (f"{at}.up",))), loader.linear(f"{at}.down"),
+                head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"), mlp(at),
                 norm_behind(f"{at}.attn_out_norm"), norm_behind(f"{at}.mlp_out_norm"),
                 spec.window(i), None if (rope := layer_ropes[i]) is None else tables[rope], NO_KV,
             ))  # fmt: skip
@@ -181,9 +210,14 @@ class Decoder:
 
     def weight_bytes(self) -> int:
         """Bytes of all linears, lm_head included: what a step reads."""
-        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.up, layer.down)]
+        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o)]
+        linears += [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, Experts)]
         linears += [linear for linear in (self._embed_in, self._embed_out, self.lm_head) if linear is not None]
-        return sum(linear.nbytes for linear in linears)
+        return sum(linear.nbytes for linear in linears) + sum(layer.mlp.nbytes for layer in self.layers)
+
+    def expert_bytes(self) -> int:
+        """Of which experts: a step reads those that its positions take."""
+        return sum(layer.mlp.nbytes for layer in self.layers if isinstance(layer.mlp, Experts))
 
     def _embedded(self, step: Step) -> Tensor:
         x = self._ops.embed(step.tokens, step.rows, step.positions, self.embed)
@@ -205,7 +239,7 @@ class Decoder:
                     return residual
             x = self._summed(layer.o(x))
             x = layer.mlp_norm(x if layer.attn_out_norm is None else layer.attn_out_norm(x), residual)
-            x = self._feed_forward(layer, x)
+            x = self._summed(layer.mlp(x))
             if layer.mlp_out_norm is not None:
                 x = layer.mlp_out_norm(x)
             if following is not None:
@@ -220,7 +254,7 @@ class Decoder:
                 if not len(x):
                     return residual
             x = layer.attn_norm(self._summed(layer.o(x)), residual)
-            x = layer.mlp_norm(self._feed_forward(layer, x), x)
+            x = layer.mlp_norm(self._summed(layer.mlp(x)), x)
         return x if self.final_norm is None else self.final_norm(x)
 
     def _attention(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
@@ -242,12 +276,6 @@ class Decoder:
                 step.prefill_tiles[layer.window], spec.scale, layer.window, out[decoding:],
             )  # fmt: skip
         return out.view(count, -1)
-
-    def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
-        """down(act(up(x)))"""
-        spec = self.spec
-        inner = layer.up.gated(x, spec.activation) if spec.gated else self._ops.activate(layer.up(x), spec.activation, False)
-        return self._summed(layer.down(inner))
 
     def _summed(self, x: Tensor) -> Tensor:
         if self._group is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,38 @@ class Linear:
         return sum(tensor.nbytes for tensor in (self.weight, self.bias, self.scales) if tensor is not None)
 
 
+@dataclass(slots=True)
+class Experts:
+    """As many feed-forwards as the router has outputs, of which each row takes a few, and how they are weighed."""
+
+    router: Linear
+    up: Tensor
+    """[experts, 2 * inner, hidden], gate beside up; or [experts, inner, hidden] where there is no gate."""
+    up_scales: Tensor | None
+    """[experts, 2 * inner] float32 where weights are int8 or fp8, or [experts, inner]."""
+    down: Tensor
+    """[experts, hidden, inner]"""
+    down_scales: Tensor | None
+    """[experts, hidden]"""
+    activation: Activation
+    taken: int
+    sum_to_one: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] → [T, hidden]"""
+        ops = self.router.ops
+        chosen, weights = ops.route(self.router(x), self.taken, self.sum_to_one)
+        summed: Tensor = ops.experts(
+            x, self.up, self.up_scales, self.down, self.down_scales, chosen, weights, self.activation, self.router.same
+        )  # fmt: skip
+        return summed
+
+    @property
+    def nbytes(self) -> int:
+        """Of all experts, without the router."""
+        return sum(tensor.nbytes for tensor in (self.up, self.up_scales, self.down, self.down_scales) if tensor is not None)
+
+
 class Loader:
     """Makes device tensors of a model's host tensors. What it has copied is given back to the system through ``release``."""
 
@@ -70,18 +102,12 @@ class Loader:
         self._copy(name, array, there)
         return there
 
-    def linear(self, *names: str, share: Tensor | None = None) -> Linear:
-        """The linears ``names`` side by side, which share an input. share: a tensor that is the weight already (a tied lm_head)."""
-        weight, scales = share, None
-        if weight is not None:
-            sizes = [len(weight)]
-        else:
-            arrays = [self._tensors[f"{name}.weight"] for name in names]
-            sizes = [len(array) for array in arrays]
-            weight = torch.empty((sum(sizes), arrays[0].shape[1]), dtype=self._dtype, device=self._device)
-            for name, array, part in zip(names, arrays, weight.split(sizes), strict=True):
-                self._copy(f"{name}.weight", array, part)
-        if self._quantize is not None:
+    def linear(self, *names: str, share: Tensor | None = None, exact: bool = False) -> Linear:
+        """The linears ``names`` side by side, which share an input. share: a tensor that is the weight already (a tied lm_head). exact:
+        it is not quantized (a router)."""
+        sizes = [len(self._tensors[f"{name}.weight"]) for name in names] if share is None else [len(share)]
+        weight, scales = self._weight(*names) if share is None else share, None
+        if self._quantize is not None and not exact:
             weight, scales = quantize_weight(weight, self._quantize)
         bias = None
         if any(self.has(f"{name}.bias") for name in names):
@@ -90,6 +116,31 @@ class Loader:
                 if self.has(f"{name}.bias"):
                     self._copy(f"{name}.bias", self._tensors[f"{name}.bias"], part)
         return Linear(weight, bias, scales, self._ops, self._same)
+
+    def stacked(self, each: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor | None]:
+        """The weights of linears of one shape, which have no biases, some of them side by side in ``each``: [len(each), out, in], and
+        where they are quantized their scales [len(each), out]. One at a time: there is no room for all of them in two widths."""
+        shapes = [self._tensors[f"{name}.weight"].shape for name in each[0]]
+        shape = (len(each), sum(out for out, _ in shapes), shapes[0][1])
+        if self._quantize is None:
+            stack = torch.empty(shape, dtype=self._dtype, device=self._device)
+            for names, there in zip(each, stack, strict=True):
+                self._weight(*names, into=there)
+            return stack, None
+        stack = torch.empty(shape, dtype=DTYPES[self._quantize], device=self._device)
+        scales = torch.empty(shape[:2], dtype=torch.float32, device=self._device)
+        for i, names in enumerate(each):
+            stack[i], scales[i] = quantize_weight(self._weight(*names), self._quantize)
+        return stack, scales
+
+    def _weight(self, *names: str, into: Tensor | None = None) -> Tensor:
+        """Of the linears ``names`` side by side, in the dtype of the activations."""
+        arrays = [self._tensors[f"{name}.weight"] for name in names]
+        sizes = [len(array) for array in arrays]
+        weight = torch.empty((sum(sizes), arrays[0].shape[1]), dtype=self._dtype, device=self._device) if into is None else into
+        for name, array, part in zip(names, arrays, weight.split(sizes), strict=True):
+            self._copy(f"{name}.weight", array, part)
+        return weight
 
     def _copy(self, name: str, array: npt.NDArray[Any], there: Tensor) -> None:
         there.copy_(host_tensor(array))

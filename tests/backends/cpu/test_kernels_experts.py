@@ -114,7 +114,7 @@ def test_a_row_is_the_same_alone_and_among_others(kind):
 
 
 def test_equal_scores_take_the_first():
-    experts, _, weights = make(6, 2)
+    experts, _, _ = make(6, 2)
     x, _ = inputs(3, 6)
     scores = np.array([[1, 1, 1, 1, 1, 1], [0, 3, 1, 3, 3, 0], [-np.inf] * 6], np.float32)
     found = run(experts, x, scores, 2)

@@ -110,7 +110,10 @@ def steps(name: str, **options: Any) -> None:
 
 def others() -> None:
     """What those steps had no use for: a row alone, a grammar's mask, copies of blocks."""
-    kernels.linear(torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(64, 128, dtype=torch.bfloat16))
+    row, weight = torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(4, 128, 128, dtype=torch.bfloat16)
+    kernels.linear(row, weight[0])
+    chosen, weights = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2)
+    kernels.experts(row, weight, None, weight[..., :64].contiguous(), None, chosen, weights, "silu", False)
     kernels.restrict(torch.zeros(2, 64), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
     pool = torch.zeros(2, 2, 4, 64)
     kernels.copy_blocks(pool, pool, torch.zeros(1, 2, dtype=torch.int32))
@@ -123,6 +126,7 @@ if __name__ == "__main__":
     every_kind()
     steps("qwen3-tied", dtype="bfloat16")
     steps("mistral-window", dtype="bfloat16", kv_dtype="int8", deterministic=True)
+    steps("qwen3-moe", dtype="bfloat16", quantize="int8")
     others()
     print(*(f"{name} {count}" for name, count in sorted(compared.items())), sep=", ")
     print(*faults, sep="\n")

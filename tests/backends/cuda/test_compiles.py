@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-GROUPS = ("attention", "launches", "layers", "sampling", "small")
+GROUPS = ("attention", "experts", "launches", "layers", "sampling", "small")
 
 
 @pytest.fixture(scope="module")

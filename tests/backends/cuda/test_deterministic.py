@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import running
 from quire.core.sequence import Request
 from quire.sampling_params import SamplingParams
 
+MODELS = {"embedded": "embedded", "qwen3-moe": Path(__file__).parents[2] / "fixtures" / "golden" / "qwen3-moe"}
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=2),
     SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, logprobs=0, prompt_logprobs=1),
@@ -18,11 +21,12 @@ PARAMS = [
 ]
 
 
-def requests() -> list[Request]:
-    return [Request(f"{i}", list(range(50, 60 + 17 * i)), PARAMS[i % 3], seed=i, eos_token_ids=()) for i in range(6)]
+def requests(vocab_size: int) -> list[Request]:
+    prompts = [[token % vocab_size for token in range(50, 60 + 17 * i)] for i in range(6)]
+    return [Request(f"{i}", prompt, PARAMS[i % 3], seed=i, eos_token_ids=()) for i, prompt in enumerate(prompts)]
 
 
-def outputs(run_alone: bool = False, preempt_every: int = 0, **options: Any) -> dict[tuple[str, int], running.Output]:
+def outputs(model: str, run_alone: bool = False, preempt_every: int = 0, **options: Any) -> dict[tuple[str, int], running.Output]:
     fixed = {
         "device": os.environ.get("QUIRE_TEST_DEVICE", "torch-cpu"),
         "max_num_seqs": 16,
@@ -30,16 +34,18 @@ def outputs(run_alone: bool = False, preempt_every: int = 0, **options: Any) -> 
         "kv_dtype": "float32",
         "deterministic": True,
     }
-    engine = running.open_engine("embedded", **{**fixed, **options})
-    groups = [[request] for request in requests()] if run_alone else [requests()]
+    engine = running.open_engine(MODELS[model], **{**fixed, **options})
+    together = requests(engine.backend.spec.vocab_size)
+    groups = [[request] for request in together] if run_alone else [together]
     return {key: output for group in groups for key, output in running.run(engine, group, preempt_every=preempt_every).outputs.items()}
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[tuple[str, int], running.Output]:
-    return outputs()
+@cache
+def expected(model: str) -> dict[tuple[str, int], running.Output]:
+    return outputs(model)
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -51,5 +57,5 @@ def expected() -> dict[tuple[str, int], running.Output]:
     ],
     ids=str,
 )
-def test_the_same_bytes(expected: dict[tuple[str, int], running.Output], options: dict[str, Any]) -> None:
-    assert outputs(**options) == expected
+def test_the_same_bytes(model: str, options: dict[str, Any]) -> None:
+    assert outputs(model, **options) == expected(model)

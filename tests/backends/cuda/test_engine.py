@@ -75,9 +75,9 @@ def test_the_last_layer_ends_for_those_who_are_asked_for() -> None:
     """A prompt of 40 in chunks of 16: one position of the last chunk, and none of the others, goes beyond its attention."""
     engine = running.open_engine(GOLDEN[0], **{**TORCH, "max_num_batched_tokens": 16, "cuda_graphs": False})
     first, *_, last = engine.backend.decoder.layers
-    first.up, last.up = Counted(first.up), Counted(last.up)
+    first.mlp.up, last.mlp.up = Counted(first.mlp.up), Counted(last.mlp.up)
     running.run(engine, [greedy("a", list(range(1, 41)), 1)])
-    assert (first.up.rows, last.up.rows) == ([16, 16, 8], [1])
+    assert (first.mlp.up.rows, last.mlp.up.rows) == ([16, 16, 8], [1])
 
 
 @pytest.mark.parametrize("swap", ["0", "1MiB"])
@@ -166,6 +166,36 @@ def test_narrower_numbers_are_close(options: dict[str, Any]) -> None:
     off = [abs(a[0] - b[0]) for a, b in zip(exact.prompt_logprobs or [], found.prompt_logprobs or [], strict=True)]
     assert max(off) < 1.0
     assert sum(off) / len(off) < (0.25 if "fp8" in options.values() else 0.12)  # e4m3 has 3 bits behind the point
+
+
+MIXTURE = GOLDEN[0].parent / "granitemoe"
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_quantized_experts_are_close(quantize: str) -> None:
+    """And the router is what it was."""
+    prompt, _ = golden(MIXTURE)
+    request = Request("a", prompt, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0), 0, ())
+    exact, narrow = (running.open_engine(MIXTURE, **TORCH, quantize=each) for each in (None, quantize))
+    expected, found = (running.run(each, [request]).outputs["a", 0].prompt_logprobs or [] for each in (exact, narrow))
+    off = [abs(a[0] - b[0]) for a, b in zip(expected, found, strict=True)]
+    assert 0 < sum(off) / len(off) < (0.5 if quantize == "fp8" else 0.1)
+    one, other = exact.backend.decoder, narrow.backend.decoder
+    assert other.layers[0].mlp.up.element_size() == other.layers[0].mlp.down.element_size() == 1
+    assert torch.equal(one.layers[0].mlp.router.weight, other.layers[0].mlp.router.weight)
+
+
+def test_what_experts_take() -> None:
+    """Bytes, all experts', of what a step reads."""
+    spec = load_spec(MIXTURE)
+    shapes = {name: shape for name, shape in spec.tensor_shapes().items() if len(shape) == 2}
+    experts = sum(n * k for name, (n, k) in shapes.items() if ".experts." in name)
+    floats = running.open_engine(MIXTURE, **TORCH).backend
+    assert floats.expert_bytes() == 4 * experts
+    assert floats.weight_bytes() == 4 * sum(n * k for n, k in shapes.values())  # embed is lm_head
+    scales = sum(n for name, (n, _) in shapes.items() if ".experts." in name)
+    assert running.open_engine(MIXTURE, **TORCH, quantize="int8").backend.expert_bytes() == experts + 4 * scales
+    assert running.open_engine(GOLDEN[0], **TORCH).backend.expert_bytes() == 0
 
 
 def test_vectors_as_on_the_cpu_backend() -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.cuda.layer_cases import ACTIVATIONS, DTYPES, assert_close, every_dtype, exact, normal, same
 from quire.backends.cuda import quantize
 from quire.backends.cuda.cache import LARGEST, KVPool
 from quire.backends.cuda.hazards import hazard_free
@@ -24,32 +25,11 @@ from quire.backends.cuda.reference import linear as reference_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 """numpy's, of NaN and infinities in the interpreter."""
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-DTYPES = list(TOLERANCE)
 CPU = torch.device("cpu")
 
 both_layers = pytest.mark.parametrize("ops", [reference_layers, kernel_layers], ids=["reference", "kernels"])
 both_writes = pytest.mark.parametrize("write_kv", [reference_kv_write.write_kv, kernel_kv_write.write_kv], ids=["reference", "kernels"])
 both_linears = pytest.mark.parametrize("linear", [reference_linear.linear, kernel_linear.linear], ids=["reference", "kernels"])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def normal(seed, *shape, dtype=torch.float32):
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).to(dtype)
-
-
-def exact(x):
-    return x.double().numpy()
-
-
-def same(a, b):
-    """Bit for bit, NaN as well."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def assert_close(got, expected, dtype):
-    error = np.linalg.norm(exact(got) - expected) / np.linalg.norm(expected)
-    assert error < TOLERANCE[dtype], error
 
 
 def norms(x, weight, bias, eps):
@@ -125,14 +105,6 @@ def test_rows_may_be_apart(ops):
     assert same(ops.rms_norm(part, weight, 1e-6), ops.rms_norm(part.contiguous(), weight, 1e-6))
     assert same(ops.layer_norm(part, weight, None, 1e-6), ops.layer_norm(part.contiguous(), weight, None, 1e-6))
     assert same(ops.activate(part, "silu", True), ops.activate(part.contiguous(), "silu", True))
-
-
-ACTIVATIONS = {
-    "silu": lambda v: v / (1 + np.exp(-v)),
-    "gelu": lambda v: v * 0.5 * np.array([math.erfc(-e / math.sqrt(2)) for e in v.ravel()]).reshape(v.shape),
-    "gelu_tanh": lambda v: 0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
-    "relu": lambda v: np.maximum(v, 0),
-}
 
 
 @both_layers

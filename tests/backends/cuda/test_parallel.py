@@ -10,14 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from quire.backends.base import open_backend
+from quire.backends.cuda.parallel import shard
 from quire.config import EngineConfig
 from quire.errors import ConfigError
+from quire.models.weights import load_model
+from sample_models import LLAMA, write_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "golden"
 DEADLINE_S = 120
+MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2}
 
 RUN = """
 import sys
@@ -65,11 +70,34 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Popen[st
 
 @pytest.mark.parametrize(("name", "sizes"), [("embedded", (1, 2, 4)), ("opt", (1, 2)), ("gpt2", (1, 3))])
 def test_the_tokens_of_one_device(name: str, sizes: tuple[int, ...]) -> None:
-    folder = name if name == "embedded" else str(FIXTURES / name)
+    compare(name if name == "embedded" else str(FIXTURES / name), sizes)
+
+
+def test_the_tokens_of_one_device_with_experts(tmp_path: Path) -> None:
+    """No fixture that has any can be divided."""
+    folder = write_model(tmp_path / "model", MIXTRAL)
+    np.savez(folder / "golden.npz", prompt=np.arange(40) * 17 % MIXTRAL["vocab_size"])
+    compare(str(folder), (1, 2))
+
+
+def compare(folder: str, sizes: tuple[int, ...]) -> None:
     processes = [run(RUN, folder, str(size), "prompt-lookup" if size == 2 else "off") for size in sizes]
     found = [process.communicate(timeout=DEADLINE_S) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), found
     assert len({out for out, _ in found}) == 1, found
+
+
+def test_the_part_of_one_device_with_experts(tmp_path: Path) -> None:
+    """Of every expert a part, and the whole router."""
+    model = load_model(write_model(tmp_path / "model", MIXTRAL))
+    spec, tensors = shard(model.spec, model.tensors, 1, 2)
+    for name, shape in spec.tensor_shapes().items():
+        if name != "lm_head.weight":
+            assert tensors[name].shape == shape, name
+    whole, at = model.tensors, "layers.3.experts.2"
+    assert (tensors[f"{at}.gate.weight"] == whole[f"{at}.gate.weight"][100:]).all()
+    assert (tensors[f"{at}.down.weight"] == whole[f"{at}.down.weight"][:, 100:]).all()
+    assert (tensors["layers.3.router.weight"] == whole["layers.3.router.weight"]).all()
 
 
 def test_a_dead_rank_ends_the_engine_with_a_reason(tmp_path: Path) -> None:

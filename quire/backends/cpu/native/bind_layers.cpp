@@ -327,6 +327,10 @@ void bind_layers(nb::module_& m) {
     nb::class_<Experts>(m, "Experts")
         .def("__init__", make_experts, nb::arg("up"), nb::arg("down"), nb::arg("taken"), nb::arg("sum_to_one"), nb::keep_alive<1, 2>(),
              nb::keep_alive<1, 3>())
+        .def_prop_ro("count", [](const Experts& e) { return e.count(); })
+        .def_prop_ro("taken", [](const Experts& e) { return e.taken(); })
+        .def_prop_ro("dtype", [](const Experts& e) { return dtype_name(e.up().panels); })
+        .def_prop_ro("gated", [](const Experts& e) { return e.up().panels.gated; })
         .def_prop_ro("nbytes", [](const Experts& e) { return e.nbytes(); })
         .def("set_then", [](Experts& e, const PackedLinear& then) { e.then = &then; }, nb::arg("then"), nb::keep_alive<1, 2>());
     m.def("experts", run_experts, nb::arg("experts"), nb::arg("x"), nb::arg("scores"), nb::arg("out"), nb::arg("rows"), nb::arg("inner"),

@@ -94,14 +94,23 @@ def gated_linear(
 @lru_cache(4096)
 def choose(tokens: int, channels: int, weight_bytes: int, shared: int = LARGEST) -> Tiles:
     """The largest tile that gives programs enough, of those for no more tokens than there are; where none does, the smallest that holds
-    them, or 64 of them. With as many stages as ``shared`` bytes of memory have room for: which do not change results."""
+    them, or 64 of them. ``shared``: see ``fitted``."""
     tiles = TILES[weight_bytes]
     most = min((each.tokens for each in tiles if each.tokens >= tokens), default=tiles[0].tokens)
     fitting = [each for each in tiles if min(most, 64) <= each.tokens <= most]
     enough = (each for each in fitting if -(-tokens // each.tokens) * -(-channels // each.channels) >= PROGRAMS)
-    found = next(enough, fitting[-1])
-    stage = (found.tokens * X_BYTES + found.channels * weight_bytes) * found.depth
-    return replace(found, stages=max(2, min(found.stages, shared // stage)))
+    return fitted(next(enough, fitting[-1]), weight_bytes, shared)
+
+
+def fitted(tiles: Tiles, weight_bytes: int, shared: int) -> Tiles:
+    """With as many stages as ``shared`` bytes of memory have room for: which do not change results."""
+    stage = (tiles.tokens * X_BYTES + tiles.channels * weight_bytes) * tiles.depth
+    return replace(tiles, stages=max(2, min(tiles.stages, shared // stage)))
+
+
+def stages_of(tiles: Tiles, programs: int) -> int:
+    """Of a launch of so many programs."""
+    return min(4, tiles.stages) if programs > MANY and tiles.tokens <= FEW else tiles.stages
 
 
 def _rows(
@@ -111,9 +120,9 @@ def _rows(
     channels = weight.shape[0]
     tiles = FLOAT32 if x.dtype == torch.float32 else choose(tokens, channels, weight.element_size(), shared_memory())
     programs = -(-tokens // tiles.tokens) * -(-channels // tiles.channels)
-    stages = min(4, tiles.stages) if programs > MANY and tiles.tokens <= FEW else tiles.stages
     constants = channels, depth, tiles.tokens, tiles.channels, tiles.depth, GROUP, gate, INTERPRETED
-    _linear.launch((programs,), (x, weight, scales, bias, out, tokens, x.stride(0)), constants, warps=tiles.warps, stages=stages)
+    arguments = x, weight, scales, bias, out, tokens, x.stride(0)
+    _linear.launch((programs,), arguments, constants, warps=tiles.warps, stages=stages_of(tiles, programs))
 
 
 def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -157,23 +166,49 @@ def _linear(
     x, weight, scales, bias, out, tokens, x_stride, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """GATE: an activation of the first half of the channels, which the other half is multiplied by; a tile has as many of both.
-    WIDE: in the interpreter, which multiplies the bits of bfloat16 as whole numbers."""
-    program = tl.program_id(0)
-    tiles_t, tiles_n = tl.cdiv(tokens, BLOCK_T), tl.cdiv(CHANNELS, BLOCK_N)
-    start = program // (GROUP * tiles_n) * GROUP
-    wide = tl.minimum(tiles_t - start, GROUP)
-    inside = program % (GROUP * tiles_n)
-    t = (start + inside % wide) * BLOCK_T + tl.arange(0, BLOCK_T)
-    tile = inside // wide
-    r = tl.arange(0, BLOCK_N)
-    n = tile * BLOCK_N + r
-    if GATE is not None:
-        n = tile * (BLOCK_N // 2) + r % (BLOCK_N // 2) + r // (BLOCK_N // 2) * (CHANNELS // 2)
+    """GATE: see ``channels_of``; WIDE: see ``multiply``."""
+    tile_t, tile_n = tile_of(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.cdiv(CHANNELS, BLOCK_N), GROUP)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = channels_of(tile_n, CHANNELS, BLOCK_N, GATE)
     # Beyond the end the last ones are read again: what comes of them is not stored, and loads need no masks.
     w_at = weight + tl.minimum(n, CHANNELS - 1).to(tl.int64)[:, None] * DEPTH
     x_at = x + tl.minimum(t, tokens - 1).to(tl.int64)[None, :] * x_stride
     wait(PDL)
+    sums = multiply(w_at, x_at, DEPTH, BLOCK_T, BLOCK_N, BLOCK_K, WIDE)
+    start_next(PDL)
+    if scales is not None:
+        sums *= tl.load(scales + n, mask=n < CHANNELS, other=0.0).to(tl.float32)[:, None]
+    if bias is not None:
+        sums += tl.load(bias + n, mask=n < CHANNELS, other=0.0).to(tl.float32)[:, None]
+    put(sums, out, t, t < tokens, tile_n, CHANNELS, BLOCK_T, BLOCK_N, GATE)
+
+
+@triton.jit
+def tile_of(program, tiles_t, tiles_n, GROUP: tl.constexpr):
+    """(tile of tokens, tile of channels) of a program: GROUP tiles of tokens go through the channels together."""
+    start = program // (GROUP * tiles_n) * GROUP
+    wide = tl.minimum(tiles_t - start, GROUP)
+    inside = program % (GROUP * tiles_n)
+    return start + inside % wide, inside // wide
+
+
+@triton.jit
+def channels_of(tile, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, GATE: tl.constexpr):
+    """[BLOCK_N] channels of a tile. GATE: an activation of the first half of the channels, which the other half is multiplied by; a tile
+    has as many of both."""
+    r = tl.arange(0, BLOCK_N)
+    n = tile * BLOCK_N + r
+    if GATE is not None:
+        n = tile * (BLOCK_N // 2) + r % (BLOCK_N // 2) + r // (BLOCK_N // 2) * (CHANNELS // 2)
+    return n
+
+
+@triton.jit
+def multiply(
+    w_at, x_at, DEPTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Sums [BLOCK_N, BLOCK_T] over K, in its order, of the weights at w_at [BLOCK_N, 1] and the rows of x at x_at [1, BLOCK_T].
+    WIDE: in the interpreter, which multiplies the bits of bfloat16 as whole numbers."""
     sums = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for depth in range(0, DEPTH, BLOCK_K):
         k = depth + tl.arange(0, BLOCK_K)
@@ -185,17 +220,21 @@ def _linear(
         if WIDE:
             w, rows = w.to(tl.float32), rows.to(tl.float32)
         sums = tl.dot(w.to(rows.dtype), rows, sums, input_precision="ieee")
-    start_next(PDL)
-    if scales is not None:
-        sums *= tl.load(scales + n, mask=n < CHANNELS, other=0.0).to(tl.float32)[:, None]
-    if bias is not None:
-        sums += tl.load(bias + n, mask=n < CHANNELS, other=0.0).to(tl.float32)[:, None]
+    return sums
+
+
+@triton.jit
+def put(
+    sums, out, rows, there, tile, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GATE: tl.constexpr
+):  # fmt: skip
+    """Store sums [BLOCK_N, BLOCK_T] of a tile of channels, gated or not, as the ``rows`` [BLOCK_T] of out that are ``there``."""
     WIDTH: tl.constexpr = CHANNELS if GATE is None else CHANNELS // 2
+    WIDE_N: tl.constexpr = BLOCK_N if GATE is None else BLOCK_N // 2
+    n = tile * WIDE_N + tl.arange(0, WIDE_N)
     if GATE is not None:
-        n = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         gate, up = tl.split(tl.permute(tl.reshape(sums, (2, BLOCK_N // 2, BLOCK_T)), (1, 2, 0)))
         # Rounded in between, as where the activation is a kernel of its own.
         gate, up = narrow(gate, out.dtype.element_ty).to(tl.float32), narrow(up, out.dtype.element_ty).to(tl.float32)
         sums = activation(gate, GATE) * up
-    at = out + t.to(tl.int64)[None, :] * WIDTH + n[:, None]
-    tl.store(at, narrow(sums, out.dtype.element_ty), mask=(n < WIDTH)[:, None] & (t < tokens)[None, :])
+    at = out + rows.to(tl.int64)[None, :] * WIDTH + n[:, None]
+    tl.store(at, narrow(sums, out.dtype.element_ty), mask=(n < WIDTH)[:, None] & there[None, :])
