@@ -112,7 +112,9 @@ def packed_folder(
     tensors: dict[str, Array] = {}
     rng = np.random.default_rng(0)
     for name, array in floats_of(source).items():
-        if ".layers." not in name or array.ndim != 2:
+        if (
+            ".layers." not in name or array.ndim != 2 or name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))
+        ):  # routers are not
             tensors[name] = array.astype(np.float16)
             continue
         groups = rng.permutation(np.arange(array.shape[1]) // group) if shuffles else None

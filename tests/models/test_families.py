@@ -10,10 +10,28 @@ import pytest
 
 from quire.errors import ModelLoadError
 from quire.models.families import FAMILIES, find_family, spec_from_config
-from quire.models.spec import RopeSpec
-from sample_models import GEMMA3, GEMMA3_VISION, GPT2, GRANITE, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STABLELM, STARCODER2, YARN
+from quire.models.spec import RopeSpec, TransformerSpec
+from sample_models import (
+    GEMMA3,
+    GEMMA3_VISION,
+    GPT2,
+    GRANITE,
+    GRANITE_MOE,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    OPT,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    SMOLLM3,
+    STABLELM,
+    STARCODER2,
+    YARN,
+)
 
-ALL = [LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT]
+ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT2, OPT]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -266,6 +284,42 @@ def test_parameter_formula() -> None:
     qwen = spec_from_config({**QWEN3, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 28,
                              "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True})  # fmt: skip
     assert qwen.num_parameters() == 596_049_920
+    mixtral = spec_from_config({**MIXTRAL, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+                                "num_hidden_layers": 32, "intermediate_size": 14336, "num_local_experts": 8})  # fmt: skip
+    assert mixtral.num_parameters() == 46_702_792_704
+    moe = spec_from_config({**QWEN3_MOE, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 48,
+                            "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+                            "vocab_size": 151936})  # fmt: skip
+    assert moe.num_parameters() == 30_532_122_624
+    assert moe.linear_parameters() == sum(n * k for name, (n, k) in _matrices(moe).items() if name.startswith("layers."))
+    assert moe.matmul_parameters() + 2 * 151936 * 2048 == pytest.approx(3.3e9, rel=0.02)  # "3.3B activated"
+
+
+def _matrices(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
+    return {name: (shape[0], shape[1]) for name, shape in spec.tensor_shapes().items() if len(shape) == 2}
+
+
+def test_experts() -> None:
+    spec = spec_from_config(MIXTRAL)
+    assert (spec.num_experts, spec.experts_per_token, spec.experts_sum_to_one, spec.intermediate_size) == (4, 2, True, 192)
+    assert spec_from_config({name: value for name, value in MIXTRAL.items() if "expert" not in name}).num_experts == 8
+    assert spec_from_config({**MIXTRAL, "sliding_window": 1024}).windows == (1024,) * 4
+    spec = spec_from_config(QWEN3_MOE)
+    assert (spec.num_experts, spec.experts_per_token, spec.experts_sum_to_one, spec.intermediate_size) == (8, 3, True, 64)
+    assert not spec_from_config({**QWEN3_MOE, "norm_topk_prob": None}).experts_sum_to_one
+    renamed = {name: value for name, value in QWEN3_MOE.items() if name != "num_experts"} | {"num_local_experts": 8}
+    assert spec_from_config(renamed) == spec
+    assert spec_from_config({**QWEN3_MOE, "use_sliding_window": True}).windows == (1024,) * 4
+    names = [name for name in spec.tensor_shapes() if name.startswith("layers.2.") and "attn" not in name]
+    assert "layers.2.experts.7.down.weight" in names
+    assert "layers.2.up.weight" not in names
+    assert not any(name.endswith(".router") for name in spec.quantizable())
+    assert spec.experts_met(0) == 0
+    assert spec.experts_met(1) == pytest.approx(3)
+    assert spec.experts_met(2) == pytest.approx(8 - 8 * (5 / 8) ** 2)
+    granite = spec_from_config(GRANITE_MOE)
+    assert (granite.num_experts, granite.experts_per_token) == (6, 2)
+    assert granite.embed_scale == spec_from_config(GRANITE).embed_scale
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -333,6 +387,14 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "'full_attention' is not supported"),
     (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25"),
+    (MIXTRAL, {"num_experts_per_tok": 5}, "'num_experts_per_tok' 5 is more than the 4 experts that there are"),
+    (MIXTRAL, {"num_local_experts": 0}, "'num_local_experts' must be an integer from 1 to 1024, got 0"),
+    (MIXTRAL, {"num_local_experts": "many"}, "'num_local_experts' must be an integer"),
+    (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1 is not supported"),
+    (QWEN3_MOE, {"mlp_only_layers": [2]}, "mlp_only_layers .2. is not supported"),
+    (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
+    (QWEN3_MOE, {"moe_intermediate_size": None}, "'moe_intermediate_size' is missing"),
+    (QWEN3_MOE, {"norm_topk_prob": 1}, "'norm_topk_prob' must be true or false"),
     (LLAMA, {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; supported: silu"),
     (LLAMA, {"hidden_size": None}, "'hidden_size' is missing"),
     (LLAMA, {"hidden_size": "96"}, "'hidden_size' must be an integer from 1 to"),

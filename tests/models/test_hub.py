@@ -110,7 +110,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     shards = root / "org" / "shards"
     shutil.copytree(folder, shards)
     _split(shards)
-    for name, change in {"strange": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "without": {}}.items():
+    for name, change in {"strange": {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "without": {}}.items():
         shutil.copytree(folder, root / "org" / name)
         config = json.loads((folder / "config.json").read_text())
         (root / "org" / name / "config.json").write_text(json.dumps(config | change))
@@ -209,7 +209,7 @@ def test_gguf_files(hub: Hub, tmp_path: Path) -> None:
     ("models/-..x", False, "is not a folder or file here"),
     ("models/none.gguf", False, "there is no folder or file models/none.gguf"),
     ("org/code:Q8_0", False, "it has no GGUF files: leave :Q8_0 out"),
-    ("org/strange", False, "architecture 'MixtralForCausalLM' is not supported"),
+    ("org/strange", False, "architecture 'MambaForCausalLM' is not supported"),
     ("org/without", False, "it has no tokenizer.json"),
     ("org/adapter", False, "it holds an adapter"),
     ("org/pickled", False, "pickled weights can run code and are never loaded"),

@@ -80,7 +80,7 @@ def _spec(model: Gguf, maps: Maps) -> TransformerSpec:
     spec = as_converted(spec_from_config(values, generation, str(model.path)), factors, model)
     stored: Counter[str] = Counter()
     for name, tensor in model.tensors.items():
-        if len(tensor.shape) == 2 and name.startswith("blk."):
+        if len(tensor.shape) > 1 and name.startswith("blk."):
             stored[tensor.type] += prod(tensor.shape)
     most = stored.most_common(1)[0][0] if stored else "F32"
     dtype = {"F32": "float32", "BF16": "bfloat16"}.get(most, "float16")

@@ -25,6 +25,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {**sample_models.MISTRAL, **GATED},
     "qwen2, tied": {**sample_models.QWEN2, **GATED, "tie_word_embeddings": True},
     "qwen3": {**sample_models.QWEN3, **GATED},
+    "mixtral": sample_models.MIXTRAL,
+    "qwen3-moe": sample_models.QWEN3_MOE,
+    "granitemoe": sample_models.GRANITE_MOE,
     "gpt2": sample_models.GPT2,
     "opt": {**sample_models.OPT, "ffn_dim": 192},
     "opt, post-norm, a narrower embedding": {
@@ -59,7 +62,8 @@ def test_logits_are_near_those_of_float32(name: str, isa: str, tmp_path: Path) -
         for (quantize, group_size), bound in BOUNDS.items():
             found = logits(folder, tokens, quantize=quantize, group_size=group_size)
             error = np.linalg.norm(found - reference) / np.linalg.norm(reference)
-            assert 1e-5 < error < bound, (quantize, group_size)
+            # Of experts whose scores are nearly equal another one may be taken.
+            assert 1e-5 < error < bound * (2 if "num_experts_per_tok" in config else 1), (quantize, group_size)
     finally:
         native.set_isa(before)
 
