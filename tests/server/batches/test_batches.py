@@ -247,10 +247,10 @@ def test_cancel_and_pages(client: openai.OpenAI, server: Server) -> None:
         with pytest.raises(openai.BadRequestError, match="still reads the file"):
             client.files.delete(file)
         assert client.batches.cancel(made.id).status == "cancelling"
-        server.backend.go.set()
+        server.backend.go_on()
         batch = ended(client, made.id)
     finally:
-        server.backend.go.set()
+        server.backend.go_on()
     assert batch.status == "cancelled"
     assert batch.cancelling_at
     assert batch.cancelled_at
