@@ -388,6 +388,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25"),
     (MIXTRAL, {"num_experts_per_tok": 5}, "'num_experts_per_tok' 5 is more than the 4 experts that there are"),
+    (MIXTRAL, {"num_hidden_layers": 4096, "num_local_experts": 1024}, "4096 layers of 1024 experts are more than 65,536 experts"),
     (MIXTRAL, {"num_local_experts": 0}, "'num_local_experts' must be an integer from 1 to 1024, got 0"),
     (MIXTRAL, {"num_local_experts": "many"}, "'num_local_experts' must be an integer"),
     (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1 is not supported"),

@@ -12,6 +12,7 @@ from quire.models.spec import Activation, TransformerSpec
 # Limits far above any model that fits one machine, low enough that no number in a file can make us loop or allocate for long.
 MAX_LAYERS: Final = 4096
 MAX_EXPERTS: Final = 1024
+MAX_ALL_EXPERTS: Final = 1 << 16  # of all layers: each has tensors of its own
 MAX_WIDTH: Final = 1 << 22
 MAX_POSITIONS: Final = 1 << 30
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import log
 
-from quire.models.families.base import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
+from quire.models.families.base import MAX_ALL_EXPERTS, MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
 from quire.models.spec import RopeSpec, TransformerSpec
 
 TOP = {"embed": "embed_tokens", "final_norm": "norm", "lm_head": "lm_head"}
@@ -193,6 +193,8 @@ def with_experts(spec: TransformerSpec, config: Config, *, count: int, per_token
     taken = config.integer("num_experts_per_tok", per_token, high=MAX_EXPERTS)
     if taken > experts:
         config.refuse(f"'num_experts_per_tok' {taken} is more than the {experts} experts that there are")
+    if spec.num_layers * experts > MAX_ALL_EXPERTS:
+        config.refuse(f"{spec.num_layers} layers of {experts} experts are more than {MAX_ALL_EXPERTS:,} experts, which is not supported")
     return replace(spec, num_experts=experts, experts_per_token=taken, experts_sum_to_one=sum_to_one)
 
 
