@@ -89,8 +89,12 @@ class ReferenceModel:
         if window := spec.window(layer):
             hidden |= distance >= window
         scores[:, hidden] = -np.inf
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
+        most = scores.max(-1, keepdims=True)
+        if spec.attention_sinks:
+            sinks = self.tensors[f"{at}.sinks.weight"][:, None, None]
+            most = np.maximum(most, sinks)
+        weights = np.exp(scores - most)
+        weights /= weights.sum(-1, keepdims=True) + (np.exp(sinks - most) if spec.attention_sinks else 0.0)
         return self._linear(f"{at}.o", np.einsum("hqk,khd->qhd", weights, v).reshape(n, -1))
 
     def _mlp(self, at: str, x: Array) -> Array:
@@ -109,7 +113,12 @@ class ReferenceModel:
 
     def _feed_forward(self, at: str, x: Array) -> Array:
         up = self._linear(f"{at}.up", x)
-        y = activate(self.spec.activation, self._linear(f"{at}.gate", x)) * up if self.spec.gated else activate(self.spec.activation, up)
+        gate = self._linear(f"{at}.gate", x) if self.spec.gated else up
+        if self.spec.activation == "swiglu_oai":
+            gate = np.minimum(gate, 7.0)
+            y = gate / (1.0 + np.exp(-1.702 * gate)) * (np.clip(up, -7.0, 7.0) + 1.0)
+        else:
+            y = activate(self.spec.activation, gate) * (up if self.spec.gated else 1.0)
         return self._linear(f"{at}.down", y)
 
 

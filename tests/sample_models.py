@@ -31,6 +31,15 @@ GRANITE = {**LLAMA, "architectures": ["GraniteForCausalLM"], "model_type": "gran
            "residual_multiplier": 0.22, "attention_multiplier": 0.015625}  # fmt: skip
 GRANITE_MOE = {**GRANITE, "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe", "num_local_experts": 6,
                "num_experts_per_tok": 2, "intermediate_size": 192}  # fmt: skip
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "vocab_size": 1000, "hidden_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "max_position_embeddings": 131072,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 150000, "sliding_window": 128, "num_local_experts": 5,
+    "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "attention_bias": True, "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                     "original_max_position_embeddings": 4096}, "torch_dtype": "bfloat16", "eos_token_id": 2,
+}  # fmt: skip
 PHI3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 262144,
         "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}}  # fmt: skip

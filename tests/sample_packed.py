@@ -30,6 +30,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
                     "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}}}},
     "fp8": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [48, 48]},
     "fp8-tensor": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                                                  "model.embed_tokens", "lm_head"]},
 }  # fmt: skip
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Of outputs in a word of AWQ's."""
@@ -89,6 +91,16 @@ def parts_of(method: str, weight: Array, bits: int, group: int, symmetric: bool,
     return made | ({} if groups is None else {"weight_g_idx": groups.astype(np.int32)})
 
 
+def to_mxfp4(weight: Array) -> tuple[Array, Array]:
+    """Bytes [..., in / 32, 16] and powers [..., in / 32] of [..., in]: the greatest number of a group becomes 4 or 6."""
+    groups = weight.reshape(*weight.shape[:-1], -1, 32)
+    powers = np.floor(np.log2(np.abs(groups).max(-1))).astype(np.int64) - 2
+    scaled = np.ldexp(groups, -powers[..., None])
+    floats = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = np.abs(np.abs(scaled)[..., None] - floats).argmin(-1) | (scaled < 0) << 3
+    return (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8), (powers + 127).astype(np.uint8)
+
+
 def packed_folder(
     source: Path, out: Path, method: str, *, bits: int = 4, group: int = 32, symmetric: bool | None = None, **config: Any
 ) -> Path:
@@ -97,7 +109,7 @@ def packed_folder(
     about = json.loads(json.dumps(CONFIGS[method])) | config
     if symmetric is None:
         symmetric = method not in ("awq", "gptq-v2")
-    if "fp8" in method or method == "float-quantized":
+    if "fp" in method or method == "float-quantized":
         pass
     elif about["quant_method"] == "compressed-tensors":
         scheme = about["config_groups"]["group_0"]["weights"]
@@ -112,6 +124,13 @@ def packed_folder(
     tensors: dict[str, Array] = {}
     rng = np.random.default_rng(0)
     for name, array in floats_of(source).items():
+        if method == "mxfp4":
+            if array.ndim == 3:
+                for part, made in zip(("blocks", "scales"), to_mxfp4(array.swapaxes(1, 2)), strict=True):
+                    tensors[f"{name}_{part}"] = np.ascontiguousarray(made)
+            else:
+                tensors[name] = array.astype(ml_dtypes.bfloat16)
+            continue
         if (
             ".layers." not in name or array.ndim != 2 or name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))
         ):  # routers are not

@@ -20,12 +20,14 @@ from quire.models.spec import DTYPE_BYTES, ModelCost, TransformerSpec
 
 GROUP_SIZES: Final = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128), "fp8": (0,)}
 """Inputs that share a scale, 0 for all of an output's; the first is the default."""
+FOUR_BITS: Final = ("int4", "mxfp4")
+"""Kinds of 4 bits: numbers, and floats (E2M1 of the OCP Microscaling specification), which are only as a checkpoint has them."""
 _SCALE_BYTES: Final = 2
 
 
 @dataclass(slots=True, frozen=True)
 class Quantization:
-    """How linears are quantized: ``dtype`` int8 or int4, ``group_size`` one of GROUP_SIZES. ``stored``: each as ``linears`` has it."""
+    """How linears are quantized: ``dtype`` int8, int4 or mxfp4, in groups of ``group_size``. ``stored``: each as ``linears`` has it."""
 
     dtype: str
     group_size: int
@@ -48,6 +50,8 @@ class Quantization:
     @classmethod
     def _stored(cls, kind: str) -> Quantization:
         """As TransformerSpec.stored names it."""
+        if kind == "mxfp4":
+            return cls(kind, 32)
         dtype, _, group = kind.partition(":")
         return cls(dtype, int(group.split("+")[0] or 0), offsets=group.endswith("+offsets"))
 
@@ -79,7 +83,7 @@ class Quantization:
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of [n, k] weights and their scales, padding left out."""
         scales = n * (k // self.group_size if self.group_size else 1) * (2 if self.offsets else 1)
-        return n * k * (4 if self.dtype == "int4" else 8) // 8 + _SCALE_BYTES * scales
+        return n * k * (4 if self.dtype in FOUR_BITS else 8) // 8 + _SCALE_BYTES * scales
 
     def weight_bytes(self, spec: TransformerSpec, dtype: str | None = None) -> int:
         """Bytes of all of a model's weights. dtype: the width of what is not quantized; None: the checkpoint's."""

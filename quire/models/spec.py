@@ -10,8 +10,9 @@ Canonical tensor names (``{i}`` counts layers from 0; linears are [out, in], as 
     layers.{i}.attn_norm.weight|bias        layers.{i}.mlp_norm.weight|bias
     layers.{i}.attn_out_norm.weight         layers.{i}.mlp_out_norm.weight                               (norms_behind only)
     layers.{i}.q|k|v|o.weight|bias          layers.{i}.q_norm|k_norm.weight [head_dim]                   (head_norm only)
+    layers.{i}.sinks.weight [heads]                                                              (attention_sinks only)
     layers.{i}.gate|up|down.weight|bias     (gate only where gated)
-    layers.{i}.router.weight [experts, hidden]   layers.{i}.experts.{j}.gate|up|down.weight   (instead of these, in a mixture of experts)
+    layers.{i}.router.weight|bias           layers.{i}.experts.{j}.gate|up|down.weight|bias      (instead of these, in a mixture of experts)
     final_norm.weight|bias                  lm_head.weight [vocab, embed_size]                           (untied only)
 """
 
@@ -24,7 +25,9 @@ from typing import Literal, Protocol
 from quire.machine import StepCost
 
 Norm = Literal["rms", "layer"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"]
+"""Of a gate g, times the product u that it gates, or of what a feed-forward has between its linears. ``swiglu_oai`` (gpt-oss, arXiv
+2508.10925, section 2) is for gates alone: g is cut off above 7, u beyond -7 and 7, and g * sigmoid(1.702 g) meets u + 1."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "fp8": 1}
 
@@ -48,6 +51,8 @@ class RopeSpec:
     """yarn: turns within the original context from which on a frequency is kept."""
     beta_slow: float = 1.0
     """And below which it is stretched by all of ``factor``."""
+    truncate: bool = True
+    """yarn: whether the places of both among the frequencies are made whole numbers."""
     short_factors: tuple[float, ...] = ()
     """longrope: what the wavelength of each frequency is stretched by, where no sequence can be longer than the original context."""
     long_factors: tuple[float, ...] = ()
@@ -75,7 +80,9 @@ class RopeSpec:
         if self.scaling == "linear":
             return [f / self.factor for f in freqs]
         if self.scaling == "yarn":
-            low, high = (f(self._dimension(turns)) for f, turns in ((floor, self.beta_fast), (ceil, self.beta_slow)))
+            low, high = self._dimension(self.beta_fast), self._dimension(self.beta_slow)
+            if self.truncate:
+                low, high = floor(low), ceil(high)
             low, high = max(low, 0), min(high, self.rotary_dim - 1)
             width = high - low or 0.001
             ramp = [min(1.0, max(0.0, (i - low) / width)) for i in range(len(freqs))]
@@ -134,7 +141,11 @@ class TransformerSpec:
     """Whether it is the softmax of the scores of those that are taken, or of all."""
     qkv_bias: bool = False
     o_bias: bool = False
+    attention_sinks: bool = False
+    """Each query head has a score of its own, learned, that takes part in the softmax and has no value (gpt-oss; Xiao et al., arXiv
+    2309.17453, section 3.3)."""
     mlp_bias: bool = False
+    """Of the linears of feed-forwards, those of experts and their router included."""
     rope: RopeSpec | None = None
     """None: learned absolute positions."""
     ropes: tuple[RopeSpec | None, ...] = ()
@@ -158,7 +169,8 @@ class TransformerSpec:
     """Of the checkpoint: float32, float16 or bfloat16; of what a quantized one becomes where it is not quantized again."""
     stored: tuple[tuple[str, str], ...] = ()
     """(name of a linear, what it is multiplied as: ``int8``; ``int4:32``, by the size of its groups; ``int4:32+offsets``, where groups are
-    not centred on zero) for all linears of a checkpoint that is quantized already; a tied lm_head is ``embed``. Empty: it is not."""
+    not centred on zero; ``mxfp4``) for all linears of a checkpoint that is quantized already; a tied lm_head is ``embed``. Empty: it is
+    not."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     sampling_defaults: tuple[tuple[str, float], ...] = ()
@@ -220,13 +232,15 @@ class TransformerSpec:
             for name, out in (("q", q), ("k", kv), ("v", kv)):
                 linear(f"{at}.{name}", out, h, self.qkv_bias)
             linear(f"{at}.o", h, q, self.o_bias)
+            if self.attention_sinks:
+                shapes[f"{at}.sinks.weight"] = (self.num_heads,)
             if self.head_norm:
                 shapes[f"{at}.q_norm.weight"] = shapes[f"{at}.k_norm.weight"] = (d,)
             norm(f"{at}.mlp_norm")
             if self.norms_behind:
                 shapes[f"{at}.attn_out_norm.weight"] = shapes[f"{at}.mlp_out_norm.weight"] = (h,)
             if self.num_experts:
-                linear(f"{at}.router", self.num_experts, h, False)
+                linear(f"{at}.router", self.num_experts, h, self.mlp_bias)
             for place in self.feed_forwards(at):
                 if self.gated:
                     linear(f"{place}.gate", f, h, self.mlp_bias)

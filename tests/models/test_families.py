@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sample_models import (
     GEMMA3,
     GEMMA3_VISION,
     GPT2,
+    GPT_OSS,
     GRANITE,
     GRANITE_MOE,
     LLAMA,
@@ -31,7 +33,7 @@ from sample_models import (
     YARN,
 )
 
-ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT2, OPT]
+ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT_OSS, GPT2, OPT]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -291,6 +293,12 @@ def test_parameter_formula() -> None:
                             "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
                             "vocab_size": 151936})  # fmt: skip
     assert moe.num_parameters() == 30_532_122_624
+    for layers, experts, total, active in ((24, 32, 20_914_757_184, 3.61e9), (36, 128, 116_829_156_672, 5.13e9)):  # 20b and 120b
+        oss = spec_from_config({**GPT_OSS, "hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+                                "intermediate_size": 2880, "num_hidden_layers": layers, "num_local_experts": experts, "layer_types": None,
+                                "num_experts_per_tok": 4, "vocab_size": 201088})  # fmt: skip
+        assert oss.num_parameters() == total
+        assert oss.matmul_parameters() + 201088 * 2880 == pytest.approx(active, rel=0.01)  # as published: without the embedding
     assert moe.linear_parameters() == sum(n * k for name, (n, k) in _matrices(moe).items() if name.startswith("layers."))
     assert moe.matmul_parameters() + 2 * 151936 * 2048 == pytest.approx(3.3e9, rel=0.02)  # "3.3B activated"
 
@@ -322,6 +330,37 @@ def test_experts() -> None:
     assert granite.embed_scale == spec_from_config(GRANITE).embed_scale
 
 
+def test_gpt_oss() -> None:
+    spec = spec_from_config(GPT_OSS)
+    assert (spec.activation, spec.gated, spec.attention_sinks) == ("swiglu_oai", True, True)
+    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.experts_sum_to_one) == (True, True, True, True)
+    assert spec.windows == (128, 0, 128, 0)
+    shapes = spec.tensor_shapes()
+    assert shapes["layers.3.sinks.weight"] == (6,)
+    assert shapes["layers.3.router.bias"] == (5,)
+    assert shapes["layers.3.experts.4.gate.bias"] == (128,)
+    assert not any(name.endswith(("router", "sinks")) for name in spec.quantizable())
+    sources = find_family(GPT_OSS).sources(spec)
+    up = sources["layers.3.experts.4.up.weight"]
+    assert (up.name, up.transpose, up.rows, up.expert) == ("layers.3.mlp.experts.gate_up_proj", True, (1, 256, 2), (4, 5))
+    assert up.stored_shape((128, 96)) == (5, 96, 256)
+    assert sources["layers.3.experts.4.up.bias"].stored_shape((128,)) == (5, 256)
+    assert sources["layers.3.experts.4.down.weight"].stored_shape((96, 128)) == (5, 128, 96)
+    # What config.json does not say is as in transformers.
+    bare = {name: value for name, value in GPT_OSS.items() if name not in ("layer_types", "rope_scaling", "rope_theta", "sliding_window")}
+    assert spec_from_config({**bare, "rms_norm_eps": None, "attention_bias": None}) == spec
+    assert spec.rope is not None
+    assert spec.rope.magnitude == pytest.approx(1.3465735902799727)
+    whole = replace(spec.rope, truncate=True).inverse_frequencies(4096)
+    found = spec.rope.inverse_frequencies(4096)
+    plain = replace(spec.rope, scaling="none").inverse_frequencies(4096)
+    assert found != whole
+    low, high = (16 * math.log(4096 / (turns * 2 * math.pi)) / (2 * math.log(150000)) for turns in (32, 1))
+    for i, (f, p) in enumerate(zip(found, plain, strict=True)):
+        share = min(1.0, max(0.0, (i - low) / (high - low)))
+        assert f == pytest.approx(p * (1 - share + share / 32))
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         LLAMA,
@@ -336,7 +375,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope type 'ntk' is not supported; supported: default, linear"),
     (LLAMA, {"rope_scaling": {**YARN, "mscale": 1.0}}, "'mscale' is not supported with rope type 'yarn'"),
     (LLAMA, {"rope_scaling": {**YARN, "beta_slow": 40.0}}, "'beta_slow' 40 must be below 'beta_fast' 32"),
-    (LLAMA, {"rope_scaling": {**YARN, "truncate": False}}, "truncate False is not supported"),
+    (LLAMA, {"rope_scaling": {**YARN, "truncate": 0}}, "'truncate' must be true or false, got 0"),
     (PHI3, {"rope_scaling": {**PHI3["rope_scaling"], "short_factor": [1.0]}}, "'short_factor' must list 6 numbers"),
     (PHI3, {"rope_scaling": {**PHI3["rope_scaling"], "long_factor": [0.0] * 6}}, "'long_factor' must be a number above 0"),
     (PHI3, {"original_max_position_embeddings": 1}, "'original_max_position_embeddings' must be an integer from 2"),
@@ -392,6 +431,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (MIXTRAL, {"num_local_experts": 0}, "'num_local_experts' must be an integer from 1 to 1024, got 0"),
     (MIXTRAL, {"num_local_experts": "many"}, "'num_local_experts' must be an integer"),
     (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1 is not supported"),
+    (GPT_OSS, {"swiglu_limit": 5.0}, "swiglu_limit 5.0 is not supported .only 7.0."),
+    (GPT_OSS, {"swiglu_alpha": 1.0}, "swiglu_alpha 1.0 is not supported"),
+    (GPT_OSS, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    (GPT_OSS, {"layer_types": ["full_attention"]}, "one type for each of the 4 layers"),
+    (GPT_OSS, {"layer_types": ["chunked_attention"] * 4}, "layer type 'chunked_attention'"),
     (QWEN3_MOE, {"mlp_only_layers": [2]}, "mlp_only_layers .2. is not supported"),
     (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
     (QWEN3_MOE, {"moe_intermediate_size": None}, "'moe_intermediate_size' is missing"),

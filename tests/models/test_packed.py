@@ -126,7 +126,7 @@ def test_orders_of_words() -> None:
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported; supported: awq, gptq, fp8, compressed-tensors"),
+    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported; supported: awq, gptq, fp8, mxfp4"),
     ({"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 32}, "version 'gemv' is not supported"),
     ({"quant_method": "awq", "bits": 3, "group_size": 32}, "bits 3 is not supported"),
     ({"quant_method": "gptq", "bits": 2, "group_size": 32}, "bits 2 is not supported .only 4 and 8"),

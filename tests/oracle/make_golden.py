@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from oracle.models import LLAMA3, Case, build, decisive_prompt, heads, logits, longrope, save
+from oracle.models import LLAMA3, YARN, Case, build, decisive_prompt, heads, logits, longrope, save
 
 OUT = Path(__file__).parents[1] / "fixtures" / "golden"
 _SMALL = {"hidden_size": 24, "intermediate_size": 32, "max_position_embeddings": 256}
@@ -34,6 +34,8 @@ GOLDEN = [
           norm_topk_prob=True, **_SMALL)), torch.bfloat16),
     (Case("granitemoe", "granitemoe", heads(3, 3, num_local_experts=5, num_experts_per_tok=2, embedding_multiplier=6.0,
           residual_multiplier=0.3, logits_scaling=4.0, attention_multiplier=0.3, tie_word_embeddings=True, **_SMALL)), torch.float32),
+    (Case("gpt-oss", "gpt_oss", heads(4, 1, head_dim=8, num_hidden_layers=3, num_local_experts=4, num_experts_per_tok=3,
+          sliding_window=9, rope_parameters={**YARN, "truncate": False}, **_SMALL)), torch.bfloat16),
     (Case("gemma3", "gemma3", heads(3, 1, head_dim=12, num_hidden_layers=6, query_pre_attn_scalar=12, sliding_window=9, **_SMALL)),
      torch.bfloat16),
     (Case("granite", "granite", heads(3, 1, embedding_multiplier=6.0, residual_multiplier=0.3, logits_scaling=4.0,

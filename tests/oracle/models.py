@@ -16,6 +16,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeConfig,
@@ -69,6 +71,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "granitemoe": (GraniteMoeConfig, GraniteMoeForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
@@ -87,6 +90,7 @@ _BASE: dict[str, dict[str, Any]] = {
     "mixtral": {**_SHARED, "num_local_experts": 5},
     "qwen3_moe": {**_SHARED, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
     "granitemoe": {**_SHARED, "num_local_experts": 6, "num_experts_per_tok": 4},
+    "gpt_oss": {**_SHARED, "head_dim": 16, "sliding_window": 9, "num_local_experts": 5, "num_experts_per_tok": 2},
     "gemma3": {**_SHARED, "head_dim": 16, "sliding_window": 9, "num_hidden_layers": 3, "query_pre_attn_scalar": 20},
     "granite": _SHARED,
     "phi3": _SHARED,
@@ -104,7 +108,7 @@ def heads(q: int, kv: int, **fields: Any) -> dict[str, Any]:
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 32}  # fmt: skip
-_YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 64}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _THREE = {"num_hidden_layers": 3}
 
@@ -123,8 +127,8 @@ CASES = [
     Case("llama-head-dim-biases", "llama", heads(4, 2, head_dim=20, attention_bias=True, mlp_bias=True)),
     Case("llama-rope-llama3", "llama", heads(3, 1, rope_parameters=LLAMA3)),
     Case("llama-rope-linear", "llama", heads(4, 4, rope_parameters=_LINEAR)),
-    Case("llama-rope-yarn", "llama", heads(3, 1, rope_parameters=_YARN)),
-    Case("qwen3-rope-yarn-betas", "qwen3", heads(3, 3, head_dim=32, rope_parameters={**_YARN, "beta_fast": 8.0, "beta_slow": 2.0,
+    Case("llama-rope-yarn", "llama", heads(3, 1, rope_parameters=YARN)),
+    Case("qwen3-rope-yarn-betas", "qwen3", heads(3, 3, head_dim=32, rope_parameters={**YARN, "beta_fast": 8.0, "beta_slow": 2.0,
          "attention_factor": 1.5})),
     Case("llama-gelu", "llama", heads(2, 2, hidden_act="gelu")),
     Case("mistral-window", "mistral", heads(6, 3, sliding_window=7)),
@@ -135,6 +139,9 @@ CASES = [
     Case("qwen3-moe-all-taken", "qwen3_moe", heads(2, 1, num_experts=4, num_experts_per_tok=4)),
     Case("granitemoe", "granitemoe", heads(3, 1, embedding_multiplier=6.0, residual_multiplier=0.3, logits_scaling=4.0,
          attention_multiplier=0.3)),
+    Case("gpt-oss", "gpt_oss", heads(4, 2, num_hidden_layers=3)),
+    Case("gpt-oss-types-no-biases", "gpt_oss", heads(3, 3, attention_bias=False, rope_parameters={**YARN, "truncate": False},
+         layer_types=["full_attention", "sliding_attention"], tie_word_embeddings=True)),
     Case("gemma3-pattern", "gemma3", heads(4, 2, num_hidden_layers=7)),
     Case("gemma3-types-scaled", "gemma3", heads(3, 1, head_dim=20, attention_bias=True, tie_word_embeddings=False,
          layer_types=["full_attention", "sliding_attention", "sliding_attention"], rope_parameters={"full_attention":

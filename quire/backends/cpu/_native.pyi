@@ -92,7 +92,7 @@ class PackedLinear:
     def k(self) -> int: ...
     @property
     def dtype(self) -> str:
-        """'float32', 'float16', 'bfloat16', 'int8' or 'int4'."""
+        """'float32', 'float16', 'bfloat16', 'int8', 'int4' or 'mxfp4'."""
     @property
     def group_size(self) -> int:
         """Inputs that share a scale; 0 for one scale an output, and for floats."""
@@ -125,9 +125,10 @@ def pack_linear(weights: Floats | Sequence[Floats], quantize: str | None = None,
     """
 
 def pack_blocks(blocks: NDArray[np.uint8] | Sequence[NDArray[np.uint8]], format: str, gated: bool = False) -> PackedLinear:
-    """[n, bytes of a row] of tensors of 4 bits, as they are. format: a GGUF type, Q4_0, Q4_1 or Q4_K, in groups of 32, the last two with
-    offsets; or int4:32, int4:64, int4:128, a group a block: its scale (float32), then its numbers from 0 to 15, the even ones in the low
-    halves of bytes; int4:32+offsets and so on, with an offset (float32) behind the scale.
+    """[n, bytes of a row] of tensors of 4 bits, as they are. format: a GGUF type, Q4_0, Q4_1, Q4_K or MXFP4, in groups of 32, Q4_1 and
+    Q4_K with offsets; or int4:32, int4:64, int4:128, a group a block: its scale (float32), then its numbers from 0 to 15, the even ones
+    in the low halves of bytes; int4:32+offsets and so on, with an offset (float32) behind the scale; or mxfp4, as int4:32, but numbers
+    are floats of 4 bits (E2M1), and the scale is half of what they are multiplied by.
 
     Several are concatenated, or gated, as in ``pack_linear``. Weights stay the numbers that they are; scales and offsets are rounded to
     bfloat16, where an offset is what a number from -8 to 7, times the scale, must be raised by.
@@ -154,7 +155,8 @@ def linear(
 ) -> None:
     """out[m, n] = act(x[m, k] W^T (+ bias[n])); with accumulate, out += that (the sum is added after the chain).
 
-    activation: 'silu', 'gelu', 'gelu_tanh', 'relu', or None for none. Gated, out = act(x G^T (+ bias[:n])) * (x U^T (+ bias[n:])).
+    activation: 'silu', 'gelu', 'gelu_tanh', 'relu', or None for none. Gated, out = act(x G^T (+ bias[:n])) * (x U^T (+ bias[n:]));
+    then also 'swiglu_oai', see TransformerSpec.
     The bytes are those of each of these operations by itself.
 
     With quantized weights each row of x is rounded to whole numbers -127..127 times max|x| / 127 first; a row with a NaN or
@@ -165,9 +167,18 @@ def linear(
 class Experts:
     """The feed-forwards of a mixture of experts, whose bytes are moved together; views of a linear's ``data`` from before are void."""
 
-    def __init__(self, up: tuple[PackedLinear, ...], down: tuple[PackedLinear, ...], taken: int, sum_to_one: bool) -> None:
+    def __init__(
+        self,
+        up: tuple[PackedLinear, ...],
+        down: tuple[PackedLinear, ...],
+        taken: int,
+        sum_to_one: bool,
+        up_bias: F32 | None = None,
+        down_bias: F32 | None = None,
+    ) -> None:
         """up [n, k], gated or not, and down [k, n] of each expert; those of one list are of one kind. taken: experts of a row, those with
-        the highest scores; of equal ones the first. sum_to_one: their weights are the softmax of these scores; else of all."""
+        the highest scores; of equal ones the first. sum_to_one: their weights are the softmax of these scores; else of all.
+        up_bias [experts, n] (gated: 2 n, the gates' first) and down_bias [experts, k] are copied."""
     @property
     def count(self) -> int: ...
     @property
@@ -250,13 +261,15 @@ def paged_attention(
     window: int = 0,
     k_scales: F16 | None = None,
     v_scales: F16 | None = None,
+    sinks: F32 | None = None,
     share: bool | None = None,
 ) -> int:
     """Causal attention of q [tokens, heads, head_dim] into out [tokens, heads * head_dim].
 
     The query at position p sees keys 0..p, or with a window the last `window` of these. Prefill, chunks and decode mix
     freely. heads is a multiple of kv_heads; head h reads KV head h // (heads // kv_heads). Blocks that lie wholly before
-    every window of their sequence may be gone from the table.
+    every window of their sequence may be gone from the table. sinks [heads]: a score of each head that takes part in the softmax of the
+    scaled products and has no value.
 
     Keys that lie in the same blocks for several sequences of the call are read once for all of them, where it pays (share:
     always, or never); the bytes are the same. Returns how many reads of 64 keys (by all KV heads) that saved.

@@ -99,6 +99,8 @@ class Layer:
     qkv: Linear
     q_norm: Norm | None
     k_norm: Norm | None
+    sinks: F32 | None
+    """[heads]"""
     o: Linear
     mlp_norm: Norm
     mlp: FeedForward | Experts
@@ -160,6 +162,7 @@ class Decoder:
                 qkv=self._linear(f"{at}.q", f"{at}.k", f"{at}.v"),
                 q_norm=self._head_norm(f"{at}.q_norm"),
                 k_norm=self._head_norm(f"{at}.k_norm"),
+                sinks=self._vector(f"{at}.sinks.weight") if spec.attention_sinks else None,
                 o=self._linear(f"{at}.o"),
                 mlp_norm=self._norm(f"{at}.mlp_norm"),
                 mlp=self._experts(at) if spec.num_experts else self._feed_forward_of(at),
@@ -324,7 +327,7 @@ class Decoder:
             residual = np.take(residual, asked.tokens, axis=0, out=self._last[: len(queries)], mode="clip")  # mode: else one copy more
             where = (batch.block_tables, asked.rows, asked.query_start, asked.start)
         attended = self._attended[: len(queries)]
-        native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales)
+        native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales, layer.sinks)
         self._add(layer.o, attended, layer.attn_out_norm, residual)
         return residual
 
@@ -357,12 +360,14 @@ class Decoder:
 
     def _experts(self, at: str) -> Experts:
         spec = self.spec
-        router = Linear([self._packer.floats(self._tensors, self._shapes_of(f"{at}.router"))], None)
+        router = Linear([self._packer.floats(self._tensors, self._shapes_of(f"{at}.router"))], self._bias(f"{at}.router"))
         each = spec.feed_forwards(at)
         ups, downs = [self._shapes_of(*self._ups(one)) for one in each], [self._shapes_of(f"{one}.down") for one in each]
         up = self._packer.experts(self._tensors, ups, gated=spec.gated)
         down = self._packer.experts(self._tensors, downs)
-        return Experts(router, native.Experts(up, down, spec.experts_per_token, spec.experts_sum_to_one), spec.activation)
+        biases = [[self._bias(*self._ups(one)) for one in each], [self._bias(f"{one}.down") for one in each]] if spec.mlp_bias else []
+        experts = native.Experts(up, down, spec.experts_per_token, spec.experts_sum_to_one, *map(np.array, biases))
+        return Experts(router, experts, spec.activation)
 
     def _ups(self, at: str) -> tuple[str, ...]:
         return (f"{at}.gate", f"{at}.up") if self.spec.gated else (f"{at}.up",)
@@ -372,9 +377,13 @@ class Decoder:
 
     def _linear(self, *names: str, gated: bool = False, activation: str | None = None) -> Linear:
         """One linear of the weights of ``names``, side by side, or gate and up."""
-        biases = [self._vector(f"{name}.bias") for name in names if f"{name}.bias" in self._tensors]
         parts = self._packer.linear(self._tensors, self._shapes_of(*names), gated=gated)
-        return Linear(parts, np.concatenate(biases) if biases else None, activation)
+        return Linear(parts, self._bias(*names), activation)
+
+    def _bias(self, *names: str) -> F32 | None:
+        """Of linears side by side; None where they have none."""
+        biases = [self._vector(f"{name}.bias") for name in names if f"{name}.bias" in self._tensors]
+        return np.concatenate(biases) if biases else None
 
     def _norm(self, name: str, scale: float = 1.0) -> Norm:
         bias = np.float32(scale) * self._vector(f"{name}.bias") if self.spec.norm_bias else None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.packed_cache import PackedCache
 from quire.backends.progress import Progress
-from quire.models.quantization import INT8, Quantization
+from quire.models.quantization import FOUR_BITS, INT8, Quantization
 from quire.models.weights import Blocks, no_blocks
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -80,7 +80,7 @@ class Packer:
     def _kind(self, name: str, quantization: Quantization) -> tuple[Quantization, str]:
         """And the type of the blocks that are packed as they are; empty where numbers are made of floats."""
         kind = quantization.kind(name)
-        kept = self._blocks(f"{name}.weight") if quantization.linears and kind.dtype == "int4" else None
+        kept = self._blocks(f"{name}.weight") if quantization.linears and kind.dtype in FOUR_BITS else None
         return kind, kept[0] if kept else ""
 
     def _quantized(self, tensors: Tensors, shapes: Shapes, kind: Quantization, stored: str, gated: bool) -> native.PackedLinear:

@@ -102,14 +102,13 @@ class Config:
 
 @dataclass(slots=True, frozen=True)
 class Source:
-    """Where a canonical tensor is in a checkpoint: the tensor ``name``, transposed, then one expert of it, then ``rows`` of its first
-    axis."""
+    """Where a canonical tensor is in a checkpoint: the tensor ``name``, one expert of it, transposed, then ``rows`` of its first axis."""
 
     name: str
     """Without the family's prefix."""
     transpose: bool = False
-    rows: tuple[int, int] | None = None
-    """First and one past the last row, where several canonical tensors are fused into one."""
+    rows: tuple[int, int] | tuple[int, int, int] | None = None
+    """First and one past the last row, and the step from one to the next, where several canonical tensors are fused into one."""
     rows_total: int = 0
     """Rows of the fused tensor."""
     expert: tuple[int, int] | None = None
@@ -122,9 +121,9 @@ class Source:
         """The shape that the checkpoint must have for the canonical tensor to have ``shape``."""
         if self.rows is not None:
             shape = (self.rows_total, *shape[1:])
-        if self.expert is not None:
-            shape = (self.expert[1], *shape)
-        return shape[::-1] if self.transpose else shape
+        if self.transpose:
+            shape = shape[::-1]
+        return shape if self.expert is None else (self.expert[1], *shape)
 
 
 @dataclass(slots=True, frozen=True)

@@ -19,7 +19,7 @@ _TOP: Final = {"embed": "token_embd", "positions": "position_embd", "final_norm"
 _LAYER: Final = {
     "attn_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "q_norm": "attn_q_norm",
     "k_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "router": "ffn_gate_inp",
-    "attn_out_norm": "post_attention_norm", "mlp_out_norm": "post_ffw_norm",
+    "sinks": "attn_sinks", "attn_out_norm": "post_attention_norm", "mlp_out_norm": "post_ffw_norm",
     "experts": "", "experts.gate": "ffn_gate_exps", "experts.up": "ffn_up_exps", "experts.down": "ffn_down_exps",
 }  # fmt: skip
 FACTORS: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -41,6 +41,8 @@ class Architecture:
     """Whether the rows of q and k are in the order of the original rotary code."""
     fused_gate: bool = False
     """Whether gate and up are one tensor, in this order."""
+    mlp_norm: str = "ffn_norm"
+    """The norm before the feed-forward."""
 
 
 _OPTIONAL: Final = {"num_key_value_heads", "head_dim", "rope_theta", "sliding_window", "n_inner"}
@@ -77,6 +79,9 @@ ARCHITECTURES: Final = {
     ),
     "granite": Architecture("GraniteForCausalLM", _RMS | _SCALES, interleaved=True),
     "granitemoe": Architecture("GraniteMoeForCausalLM", _RMS | _SCALES | _EXPERTS, interleaved=True),
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM", _RMS | _EXPERTS | {"sliding_window": ".attention.sliding_window"}, mlp_norm="post_attention_norm"
+    ),
     "smollm3": Architecture("SmolLM3ForCausalLM", _RMS, interleaved=True),
     "gemma3": Architecture("Gemma3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}),
     "phi3": Architecture("Phi3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}, fused_gate=True),
@@ -200,6 +205,7 @@ def _rotation(model: Gguf, kind: Architecture, values: dict[str, Any], factors: 
         given = {"rope_type": scaling, "factor": factor}
         if scaling == "yarn":
             given["original_max_position_embeddings"] = original
+            given["truncate"] = kind.name != "GptOssForCausalLM"  # no field says so
             for name in ("beta_fast", "beta_slow", "attn_factor"):
                 given["attention_factor" if name == "attn_factor" else name] = fields.get(f"{prefix}.rope.scaling.yarn_{name}")
         values["rope_scaling"] = given
@@ -225,14 +231,16 @@ def as_converted(spec: TransformerSpec, factors: Factors, model: Gguf) -> Transf
 def sources_of(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
     """Canonical name → source, as Family.sources."""
     kind = architecture_of(model)
-    sources = renamed(spec, _TOP, _LAYER, "blk")
+    sources = renamed(spec, _TOP, _LAYER | {"mlp_norm": kind.mlp_norm}, "blk")
     q, kv, f = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
     parts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
     for i in range(spec.num_layers):
         for j in range(spec.num_experts):
             for part in ("gate", "up", "down"):
-                stacked = f"blk.{i}.{_LAYER[f'experts.{part}']}.weight"
-                sources[f"layers.{i}.experts.{j}.{part}.weight"] = Source(stacked, expert=(j, spec.num_experts))
+                stacked = f"blk.{i}.{_LAYER[f'experts.{part}']}"
+                for parameter in ("weight", "bias") if spec.mlp_bias else ("weight",):
+                    name = f"layers.{i}.experts.{j}.{part}.{parameter}"
+                    sources[name] = Source(f"{stacked}.{parameter}", expert=(j, spec.num_experts))
         for parameter in ("weight", "bias"):
             fused = f"blk.{i}.attn_qkv.{parameter}"
             for part, rows in parts.items():

@@ -95,7 +95,6 @@ def _agree(config: Config, rope: Config) -> None:
 
 
 def _yarn(config: Config, rope: Config, theta: float, rotary_dim: int, factor: float) -> RopeSpec:
-    rope.unsupported(truncate=True)
     fast, slow = rope.number("beta_fast", 32.0, high=1e6), rope.number("beta_slow", 1.0, high=1e6)
     if slow >= fast or theta == 1.0:
         rope.refuse(f"'beta_slow' {slow:g} must be below 'beta_fast' {fast:g}, and 'rope_theta' {theta:g} above 1")
@@ -103,7 +102,10 @@ def _yarn(config: Config, rope: Config, theta: float, rotary_dim: int, factor: f
         "original_max_position_embeddings", config.integer("max_position_embeddings", high=MAX_POSITIONS), high=MAX_POSITIONS
     )
     magnitude = rope.number("attention_factor", 1.0 if factor <= 1 else 0.1 * log(factor) + 1, high=1e3)
-    return RopeSpec(theta, rotary_dim, "yarn", factor, original_max_positions=original, beta_fast=fast, beta_slow=slow, magnitude=magnitude)
+    return RopeSpec(
+        theta, rotary_dim, "yarn", factor, original_max_positions=original, beta_fast=fast, beta_slow=slow,
+        truncate=rope.flag("truncate", True), magnitude=magnitude,
+    )  # fmt: skip
 
 
 def _longrope(config: Config, rope: Config, theta: float, rotary_dim: int) -> RopeSpec:

@@ -1,7 +1,7 @@
 """``quantization_config`` of a config.json: how the linears of a checkpoint are quantized and packed.
 
 Of the formats that transformers knows: AWQ (arXiv 2306.00978, as AutoAWQ's "gemm" packs it), GPTQ (arXiv 2210.17323, as AutoGPTQ and
-GPTQModel pack it), fp8 (as DeepSeek-V3, arXiv 2412.19437, and Qwen3 have it), and compressed-tensors
+GPTQModel pack it), fp8 (as DeepSeek-V3, arXiv 2412.19437, and Qwen3 have it), MXFP4 (of the experts of gpt-oss), and compressed-tensors
 (https://github.com/vllm-project/compressed-tensors) for weights alone ("pack-quantized"), or weights of 8 bits ("int-quantized",
 "float-quantized"), whose activations its other readers round to 8 bits of the same kind.
 """
@@ -23,7 +23,7 @@ GROUPS: Final = (128, 64, 32)
 class Packing:
     """How the numbers of a quantized linear lie in its tensors."""
 
-    method: Literal["awq", "gptq", "pack-quantized", "int-quantized", "float-quantized", "fp8"]
+    method: Literal["awq", "gptq", "pack-quantized", "int-quantized", "float-quantized", "fp8", "mxfp4"]
     bits: int
     """4 or 8"""
     group_size: int
@@ -39,6 +39,8 @@ class Packing:
 
     def kind(self, inputs: int, offsets: bool, in_order: bool) -> str:
         """What a linear is multiplied as: see TransformerSpec.stored."""
+        if self.method == "mxfp4":
+            return "mxfp4"
         if self.bits != 4 or not in_order:
             return "int8"
         for group in GROUPS:
@@ -47,10 +49,12 @@ class Packing:
         return "int8"
 
     def stored(self, spec: TransformerSpec, packed: Container[str] | None = None) -> tuple[tuple[str, str], ...]:
-        """TransformerSpec.stored, as far as configuration and names tell. packed: the linears that are quantized; None: those of layers."""
+        """TransformerSpec.stored, as far as configuration and names tell. packed: the linears that are quantized; None: those of layers,
+        or, in MXFP4, of experts."""
+        usual = ".experts." if self.method == "mxfp4" else "layers."
         found = {}
         for name, (_, inputs) in spec.quantizable().items():
-            quantized = name.startswith("layers.") if packed is None else name in packed
+            quantized = usual in name if packed is None else name in packed
             found[name] = self.kind(inputs, self.offsets, self.in_order or not self.group_size) if quantized else "int8"
         return tuple(found.items())
 
@@ -72,9 +76,11 @@ def packing_of(config: Config) -> Packing | None:
         return _compressed_tensors(about)
     if method == "fp8":
         return _fp8(about)
+    if method == "mxfp4":
+        return Packing("mxfp4", 4, 32, False)
     return about.refuse(
-        f"quant_method {method!r:.40} is not supported; supported: awq, gptq, fp8, compressed-tensors. Take the model in 16 bits, as a "
-        "GGUF file, or in one of these"
+        f"quant_method {method!r:.40} is not supported; supported: awq, gptq, fp8, mxfp4, compressed-tensors. Take the model in 16 bits, "
+        "as a GGUF file, or in one of these"
     )
 
 

@@ -25,8 +25,12 @@ from quire.models.weights.gguf import Widen, gguf_files, gguf_spec, load_gguf
 from quire.models.weights.hub import fetch, is_name
 from quire.models.weights.messages import SHOWN, some
 from quire.models.weights.model import Made, Model
+from quire.models.weights.mxfp4 import Mxfp4Tensor, Mxfp4Weight, find_mxfp4
 from quire.models.weights.packed import PackedTensor, find_packed
 from quire.models.weights.safetensors import SUPPORTED, TensorInfo, map_file, read_header, view
+
+Packed = Mapping[str, PackedTensor | Mxfp4Tensor]
+"""Linears that are quantized, by their names in the checkpoint."""
 
 
 def resolve_model(name: str | Path, weights: bool = True) -> Path:
@@ -145,7 +149,7 @@ def _load_packed(
     spec: TransformerSpec,
     infos: Mapping[str, TensorInfo],
     sources: Mapping[str, Source],
-    packed: Mapping[str, PackedTensor],
+    packed: Packed,
     maps: dict[Path, mmap],
     reading: str,
 ) -> Model:
@@ -159,27 +163,29 @@ def _load_packed(
         if (weight := weights.get(source.name)) is None:
             makers[name] = partial(_view, source, infos, maps)
             continue
-        if source.transpose or source.expert is not None:
+        if isinstance(weight, Mxfp4Weight) and source.expert is not None:
+            weight = weight.expert(source.expert[0])
+        elif source.transpose or source.expert is not None:
             raise ModelLoadError(f"{folder}: {spec.architecture} with quantized linears ({source.name}) is not supported")
-        rows = source.rows or (0, shapes[name][0])
-        makers[name] = partial(weight.floats, *rows)
+        rows = slice(*(source.rows or (0, shapes[name][0])))
+        makers[name] = partial(weight.floats, rows)
         stored[name.removesuffix(".weight")] = weight.kind
         if weight.kind != "int8":
-            kept[name] = (weight.kind, partial(weight.blocks, *rows))
+            kept[name] = (weight.kind, partial(weight.blocks, rows))
     spec = replace(spec, stored=tuple((name, stored.get(name, "int8")) for name, _ in spec.stored))
     return Model(spec, folder, Made(makers), list(maps.values()), nbytes, kept.get, reading)
 
 
 def _view(source: Source, infos: Mapping[str, TensorInfo], maps: Mapping[Path, mmap]) -> npt.NDArray[Any]:
     array = view(maps[infos[source.name].file], infos[source.name])
-    if source.transpose:
-        array = array.T
     if source.expert is not None:
         array = array[source.expert[0]]
+    if source.transpose:
+        array = array.T
     return array if source.rows is None else array[slice(*source.rows)]
 
 
-def _named(folder: Path, config: ModelConfig, headers: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, PackedTensor]]:
+def _named(folder: Path, config: ModelConfig, headers: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], Packed]:
     """The checkpoint's tensors by their names without the family's prefix, and those of them that are packed linears."""
     infos: dict[str, TensorInfo] = {}
     for full, info in headers.items():
@@ -189,7 +195,9 @@ def _named(folder: Path, config: ModelConfig, headers: Mapping[str, TensorInfo])
         if name in infos:
             raise ModelLoadError(f"{folder}: the tensor {name!r} is there twice, with and without the prefix of {full!r}")
         infos[name] = info
-    packed = find_packed(config.packing, infos) if config.packing is not None else {}
+    packed: Packed = {}
+    if config.packing is not None:
+        packed = find_mxfp4(infos) if config.packing.method == "mxfp4" else find_packed(config.packing, infos)
     sources = {source.name for source in config.family.sources(config.spec).values()}
     for bias in [name.removesuffix(".weight") + ".bias" for name in packed]:  # GPTQ's tools give every linear one
         if bias in infos and bias not in sources and infos[bias].dtype in SUPPORTED:

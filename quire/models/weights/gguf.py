@@ -28,7 +28,7 @@ from quire.models.weights.model import Made, Model
 from quire.models.weights.safetensors import array_dtype, map_file
 
 _FLOATS: Final = ("F32", "F16", "BF16")
-_KEPT: Final = {"Q4_0": "int4:32", "Q4_1": "int4:32+offsets", "Q4_K": "int4:32+offsets"}
+_KEPT: Final = {"Q4_0": "int4:32", "Q4_1": "int4:32+offsets", "Q4_K": "int4:32+offsets", "MXFP4": "mxfp4"}
 """Types that are multiplied as they are → what TransformerSpec.stored calls them."""
 _CHUNK: Final = 1 << 16
 """Values that are widened at a time: they stay in a core's cache."""
@@ -119,7 +119,7 @@ class _Tensors:
         """In its canonical shape."""
         rows, tensor = self._rows(name)
         found = _floats(rows, tensor) if tensor.type in _FLOATS else self._dequantized(rows, tensor)
-        return found[:, 0] if len(tensor.shape) == 1 else found
+        return found[:, 0] if len(tensor.shape) == 1 + (self._sources[name].expert is not None) else found
 
     def blocks(self, name: str) -> tuple[str, Callable[[], npt.NDArray[np.uint8]]] | None:
         """See Model."""

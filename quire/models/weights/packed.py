@@ -169,27 +169,27 @@ class PackedWeight:
         self.kind = packing.kind(inputs, not centred, in_order)
         """As in TransformerSpec.stored."""
 
-    def floats(self, first: int, last: int) -> npt.NDArray[np.float16]:
-        """[last - first, in]: rows of the weight."""
+    def floats(self, rows: slice) -> npt.NDArray[np.float16]:
+        """[rows, in], of rows that follow one another."""
+        first, last = rows.start, rows.stop
         made = np.empty((last - first, self._tensor.shape[1]), np.float16)
         step = max(1, _CHUNK // made.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(first, last, step):
-                rows = slice(start, min(start + step, last))
-                made[start - first : rows.stop - first] = self._floats(rows)
+                some = slice(start, min(start + step, last))
+                made[start - first : some.stop - first] = self._floats(some)
         return made
 
-    def blocks(self, first: int, last: int) -> U8:
+    def blocks(self, rows: slice) -> U8:
         """Rows as ``native.pack_blocks`` takes them, of the type ``kind``, which is not int8: a group's scale, its offset, then its
         numbers, the even ones in the low halves of bytes."""
-        group = self.kind.partition(":")[2]
-        rows = slice(first, last)
-        halves = self._bytes(rows).reshape(last - first, -1, int(group.split("+")[0]) // 2)
+        group, count = self.kind.partition(":")[2], rows.stop - rows.start
+        halves = self._bytes(rows).reshape(count, -1, int(group.split("+")[0]) // 2)
         repeated = halves.shape[1] // self._scales.shape[1]  # the kernels' groups may be smaller
         scales, zeros = (each[rows].repeat(repeated, axis=1) for each in (self._scales, self._zeros))
         with np.errstate(invalid="ignore"):
             columns = (scales, (8 - zeros) * scales) if group.endswith("offsets") else (scales,)
-        return np.concatenate([np.stack(columns, axis=-1).view(np.uint8), halves], axis=-1).reshape(last - first, -1)
+        return np.concatenate([np.stack(columns, axis=-1).view(np.uint8), halves], axis=-1).reshape(count, -1)
 
     def _floats(self, rows: slice) -> F32:
         bytes_ = self._bytes(rows)

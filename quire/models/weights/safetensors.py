@@ -25,7 +25,7 @@ _BITS: Final = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 SUPPORTED: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_INTEGERS: Final = {"I8": "int8", "I32": "int32", "I64": "int64", "F8_E4M3": "uint8"}
+_INTEGERS: Final = {"U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64", "F8_E4M3": "uint8"}
 """Of the parts that quantized weights are stored in; small floats as their bits."""
 _MAX_HEADER: Final = 100_000_000  # the limit of the reference implementation
 _LFS: Final = b"version https://git-lfs"

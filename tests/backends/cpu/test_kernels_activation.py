@@ -9,22 +9,8 @@ import pytest
 
 from quire.backends.cpu import _native as native
 
+pytestmark = pytest.mark.usefixtures("isa", "threads")
 WEIGHTS = [("float32", 0), ("float16", 0), ("bfloat16", 0), ("int8", 0), ("int8", 64), ("int4", 32)]
-
-
-@pytest.fixture(params=native.available_isas(), autouse=True)
-def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = native.num_threads()
-    yield
-    native.set_num_threads(before)
 
 
 @pytest.fixture(params=WEIGHTS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
@@ -34,6 +20,11 @@ def weights(request):
 
 def gelu(x):
     return x * 0.5 * np.array([math.erfc(-v / math.sqrt(2)) for v in x.ravel()]).reshape(x.shape)
+
+
+def swiglu_oai(gate, up):
+    gate = np.minimum(gate, 7)
+    return (np.clip(up, -7, 7) + 1) * gate / (1 + np.exp(-1.702 * gate))
 
 
 EXACT = {
@@ -98,6 +89,26 @@ def test_formulas(kind):
     x = np.concatenate([np.linspace(-12, 12, 4003), np.random.default_rng(8).standard_normal(2000) * 0.01, [0.0]]).astype(np.float32)
     # Far out, x^2 in float32 costs digits of its exponential; what is below 1e-10 there does not matter to any sum.
     np.testing.assert_allclose(activate(kind, x), EXACT[kind](x.astype(np.float64)), rtol=3e-6, atol=1e-10)
+
+
+def test_clamped_gates_and_what_they_gate():
+    """gpt-oss: both are cut off."""
+    rng = np.random.default_rng(5)
+    x = np.concatenate([rng.uniform(-20, 20, (4000, 2)), rng.standard_normal((500, 2)), [[7, -7], [8, -8], [-9, 9]]]).astype(np.float32)
+    one = native.pack_linear([np.array([[1, 0]], np.float32), np.array([[0, 1]], np.float32)], gated=True)
+    found = run(one, x, kind="swiglu_oai")[:, 0]
+    np.testing.assert_allclose(found, swiglu_oai(*x.T.astype(np.float64)), rtol=3e-6, atol=1e-7)
+    assert np.isnan(run(one, np.array([[np.nan, 1], [1, np.nan], [np.nan, np.nan]], np.float32), kind="swiglu_oai")).all()
+
+
+def test_clamped_gates_of_any_weights(weights):
+    for f, k in [(1, 128), (37, 1152), (160, 128)]:
+        ff = FeedForward(weights, f, k, 33)
+        x = 4 * ff.x  # so that some are cut off
+        for biases in (np.split(ff.bias, 2), (None, None)):
+            gate, up = (run(pack(weights, m), x, bias).astype(np.float64) for m, bias in zip(ff.matrices, biases, strict=True))
+            found = run(ff.packed, x, None if biases[0] is None else ff.bias, "swiglu_oai")
+            np.testing.assert_allclose(found, swiglu_oai(gate, up), rtol=1e-5, atol=1e-6)
 
 
 def test_exp_within_two_units_in_the_last_place():
@@ -206,8 +217,10 @@ def test_not_a_number_stays_in_its_row(weights):
 
 def test_wrong_calls():
     weight, x, out = np.ones((3, 4), np.float32), np.zeros((2, 4), np.float32), np.zeros((2, 3), np.float32)
-    with pytest.raises(ValueError, match="activation 'swish' is unknown: choose silu, gelu, gelu_tanh, relu or None"):
+    with pytest.raises(ValueError, match="activation 'swish' is unknown: choose silu, gelu, gelu_tanh, relu, swiglu_oai or None"):
         native.linear(native.pack_linear(weight), x, out, activation="swish")
+    with pytest.raises(ValueError, match="activation 'swiglu_oai' is for gated linears"):
+        native.linear(native.pack_linear(weight), x, out, activation="swiglu_oai")
     with pytest.raises(ValueError, match=r"gated takes two matrices of one shape, gate and up: \[3, 4\] and \[2, 4\]"):
         native.pack_linear([weight, weight[:2]], gated=True)
     for parts in ([weight], [weight] * 3):

@@ -6,22 +6,8 @@ import pytest
 
 from quire.backends.cpu import _native as native
 
+pytestmark = pytest.mark.usefixtures("isa", "threads")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
-
-
-@pytest.fixture(params=native.available_isas(), autouse=True)
-def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = native.num_threads()
-    yield
-    native.set_num_threads(before)
 
 
 class Layer:
@@ -46,7 +32,7 @@ class Layer:
     def arrays(self):
         return (self.k.view(np.uint16), self.v.view(np.uint16)) if self.dtype == ml_dtypes.bfloat16 else (self.k, self.v)
 
-    def run(self, parts, heads, scale, window=0, share=None):
+    def run(self, parts, heads, scale, window=0, share=None, sinks=None):
         """parts: (row, start, q, k, v) each. Writes k and v, attends, and returns one output for each part."""
         rows = np.array([p[0] for p in parts], np.int32)
         start = np.array([p[1] for p in parts], np.int32)
@@ -60,7 +46,8 @@ class Layer:
         where = (self.tables, rows, query_start, start)
         native.write_kv(fused[:, heads : heads + kv_heads], fused[:, heads + kv_heads :], *self.arrays(), *where, **self.scales)
         out = np.full((len(q), heads * q.shape[2]), np.nan, np.float32)
-        self.saved = native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window, **self.scales, share=share)
+        options = {**self.scales, "share": share, "sinks": sinks}
+        self.saved = native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window, **options)
         return np.split(out, query_start[1:-1])
 
 
@@ -78,7 +65,7 @@ def stored(x, dtype):
     return np.clip(np.rint(x * inverse), -127, 127).astype(np.float64) * scale
 
 
-def reference(q, k, v, scale, window=0, last=None):
+def reference(q, k, v, scale, window=0, last=None, sinks=None):
     """All queries of a whole sequence (or the last few), in float64."""
     n, heads, dim = q.shape
     first = 0 if last is None else n - last
@@ -87,8 +74,14 @@ def reference(q, k, v, scale, window=0, last=None):
     s = np.einsum("qhd,khd->hqk", q[first:].astype(np.float64), k) * scale
     i, j = np.arange(first, n)[:, None], np.arange(n)[None]
     s = np.where((j <= i) & ((window == 0) | (j > i - window)), s, -np.inf)
-    p = np.exp(s - s.max(-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v).reshape(n - first, heads * dim)
+    most = s.max(-1, keepdims=True)
+    rest = 0.0
+    if sinks is not None:
+        each = np.broadcast_to(sinks.astype(np.float64)[:, None, None], most.shape)
+        most = np.maximum(most, each)
+        rest = np.exp(each - most)
+    p = np.exp(s - most)
+    return np.einsum("hqk,khd->qhd", p / (p.sum(-1, keepdims=True) + rest), v).reshape(n - first, heads * dim)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,6 +96,36 @@ def test_matches_float64(dtype, heads, kv_heads, dim, block_size, n, window):
     out = layer.run([(2, 0, q, k, v)], heads, dim**-0.5, window)[0]
     exact = reference(q, stored(k, dtype), stored(v, dtype), dim**-0.5, window)
     np.testing.assert_allclose(out, exact, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "n", "window"), [(4, 2, 64, 70, 0), (9, 3, 20, 130, 30), (5, 1, 80, 1100, 0)])
+def test_sinks(dtype, heads, kv_heads, dim, n, window):
+    """Whole prompts, chunks, single queries and any number of threads: the same bytes."""
+    q, k, v = tokens(n, n, heads, kv_heads, dim)
+    sinks = np.linspace(-3, 6, heads).astype(np.float32)
+    whole = Layer(kv_heads, dim, 16, dtype).run([(2, 0, q, k, v)], heads, dim**-0.5, window, sinks=sinks)[0]
+    exact = reference(q, stored(k, dtype), stored(v, dtype), dim**-0.5, window, sinks=sinks)
+    np.testing.assert_allclose(whole, exact, rtol=1e-5, atol=3e-6)
+    for threads in (1, 2, 3):
+        native.set_num_threads(threads)
+        layer, at = Layer(kv_heads, dim, 8, dtype), 0
+        for size in (1, 1, 40, 1, n - 44, 1):
+            cut = slice(at, at + size)
+            out = layer.run([(1, at, q[cut], k[cut], v[cut])], heads, dim**-0.5, window, sinks=sinks)[0]
+            assert np.array_equal(out.view(np.uint32), whole[cut].view(np.uint32)), (threads, at, size)
+            at += size
+
+
+def test_sinks_of_any_size():
+    """One that nothing is beside, one that is beside nothing, and what is not finite."""
+    q, k, v = tokens(7, 50, 4, 2, 32)
+    without = Layer(2, 32, 16).run([(0, 0, q, k, v)], 4, 0.3)[0].reshape(50, 4, 32)
+    sinks = np.array([-1e30, 1e30, np.nan, -np.inf], np.float32)
+    found = Layer(2, 32, 16).run([(0, 0, q, k, v)], 4, 0.3, sinks=sinks)[0].reshape(50, 4, 32)
+    np.testing.assert_allclose(found[:, [0, 3]], without[:, [0, 3]], rtol=1e-6)
+    assert not found[:, 1].any()
+    assert np.isnan(found[:, 2]).all()
 
 
 @pytest.mark.parametrize("block_size", [4, 16])

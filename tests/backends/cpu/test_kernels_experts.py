@@ -5,24 +5,10 @@ import pytest
 
 from quire.backends.cpu import _native as native
 
+pytestmark = pytest.mark.usefixtures("isa", "threads")
 HIDDEN, INNER = 96, 160
 KINDS = [("float32", None, 0), ("float16", None, 0), ("bfloat16", None, 0), ("float32", "int8", 0), ("float32", "int8", 32),
          ("float32", "int4", 32)]  # fmt: skip
-
-
-@pytest.fixture(params=native.available_isas(), autouse=True)
-def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = native.num_threads()
-    yield
-    native.set_num_threads(before)
 
 
 def packed(rng, count, n, k, kind=KINDS[0], gated=False):
@@ -113,6 +99,32 @@ def test_a_row_is_the_same_alone_and_among_others(kind):
             assert np.array_equal(run(experts, x[part], scores[part], 3, inner), whole[part]), (threads, m)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_biases(kind, gated):
+    """Of an expert's linears, added before its share is taken of it: of one expert alone bit for bit what they give."""
+    _, (up, down), _ = make(7, 1, kind, gated=gated)
+    rng = np.random.default_rng(4)
+    up_bias, down_bias = (rng.standard_normal((7, width)).astype(np.float32) for width in ((1 + gated) * INNER, HIDDEN))
+    experts = native.Experts(up, down, 1, True, up_bias, down_bias)
+    activation = "swiglu_oai" if gated else "gelu"
+    for m in [1, 3, 70]:
+        x, scores = inputs(m, 7, seed=m)
+        found = run(experts, x, scores, 1, activation=activation)
+        for e in range(7):
+            rows = np.flatnonzero(scores.argmax(1) == e)
+            inner, out = np.empty((len(rows), INNER), np.float32), np.empty((len(rows), HIDDEN), np.float32)
+            native.linear(up[e], x[rows], inner, up_bias[e], False, activation)
+            native.linear(down[e], inner, out, down_bias[e])
+            assert np.array_equal(found[rows], out)
+    x, scores = inputs(30, 7)
+    both, without = (run(native.Experts(up, down, 3, True, *given), x, scores, 3, activation=activation)
+                     for given in ((up_bias, down_bias), (up_bias, 0 * down_bias)))  # fmt: skip
+    shares = np.exp(scores.astype(np.float64))
+    shares[np.argsort(np.argsort(-scores, axis=1), axis=1) >= 3] = 0
+    np.testing.assert_allclose(both - without, shares / shares.sum(1, keepdims=True) @ down_bias, atol=2e-5)
+
+
 def test_equal_scores_take_the_first():
     experts, _, _ = make(6, 2)
     x, _ = inputs(3, 6)
@@ -183,6 +195,8 @@ def test_wrong_use():
         ((up, up, 1, True), r"down must be \[96, 160\], not \[160, 96\]"),
         ((up, down, 0, True), "taken is 0: choose from 1 to the 3 experts"),
         ((up, down, 4, True), "taken is 4"),
+        ((up, down, 1, True, np.zeros((3, INNER), np.float32)), r"up_bias must be \[3, 320\], not \[3, 160\]"),
+        ((up, down, 1, True, None, np.zeros((2, HIDDEN), np.float32)), r"down_bias must be \[3, 96\], not \[2, 96\]"),
     ]:
         with pytest.raises(ValueError, match=says):
             native.Experts(*args)

@@ -6,22 +6,8 @@ import pytest
 
 from quire.backends.cpu import _native as native
 
+pytestmark = pytest.mark.usefixtures("isa", "threads")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-
-@pytest.fixture(params=native.available_isas(), autouse=True)
-def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = native.num_threads()
-    yield
-    native.set_num_threads(before)
 
 
 def bits(array):

@@ -7,25 +7,11 @@ import pytest
 
 from quire.backends.cpu import _native as native
 
+pytestmark = pytest.mark.usefixtures("isa", "threads")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SEGMENT = 1024  # positions that one exact sum covers where a column has one scale
 TINY = np.float32(2.0**-100)
 KINDS = [("int8", 0), ("int8", 32), ("int8", 64), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128)]
-
-
-@pytest.fixture(params=native.available_isas(), autouse=True)
-def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = native.num_threads()
-    yield
-    native.set_num_threads(before)
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
@@ -369,7 +355,7 @@ def test_wrong_packed_bytes():
         ({"group_size": 64}, "data must have length"),
         ({"group_size": 0, "dtype": "int4"}, "group_size is 0"),
         ({"k": 100}, "does not divide the 100 inputs"),
-        ({"dtype": "int2"}, "dtype 'int2' is unknown: choose float32, float16, bfloat16, int8 or int4"),
+        ({"dtype": "int2"}, "dtype 'int2' is unknown: choose float32, float16, bfloat16, int8, int4 or mxfp4"),
         ({"dtype": "float32"}, "float32 weights have no groups"),
         ({"data": np.empty(packed.nbytes + 65, np.uint8)[1:][: packed.nbytes]}, "data must be 64-byte aligned|length"),
     ]:
@@ -380,7 +366,8 @@ def test_wrong_packed_bytes():
         native.load_packed(data.view(np.int8), 3, 128, "int8", 32)
 
 
-FORMATS = ["Q4_0", "Q4_1", "Q4_K"]
+FORMATS = ["Q4_0", "Q4_1", "Q4_K", "MXFP4"]
+TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # the floats of MXFP4
 
 
 def blocks(seed, name, n, k):
@@ -388,15 +375,23 @@ def blocks(seed, name, n, k):
     values, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     rng = np.random.default_rng(seed)
     made = rng.integers(0, 256, (n, k // values, nbytes), np.uint8)
+    if name == "MXFP4":
+        made[..., 0] = rng.integers(112, 121, (n, k // values))
+        return made.reshape(n, -1)
     for at in range(0, 2 if name == "Q4_0" else 4, 2):
         made[..., at : at + 2] = rng.uniform(-0.01, 0.01, (n, k // values, 1)).astype(np.float16).view(np.uint8)
     return made.reshape(n, -1)
 
 
 def read_blocks(data, name):
-    """Numbers -8..7 [n, k], scales and offsets [n, k / 32] (float32): q * scale + minimum is (q - 8) * scale + offset."""
+    """Numbers -8..7 (of MXFP4 twice the floats) [n, k], scales and offsets [n, k / 32] (float32): q * scale + minimum is
+    (q - 8) * scale + offset."""
     values, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     each = data.reshape(len(data), -1, nbytes)
+    if name == "MXFP4":
+        scale = np.ldexp(np.float32(1), each[..., 0].astype(np.int64) - 128)
+        codes = np.concatenate([each[..., 1:] & 15, each[..., 1:] >> 4], axis=-1)
+        return TWICE[codes].reshape(len(data), -1), scale, np.zeros_like(scale)
     halves = each[..., : 4 if name == "Q4_1" else 2].copy().view(np.float16).astype(np.float32)
     if name == "Q4_K":
         halves = each[..., :4].copy().view(np.float16).astype(np.float32)
@@ -430,11 +425,12 @@ def test_blocks_are_what_they_were(isa, name, m, n, k):
     """Numbers as they are in the file, scales and offsets rounded to bfloat16; and what is multiplied by them."""
     data = blocks(m + n + k, name, n, k)
     packed = native.pack_blocks(data, name)
-    assert (packed.n, packed.k, packed.dtype, packed.group_size, packed.offsets) == (n, k, "int4", 32, name != "Q4_0")
+    dtype = "mxfp4" if name == "MXFP4" else "int4"
+    assert (packed.n, packed.k, packed.dtype, packed.group_size, packed.offsets) == (n, k, dtype, 32, name in ("Q4_1", "Q4_K"))
     numbers, scale, offset = read_blocks(data, name)
     scale, offset = as_bfloat16(scale), as_bfloat16(offset)
     found, found_scale = unpack(packed)
-    assert np.array_equal(found, numbers)
+    assert np.array_equal(TWICE[found + 8] if dtype == "mxfp4" else found, numbers)
     assert np.array_equal(found_scale, np.stack([offset, scale], -1) if packed.offsets else scale)
     _, x, bias = make(m, m, n, k)
     result = run(packed, x)
@@ -478,6 +474,49 @@ def test_blocks_with_scales_that_are_no_number(name):
     assert not run(native.pack_blocks(np.delete(data, 9, 0), name), x)[1].any()
 
 
+def test_a_power_that_is_no_number():
+    data = blocks(1, "MXFP4", 70, 512)
+    _, x, _ = make(1, 5, 70, 512)
+    expected = run(native.pack_blocks(data, "MXFP4"), x)
+    data[9, 17 * 3], data[11, 0] = 255, 0  # of a group
+    found = run(native.pack_blocks(data, "MXFP4"), x)
+    assert np.isnan(found[:, 9]).all()
+    assert np.isfinite(found[:, 11]).all()
+    assert np.array_equal(np.delete(found, [9, 11], 1), np.delete(expected, [9, 11], 1))
+
+
+@pytest.mark.parametrize("power", [1, 127, 220])
+def test_the_extremes_of_floats_of_4_bits(power):
+    """All at the ends of their ranges: sums of 16 bits hold them."""
+    k = 1024
+    data = np.full((3, k // 32, 17), 0x77, np.uint8)  # 6
+    data[1] = 0xFF  # -6
+    data[2, :, ::2] = 0xF7
+    data[..., 0] = power
+    x = np.full((2, k), 127, np.float32)
+    x[1, ::2] = -127
+    numbers, scale, _ = read_blocks(data.reshape(3, -1), "MXFP4")
+    exact = (x.astype(np.float64) @ numbers.T) * scale[0, 0].astype(np.float64)
+    assert np.array_equal(run(native.pack_blocks(data.reshape(3, -1), "MXFP4"), x), exact.astype(np.float32))
+
+
+def test_floats_of_4_bits_in_their_checkpoints_order():
+    """Neighbours in a byte, and half of the power as a float32."""
+    data = blocks(3, "MXFP4", 70, 512)
+    each = data.reshape(70, 16, 17)
+    codes = np.concatenate([each[..., 1:] & 15, each[..., 1:] >> 4], axis=-1)
+    half = np.ldexp(np.float32(1), each[..., 0].astype(np.int64) - 128)[..., None].view(np.uint8)
+    others = np.concatenate([half, codes[..., ::2] | codes[..., 1::2] << 4], axis=-1).reshape(70, -1)
+    packed = native.pack_blocks(others, "mxfp4")
+    assert np.array_equal(packed.data, native.pack_blocks(data, "MXFP4").data)
+    again = native.load_packed(aligned(packed.data), 70, 512, "mxfp4", 32)
+    _, x, bias = make(1, 9, 70, 512)
+    assert np.array_equal(run(again, x, bias), run(packed, x, bias))
+    for n, k, group in ((70, 512, 64), (70, 500, 32)):
+        with pytest.raises(ValueError, match="mxfp4 weights have groups of 32 inputs"):
+            native.load_packed(aligned(packed.data), n, k, "mxfp4", group)
+
+
 def with_offsets(seed, n, k, group):
     """A linear of int4 with offsets, made by hand as quantized.h describes it; its numbers, scales and offsets."""
     rng, columns = np.random.default_rng(seed), native.panel()
@@ -501,9 +540,10 @@ def test_offsets_in_any_group(isa, group):
 
 
 @pytest.mark.parametrize("n", [150, 600])
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_one_chain_with_offsets(n, group):
-    packed, *_ = with_offsets(n, n, 1152, group)
+@pytest.mark.parametrize("group", [32, 64, 128, "MXFP4"])
+def test_one_chain_of_any_4_bits(n, group):
+    """With offsets, or of floats."""
+    packed = native.pack_blocks(blocks(n, group, n, 1152), group) if group == "MXFP4" else with_offsets(n, n, 1152, group)[0]
     _, x, bias = make(2, 300, n, 1152)
     whole = run(packed, x, bias)
     for m in [*range(1, 21), 23, 24, 25, 30, 48] * 3 + [49, 64, 193, 200]:  # the ways to read the weights take turns
@@ -516,7 +556,7 @@ def test_one_chain_with_offsets(n, group):
 
 def test_wrong_blocks():
     for data, name, message in [
-        (np.zeros((2, 34), np.uint8), "Q8_0", "format 'Q8_0' can't be packed as it is: choose one of Q4_0, Q4_1, Q4_K, int4:32"),
+        (np.zeros((2, 34), np.uint8), "Q8_0", "format 'Q8_0' can't be packed as it is: choose one of Q4_0, Q4_1, Q4_K, MXFP4, int4:32"),
         (np.zeros((2, 18), np.uint8), "Q4_2", "format 'Q4_2' can't be packed"),
         (np.zeros((2, 19), np.uint8), "Q4_0", r"rows of one length, of 18 bytes for 32 values, not \[2, 19\]"),
         (np.zeros((0, 18), np.uint8), "Q4_0", "rows of one length"),

@@ -8,13 +8,7 @@ import pytest
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.sampler import Reported
 
-
-@pytest.fixture(params=native.available_isas(), autouse=True)
-def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def flat(lists):

@@ -41,4 +41,15 @@ template <Activation kind> QUIRE_INLINE vf activate(vf x) {
     else return x;
 }
 
+// The activated gate x times what it gates. NaN stays NaN. swiglu_oai: gpt-oss, arXiv 2508.10925, section 2.
+template <Activation kind> QUIRE_INLINE vf gate(vf x, vf up) {
+    if constexpr (kind == Activation::swiglu_oai) {
+        const vf most = set1(7.0f), least = set1(-7.0f);
+        x = min(most, x);
+        return mul(add(max(least, min(most, up)), set1(1.0f)), mul(x, sigmoid(mul(x, set1(1.702f)))));
+    } else {
+        return mul(activate<kind>(x), up);
+    }
+}
+
 }  // namespace quire::QUIRE_NS

@@ -12,6 +12,7 @@ namespace {
 // From so many rows on, keys and values of fewer bits are widened once for all of them. On AVX2 that never pays: what a tile of 6 rows
 // converts in place costs less, and half or a quarter of the bytes pass through L1.
 constexpr int64_t kGatherRows = kWidth == 8 ? INT64_MAX : 2 * kRows + 1;
+constexpr float kLog2E = 1.44269504088896341f;
 constexpr int64_t kWideKeys = kTile + 16;        // floats between dimensions of gathered keys: an odd number of cache lines,
                                                  // so that a strip of them spreads over all sets of L1
 
@@ -108,7 +109,7 @@ template <class T> struct Task {
 
     // Scaled here, so that scores are in units of log 2.
     void take_query(const float* from, float* to) const {
-        const float scale = a.scale * 1.44269504088896341f;   // log2 e
+        const float scale = a.scale * kLog2E;
         int64_t d = 0;
         for (; d + kWidth <= dim; d += kWidth) store(to + d, mul(load(from + d), set1(scale)));
         for (; d < dim; ++d) to[d] = from[d] * scale;
@@ -224,7 +225,12 @@ template <class T> struct Task {
     void write(int64_t row, const float* p) const {
         const int64_t head = w.kv_head + row / rows, query = w.query + row % rows / group;
         float* out = a.out + query * a.out_stride + (head * group + row % group) * dim;
-        const float inverse = 1.0f / p[1];
+        float inverse = 1.0f / p[1];
+        if (a.sinks) {
+            const float sink = a.sinks[head * group + row % group] * kLog2E, most = sink > p[0] ? sink : p[0];
+            const float kept = power_of_2(p[0] - most);
+            inverse = kept / (p[1] * kept + power_of_2(sink - most));
+        }
         for (int64_t i = 0; i < dim; i += kWidth) {
             const int left = static_cast<int>(dim - i < kWidth ? dim - i : kWidth);
             store_n(out + i, mul(load_n(p + 16 + i, left), set1(inverse)), left);

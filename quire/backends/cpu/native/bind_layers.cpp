@@ -14,7 +14,7 @@ namespace quire {
 namespace {
 
 const char* dtype_name(const Panels& panels) {
-    if (panels.bits) return panels.bits == 8 ? "int8" : "int4";
+    if (panels.bits) return panels.bits == 8 ? "int8" : panels.coding == Coding::mxfp4 ? "mxfp4" : "int4";
     return panels.dtype == DType::f32 ? "float32" : panels.dtype == DType::f16 ? "float16" : "bfloat16";
 }
 
@@ -86,6 +86,7 @@ constexpr FormatName kFormats[] = {
     {"Q5_1", Format::Q5_1, 32, 24},    {"Q8_0", Format::Q8_0, 32, 34},     {"Q2_K", Format::Q2_K, 256, 84},
     {"Q3_K", Format::Q3_K, 256, 110},  {"Q4_K", Format::Q4_K, 256, 144},   {"Q5_K", Format::Q5_K, 256, 176},
     {"Q6_K", Format::Q6_K, 256, 210},  {"IQ4_NL", Format::IQ4_NL, 32, 18}, {"IQ4_XS", Format::IQ4_XS, 256, 136},
+    {"MXFP4", Format::MXFP4, 32, 17},
 };
 
 const FormatName* format_named(const std::string& name) {
@@ -94,18 +95,20 @@ const FormatName* format_named(const std::string& name) {
     return nullptr;
 }
 
-struct BlocksName { const char* name; Format format; int64_t values, bytes, group; bool offsets; };   // of 4 bits
+struct BlocksName { const char* name; Format format; int64_t values, bytes, group; Coding coding; };   // of 4 bits
 
 constexpr BlocksName kBlocks[] = {
-    {"Q4_0", Format::Q4_0, 32, 18, 32, false},
-    {"Q4_1", Format::Q4_1, 32, 20, 32, true},
-    {"Q4_K", Format::Q4_K, 256, 144, 32, true},
-    {"int4:32", Format::Numbers, 32, 20, 32, false},
-    {"int4:64", Format::Numbers, 64, 36, 64, false},
-    {"int4:128", Format::Numbers, 128, 68, 128, false},
-    {"int4:32+offsets", Format::Numbers, 32, 24, 32, true},
-    {"int4:64+offsets", Format::Numbers, 64, 40, 64, true},
-    {"int4:128+offsets", Format::Numbers, 128, 72, 128, true},
+    {"Q4_0", Format::Q4_0, 32, 18, 32, Coding::integers},
+    {"Q4_1", Format::Q4_1, 32, 20, 32, Coding::offsets},
+    {"Q4_K", Format::Q4_K, 256, 144, 32, Coding::offsets},
+    {"MXFP4", Format::MXFP4, 32, 17, 32, Coding::mxfp4},
+    {"int4:32", Format::Numbers, 32, 20, 32, Coding::integers},
+    {"int4:64", Format::Numbers, 64, 36, 64, Coding::integers},
+    {"int4:128", Format::Numbers, 128, 68, 128, Coding::integers},
+    {"int4:32+offsets", Format::Numbers, 32, 24, 32, Coding::offsets},
+    {"int4:64+offsets", Format::Numbers, 64, 40, 64, Coding::offsets},
+    {"int4:128+offsets", Format::Numbers, 128, 72, 128, Coding::offsets},
+    {"mxfp4", Format::Numbers, 32, 20, 32, Coding::mxfp4},
 };
 
 const BlocksName& blocks_named(const std::string& name) {
@@ -133,7 +136,7 @@ PackedLinear* pack_blocks(const nb::object& blocks, const std::string& name, boo
     }
     if (gated) require_gated(parts, arrays);
     nb::gil_scoped_release release;
-    return new PackedLinear(active_kernels(), parts, format->format, format->group, format->offsets, gated);
+    return new PackedLinear(active_kernels(), parts, format->format, format->group, format->coding, gated);
 }
 
 bool dequantize(const Array& blocks, const std::string& name, const OutArray& out) {
@@ -162,14 +165,19 @@ PackedLinear* load_packed(const Array& data, int64_t n, int64_t k, const std::st
     require(n > 0 && k > 0 && n < kMost && k < kMost,
             "n and k must be positive, and below 2^30: " + std::to_string(n) + " and " + std::to_string(k));
     require(!offsets || dtype == "int4", "offsets are for int4 weights, not for " + dtype);
-    Panels panels{data.data(), DType::f32, n, k, kernels.panel, 0, group, gated, offsets};
-    if (dtype == "int8" || dtype == "int4") {
+    const Coding coding = offsets ? Coding::offsets : dtype == "mxfp4" ? Coding::mxfp4 : Coding::integers;
+    Panels panels{data.data(), DType::f32, n, k, kernels.panel, 0, group, gated, coding};
+    if (dtype == "mxfp4") {
+        require(group == 32 && k % 32 == 0, "mxfp4 weights have groups of 32 inputs: group_size is " + std::to_string(group) + ", and k " +
+                                                std::to_string(k));
+        panels.bits = 4;
+    } else if (dtype == "int8" || dtype == "int4") {
         require_group(dtype, group, k);
         panels.bits = dtype == "int8" ? 8 : 4;
     } else {
         if (dtype == "float16") panels.dtype = DType::f16;
         else if (dtype == "bfloat16") panels.dtype = DType::bf16;
-        else require(dtype == "float32", "dtype '" + dtype + "' is unknown: choose float32, float16, bfloat16, int8 or int4");
+        else require(dtype == "float32", "dtype '" + dtype + "' is unknown: choose float32, float16, bfloat16, int8, int4 or mxfp4");
         require(group == 0, "group_size is " + std::to_string(group) + ", but " + dtype + " weights have no groups: leave it at 0");
     }
     vector<uint8_t>(data, "data", "uint8", packed_bytes(panels));
@@ -184,13 +192,17 @@ nb::object packed_data(nb::handle self) {
     return nb::cast(View(p.panels.data, {static_cast<size_t>(p.nbytes)}, self));
 }
 
-Activation activation_named(const std::optional<std::string>& name) {
+Activation activation_named(const std::optional<std::string>& name, bool gated) {
     if (!name) return Activation::none;
     if (*name == "silu") return Activation::silu;
     if (*name == "gelu") return Activation::gelu;
     if (*name == "gelu_tanh") return Activation::gelu_tanh;
     if (*name == "relu") return Activation::relu;
-    fail("activation '" + *name + "' is unknown: choose silu, gelu, gelu_tanh, relu or None");
+    if (*name == "swiglu_oai") {
+        require(gated, "activation 'swiglu_oai' is for gated linears");
+        return Activation::swiglu_oai;
+    }
+    fail("activation '" + *name + "' is unknown: choose silu, gelu, gelu_tanh, relu, swiglu_oai or None");
 }
 
 void linear(const nb::object& self, const Array& x_, const OutArray& out_, const MaybeArray& bias, bool accumulate,
@@ -201,7 +213,7 @@ void linear(const nb::object& self, const Array& x_, const OutArray& out_, const
     require(out.rows == x.rows && out.cols == packed.panels.n,
             "out must be [" + std::to_string(x.rows) + ", " + std::to_string(packed.panels.n) + "], not " + shape_of(out_));
     const float* b = bias ? vector<float>(*bias, "bias", "float32", (packed.panels.gated ? 2 : 1) * packed.panels.n) : nullptr;
-    const Activation kind = activation_named(activation);
+    const Activation kind = activation_named(activation, packed.panels.gated);
     LinearArgs args{packed.panels, x.data, out.data, b, x.rows, x.stride, out.stride, accumulate, kind, nullptr, 0, 0, Reading::slices,
                     nullptr, 0};
     if (packed.then) packed.then->follow(args, packed.then->panels.data);
@@ -219,13 +231,26 @@ std::vector<PackedLinear*> linears_of(const nb::tuple& list, const char* name) {
     for (const PackedLinear* each : linears) {
         const Panels& p = each->panels;
         require(p.n == first.n && p.k == first.k && p.dtype == first.dtype && p.bits == first.bits && p.group == first.group &&
-                    p.gated == first.gated && p.offsets == first.offsets && &each->kernels == &linears[0]->kernels,
+                    p.gated == first.gated && p.coding == first.coding && &each->kernels == &linears[0]->kernels,
                 std::string(name) + ": the linears of all experts must be alike");
     }
     return linears;
 }
 
-void make_experts(Experts* self, const nb::tuple& up_, const nb::tuple& down_, int64_t taken, bool sum_to_one) {
+// Of all experts, [experts, outputs] or, gated, [experts, 2 * outputs].
+std::vector<float> biases_of(const MaybeArray& array, const char* name, const std::vector<PackedLinear*>& linears) {
+    if (!array) return {};
+    const Matrix2 m = matrix(*array, name);
+    const int64_t columns = (linears[0]->panels.gated ? 2 : 1) * linears[0]->panels.n;
+    require(m.rows == static_cast<int64_t>(linears.size()) && m.cols == columns,
+            std::string(name) + " must be [" + std::to_string(linears.size()) + ", " + std::to_string(columns) + "], not " + shape_of(*array));
+    std::vector<float> all;
+    for (int64_t row = 0; row < m.rows; ++row) all.insert(all.end(), m.data + row * m.stride, m.data + row * m.stride + m.cols);
+    return all;
+}
+
+void make_experts(Experts* self, const nb::tuple& up_, const nb::tuple& down_, int64_t taken, bool sum_to_one, const MaybeArray& up_bias,
+                  const MaybeArray& down_bias) {
     const std::vector<PackedLinear*> up = linears_of(up_, "up"), down = linears_of(down_, "down");
     require(up.size() == down.size(), "up and down must have as many experts: " + std::to_string(up.size()) + " and " +
                                           std::to_string(down.size()));
@@ -234,7 +259,7 @@ void make_experts(Experts* self, const nb::tuple& up_, const nb::tuple& down_, i
                 std::to_string(down[0]->panels.n) + ", " + std::to_string(down[0]->panels.k) + "]");
     require(taken >= 1 && taken <= static_cast<int64_t>(up.size()),
             "taken is " + std::to_string(taken) + ": choose from 1 to the " + std::to_string(up.size()) + " experts");
-    new (self) Experts(up, down, taken, sum_to_one);
+    new (self) Experts(up, down, taken, sum_to_one, biases_of(up_bias, "up_bias", up), biases_of(down_bias, "down_bias", down));
 }
 
 void run_experts(const nb::object& self, const Array& x_, const Array& scores_, const OutArray& out_, const OutArray& rows_,
@@ -253,7 +278,7 @@ void run_experts(const nb::object& self, const Array& x_, const Array& scores_, 
     shaped(rows, "rows", rows_, x.rows * experts.taken(), hidden);
     shaped(inner, "inner", inner_, x.rows * experts.taken(), intermediate);
     const Experts::Args args{x.data, scores.data, out.data, rows.data, inner.data, x.rows, x.stride, scores.stride, out.stride, rows.stride,
-                             inner.stride, accumulate, activation_named(activation)};
+                             inner.stride, accumulate, activation_named(activation, experts.up().panels.gated)};
     run_kernel([args, &experts] { experts.run(args); }, self, x_, scores_, out_, rows_, inner_);
 }
 
@@ -317,7 +342,7 @@ void bind_layers(nb::module_& m) {
         .def_prop_ro("k", [](const PackedLinear& p) { return p.panels.k; })
         .def_prop_ro("dtype", [](const PackedLinear& p) { return dtype_name(p.panels); })
         .def_prop_ro("gated", [](const PackedLinear& p) { return p.panels.gated; })
-        .def_prop_ro("offsets", [](const PackedLinear& p) { return p.panels.offsets; })
+        .def_prop_ro("offsets", [](const PackedLinear& p) { return p.panels.coding == Coding::offsets; })
         .def_prop_ro("group_size", [](const PackedLinear& p) { return p.panels.group; })
         .def_prop_ro("panel", [](const PackedLinear& p) { return p.panels.panel; })
         .def_prop_ro("data", packed_data)
@@ -325,8 +350,8 @@ void bind_layers(nb::module_& m) {
         .def("set_then", [](PackedLinear& p, const PackedLinear& then) { p.then = &then; }, nb::arg("then"), nb::keep_alive<1, 2>())
         .def_prop_ro("isa", [](const PackedLinear& p) { return p.kernels.name; });
     nb::class_<Experts>(m, "Experts")
-        .def("__init__", make_experts, nb::arg("up"), nb::arg("down"), nb::arg("taken"), nb::arg("sum_to_one"), nb::keep_alive<1, 2>(),
-             nb::keep_alive<1, 3>())
+        .def("__init__", make_experts, nb::arg("up"), nb::arg("down"), nb::arg("taken"), nb::arg("sum_to_one"),
+             nb::arg("up_bias") = nb::none(), nb::arg("down_bias") = nb::none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def_prop_ro("count", [](const Experts& e) { return e.count(); })
         .def_prop_ro("taken", [](const Experts& e) { return e.taken(); })
         .def_prop_ro("dtype", [](const Experts& e) { return dtype_name(e.up().panels); })

@@ -164,6 +164,16 @@ struct IQ4_XS {
     }
 };
 
+constexpr float kMxfp4[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+
+struct MXFP4 {
+    static constexpr int values = 32, bytes = 17;
+    static void block(const uint8_t* p, float* to) {
+        const float d = power_at(p);
+        nibbles(p + 1, 0, to, [=](int q) QUIRE_LAMBDA { return d * kMxfp4[q]; });
+    }
+};
+
 template <class Format> void rows(const DequantizeArgs& a, int64_t begin, int64_t end) {
     float values[kLargest];
     for (int64_t row = begin; row < end; ++row) {
@@ -193,6 +203,7 @@ void task(const void* context, int64_t number, int64_t) {
         case Format::Q6_K: return rows<Q6_K>(a, begin, end);
         case Format::IQ4_NL: return rows<IQ4_NL>(a, begin, end);
         case Format::IQ4_XS: return rows<IQ4_XS>(a, begin, end);
+        case Format::MXFP4: return rows<MXFP4>(a, begin, end);
         case Format::Numbers: return;
     }
 }

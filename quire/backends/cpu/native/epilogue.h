@@ -21,9 +21,10 @@ struct Output {
     Activation activation;
 };
 
-QUIRE_INLINE Output output_of(const LinearArgs& a, int64_t panel, int64_t row) {
+// bias: of all columns, or null.
+QUIRE_INLINE Output output_of(const LinearArgs& a, const float* bias, int64_t panel, int64_t row) {
     const int64_t outputs = panel_outputs(a.w), first = panel * outputs, left = a.w.n - first;
-    const float* bias = a.bias ? a.bias + first : nullptr;
+    if (bias) bias += first;
     return {a.out + row * a.out_stride + first, a.out_stride, bias, bias && a.w.gated ? bias + a.w.n : nullptr,
             static_cast<int>(left < outputs ? left : outputs), a.w.gated, a.accumulate, a.activation};
 }
@@ -37,11 +38,12 @@ template <Activation kind> void finish_rows(const Output& o, const float* sums, 
             const auto some = [n](const float* p) { return n >= kWidth ? load(p) : load_n(p, n); };
             vf y = mul(load(sums + j), factor);
             if (o.bias) y = add(y, some(o.bias + j));
-            y = activate<kind>(y);
             if (o.gated) {
                 vf up = mul(load(sums + kPanel / 2 + j), factor);
                 if (o.up_bias) up = add(up, some(o.up_bias + j));
-                y = mul(y, up);
+                y = gate<kind>(y, up);
+            } else {
+                y = activate<kind>(y);
             }
             if (o.accumulate) y = add(some(out + j), y);
             if (n >= kWidth) store(out + j, y);
@@ -58,6 +60,7 @@ static void finish_rows(const Output& o, const float* sums, const float* scale, 
         case Activation::gelu: return finish_rows<Activation::gelu>(o, sums, scale, row, rows);
         case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(o, sums, scale, row, rows);
         case Activation::relu: return finish_rows<Activation::relu>(o, sums, scale, row, rows);
+        case Activation::swiglu_oai: return finish_rows<Activation::swiglu_oai>(o, sums, scale, row, rows);
     }
 }
 

@@ -74,8 +74,10 @@ template <void (*work)(const Routing&, int64_t)> void for_rows(const Routing& r,
 
 }  // namespace
 
-Experts::Experts(std::vector<PackedLinear*> up, std::vector<PackedLinear*> down, int64_t taken, bool sum_to_one)
-    : up_(std::move(up)), down_(std::move(down)), taken_(taken), sum_to_one_(sum_to_one),
+Experts::Experts(std::vector<PackedLinear*> up, std::vector<PackedLinear*> down, int64_t taken, bool sum_to_one,
+                 std::vector<float> up_bias, std::vector<float> down_bias)
+    : up_(std::move(up)), down_(std::move(down)), taken_(taken), sum_to_one_(sum_to_one), up_bias_(std::move(up_bias)),
+      down_bias_(std::move(down_bias)),
       up_readings_(readings_of(up_[0]->kernels, up_[0]->panels, true)),
       down_readings_(readings_of(down_[0]->kernels, down_[0]->panels, true)) {
     PackedLinear::gather(up_);
@@ -95,13 +97,16 @@ void Experts::run(const Args& a) const {
     auto* starts = reinterpret_cast<int32_t*>(memory + 3 * ints + 2 * groups_size);   // of each expert's rows; then where its next one goes
     for_rows<route>(routing, experts * taken_);
 
+    const auto bias_of = [experts](const std::vector<float>& all, int64_t e) {
+        return all.empty() ? nullptr : all.data() + static_cast<int64_t>(all.size()) / experts * e;
+    };
     std::fill_n(starts, experts + 1, 0);
     for (int64_t i = 0; i < rows; ++i) ++starts[routing.chosen[i] + 1];
     int64_t met = 0;
     for (int64_t e = 0; e < experts; ++e) {
         if (const int32_t here = starts[e + 1]) {
-            up_groups[met] = {starts[e], here, up_[static_cast<size_t>(e)]->panels.data};
-            down_groups[met++] = {starts[e], here, down_[static_cast<size_t>(e)]->panels.data};
+            up_groups[met] = {starts[e], here, up_[static_cast<size_t>(e)]->panels.data, bias_of(up_bias_, e)};
+            down_groups[met++] = {starts[e], here, down_[static_cast<size_t>(e)]->panels.data, bias_of(down_bias_, e)};
         }
         starts[e + 1] += starts[e];
     }

@@ -9,7 +9,9 @@ namespace quire {
 class Experts {
 public:
     // up: of each expert, gate and up (or up alone); down. Those of one list are alike, but for their bytes, which are moved together.
-    Experts(std::vector<PackedLinear*> up, std::vector<PackedLinear*> down, int64_t taken, bool sum_to_one);
+    // Biases of all experts, one after the other, gates first; or none.
+    Experts(std::vector<PackedLinear*> up, std::vector<PackedLinear*> down, int64_t taken, bool sum_to_one, std::vector<float> up_bias,
+            std::vector<float> down_bias);
 
     struct Args {
         const float* x;            // [m, hidden]
@@ -35,6 +37,7 @@ private:
     std::vector<PackedLinear*> up_, down_;
     int64_t taken_;
     bool sum_to_one_;
+    std::vector<float> up_bias_, down_bias_;
     Readings &up_readings_, &down_readings_;
 };
 

@@ -252,7 +252,7 @@ template <class T> void task(const void* context, int64_t task, int64_t next) {
     float* part = static_cast<float*>(thread_scratch(kScratchGemm, (part_floats + wide_floats + 1) * sizeof(float)));
     float* wide = part + part_floats;
 
-    Target t{output_of(a, now.panel, row), part, false, false, false};
+    Target t{output_of(a, now.bias, now.panel, row), part, false, false, false};
     const Input* x = plan.x + row * plan.x_stride;
     for (int64_t k = 0; k == 0 || k < plan.positions; k += most) {
         const int64_t kn = plan.positions - k < most ? plan.positions - k : most;
@@ -319,7 +319,7 @@ template <class T> void task_beside(const void* context, int64_t task, int64_t) 
         }
     }
     for (int i = 0; i < panels; ++i) {
-        const Output out = output_of(a, now.panel + i, now.row);
+        const Output out = output_of(a, now.bias, now.panel + i, now.row);
         for (int m = 0; m < now.rows; ++m) finish_rows(out, sums[m] + i * kPanel, nullptr, m, 1);
     }
 }

@@ -12,9 +12,7 @@
 namespace quire::QUIRE_NS {
 namespace {
 
-struct Int8 { static constexpr int bits = 8; static constexpr bool offsets = false; };
-struct Int4 { static constexpr int bits = 4; static constexpr bool offsets = false; };
-struct Int4Offsets { static constexpr int bits = 4; static constexpr bool offsets = true; };
+template <class Kind> constexpr bool kOffsets = Kind::coding == Coding::offsets;
 
 template <int Bits> constexpr int kRows = kWidth == 16 ? 6 : Bits == 8 ? 3 : 4;   // rows in a register tile
 constexpr int64_t kSlicePositions = 1024;
@@ -43,24 +41,24 @@ __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) 
     vf kept[MT][NV];
     float* sums = t.sums;
     if constexpr (kKeep) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { kept[m][j] = load(sums + m * kPanel + j * kWidth); });
-    constexpr int64_t kScaleBytes = Kind::offsets ? 4 : 2;
+    constexpr int64_t kScaleBytes = kOffsets<Kind> ? 4 : 2;
     const uint8_t *weights = s.weights + t.column * 4, *scales = s.scales + t.column * kScaleBytes;
     Rows rows = t.rows;
     for (int64_t left = s.positions; left > 0; left -= s.segment) {
         vi acc[MT][NV];
-        segment_sums<Kind::bits, MT, NV, F, Spans>(weights, s.beside, rows, left < s.segment ? left : s.segment, ahead, acc);
+        segment_sums<Kind, MT, NV, F, Spans>(weights, s.beside, rows, left < s.segment ? left : s.segment, ahead, acc);
         if constexpr (!kKeep) reload(sums);
         vf scale[NV], offset[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) {
             const uint8_t* at = scales + vector_at<NV>(j, kScaleBytes * kWidth, s.beside);
-            if constexpr (Kind::offsets) load_pairs(at, offset[j], scale[j]);
+            if constexpr (kOffsets<Kind>) load_pairs(at, offset[j], scale[j]);
             else scale[j] = load(reinterpret_cast<const bf16*>(at));
         }
         each<MT, NV>([&](int m, int j) QUIRE_LAMBDA {
             float* const sum = sums + m * kPanel + j * kWidth;
             vf f = fma(to_float_v(acc[m][j]), scale[j], kKeep ? kept[m][j] : load(sum));
-            if constexpr (Kind::offsets) f = fma(set1(rows.sum[m * rows.sum_stride]), offset[j], f);
+            if constexpr (kOffsets<Kind>) f = fma(set1(rows.sum[m * rows.sum_stride]), offset[j], f);
             if constexpr (kKeep) kept[m][j] = f;
             else store(sum, f);
         });
@@ -68,7 +66,7 @@ __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) 
         scales += s.scale_stride;
         rows.a += s.segment * kActivationBytes<Kind::bits>;
         rows.start += Spans;
-        if constexpr (Kind::offsets) ++rows.sum;
+        if constexpr (kOffsets<Kind>) ++rows.sum;
     }
     if constexpr (kKeep) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { store(sums + m * kPanel + j * kWidth, kept[m][j]); });
 }
@@ -131,7 +129,7 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
         const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
         const int64_t at = first_row + row;
         Tile t{{q.a + at * q.stride + k * kActivationBytes<Bits>, q.stride, q.start + at * q.spans + k / q.span, q.spans,
-                Kind::offsets ? q.sum + at * q.segments + k / s.segment : nullptr, q.segments},
+                kOffsets<Kind> ? q.sum + at * q.segments + k / s.segment : nullptr, q.segments},
                sums + row * kPanel, 0};
         const int halves = takes_halves<Bits>(plan.args, mt) ? 2 : 1;
         for (int half = 0; half < halves; ++half) {
@@ -163,7 +161,7 @@ template <class Kind> void task(const void* context, int64_t task, int64_t next)
     float* sums = static_cast<float*>(thread_scratch(kScratchGemm, static_cast<size_t>(rows * kPanel) * sizeof(float)));
     std::memset(sums, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
 
-    const Output out = output_of(a, now.panel, row);
+    const Output out = output_of(a, now.bias, now.panel, row);
     const int64_t slice_bytes = kSlicePositions / l.segment * l.stride;
     for (int64_t k = 0, at = 0; k < a.w.k; k += kSlicePositions, at += slice_bytes) {
         const bool last = k + kSlicePositions >= a.w.k;
@@ -190,12 +188,12 @@ template <class Kind> void task_beside(const void* context, int64_t task, int64_
     const Slice s{w + l.scale_bytes, w, l.stride, l.scale_stride, l.segment, a.w.k, l.panel_bytes};
     alignas(64) float sums[kBeside * kPanel] = {};
     const QuantRows& q = plan.rows;
-    const Tile t{{q.a + row * q.stride, q.stride, q.start + row * q.spans, q.spans, Kind::offsets ? q.sum + row * q.segments : nullptr,
+    const Tile t{{q.a + row * q.stride, q.stride, q.start + row * q.spans, q.spans, kOffsets<Kind> ? q.sum + row * q.segments : nullptr,
                   q.segments}, sums, 0};
     if (left >= kBeside) tile_spans<Kind, 1, kBeside * kVecs, Fetch{0, 1, false}>(s, t, {});
     else tile_spans<Kind, 1, kVecs, Fetch{0, 1, false}>(s, t, {});
     for (int i = 0; i < kBeside && i < left; ++i)
-        finish_rows(output_of(a, now.panel + i, row), sums + i * kPanel, q.scale + row, 0, 1);
+        finish_rows(output_of(a, now.bias, now.panel + i, row), sums + i * kPanel, q.scale + row, 0, 1);
 }
 
 template <class Kind> void run(Plan plan) {
@@ -212,9 +210,12 @@ void linear_quantized(const LinearArgs& args) {
     if (args.m == 0 || args.w.n == 0) return;
     const QuantLayout layout = quant_layout(args.w);
     const Plan plan{args, layout, args.w.bits == 8 ? quantize_rows<8>(args, layout) : quantize_rows<4>(args, layout), {}};
-    if (args.w.bits == 8) run<Int8>(plan);
-    else if (args.w.offsets) run<Int4Offsets>(plan);
-    else run<Int4>(plan);
+    if (args.w.bits == 8) return run<Int8>(plan);
+    switch (args.w.coding) {
+        case Coding::integers: return run<Bits4<Coding::integers>>(plan);
+        case Coding::offsets: return run<Bits4<Coding::offsets>>(plan);
+        case Coding::mxfp4: return run<Bits4<Coding::mxfp4>>(plan);
+    }
 }
 
 }  // namespace quire::QUIRE_NS

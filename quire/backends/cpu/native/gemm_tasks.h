@@ -10,6 +10,7 @@ struct TaskGroup {
     int64_t first;                       // task
     int64_t row, rows, row_blocks, rows_per_block;
     const char* data;
+    const float* bias;
 };
 
 struct TaskGrid {
@@ -20,6 +21,7 @@ struct TaskGrid {
 struct Task {
     const char* data;                    // of the panel
     int64_t panel, row, rows;
+    const float* bias;                   // of all columns; or null
 };
 
 struct TaskShape {
@@ -31,7 +33,7 @@ struct TaskShape {
 
 // Into this thread's scratch. Enough tasks for every thread, but no more blocks of rows than that takes, since each reads the weights.
 QUIRE_INLINE TaskGrid grid_of(const LinearArgs& a, const TaskShape& shape) {
-    const RowGroup all{0, a.m, a.w.data};
+    const RowGroup all{0, a.m, a.w.data, a.bias};
     const RowGroup* groups = a.groups ? a.groups : &all;
     const int64_t count = a.groups ? a.num_groups : 1, panels = (panel_count(a.w) + shape.panels_together - 1) / shape.panels_together;
     const int64_t wanted = (shape.each * num_threads() + panels * count - 1) / (panels * count);
@@ -43,7 +45,7 @@ QUIRE_INLINE TaskGrid grid_of(const LinearArgs& a, const TaskShape& shape) {
         const int64_t some = wanted > most ? most : wanted, blocks = shape.panels_together > 1 ? 1 : some > fit ? some : fit;
         const int64_t each = ((rows + blocks - 1) / blocks + shape.tile_rows - 1) / shape.tile_rows * shape.tile_rows;
         const int64_t row_blocks = (rows + each - 1) / each;
-        out[i] = {tasks, groups[i].row, rows, row_blocks, each, static_cast<const char*>(groups[i].data)};
+        out[i] = {tasks, groups[i].row, rows, row_blocks, each, static_cast<const char*>(groups[i].data), groups[i].bias};
         tasks += panels * row_blocks;
     }
     return {out, count, tasks, shape.panel_bytes, shape.panels_together};
@@ -59,7 +61,7 @@ QUIRE_INLINE Task task_of(const TaskGrid& grid, int64_t task) {
     const TaskGroup& g = grid.groups[low];
     const int64_t panel = (task - g.first) / g.row_blocks * grid.panels_together, row = (task - g.first) % g.row_blocks * g.rows_per_block;
     const int64_t left = g.rows - row;
-    return {g.data + panel * grid.panel_bytes, panel, g.row + row, left < g.rows_per_block ? left : g.rows_per_block};
+    return {g.data + panel * grid.panel_bytes, panel, g.row + row, left < g.rows_per_block ? left : g.rows_per_block, g.bias};
 }
 
 // Of the largest group.

@@ -15,7 +15,11 @@ struct bf16 { uint16_t bits; };
 struct i8 { int8_t value; };
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
-enum class Activation : int32_t { none, silu, gelu, gelu_tanh, relu };
+enum class Activation : int32_t { none, silu, gelu, gelu_tanh, relu, swiglu_oai };   // the last of gated linears only
+
+// What a number q of 4 bits stands for: (q - 8) * scale; (q - 8) * scale + offset; or the float of 4 bits that it is (E2M1 of the OCP
+// Microscaling specification, MX 1.0) times 2 * scale.
+enum class Coding : int32_t { integers, offsets, mxfp4 };
 
 // Weights in the order in which the inner loop reads them: [panel_count][k][panel], the last panel padded with 0. Gated,
 // each panel has panel / 2 gates, then the columns that they gate. A quarter of a panel is a vector of float32. In bfloat16 two weights
@@ -30,7 +34,7 @@ struct Panels {
     int64_t bits = 0;    // 8 or 4 where weights are quantized: quantized.h has their layout, and dtype means nothing
     int64_t group = 0;   // then: positions of K that share a scale, or 0 for one scale a column
     bool gated = false;
-    bool offsets = false; // in 4 bits: weights of a group stand for (q - 8) * scale + offset, not for (q - 8) * scale
+    Coding coding = Coding::integers;   // in 4 bits
 };
 
 // Static, so that no compilation's copy can stand in for another's.
@@ -51,7 +55,7 @@ struct Matrix {
 
 // What a GGUF tensor's blocks are, by llama.cpp's names. Numbers are Quire's own, a group in each: its scale and, if there are offsets, its
 // offset, in float32, then numbers from 0 to 15, the even ones in the low halves of bytes.
-enum class Format : int32_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, Numbers };
+enum class Format : int32_t { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, Numbers };
 
 struct QuantizeArgs {
     const Matrix* parts;   // concatenated along n
@@ -60,12 +64,12 @@ struct QuantizeArgs {
     void* out;             // [panels][panel_bytes] of quantized.h, 64-byte aligned
 };
 
-// Likewise, of parts that are blocks of 4 bits already (Q4_0, Q4_1, Q4_K, Numbers): n_stride is that of a row of blocks, k_stride 0 where
+// Likewise, of parts that are blocks of 4 bits already (Q4_0, Q4_1, Q4_K, MXFP4, Numbers): n_stride is that of a row of blocks, k_stride 0 where
 // there are zeros instead.
 struct RepackArgs {
     const Matrix* parts;
     Format format;
-    Panels w;              // with the group of the format, and offsets where it has them
+    Panels w;              // with the group of the format, and its coding
     void* out;
 };
 
@@ -81,8 +85,8 @@ struct DequantizeArgs {
 enum class Reading : int32_t { slices, short_slices, beside };
 constexpr int kReadings = 3, kRowsBeside = 6, kRowsShort = 48;   // short slices never pay with more rows than kRowsShort
 
-// Some rows of x and out, and the weights that they meet: those of an expert.
-struct RowGroup { int64_t row, rows; const void* data; };
+// Some rows of x and out, and the weights and the bias that they meet: those of an expert.
+struct RowGroup { int64_t row, rows; const void* data; const float* bias; };
 
 struct LinearArgs {
     Panels w;            // with groups: what the weights of each are like
@@ -95,7 +99,7 @@ struct LinearArgs {
     const void* then;    // the panels that will be read after these, to prefetch; or null
     int64_t then_panels, then_panel_bytes;
     Reading reading;
-    const RowGroup* groups;   // of all rows; or null: all meet w.data
+    const RowGroup* groups;   // of all rows; or null: all meet w.data and bias
     int64_t num_groups;
 };
 
@@ -206,6 +210,7 @@ struct AttentionArgs {
     int64_t num_works;
     const AttentionShared* shared;
     int64_t num_shared;
+    const float* sinks;  // [heads]: a score that takes part in the softmax and has no value; or null
 };
 
 // Part of the arithmetic: changing either changes the bytes of every attention output.

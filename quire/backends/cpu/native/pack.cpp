@@ -91,8 +91,8 @@ std::shared_ptr<void> shared_memory(int64_t bytes) {
 }
 
 Panels of_parts(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated,
-                bool offsets = false) {
-    Panels p{nullptr, dtype, parts[0].n, parts[0].k, kernels.panel, bits, group, gated, offsets};
+                Coding coding = Coding::integers) {
+    Panels p{nullptr, dtype, parts[0].n, parts[0].k, kernels.panel, bits, group, gated, coding};
     if (!gated)
         for (size_t i = 1; i < parts.size(); ++i) p.n += parts[i].n;
     return p;
@@ -112,9 +112,9 @@ Panels ungated(const Panels& p) {
 
 Readings& readings_of(const Kernels& kernels, const Panels& p, bool grouped) {   // a kilobyte for each shape
     static std::mutex mutex;
-    static std::map<std::tuple<const Kernels*, DType, int64_t, int64_t, int64_t, int64_t, bool, bool, bool>, Readings> all;
+    static std::map<std::tuple<const Kernels*, DType, int64_t, int64_t, int64_t, int64_t, bool, Coding, bool>, Readings> all;
     const std::lock_guard lock(mutex);
-    return all[{&kernels, p.dtype, p.bits, p.group, p.n, p.k, p.gated, p.offsets, grouped}];
+    return all[{&kernels, p.dtype, p.bits, p.group, p.n, p.k, p.gated, p.coding, grouped}];
 }
 
 int64_t packed_bytes(const Panels& p) {
@@ -139,9 +139,9 @@ PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& p
     run_tasks(count() * job.k_blocks, dtype == DType::f32 ? pack_task<uint32_t> : pack_task<uint16_t>, &job);
 }
 
-PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, Format format, int64_t group, bool offsets,
+PackedLinear::PackedLinear(const Kernels& kernels_, const std::vector<Matrix>& parts, Format format, int64_t group, Coding coding,
                            bool gated)
-    : kernels(kernels_), panels(of_parts(kernels_, parts, DType::f32, 4, group, gated, offsets)), nbytes(packed_bytes(panels)),
+    : kernels(kernels_), panels(of_parts(kernels_, parts, DType::f32, 4, group, gated, coding)), nbytes(packed_bytes(panels)),
       readings(readings_of(kernels, panels, false)) {
     void* memory = allocate();
     kernels.repack({columns_of(panels, parts).data(), format, ungated(panels), memory});

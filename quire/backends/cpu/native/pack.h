@@ -29,7 +29,7 @@ public:
     // Packs parts of one dtype, concatenated along n, or two of one shape, gate and up, where gated; bits and group as in Panels.
     PackedLinear(const Kernels& kernels, const std::vector<Matrix>& parts, DType dtype, int64_t bits, int64_t group, bool gated);
     // Likewise, parts that are rows of 4-bit blocks (RepackArgs).
-    PackedLinear(const Kernels& kernels, const std::vector<Matrix>& parts, Format format, int64_t group, bool offsets, bool gated);
+    PackedLinear(const Kernels& kernels, const std::vector<Matrix>& parts, Format format, int64_t group, Coding coding, bool gated);
     // Uses packed bytes where they are: panels.data must stay, and hold packed_bytes(panels).
     PackedLinear(const Kernels& kernels, const Panels& panels);
     PackedLinear(const PackedLinear&) = delete;

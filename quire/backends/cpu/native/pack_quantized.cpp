@@ -244,6 +244,17 @@ template <int Size, bool Offsets> struct Numbers {
     }
 };
 
+// E2M1, whose bytes are what the inner loop wants, with a power of two, which it wants half of.
+struct MXFP4 {
+    static constexpr int group = 32, groups = 1, bytes = 17;
+    static constexpr bool offsets = false;
+    static void block(const uint8_t* p, uint8_t* q, Group* g) {
+        halves(p + 1, 16, 0, q);
+        halves(p + 1, 16, 4, q + 16);
+        g[0] = {0.5f * power_at(p), 0};
+    }
+};
+
 template <class Format> void repack_panel(const RepackArgs& a, const QuantLayout& l, int64_t panel) {
     constexpr int kGroup = Format::group, kValues = Format::groups * kGroup;
     uint8_t* out = static_cast<uint8_t*>(a.out) + panel * l.panel_bytes;
@@ -303,7 +314,8 @@ void repack(const RepackArgs& args) {
         case Format::Q4_0: return repack_as<Q4_0>(args);
         case Format::Q4_1: return repack_as<Q4_1>(args);
         case Format::Q4_K: return repack_as<Q4_K>(args);
-        case Format::Numbers: return args.w.offsets ? repack_numbers<true>(args) : repack_numbers<false>(args);
+        case Format::MXFP4: return repack_as<MXFP4>(args);
+        case Format::Numbers: return args.w.coding == Coding::offsets ? repack_numbers<true>(args) : repack_numbers<false>(args);
         default: return;
     }
 }

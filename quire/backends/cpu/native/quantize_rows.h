@@ -23,11 +23,11 @@ template <int Bits> constexpr int64_t kSpan = Bits == 4 && !kVnni ? 64 : kSegmen
 // Where the sums of a span begin: minus what its activations, summed by lanes of four positions, add too much: each its product
 // with the zero of stored weights, or with the 1 of -w - 1. Two numbers of 16 bits where the sums are those.
 template <int Bits> QUIRE_INLINE vi excess(vi a) { return kFlips<Bits> ? min_i(a, set1_i(0)) : a; }
-template <int Bits> QUIRE_INLINE int32_t start_of(const int32_t (&four)[4]) {
+template <int Bits> QUIRE_INLINE int32_t start_of(const int32_t (&four)[4], int32_t zero) {
     const int32_t low = four[0] + four[1], high = four[2] + four[3];
     if constexpr (kFlips<Bits>) return -(low + high);
-    else if constexpr (kVnni) return -(Bits == 8 ? 128 : 8) * (low + high);
-    else return static_cast<int32_t>((static_cast<uint32_t>(-8 * low) & 0xffff) | static_cast<uint32_t>(-8 * high) << 16);
+    else if constexpr (kVnni) return -zero * (low + high);
+    else return static_cast<int32_t>((static_cast<uint32_t>(-zero * low) & 0xffff) | static_cast<uint32_t>(-zero * high) << 16);
 }
 
 struct QuantRows {
@@ -38,6 +38,7 @@ struct QuantRows {
     float* scale;        // [m]
     const float* x;
     int64_t m, k, x_stride, span, spans, segments;
+    int32_t zero;        // of the weights
 };
 
 template <int Bits, class V> QUIRE_INLINE void store_activations(int8_t* p, const V& a) {   // a vector, or four
@@ -87,7 +88,7 @@ template <int Bits> void quantize_row(const QuantRows& rows, int64_t row) {
         }
         int32_t four[4];
         reduce_fours(sum, four);
-        start[s] = start_of<Bits>(four);
+        start[s] = start_of<Bits>(four, rows.zero);
         if (segment_sum) segment_sum[s * rows.segments / rows.spans] += static_cast<float>(four[0] + four[1] + four[2] + four[3]);
     }
 }
@@ -103,13 +104,15 @@ template <int Bits> QuantRows quantize_rows(const LinearArgs& args, const QuantL
     rows.stride = lines((rows.k + 15) / 16 * 16 * kActivationBytes<Bits>);
     if (rows.stride % 1024 == 0) rows.stride += 64;   // else the rows of a tile would share few sets of the cache
     rows.segments = layout.segments;
+    rows.zero = zero_of(args.w);
+    const bool sums = args.w.coding == Coding::offsets;
     const int64_t start_at = lines(rows.m * rows.stride), scale_at = start_at + lines(rows.m * rows.spans * 4);
-    const int64_t sum_at = scale_at + lines(rows.m * 4), size = sum_at + (args.w.offsets ? lines(rows.m * rows.segments * 4) : 0);
+    const int64_t sum_at = scale_at + lines(rows.m * 4), size = sum_at + (sums ? lines(rows.m * rows.segments * 4) : 0);
     char* memory = static_cast<char*>(thread_scratch(kScratchQuantized, static_cast<size_t>(size)));
     rows.a = reinterpret_cast<int8_t*>(memory);
     rows.start = reinterpret_cast<int32_t*>(memory + start_at);
     rows.scale = reinterpret_cast<float*>(memory + scale_at);
-    rows.sum = args.w.offsets ? reinterpret_cast<float*>(memory + sum_at) : nullptr;
+    rows.sum = sums ? reinterpret_cast<float*>(memory + sum_at) : nullptr;
     constexpr int64_t kAlone = 32768;
     if (rows.m * rows.k <= kAlone) {
         for (int64_t row = 0; row < rows.m; ++row) quantize_row<Bits>(rows, row);

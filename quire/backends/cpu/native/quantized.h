@@ -2,7 +2,8 @@
 //
 // Panels of `panel` columns lie one after the other, the last one padded with columns of zeros. A weight is stored as an
 // unsigned number q = w + zero, with w = -127..127 and zero = 128 in 8 bits, w = -8..7 and zero = 8 in 4 bits, and stands
-// for w * scale, or with offsets (4 bits only) for w * scale + offset. A panel with groups is a row of groups, ascending in k:
+// for w * scale, or with offsets (4 bits only) for w * scale + offset. In MXFP4 it is a float of 4 bits, which the inner loop makes
+// q = w + 12 of, where w is twice the float, -12..12. A panel with groups is a row of groups, ascending in k:
 //
 //     scales   bfloat16 [panel]
 //              with offsets pairs of them, [panel][2]: an offset, then the scale
@@ -22,6 +23,10 @@ namespace quire {
 constexpr int64_t kSegment = 1024;
 
 // Static, so that no compilation's copy can stand in for another's.
+__attribute__((always_inline)) static inline int32_t zero_of(const Panels& w) {
+    return w.bits == 8 ? 128 : w.coding == Coding::mxfp4 ? 12 : 8;
+}
+
 struct QuantLayout {
     int64_t segment, segments;   // positions in a segment, and how many there are
     int64_t scale_bytes;         // of one row of scales
@@ -34,7 +39,7 @@ __attribute__((always_inline)) static inline QuantLayout quant_layout(const Pane
     QuantLayout l{};
     l.segment = w.group ? w.group : kSegment;
     l.segments = (w.k + l.segment - 1) / l.segment;
-    l.scale_bytes = w.panel * (w.offsets ? 4 : 2);
+    l.scale_bytes = w.panel * (w.coding == Coding::offsets ? 4 : 2);
     const int64_t weights = l.segment * w.panel * w.bits / 8;
     l.stride = w.group ? l.scale_bytes + weights : weights;
     l.scale_stride = w.group ? l.stride : 0;

@@ -47,6 +47,11 @@ QUIRE_INLINE void store_nibbles(uint8_t* p, vi bytes) {
     const __m512i both = _mm512_or_si512(raw(bytes), _mm512_srli_epi64(raw(bytes), 28));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(both));
 }
+// For each byte of `at`, 0 to 15, that of the table.
+QUIRE_INLINE vi look_up(const uint8_t (&table)[16], vi at) {
+    const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return as_vi(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), raw(at)));
+}
 QUIRE_INLINE vi max_bytes(vi a, vi b) { return as_vi(_mm512_max_epi8(raw(a), raw(b))); }
 QUIRE_INLINE vi min_bytes(vi a, vi b) { return as_vi(_mm512_min_epi8(raw(a), raw(b))); }
 #if defined(QUIRE_ISA_avx512vnni)
@@ -87,6 +92,10 @@ QUIRE_INLINE void store_nibbles(uint8_t* p, vi bytes) {
     const __m256i words = _mm256_permutevar8x32_epi32(both, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
 }
+QUIRE_INLINE vi look_up(const uint8_t (&table)[16], vi at) {
+    const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return as_vi(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sixteen), raw(at)));
+}
 QUIRE_INLINE vi max_bytes(vi a, vi b) { return as_vi(_mm256_max_epi8(raw(a), raw(b))); }
 QUIRE_INLINE vi min_bytes(vi a, vi b) { return as_vi(_mm256_min_epi8(raw(a), raw(b))); }
 
@@ -116,6 +125,13 @@ QUIRE_INLINE void store_nibbles(uint8_t* p, vi bytes) {
         const uint32_t four = static_cast<uint32_t>(eight[i] | eight[i] >> 28);
         std::memcpy(p + 4 * i, &four, 4);
     }
+}
+QUIRE_INLINE vi look_up(const uint8_t (&table)[16], vi at) {
+    uint8_t bytes[16];
+    std::memcpy(bytes, &at, sizeof bytes);
+    for (uint8_t& each : bytes) each = table[each];
+    std::memcpy(&at, bytes, sizeof bytes);
+    return at;
 }
 typedef int8_t vb __attribute__((vector_size(16)));
 QUIRE_INLINE vi max_bytes(vi a, vi b) {
