@@ -75,7 +75,7 @@ def quantize(array: np.ndarray, kind: str) -> np.ndarray:
 def write_gguf(
     path: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray], kind: str = "F32", other: dict[str, str] | None = None, **parts: Any
 ) -> Path:
-    """kind: of what has two dimensions or three; other: of some of it. parts: further arguments of the writer."""
+    """kind: of what has two dimensions or three; other: of some of it, maybe blocks already. parts: further arguments of the writer."""
     writer = gguf.GGUFWriter(path, fields.get("general.architecture", "none"), **parts)
     for name, value in fields.items():
         if name == "general.architecture":
@@ -93,8 +93,9 @@ def write_gguf(
     for name, array in tensors.items():
         part = name.split(".")[-2]
         each = MIXED.get(part, "Q4_K") if kind == "mixed" else (other or {}).get(part, kind)
-        if array.ndim > 1 and each != "F32":
-            writer.add_tensor(name, quantize(array, each), raw_dtype=gguf.GGMLQuantizationType[each])
+        if array.ndim > 1 and each != "F32" and not name.endswith(".bias"):
+            blocks = array if array.dtype == np.uint8 else quantize(array, each)
+            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[each])
         else:
             writer.add_tensor(name, array)
     writer.write_header_to_file()

@@ -24,8 +24,8 @@ from quire.sampling_params import SamplingParams
 from sample_gguf import embedded_gguf
 
 FIXTURES = Path(__file__).parent / "fixtures" / "golden"
-MODELS = ["embedded", "mistral", "qwen3", "mixtral", "gpt2", "opt"]
-"""The embedded model, and tiny ones with a sliding window, head norms, experts, learned positions and biases."""
+MODELS = ["embedded", "mistral", "qwen3", "mixtral", "gpt-oss", "gpt2", "opt"]
+"""The embedded model, and tiny ones with a sliding window, head norms, experts, attention sinks, learned positions and biases."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all together": {},

@@ -81,6 +81,7 @@ QUIRE_EMULATED __m512 _mm512_castps256_ps512(__m256 a) { return join512(a, _mm25
 QUIRE_EMULATED __m512 _mm512_setzero_ps() { return join512(_mm256_setzero_ps(), _mm256_setzero_ps()); }
 QUIRE_EMULATED __m512 _mm512_set1_ps(float x) { return join512(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
 QUIRE_EMULATED __m512i _mm512_set1_epi16(int16_t x) { return join512(_mm256_set1_epi16(x), _mm256_set1_epi16(x)); }
+QUIRE_EMULATED __m512i _mm512_broadcast_i32x4(__m128i a) { return join512(_mm256_broadcastsi128_si256(a), _mm256_broadcastsi128_si256(a)); }
 QUIRE_EMULATED __m512i _mm512_set1_epi32(int32_t x) { return join512(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 QUIRE_EMULATED __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l, int m,
                                          int n, int o, int p) {
