@@ -9,13 +9,16 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sample_models import LLAMA, checkpoint, write_safetensors
+from quire.models.weights import load_model
+from sample_models import GPT_OSS, LLAMA, checkpoint, write_model, write_safetensors
+from sample_packed import packed_folder
 from server.harness import is_gone, state_of, wait_until
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -228,14 +231,19 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ..
     return read, infos, at + -at % 32
 
 
+def write_vocabulary(folder: Path) -> None:
+    """Of 64 tokens."""
+    vocabulary = {chr(0x100 + i): i for i in range(64)}
+    tokenizer = {"added_tokens": [{"id": 2, "content": "<end>"}], "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def test_gguf_has_the_same_weights(tmp_path: Path) -> None:
     config = {**LLAMA, "vocab_size": 64}
     weights = checkpoint(config)
     write_safetensors(tmp_path / "model.safetensors", weights)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    vocabulary = {chr(0x100 + i): i for i in range(64)}
-    tokenizer = {"added_tokens": [{"id": 2, "content": "<end>"}], "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_vocabulary(tmp_path)
     gguf.write_gguf(tmp_path, tmp_path / "out.gguf", "f32")
     values, infos, start = read_gguf(tmp_path / "out.gguf")
     assert (values["llama.block_count"], values["llama.attention.head_count_kv"], values["llama.rope.freq_base"]) == (4, 2, 500000.0)
@@ -254,6 +262,18 @@ def test_gguf_has_the_same_weights(tmp_path: Path) -> None:
     # Heads of 16: rows 0 and 8 of a head are rotated together; llama.cpp rotates rows 0 and 1.
     q, written = weights["model.layers.1.self_attn.q_proj.weight"], tensor("blk.1.attn_q.weight")
     assert np.array_equal(written[16 * 5 : 16 * 5 + 4], q[[80, 88, 81, 89]])
+
+
+def test_gguf_of_experts_in_mxfp4(tmp_path: Path) -> None:
+    """Stay what they are; all that config.json says is in the file's fields."""
+    config = {**GPT_OSS, "vocab_size": 64}
+    folder = packed_folder(write_model(tmp_path / "floats", config), tmp_path / "packed", "mxfp4")
+    write_vocabulary(folder)
+    gguf.write_gguf(folder, tmp_path / "out.gguf", "bf16")
+    made, model = load_model(tmp_path / "out.gguf"), load_model(folder)
+    assert made.spec == replace(model.spec, dtype=made.spec.dtype, bos_token_id=made.spec.bos_token_id)
+    for name, wanted in model.tensors.items():
+        assert np.array_equal(np.asarray(made.tensors[name], np.float32), np.asarray(wanted, np.float32)), name
 
 
 @pytest.mark.parametrize(("width", "size", "error"), [("q8", 34, 1 / 127), ("q4", 18, 1 / 8)])

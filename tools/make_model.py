@@ -30,13 +30,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     "moe-1.3b": {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 1024, "num_hidden_layers": 24,
                  "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 512,
                  "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 8, "norm_topk_prob": True},
+    "gpt-oss-20b": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 24,
+                    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880, "vocab_size": 201_088,
+                    "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0, "attention_bias": True,
+                    "tie_word_embeddings": False, "max_position_embeddings": 131_072, "rope_theta": 150_000.0,
+                    "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                                     "original_max_position_embeddings": 4096},
+                    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": [
+                        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}},
 }  # fmt: skip
+"""What config.json has that Llama's with tied embeddings and the tokenizer's vocabulary would not."""
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+MXFP4_POWER = 120  # times what the floats of 4 bits are on average, near INIT_SCALE
 INIT_SCALE = 0.02
 CHUNK = 1 << 22  # elements drawn at a time
 
@@ -45,7 +55,6 @@ def make_config(shape: str, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **SHAPES[shape],
         "vocab_size": VOCAB,
         "max_position_embeddings": 8192,
         "hidden_act": "silu",
@@ -60,6 +69,7 @@ def make_config(shape: str, dtype: str) -> dict[str, Any]:
         "eos_token_id": 0,
         "torch_dtype": dtype,
         "use_cache": True,
+        **SHAPES[shape],
     }
 
 
@@ -111,34 +121,57 @@ def write_tokenizer(out: Path) -> None:
 
 
 def write_weights(out: Path, config: dict[str, Any], dtype: str, seed: int) -> int:
-    """model.safetensors: norms 1, the rest normal with INIT_SCALE, each tensor drawn from its own stream. Returns parameters."""
-    spec, family = spec_from_config(config), find_family(config)
-    sources, shapes = family.sources(spec), spec.tensor_shapes()
+    """model.safetensors: norms 1, the rest normal with INIT_SCALE, each tensor drawn from its own stream; any floats of 4 bits in MXFP4.
+    Returns parameters."""
+    spec, tensors = spec_from_config(config), stored_tensors(config)
     width = 4 if dtype == "float32" else 2
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for canonical, shape in shapes.items():
-        size = math.prod(shape) * width
-        name = family.prefixes[0] + sources[canonical].name
-        header[name] = {"dtype": STORED[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+    for name, shape in tensors.items():
+        size = math.prod(shape) * (1 if is_packed(name) else width)
+        header[name] = {"dtype": "U8" if is_packed(name) else STORED[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned, so that they can be mapped
     partial = out / "model.safetensors.partial"
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for index, (canonical, shape) in enumerate(shapes.items()):
+        for index, (name, shape) in enumerate(tensors.items()):
             draw = np.random.Generator(np.random.Philox(key=[seed, index]))
             left = math.prod(shape)
             while left:
                 count = min(left, CHUNK)
-                values = (
-                    np.ones(count, np.float32) if "norm" in canonical else draw.standard_normal(count, np.float32) * np.float32(INIT_SCALE)
-                )
-                file.write(as_dtype(values, dtype).tobytes())
+                if is_packed(name):
+                    drawn = draw.bytes(count) if name.endswith("_blocks") else bytes([MXFP4_POWER]) * count
+                elif "norm" in name:
+                    drawn = as_dtype(np.ones(count, np.float32), dtype).tobytes()
+                else:
+                    drawn = as_dtype(draw.standard_normal(count, np.float32) * np.float32(INIT_SCALE), dtype).tobytes()
+                file.write(drawn)
                 left -= count
     partial.replace(out / "model.safetensors")
     return spec.num_parameters()
+
+
+def stored_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name → shape of all that the checkpoint has; a fused tensor once."""
+    spec, family = spec_from_config(config), find_family(config)
+    shapes, found = spec.tensor_shapes(), {}
+    for canonical, source in family.sources(spec).items():
+        name, shape = source.name, source.stored_shape(shapes[canonical])
+        if not name.startswith("lm_head"):
+            name = family.prefixes[0] + name
+        if "quantization_config" in config and len(shape) == 3:
+            experts, inputs, outputs = shape
+            found[f"{name}_blocks"] = (experts, outputs, inputs // 32, 16)
+            found[f"{name}_scales"] = (experts, outputs, inputs // 32)
+        else:
+            found[name] = shape
+    return found
+
+
+def is_packed(name: str) -> bool:
+    return name.endswith(("_blocks", "_scales"))
 
 
 def as_dtype(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:

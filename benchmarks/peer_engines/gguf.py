@@ -1,4 +1,5 @@
-"""The model as llama.cpp reads it: a GGUF file of the same weights, in float32, bfloat16, float16, Q8_0 or Q4_0.
+"""The model as llama.cpp reads it: a GGUF file of the same weights, in float32, bfloat16, float16, Q8_0 or Q4_0; experts that are MXFP4
+stay so.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Written here, so that nothing needs to be installed, and so
 that the widths are what they are called: llama-quantize keeps the output matrix in Q6_K when it makes Q4_0, which is slower.
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,47 +20,54 @@ import numpy.typing as npt
 
 from quire.errors import ModelLoadError
 from quire.models.spec import TransformerSpec
-from quire.models.weights import load_model
+from quire.models.weights import Model, load_model
 
 ALIGNMENT: Final = 32
 GROUP: Final = 32
-TYPES: Final = {"f32": (0, 0), "f16": (1, 1), "q4": (2, 2), "q8": (8, 7), "bf16": (30, 32)}
+TYPES: Final = {"f32": (0, 0), "f16": (1, 1), "q4": (2, 2), "q8": (8, 7), "bf16": (30, 32), "mxfp4": (39, 38)}
 """Width → GGML type of a tensor, and file type of a model whose matrices have it. Vectors are float32 in all of them."""
 UINT32, FLOAT32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 NAMES: Final = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output", "attn_norm": "attn_norm", "q": "attn_q",
                 "k": "attn_k", "v": "attn_v", "o": "attn_output", "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up",
-                "down": "ffn_down", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "router": "ffn_gate_inp"}  # fmt: skip
-ARCHITECTURES: Final = {"LlamaForCausalLM": "llama", "Qwen3MoeForCausalLM": "qwen3moe"}
+                "down": "ffn_down", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "router": "ffn_gate_inp",
+                "sinks": "attn_sinks"}  # fmt: skip
+ARCHITECTURES: Final = {"LlamaForCausalLM": "llama", "Qwen3MoeForCausalLM": "qwen3moe", "GptOssForCausalLM": "gpt-oss"}
+_SCALING: Final = {"GptOssForCausalLM": "yarn"}
+_BLOCKS: Final = {"q8": 34, "q4": 18, "mxfp4": 17}
 CHUNK: Final = 1 << 22  # elements converted at a time
 
 
 def write_gguf(model: Path, out: Path, width: str) -> None:
     """Write ``model`` (a folder) to ``out``. Raises ModelLoadError where this writer does not know the architecture."""
     opened = load_model(model)
-    spec, tensors = opened.spec, opened.tensors
-    if spec.architecture not in ARCHITECTURES or spec.rope is None or spec.rope.scaling != "none":
+    spec, tensors, shapes = opened.spec, opened.tensors, opened.spec.tensor_shapes()
+    if spec.architecture not in ARCHITECTURES or spec.rope is None or spec.rope.scaling != _SCALING.get(spec.architecture, "none"):
         known = " and ".join(ARCHITECTURES)
         raise ModelLoadError(f"benchmarks/peer_engines/gguf.py writes plain {known} only, and {model} is {spec.architecture}")
     values = [*_hyperparameters(spec, TYPES[width][1], model.resolve().name), *_vocabulary(model, spec)]
     infos, offset = b"", 0
     stacks: dict[str, list[str]] = {}
-    for name in tensors:
-        stacks.setdefault(_name(name), []).append(name)
+    widths = {name: _width(name, shape, "mxfp4" if _packed_experts(opened, name) else width) for name, shape in shapes.items()}
+    for name in shapes:
+        stacks.setdefault(_name(name, spec), []).append(name)
     for name, members in stacks.items():
-        each = _width(name, tensors[members[0]], width)
-        shape = (*((len(members),) if "_exps" in name else ()), *tensors[members[0]].shape)
+        each = widths[members[0]]
+        shape = (*((len(members),) if "_exps" in name else ()), *shapes[members[0]])
         encoded = name.encode()
         infos += struct.pack("<Q", len(encoded)) + encoded + struct.pack("<I", len(shape))
         infos += struct.pack(f"<{len(shape)}Q", *reversed(shape)) + struct.pack("<IQ", TYPES[each][0], offset)
-        offset += _padded(len(members) * _nbytes(tensors[members[0]], each))
+        offset += _padded(len(members) * _nbytes(shapes[members[0]], each))
     part = out.with_suffix(".part")
     with part.open("wb") as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, len(stacks), len(values)) + b"".join(values) + infos)
         file.write(bytes(-file.tell() % ALIGNMENT))
-        for name, members in stacks.items():
+        for members in stacks.values():
             for member in members:
+                if (blocks := _packed_experts(opened, member)) is not None:
+                    file.write(_as_mxfp4(blocks()).tobytes())
+                    continue
                 for piece in _pieces(_interleaved(member, tensors[member], spec)):
-                    file.write(encode(np.asarray(piece, np.float32), _width(name, tensors[member], width)).tobytes())
+                    file.write(encode(np.asarray(piece, np.float32), widths[member]).tobytes())
             file.write(bytes(-file.tell() % ALIGNMENT))
     opened.close()
     part.rename(out)
@@ -105,6 +114,12 @@ def _hyperparameters(spec: TransformerSpec, file_type: int, name: str) -> Iterat
         yield _value(f"{prefix}.{key}", UINT32, number)
     yield _value(f"{prefix}.attention.layer_norm_rms_epsilon", FLOAT32, spec.norm_eps)
     yield _value(f"{prefix}.rope.freq_base", FLOAT32, spec.rope.theta)
+    if any(spec.windows):
+        yield _value(f"{prefix}.attention.sliding_window", UINT32, max(spec.windows))
+    if spec.rope.scaling == "yarn":
+        yield _value(f"{prefix}.rope.scaling.type", STRING, "yarn")
+        yield _value(f"{prefix}.rope.scaling.factor", FLOAT32, spec.rope.factor)
+        yield _value(f"{prefix}.rope.scaling.original_context_length", UINT32, spec.rope.original_max_positions)
 
 
 def _vocabulary(model: Path, spec: TransformerSpec) -> Iterator[bytes]:
@@ -127,14 +142,30 @@ def _vocabulary(model: Path, spec: TransformerSpec) -> Iterator[bytes]:
     yield _value("tokenizer.ggml.add_bos_token", BOOL, False)
 
 
-def _name(canonical: str) -> str:
+def _packed_experts(model: Model, name: str) -> Callable[[], npt.NDArray[np.uint8]] | None:
+    """The blocks of a linear that is stored in MXFP4."""
+    kept = model.blocks(name)
+    return kept[1] if kept is not None and kept[0] == "mxfp4" else None
+
+
+def _as_mxfp4(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """[rows, groups * 20], half of a group's power in float32 and its numbers, neighbours in a byte → the power's exponent and the numbers,
+    those of the first half of a group in the low halves of bytes."""
+    groups = blocks.reshape(-1, 20)
+    power = (groups[:, :4].copy().view(np.uint32) >> 23) + 1
+    codes = np.stack([groups[:, 4:] & 15, groups[:, 4:] >> 4], axis=-1).reshape(len(groups), GROUP)
+    return np.concatenate([power.astype(np.uint8), codes[:, : GROUP // 2] | codes[:, GROUP // 2 :] << 4], axis=1)
+
+
+def _name(canonical: str, spec: TransformerSpec) -> str:
     """layers.3.q.weight → blk.3.attn_q.weight; all experts of a layer are one tensor."""
     module, _, parameter = canonical.rpartition(".")
     if ".experts." in module:
         layer, _, part = module.rpartition(".")
         return f"{layer.partition('.experts.')[0].replace('layers.', 'blk.')}.{NAMES[part]}_exps.{parameter}"
     head, _, part = module.rpartition(".")
-    return f"{head.replace('layers.', 'blk.')}{'.' if head else ''}{NAMES[part]}.{parameter}"
+    name = "post_attention_norm" if part == "mlp_norm" and spec.attention_sinks else NAMES[part]
+    return f"{head.replace('layers.', 'blk.')}{'.' if head else ''}{name}.{parameter}"
 
 
 def _interleaved(name: str, array: npt.NDArray[Any], spec: TransformerSpec) -> npt.NDArray[Any]:
@@ -144,9 +175,9 @@ def _interleaved(name: str, array: npt.NDArray[Any], spec: TransformerSpec) -> n
     return array.reshape(-1, 2, spec.head_dim // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _width(name: str, array: npt.NDArray[Any], width: str) -> str:
+def _width(name: str, shape: tuple[int, ...], width: str) -> str:
     """Vectors and routers are float32."""
-    return width if array.ndim == 2 and "ffn_gate_inp" not in name else "f32"
+    return width if len(shape) == 2 and ".router." not in name else "f32"
 
 
 def _pieces(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
@@ -155,14 +186,14 @@ def _pieces(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
         yield array[at : at + rows]
 
 
-def _nbytes(array: npt.NDArray[Any], width: str) -> int:
-    if array.ndim != 2:
-        return array.size * 4
-    if width in ("q8", "q4"):
-        if array.shape[1] % GROUP:
-            raise ModelLoadError(f"rows of {array.shape[1]} can't be cut into groups of {GROUP}")
-        return array.size // GROUP * (34 if width == "q8" else 18)
-    return array.size * (4 if width == "f32" else 2)
+def _nbytes(shape: tuple[int, ...], width: str) -> int:
+    if len(shape) != 2:
+        return prod(shape) * 4
+    if width in _BLOCKS:
+        if shape[1] % GROUP:
+            raise ModelLoadError(f"rows of {shape[1]} can't be cut into groups of {GROUP}")
+        return prod(shape) // GROUP * _BLOCKS[width]
+    return prod(shape) * (4 if width == "f32" else 2)
 
 
 def _padded(size: int) -> int:

@@ -43,6 +43,21 @@ def test_model(tool: ModuleType, tmp_path: Path, dtype: str) -> None:
     assert not np.array_equal(model.tensors["layers.0.q.weight"], model.tensors["layers.1.q.weight"])
 
 
+def test_experts_in_mxfp4(tool: ModuleType, tmp_path: Path) -> None:
+    tool.SHAPES["tiny-oss"] = tool.SHAPES["gpt-oss-20b"] | {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "intermediate_size": 64, "vocab_size": 33_000, "num_local_experts": 4,
+    }  # fmt: skip
+    count = tool.make_model("tiny-oss", tmp_path, "bfloat16", seed=3)
+    model = load_model(tmp_path)
+    assert model.spec.num_parameters() == count
+    assert model.spec.dtype == "bfloat16"
+    assert dict(model.spec.stored)["layers.1.experts.3.down"] == "mxfp4"
+    assert model.tensors["layers.1.mlp_norm.weight"].astype(np.float32).tolist() == [1.0] * 32
+    for name in ("layers.0.experts.2.up.weight", "layers.1.experts.0.down.weight", "lm_head.weight", "layers.0.experts.2.up.bias"):
+        assert 0.01 < float(model.tensors[name].astype(np.float32).std()) < 0.03, name
+
+
 def test_tokenizer(tool: ModuleType, tmp_path: Path) -> None:
     tool.write_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
