@@ -21,7 +21,7 @@ def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add(
         "--dtype",
         metavar="LIST",
-        help="of weights and KV: float32, float16, bfloat16, int8, int4, int4+offsets (default: all that there are)",
+        help="of weights and KV: float32, float16, bfloat16, int8, int4, int4+offsets, mxfp4 (default: all that there are)",
     )
     add("--kernel", metavar="LIST", help="of linear, attention, norm, rotary, write_kv, sampling (default: all)")
     add("--rows", metavar="LIST", help="rows of a step; sequences in decode attention; prefill runs where 512 or 2048 is one of them "

@@ -62,7 +62,7 @@ def test_every_kernel_runs_in_every_width_that_there_is() -> None:
     for kernel in ("linear", "attention", "write_kv"):
         widths = {r["dtype"] for r in run["results"] if r["kernel"] == kernel}
         assert widths >= {"float32", "float16", "bfloat16"}
-        for width in ("int8", *(["int4", "int4+offsets"] if kernel == "linear" else [])):
+        for width in ("int8", *(["int4", "int4+offsets", "mxfp4"] if kernel == "linear" else [])):
             assert (width in widths) != any(line.startswith(f"{kernel} {width}: this build's") for line in run["skipped"])
     decode = next(r for r in run["results"] if r["name"] == "decode at 512" and r["dtype"] == "float16")
     assert decode["gb_per_s"] * decode["seconds"] * 1e9 == pytest.approx(2 * 512 * 2 * 4 * 64 * 2)

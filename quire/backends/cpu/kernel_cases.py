@@ -60,8 +60,9 @@ MODELS = {
     "Llama-3.2-1B": Shape(2048, 32, 8, 64, 8192, 128_256),
     "Qwen3-0.6B": Shape(1024, 16, 8, 128, 3072, 151_936, head_norm=True),
 }
-FOUR_BITS = ("int4", "int4+offsets")
-"""The second: as the layers of a GGUF file in Q4_K, or of most AWQ checkpoints, are kept."""
+FOUR_BITS = ("int4", "int4+offsets", "mxfp4")
+"""The second: as the layers of a GGUF file in Q4_K, or of most AWQ checkpoints, are kept; the third, in groups of 32: as the experts of
+gpt-oss are."""
 QUANTIZED = ("int8", *FOUR_BITS)
 DTYPES = ("float32", "float16", "bfloat16", *QUANTIZED)
 KERNELS = ("linear", "attention", "norm", "rotary", "write_kv", "sampling")
@@ -158,16 +159,20 @@ def _pack(weights: Array, dtype: str, group_size: int, gated: bool = False) -> n
     pack: Any = native.pack_linear
     parts = np.split(weights, 2) if gated else [weights]
     if dtype == "int4+offsets":
-        return native.pack_blocks([_blocks(part, group_size) for part in parts], f"int4:{group_size}+offsets", gated)
+        return native.pack_blocks([_blocks(part, group_size, 0.01, 0.001) for part in parts], f"int4:{group_size}+offsets", gated)
+    if dtype == "mxfp4":
+        return native.pack_blocks([_blocks(part, 32, 2**-8) for part in parts], dtype, gated)
     kind = {"quantize": dtype, "group_size": group_size} if dtype in QUANTIZED else {}
     packed: native.PackedLinear = pack(parts, gated=gated, **kind)
     return packed
 
 
-def _blocks(weights: Array, group_size: int) -> Array:
-    """Rows of blocks of that shape, as native.pack_blocks takes them: a scale, an offset, and any numbers."""
-    blocks = np.random.default_rng(0).integers(0, 256, (len(weights), weights.shape[1] // group_size, 8 + group_size // 2), np.uint8)
-    blocks[..., :8] = np.array([0.01, 0.001], np.float32).view(np.uint8)
+def _blocks(weights: Array, group_size: int, *factors: float) -> Array:
+    """Rows of blocks of that shape, as native.pack_blocks takes them: a scale, maybe an offset, and any numbers."""
+    first = np.array(factors, np.float32).view(np.uint8)
+    shape = (len(weights), weights.shape[1] // group_size, len(first) + group_size // 2)
+    blocks = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    blocks[..., : len(first)] = first
     return blocks.reshape(len(weights), -1)
 
 
