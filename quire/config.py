@@ -314,12 +314,12 @@ class ServerConfig(_Checked):
     tool_parser: str = option(
         "auto",
         "format of the model's calls of tools; auto finds it in the model's chat template, none refuses tools",
-        choices=("auto", "hermes", "llama3", "mistral", "none"),
+        choices=("auto", "hermes", "llama3", "mistral", "harmony", "none"),
     )
     reasoning_parser: str = option(
         "auto",
         "how an answer's reasoning is told from the answer: think (<think>...</think> before it); auto looks for that in the model's chat "
-        "template, none leaves it in the text",
+        "template, none leaves it in the text; with calls in harmony, reasoning is what is in the channel analysis",
         choices=("auto", "think", "none"),
     )
     max_body_bytes: int = option(8 << 20, "largest request body", low=1024, metavar="BYTES")

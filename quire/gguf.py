@@ -129,7 +129,10 @@ class Gguf:
         named = [self.special_token(role) for role in ("eos", "eot", "eom")]
         named += [i for i in self.list_of("tokenizer.ggml.eos_token_ids", int) if 0 <= i < len(tokens)]
         named += [i for i, (token, type_) in enumerate(zip(tokens, types, strict=True)) if type_ == CONTROL and token in _ENDS]
-        return list(dict.fromkeys(i for i in named if i is not None))
+        found = dict.fromkeys(i for i in named if i is not None)
+        if {"<|return|>", "<|call|>"} <= {tokens[i] for i in found}:  # of gpt-oss, whose answers are several messages
+            found = dict.fromkeys(i for i in found if tokens[i] != "<|end|>")
+        return list(found)
 
 
 def is_gguf(path: Path) -> bool:

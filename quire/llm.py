@@ -28,6 +28,8 @@ from quire.sampling_params import SamplingParams
 from quire.text.chat import Message
 from quire.text.output import OutputAssembler, best_choices, prompt_positions
 from quire.text.tokenizer import Tokenizer
+from quire.text.tools import ToolParser, parser_for
+from quire.text.tools.formats import FORMATS, begun, detect
 
 PROGRESS_AFTER_S = 1.0
 """A progress bar appears on work that takes longer than this."""
@@ -146,7 +148,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, in the model's own format; what it writes comes as it is, tool calls too.
+        """Answer one conversation, or each of several, in the model's own format; what it writes comes as it is, tool calls too, and with
+        ``skip_special_tokens=False`` the markers of what is what.
 
         ``tools``: the functions that the model is told of, as the API has them. ``continue_final_message``: go on with the last
         message (with ``add_generation_prompt=False``). ``options``: those of ``generate``. Raises InvalidRequestError, also where
@@ -213,7 +216,10 @@ class LLM:
         return self._stream(self._request(prompt, self._for_stream(params)))
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
-        """``stream`` the next message of a conversation, in the model's own format. Raises InvalidRequestError where it has none."""
+        """``stream`` the next message of a conversation, in the model's own format. Raises InvalidRequestError where it has none.
+
+        Where that has channels (harmony), the text is what is in them, a blank line between two, unless special tokens are asked for.
+        """
         return self._stream(self._request(self._chat_prompt(messages), self._for_stream(params)), continues_prompt=False)
 
     def _chat_prompt(self, messages: Conversation, **how: Any) -> TokensPrompt:
@@ -230,7 +236,9 @@ class LLM:
         return params
 
     def _stream(self, request: Request, continues_prompt: bool = True) -> Iterator[str]:
-        assembler = OutputAssembler(self.tokenizer, request.params, request.prompt_token_ids if continues_prompt else ())
+        prompt = request.prompt_token_ids
+        shown, parser = (frozenset[int](), None) if continues_prompt else self._channels(prompt, request.params)
+        assembler = OutputAssembler(self.tokenizer, request.params, prompt if continues_prompt else (), shown, parser)
         unread: deque[SequenceOutput] = deque()
         with self._lock:
             self._unread[request.request_id] = unread
@@ -247,14 +255,24 @@ class LLM:
                         continue
                     output = unread.popleft()
                 delta = assembler.feed(output)
-                if delta.text:
-                    yield delta.text
+                if text := delta.text if delta.message is None else delta.message.text:
+                    yield text
                 if output.finish_reason == "error":
                     raise EngineError(str(output.stop_reason))
         finally:
             with self._lock:
                 del self._unread[request.request_id]
                 self.engine.abort(request.request_id)
+
+    def _channels(self, prompt: list[int], params: SamplingParams) -> tuple[frozenset[int], ToolParser | None]:
+        """What reads an answer that is in channels, and the markers that it has to see; None: the answer is its text."""
+        name = detect(self.tokenizer.chat_template)
+        if name is None or not FORMATS[name].start or not params.skip_special_tokens or params.structured is not None:
+            return frozenset(), None
+        ids = {marker: self.tokenizer.token_id(marker) for marker in FORMATS[name].markers}
+        hidden = {marker: i for marker, i in ids.items() if i is not None and i in self.tokenizer.special_ids}
+        before = begun(name, self.tokenizer.decode(prompt, skip_special_tokens=False))
+        return frozenset(hidden.values()), parser_for(name, before=before, hidden=hidden)
 
     def _add(self, request: Request) -> bool:
         """Queue ``request``, unless ``max_waiting`` sequences wait already."""

@@ -40,6 +40,8 @@ GPT_OSS: dict[str, Any] = {
     "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
                      "original_max_position_embeddings": 4096}, "torch_dtype": "bfloat16", "eos_token_id": 2,
 }  # fmt: skip
+GPT_OSS_SHORT = GPT_OSS | {"sliding_window": 8, "max_position_embeddings": 512, "rope_scaling": GPT_OSS["rope_scaling"] | {
+    "factor": 4.0, "original_max_position_embeddings": 128}}  # fmt: skip
 PHI3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 262144,
         "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}}  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from quire.errors import CapacityError, ConfigError, ContextLengthError, EngineE
 from quire.outputs import Choice, SequenceOutput, TokenLogprobs
 from quire.text.chat import Message
 from quire.text.output import OutputAssembler, best_choices
+from server.scripted import chat_tokenizer
 
 PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def push(self, item):"]
 
@@ -147,6 +149,22 @@ def test_prompts_may_be_written_as_vllm_has_them(llm: LLM) -> None:
     for prompt in wrong:
         with pytest.raises(InvalidRequestError, match="a prompt is a string or"):
             llm.generate(prompt, params)
+
+
+def test_a_stream_of_channels_is_what_is_in_them(llm: LLM) -> None:
+    made = copy(llm)
+    made.tokenizer = chat_tokenizer("harmony")
+    prompt, params = made._chat_prompt([{"role": "user", "content": "Hi"}])["prompt_token_ids"], SamplingParams()
+    said = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.\n<|return|>"
+    shown, parser = made._channels(prompt, params)
+    assert parser is not None
+    assembler = OutputAssembler(made.tokenizer, params, (), shown, parser)
+    ids = made.tokenizer.encode(said, add_special_tokens=False)
+    deltas = [assembler.feed(SequenceOutput("", 0, [token], None, None, None)) for token in ids]
+    assert "".join(delta.message.text for delta in deltas if delta.message is not None) == "Hm.\n\nYes."
+    for other in (SamplingParams(skip_special_tokens=False), SamplingParams(structured=Structured.json({}))):
+        assert made._channels(prompt, other) == (frozenset(), None)
+    assert llm._channels(prompt, params) == (frozenset(), None)
 
 
 def test_chat(llm: LLM) -> None:

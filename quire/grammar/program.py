@@ -99,12 +99,19 @@ def _options(structured: Structured) -> JsonCompileOptions:
     return {**options, "coerce_one_of": True}
 
 
-def json_rule(structured: Structured) -> str:
-    """A form of kind ``json`` as the right side of a rule of Lark. Raises InvalidRequestError."""
+def rule_of(structured: Structured) -> str:
+    """A form as the right side of a rule of Lark. Raises InvalidRequestError."""
+    if structured.kind == "json":
+        try:
+            return f"%json {json.dumps(json.loads(structured.value) | {'x-guidance': _options(structured)})}"
+        except RecursionError:
+            raise structured.error("the JSON schema is nested too deeply") from None
     try:
-        return f"%json {json.dumps(json.loads(structured.value) | {'x-guidance': _options(structured)})}"
-    except RecursionError:
-        raise structured.error("the JSON schema is nested too deeply") from None
+        source = _source(structured)
+        lark = json.loads(source)["grammars"][0]["lark_grammar"] if structured.kind == "regex" else source
+    except (ValueError, RecursionError) as e:
+        raise structured.error(_reason(str(e))) from None
+    return f"%lark {{\n{lark}\n}}"
 
 
 def _prepared(gbnf: str) -> str:

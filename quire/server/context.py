@@ -17,7 +17,7 @@ from quire.server.engine.client import EngineClient
 from quire.server.http.keys import Caller, Keys
 from quire.server.metrics.kv_publisher import KVPublisher
 from quire.text.tokenizer import Tokenizer
-from quire.text.tools.formats import END_THINK, detect, takes_one_call
+from quire.text.tools.formats import END_THINK, FORMATS, detect, takes_one_call
 
 if TYPE_CHECKING:
     from quire.server.batches.runner import Runner
@@ -72,17 +72,22 @@ class Context:
     """None: the server keeps none."""
     tool_format: str | None = field(init=False)
     """In which the model writes calls of tools; None: in none that is known."""
+    frame: str | None = field(init=False)
+    """The format, where it has answers and reasoning in messages too: all that the model writes is read so."""
     parallel_calls: bool = field(init=False)
     """The model's chat template takes messages with several calls."""
     reasoning: bool = field(init=False)
-    """The model's answers may begin with its reasoning."""
+    """The model's answers may begin with its reasoning, and it is told from them."""
 
     def __post_init__(self) -> None:
         template, tools, reasoning = self.tokenizer.chat_template, self.config.tool_parser, self.config.reasoning_parser
-        found = detect(template) if tools == "auto" else None if tools == "none" else tools
-        object.__setattr__(self, "tool_format", found)
+        found = detect(template) if tools in ("auto", "none") else tools
+        frame = found if found is not None and FORMATS[found].start else None
+        object.__setattr__(self, "tool_format", None if tools == "none" else found)
+        object.__setattr__(self, "frame", frame)
         object.__setattr__(self, "parallel_calls", not takes_one_call(template))
-        object.__setattr__(self, "reasoning", END_THINK in template if reasoning == "auto" else reasoning == "think")
+        known = frame is not None or END_THINK in template
+        object.__setattr__(self, "reasoning", known if reasoning == "auto" else reasoning == "think")
 
     @property
     def max_model_len(self) -> int:

@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quire.errors import InvalidRequestError, ModelLoadError
+from quire.text.tools.formats import detect, takes_one_call
 
 if TYPE_CHECKING:
     import jinja2
@@ -71,7 +72,7 @@ class ChatTemplates:
         name = self._choose(variables)
         if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
             raise InvalidRequestError(f"messages must be a list of at least one message, got {messages!r:.60}", param="messages")
-        chat = [_message(i, m, self._sources[name]) for i, m in enumerate(messages)]
+        chat = _fitted([_message(i, m, self._sources[name]) for i, m in enumerate(messages)], self._sources[name])
         more = _plain(variables, "chat_template_kwargs")
         if plain is not None:
             more = plain(more)
@@ -178,8 +179,49 @@ def _message(index: int, message: object, template: str) -> dict[str, Any]:
         made.pop("tool_calls", None)  # some servers send an empty list, and templates look whether there is one
     if calls := made.get("tool_calls"):
         made["tool_calls"] = _tool_calls(f"{at}.tool_calls", calls)
+    if calls or reasoning:
         made.setdefault("content", "")  # there are templates that add it to other text
     return made
+
+
+def _fitted(chat: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+    """The same conversation for a template that would pass over a part of it, or has another place for it."""
+    if takes_one_call(template):
+        chat = _one_call_each(chat)
+    if detect(template) != "harmony":
+        return chat
+    if any(message["role"] in _SYSTEM for message in chat[1:]):
+        chat = _in_turns(chat)
+    return [_with_one_text(message) if message.get("tool_calls") else message for message in chat]
+
+
+def _one_call_each(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each call in a message of its own, and its result behind it."""
+    made: list[dict[str, Any]] = []
+    left = chat[::-1]
+    while left:
+        message = left.pop()
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2:
+            made.append(message)
+            continue
+        results = []
+        while left and left[-1]["role"] == "tool":
+            results.append(left.pop())
+        for call in calls:
+            made.append(message | {"tool_calls": [call]})
+            made += [result for result in results if result.get("tool_call_id") == call.get("id")]
+            message = {"role": message["role"], "content": ""}
+        known = [call.get("id") for call in calls]
+        made += [result for result in results if result.get("tool_call_id") not in known]
+    return made
+
+
+def _with_one_text(message: dict[str, Any]) -> dict[str, Any]:
+    """gpt-oss says what it does, and why, in the same channel before it calls: the template takes one or the other."""
+    if not (message.get("content") and message.get("thinking")):
+        return message
+    return message | {"content": "", "thinking": f"{message['thinking']}\n\n{message['content']}"}
 
 
 def _in_turns(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:

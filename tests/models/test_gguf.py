@@ -126,6 +126,10 @@ def test_fields(tmp_path: Path) -> None:
     for types, ends in ((None, (2, 3)), ([2, 3, 3, 4] + [1] * 28, (2, 3)), ([2, 3, 3, 1] + [1] * 28, (2,))):
         fields = tiny_fields(tokenizer__ggml__token_type=types, tokenizer__ggml__eos_token_ids=[2])
         assert load_spec(write_gguf(tmp_path / "d.gguf", fields, tiny_tensors())).eos_token_ids == ends
+    tokens = [{5: "<|return|>", 6: "<|call|>", 7: "<|end|>"}.get(i, token) for i, token in enumerate(TOKENS)]
+    for names, ends in ((tokens, (5, 2, 3, 6)), ([*tokens[:6], "<|x|>", *tokens[7:]], (5, 2, 3, 7))):  # gpt-oss goes on after <|end|>
+        more = {"tokenizer__ggml__tokens": names, "tokenizer__ggml__eos_token_id": 5, "tokenizer__ggml__token_type": [3] * len(TOKENS)}
+        assert load_spec(write_gguf(tmp_path / "e.gguf", tiny_fields(**more), tiny_tensors())).eos_token_ids == ends
     old = load_spec(write_gguf(tmp_path / "c.gguf", tiny_fields(llama__rope__scale_linear=4.0), tiny_tensors()))
     assert old.rope is not None
     assert (old.rope.scaling, old.rope.factor) == ("linear", 4.0)

@@ -139,9 +139,10 @@ CASES = [
     Case("qwen3-moe-all-taken", "qwen3_moe", heads(2, 1, num_experts=4, num_experts_per_tok=4)),
     Case("granitemoe", "granitemoe", heads(3, 1, embedding_multiplier=6.0, residual_multiplier=0.3, logits_scaling=4.0,
          attention_multiplier=0.3)),
-    Case("gpt-oss", "gpt_oss", heads(4, 2, num_hidden_layers=3, rope_parameters={"rope_type": "default", "rope_theta": 150000.0})),
-    Case("gpt-oss-yarn", "gpt_oss", heads(3, 3, attention_bias=False, rope_parameters={**YARN, "truncate": False},
-         layer_types=["full_attention", "sliding_attention"], tie_word_embeddings=True)),
+    Case("gpt-oss", "gpt_oss", heads(6, 2, rope_parameters={**YARN, "truncate": False}, **_THREE)),
+    Case("gpt-oss-types-tied", "gpt_oss", heads(4, 1, num_local_experts=3, num_experts_per_tok=3, tie_word_embeddings=True,
+         attention_bias=False, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+         layer_types=["full_attention", "sliding_attention"])),
     Case("gemma3-pattern", "gemma3", heads(4, 2, num_hidden_layers=7)),
     Case("gemma3-types-scaled", "gemma3", heads(3, 1, head_dim=20, attention_bias=True, tie_word_embeddings=False,
          layer_types=["full_attention", "sliding_attention", "sliding_attention"], rope_parameters={"full_attention":
@@ -194,6 +195,8 @@ def build(case: Case) -> PreTrainedModel:
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
+            elif name.endswith("sinks"):
+                parameter.copy_(1.5 * noise)
             elif parameter.ndim == 1:  # a norm
                 parameter.copy_(1.0 + 0.3 * noise)
             elif "embed_positions" in name or "wpe" in name:
@@ -202,7 +205,8 @@ def build(case: Case) -> PreTrainedModel:
                 parameter.copy_(embedding * noise)
             else:
                 fan_in = parameter.shape[0] if case.kind == "gpt2" else parameter.shape[-1]
-                parameter.copy_(1.5 * noise / fan_in**0.5)
+                limited = case.kind == "gpt_oss" and "gate_up" in name  # some of what they give is beyond the limit
+                parameter.copy_((6.0 if limited else 1.5) * noise / fan_in**0.5)
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, [2, 3]
     return model
 

@@ -19,6 +19,8 @@ from oracle.models import CASES, TOLERANCE, Case, build, decisive_prompt, logits
 
 pytestmark = pytest.mark.oracle
 PROMPT, STEPS = 45, 64
+TORCH = {"device": "torch-cpu", "dtype": "float32", "threads": 1, "block_size": 8}
+"""The CUDA backend, on PyTorch's operations."""
 
 
 @dataclass
@@ -74,9 +76,12 @@ def test_logits(saved: Saved, chunks: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_num_batched_tokens": 8, "block_size": 8}, {"max_num_batched_tokens": 1, "block_size": 4}, {"threads": 1, "block_size": 64}],
+    [
+        {}, {"max_num_batched_tokens": 8, "block_size": 8}, {"max_num_batched_tokens": 1, "block_size": 4},
+        {"threads": 1, "block_size": 64}, {**TORCH, "max_num_batched_tokens": 20},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_greedy_tokens(saved: Saved, options: dict[str, Any]) -> None:
     engine = running().open_engine(saved.folder, kv_dtype="float32", **options)
     assert running().run(engine, [request("a", saved.prompt)]).outputs["a", 0].token_ids == saved.chosen
@@ -105,7 +110,7 @@ def test_logprobs(saved: Saved) -> None:
             assert abs(value - row[token]) < 0.01
 
 
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 8, "block_size": 8}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 8, "block_size": 8}, {**TORCH, "deterministic": True}], ids=str)
 def test_prompt_logprobs(saved: Saved, options: dict[str, Any]) -> None:
     """Of every token of a prompt behind the first, with its rank among all tokens."""
     engine = running().open_engine(saved.folder, kv_dtype="float32", **options)

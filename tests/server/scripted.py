@@ -11,9 +11,11 @@ from core.fake_backend import Row
 from quire.core.plan import StepResult, accepted
 from quire.outputs import TokenLogprobs
 from quire.text.tokenizer import Tokenizer
+from quire.text.tools import formats
 from server.harness import EMBEDDED, PacedBackend, Server
 
-END = "<|end|>"
+ENDS = {"harmony": ("<|return|>", "<|call|>")}
+"""Template → what ends an answer; of others, ``<|end|>``."""
 
 HERMES = """{%- if tools %}<|sys|>Tools:{% for tool in tools %} {{ tool | tojson }}{% endfor %}
 Write <tool_call>{"name": ..., "arguments": ...}</tool_call>.{% endif %}
@@ -46,8 +48,44 @@ MISTRAL = """{%- if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOO
     {%- endif %}
 {%- endfor %}"""
 
-TEMPLATES = {"hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL, "thinking": THINKING}
-SPECIAL = ["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", END]
+HARMONY = """{%- macro system() %}
+    {%- if model_identity is not defined %}{% set model_identity = "You are a model." %}{% endif %}
+    {{- model_identity + "\\n" }}
+    {%- if reasoning_effort is not defined %}{% set reasoning_effort = "medium" %}{% endif %}
+    {{- "Date: " + strftime_now("%Y") + "\\nReasoning: " + reasoning_effort + "\\n" }}
+    {%- for tool in builtin_tools or [] %}{{ "Built in: " + tool + "\\n" }}{% endfor %}
+{%- endmacro %}
+{{- "<|start|>system<|message|>" }}{{ system() }}{{ "<|end|>" }}
+{%- set rest = messages %}
+{%- set instructions = "" %}
+{%- if messages[0].role in ("developer", "system") %}{% set rest = messages[1:] %}{% set instructions = messages[0].content %}{% endif %}
+{%- if instructions or tools %}{{ "<|start|>developer<|message|>" + instructions }}
+    {%- for tool in tools or [] %}{{ "\\n" + tool.function | tojson }}{% endfor %}{{ "<|end|>" }}
+{%- endif %}
+{%- set last = namespace(name=none) %}
+{%- for message in rest %}
+    {%- if message.role == "assistant" and "tool_calls" in message %}
+        {#- We assume max 1 tool call per message #}
+        {%- if message.content and message.thinking %}{{ raise_exception("not both content and thinking") }}{% endif %}
+        {%- if message.content or message.thinking %}
+            {{- "<|start|>assistant<|channel|>analysis<|message|>" + (message.content or message.thinking) + "<|end|>" }}
+        {%- endif %}
+        {%- set last.name = message.tool_calls[0].function.name %}
+        {{- "<|start|>assistant to=functions." + last.name + "<|channel|>commentary json<|message|>" }}
+        {{- message.tool_calls[0].function.arguments | tojson }}{{ "<|call|>" }}
+    {%- elif message.role == "assistant" %}
+        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + ("<|end|>" if not loop.last else "<|return|>") }}
+    {%- elif message.role == "tool" %}
+        {%- if last.name is none %}{{ raise_exception("a result of nothing") }}{% endif %}
+        {{- "<|start|>functions." + last.name + " to=assistant<|channel|>commentary<|message|>" + message.content | tojson + "<|end|>" }}
+    {%- elif message.role == "user" %}{{ "<|start|>user<|message|>" + message.content + "<|end|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|start|>assistant" }}{% endif %}"""
+"""What gpt-oss's own does, and what it refuses and passes over, without its words."""
+
+TEMPLATES = {"hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL, "thinking": THINKING, "harmony": HARMONY}
+SPECIAL = ["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|end|>"]
 ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 
 
@@ -57,23 +95,27 @@ def chat_tokenizer(template: str, template_end: str = "") -> Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in ADDED])
+    if template == "harmony":
+        tokenizer.add_special_tokens(list(formats.HARMONY))
     return Tokenizer(tokenizer, chat_templates=TEMPLATES[template] + template_end)
 
 
 class ScriptedBackend(PacedBackend):
     """Every sequence says ``says``, then ends; but what has a form to follow is made up, as PacedBackend does it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, ends: Sequence[str]) -> None:
         super().__init__(num_blocks=512, max_model_len=4096, vocab_size=tokenizer.vocab_size)
         self._tokenizer = tokenizer
+        self.ends = tuple(map(self.token, ends))
+        """Tokens that end a text."""
         self.script = [self.end]
         self.prompt = ""
         """Of the last sequence that was started."""
 
     @property
     def end(self) -> int:
-        """The end-of-text token."""
-        return self.token(END)
+        """The one with which it ends."""
+        return self.ends[0]
 
     def token(self, text: str) -> int:
         """The id of an added token."""
@@ -106,5 +148,5 @@ class ScriptedBackend(PacedBackend):
 def serve_scripted(template: str, *, template_end: str = "", **options: Any) -> Server:
     """A server of a model that says what ``server.backend.says`` is; see chat_tokenizer and Server."""
     tokenizer = chat_tokenizer(template, template_end)
-    backend = ScriptedBackend(tokenizer)
-    return Server(tokenizer, backend, eos=(backend.end,), **options)
+    backend = ScriptedBackend(tokenizer, ENDS.get(template, (formats.END,)))
+    return Server(tokenizer, backend, eos=backend.ends, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from quire.errors import InvalidRequestError, ModelLoadError
 from quire.text import chat
 from quire.text.chat import ChatTemplates
+from server.scripted import HARMONY, LLAMA3
 
 CHATML = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
@@ -120,6 +122,66 @@ def test_tool_calls_and_reasoning() -> None:
         call["function"]["arguments"] = text
         shown = render("{{ messages[0].tool_calls[0].function.arguments | tojson }}", [message])
         assert shown == json.dumps(text), "a model sees what it wrote"
+
+
+HI = "<|start|>user<|message|>Hi<|end|>"
+CALLED = '<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"x": "ü"}<|call|>'
+RESULT = "<|start|>functions.f to=assistant<|channel|>commentary<|message|>{}<|end|>"
+
+
+def thought(text: str) -> str:
+    return f"<|start|>assistant<|channel|>analysis<|message|>{text}<|end|>"
+
+
+def final(text: str) -> str:
+    return f"<|start|>assistant<|channel|>final<|message|>{text}<|end|>"
+
+
+def harmony(messages: list[Any], **variables: Any) -> str:
+    """A conversation in gpt-oss's format, without the system message."""
+    return render(HARMONY, messages, **variables).partition("<|end|>")[2].removesuffix("<|start|>assistant")
+
+
+def test_what_the_template_of_gpt_oss_relies_on() -> None:
+    user = {"role": "user", "content": "Hi"}
+    system = render(HARMONY, [user], builtin_tools=["python"], model_identity="You are Q.", reasoning_effort="high")
+    year = datetime.now().year
+    assert system == f"<|start|>system<|message|>You are Q.\nDate: {year}\nReasoning: high\nBuilt in: python\n<|end|>{HI}<|start|>assistant"
+    assert "You are a model.\n" in render(HARMONY, [user])
+    for role in ("developer", "system"):
+        said = harmony([{"role": role, "content": "Be brief."}, user], tools=[{"type": "function", "function": {"name": "f"}}])
+        assert said == '<|start|>developer<|message|>Be brief.\n{"name": "f"}<|end|>' + HI
+
+
+def test_histories_of_gpt_oss_lose_nothing() -> None:
+    user, call = {"role": "user", "content": "Hi"}, {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": "ü"}'}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "31"}
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        said = thought("Hm.") + CALLED + RESULT.format('"31"')
+        assert harmony([user, calls | {key: "Hm."}, result]) == HI + said
+        assert harmony([user, calls | {key: "Hm.", "content": "I look."}, result]) == HI + said.replace("Hm.", "Hm.\n\nI look.")
+        assert harmony([user, {"role": "assistant", "content": None, key: "cut off"}, user]) == HI + final("") + HI
+    assert harmony([user, calls, result]) == HI + CALLED + RESULT.format('"31"')
+    second = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "{}"}}
+    both = calls | {"tool_calls": [call, second], "reasoning": "Hm."}
+    g = (CALLED + RESULT).replace(".f", ".g").replace('{"x": "ü"}', "{{}}")
+    expected = HI + thought("Hm.") + CALLED + RESULT.format('"31"') + g.format('"32"')
+    other = {"role": "tool", "tool_call_id": "2", "content": "32"}
+    assert harmony([user, both, result, other]) == harmony([user, both, other, result]) == expected
+    stray = {"role": "tool", "tool_call_id": "3", "content": "33"}
+    assert '"33"' in harmony([user, both, stray, result]), "whatever it is the result of"
+    messages = [{"role": "system", "content": "A"}, {"role": "developer", "content": "B"}, user, {"role": "system", "content": "C"}]
+    assert harmony(messages) == "<|start|>developer<|message|>A\nB<|end|>" + HI.replace("Hi", "Hi\n<system>\nC\n</system>")
+    assert harmony([user, user]) == HI + HI
+
+
+def test_templates_that_take_one_call_get_each_with_its_result() -> None:
+    template = LLAMA3 + "{# This model only supports single tool-calls at once! #}"
+    calls = [{"id": name, "type": "function", "function": {"name": name, "arguments": "{}"}} for name in "fg"]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in "gf"]
+    text = render(template, [USER, {"role": "assistant", "content": None, "tool_calls": calls}, *results])
+    assert re.findall(r'"name": "\w"|of \w', text) == ['"name": "f"', "of f", '"name": "g"', "of g"]
 
 
 def test_a_refusal_stands_for_content_that_is_null() -> None:

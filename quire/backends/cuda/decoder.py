@@ -110,6 +110,8 @@ class Layer:
     attn_out_norm: Norm | None
     """Of what attention, and the feed-forward, adds to the residual."""
     mlp_out_norm: Norm | None
+    sinks: Tensor | None
+    """[heads] float32, see ``decode`` of the operations."""
     window: int
     rope: tuple[Tensor, Tensor] | None
     """(cos, sin); None where the layer does not rotate."""
@@ -155,6 +157,9 @@ class Decoder:
         def norm_behind(name: str) -> Norm | None:
             return norm(name) if spec.norms_behind else None
 
+        def sinks(name: str) -> Tensor | None:
+            return loader.tensor(f"{name}.weight").float() if spec.attention_sinks else None
+
         def ups(place: str) -> tuple[str, ...]:
             return (f"{place}.gate", f"{place}.up") if spec.gated else (f"{place}.up",)
 
@@ -173,7 +178,7 @@ class Decoder:
                 norm(f"{at}.attn_norm"), loader.linear(f"{at}.q", f"{at}.k", f"{at}.v"), head_norm(f"{at}.q_norm"),
                 head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"), mlp(at),
                 norm_behind(f"{at}.attn_out_norm"), norm_behind(f"{at}.mlp_out_norm"),
-                spec.window(i), None if (rope := layer_ropes[i]) is None else tables[rope], NO_KV,
+                sinks(f"{at}.sinks"), spec.window(i), None if (rope := layer_ropes[i]) is None else tables[rope], NO_KV,
             ))  # fmt: skip
         self.final_norm = norm("final_norm", spec.logit_scale) if spec.final_norm else None
         own = loader.has("lm_head.weight")
@@ -268,12 +273,12 @@ class Decoder:
         if decoding:
             ops.decode(
                 queries[:decoding], layer.kv, step.tables, step.decode_rows, step.decode_lengths, step.decode_tiles[layer.window],
-                spec.scale, layer.window, out[:decoding],
+                spec.scale, layer.window, out[:decoding], layer.sinks,
             )  # fmt: skip
         if step.prefill_rows is not None:
             ops.prefill(
                 queries[decoding:], layer.kv, step.tables, step.prefill_rows, step.prefill_start, step.prefill_lengths,
-                step.prefill_tiles[layer.window], spec.scale, layer.window, out[decoding:],
+                step.prefill_tiles[layer.window], spec.scale, layer.window, out[decoding:], layer.sinks,
             )  # fmt: skip
         return out.view(count, -1)
 

@@ -55,10 +55,14 @@ class Experts:
     router: Linear
     up: Tensor
     """[experts, 2 * inner, hidden], gate beside up; or [experts, inner, hidden] where there is no gate."""
+    up_bias: Tensor | None
+    """[experts, 2 * inner], or [experts, inner]."""
     up_scales: Tensor | None
     """[experts, 2 * inner] float32 where weights are int8 or fp8, or [experts, inner]."""
     down: Tensor
     """[experts, hidden, inner]"""
+    down_bias: Tensor | None
+    """[experts, hidden]"""
     down_scales: Tensor | None
     """[experts, hidden]"""
     activation: Activation
@@ -70,14 +74,16 @@ class Experts:
         ops = self.router.ops
         chosen, weights = ops.route(self.router(x), self.taken, self.sum_to_one)
         summed: Tensor = ops.experts(
-            x, self.up, self.up_scales, self.down, self.down_scales, chosen, weights, self.activation, self.router.same
+            x, self.up, self.up_bias, self.up_scales, self.down, self.down_bias, self.down_scales, chosen, weights, self.activation,
+            self.router.same,
         )  # fmt: skip
         return summed
 
     @property
     def nbytes(self) -> int:
         """Of all experts, without the router."""
-        return sum(tensor.nbytes for tensor in (self.up, self.up_scales, self.down, self.down_scales) if tensor is not None)
+        tensors = self.up, self.up_bias, self.up_scales, self.down, self.down_bias, self.down_scales
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 class Loader:
@@ -105,33 +111,29 @@ class Loader:
     def linear(self, *names: str, share: Tensor | None = None, exact: bool = False) -> Linear:
         """The linears ``names`` side by side, which share an input. share: a tensor that is the weight already (a tied lm_head). exact:
         it is not quantized (a router)."""
-        sizes = [len(self._tensors[f"{name}.weight"]) for name in names] if share is None else [len(share)]
         weight, scales = self._weight(*names) if share is None else share, None
         if self._quantize is not None and not exact:
             weight, scales = quantize_weight(weight, self._quantize)
-        bias = None
-        if any(self.has(f"{name}.bias") for name in names):
-            bias = torch.zeros(sum(sizes), dtype=self._dtype, device=self._device)
-            for name, part in zip(names, bias.split(sizes), strict=True):
-                if self.has(f"{name}.bias"):
-                    self._copy(f"{name}.bias", self._tensors[f"{name}.bias"], part)
-        return Linear(weight, bias, scales, self._ops, self._same)
+        return Linear(weight, self._bias(*names), scales, self._ops, self._same)
 
-    def stacked(self, each: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor | None]:
-        """The weights of linears of one shape, which have no biases, some of them side by side in ``each``: [len(each), out, in], and
-        where they are quantized their scales [len(each), out]. One at a time: there is no room for all of them in two widths."""
+    def stacked(self, each: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The linears of one shape, some of them side by side in ``each``: weights [len(each), out, in]; biases [len(each), out] where
+        all have them, None where none has; and where they are quantized scales [len(each), out]. One at a time: there is no room for all
+        weights in two widths."""
+        found = [bias for names in each if (bias := self._bias(*names)) is not None]
+        bias = torch.stack(found) if found else None
         shapes = [self._tensors[f"{name}.weight"].shape for name in each[0]]
         shape = (len(each), sum(out for out, _ in shapes), shapes[0][1])
         if self._quantize is None:
             stack = torch.empty(shape, dtype=self._dtype, device=self._device)
             for names, there in zip(each, stack, strict=True):
                 self._weight(*names, into=there)
-            return stack, None
+            return stack, bias, None
         stack = torch.empty(shape, dtype=DTYPES[self._quantize], device=self._device)
         scales = torch.empty(shape[:2], dtype=torch.float32, device=self._device)
         for i, names in enumerate(each):
             stack[i], scales[i] = quantize_weight(self._weight(*names), self._quantize)
-        return stack, scales
+        return stack, bias, scales
 
     def _weight(self, *names: str, into: Tensor | None = None) -> Tensor:
         """Of the linears ``names`` side by side, in the dtype of the activations."""
@@ -141,6 +143,17 @@ class Loader:
         for name, array, part in zip(names, arrays, weight.split(sizes), strict=True):
             self._copy(f"{name}.weight", array, part)
         return weight
+
+    def _bias(self, *names: str) -> Tensor | None:
+        """Of the linears ``names`` side by side, 0 of those that have none; None where none has."""
+        if not any(self.has(f"{name}.bias") for name in names):
+            return None
+        sizes = [len(self._tensors[f"{name}.weight"]) for name in names]
+        bias = torch.zeros(sum(sizes), dtype=self._dtype, device=self._device)
+        for name, part in zip(names, bias.split(sizes), strict=True):
+            if self.has(f"{name}.bias"):
+                self._copy(f"{name}.bias", self._tensors[f"{name}.bias"], part)
+        return bias
 
     def _copy(self, name: str, array: npt.NDArray[Any], there: Tensor) -> None:
         there.copy_(host_tensor(array))

@@ -83,11 +83,9 @@ async def chat_call(context: Context, body: ChatCompletionRequest, availability:
         (prompt,) = truncated([prompt], body, context.max_model_len, output)
     continued = body.messages[-1].get("content") if body.continue_final_message else None
     reading = reading_for(context, tools, params, prompt, continued)
-    if reading is not None and reading.tools is not None:
-        form = params.structured
-        if reading.tools.must or (form is not None and form.kind == "json"):
-            with chat_names(body):
-                params = calls_or_form(context, reading, params)
+    if reading is not None:
+        with chat_names(body):
+            params = calls_or_form(context, reading, params)
     return ChatCall(prompt, params, reading)
 
 

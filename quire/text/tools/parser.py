@@ -57,24 +57,31 @@ def parser_for(
     parallel: bool = True,
     reasoning: bool = False,
     in_reasoning: bool = False,
+    before: str = "",
     hidden: Iterable[str] = (),
 ) -> ToolParser:
     """A parser for the text of one sequence.
 
-    name: the format of calls (``hermes``, ``llama3``, ``mistral``); None: there are no calls. functions: names that may be called.
-    key: ids of calls are derived from it and the call's index. parallel: more than one call may be made. reasoning: the text may begin
-    with ``<think>``...``</think>``; in_reasoning: the prompt has opened it already. hidden: markers that are special tokens, of which
-    nothing is shown even where there is no call.
+    name: the format of calls (``hermes``, ``llama3``, ``mistral``), or of everything (``harmony``); None: there are no calls. functions:
+    names that may be called. key: ids of calls are derived from it and the call's index. parallel: more than one call may be made.
+    reasoning: the text may begin with ``<think>``...``</think>``, or have it in messages of its own; in_reasoning: the prompt has opened it
+    already. before: the beginning of the first message, which is in the prompt. hidden: markers that are special tokens, of which nothing
+    is shown even where there is no call.
     """
     form = formats.PLAIN if name is None else formats.FORMATS[name]
     scan = Scan(functions, key, form.id_form, hidden, parallel)
+    scan.reasoning = reasoning
 
     def read() -> Reading[None]:
-        if reasoning:
+        if reasoning and not form.start:
             yield from formats.reasoning(scan, in_reasoning)
         yield from form.grammar(scan)
 
-    return _Parser(scan, read())
+    parser = _Parser(scan, read())
+    if before:
+        parser.push(before)
+        scan.skip()
+    return parser
 
 
 def parse_message(parser: ToolParser, text: str) -> Message:

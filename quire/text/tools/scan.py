@@ -43,6 +43,8 @@ class Scan:
         self.hidden = tuple(hidden)
         self.stops: tuple[str, ...] = ()
         """Markers that end a JSON value, outside of its strings: what can't be JSON any more is not waited for."""
+        self.reasoning = True
+        """Reasoning is told from the answer."""
         self.done = self.ended = self.open = False
         self._key, self._id_form, self._parallel = key, id_form, parallel
         self._text, self._at = "", 0
@@ -54,6 +56,8 @@ class Scan:
         """Nothing but white space since the start, or since the last call."""
         self._made: list[Prose | CallDelta] = []
         self._thinking = False
+        self._said: set[bool] = set()
+        """True: there was reasoning. False: there was an answer's text."""
         self._count = 0
         self._arguments: list[str] = []
 
@@ -61,6 +65,14 @@ class Scan:
 
     def feed(self, text: str) -> None:
         self._text, self._at = self._text[self._at :] + text, 0
+
+    def skip(self) -> None:
+        """What was fed so far is no part of the message."""
+        if self._held is None:
+            self._text, self._at = "", 0
+        self._spaces.clear()
+        self._said.clear()
+        self._made.clear()
 
     def take_delta(self) -> MessageDelta:
         """What was made since the last call."""
@@ -162,7 +174,7 @@ class Scan:
                 if not (yield from self._whole_string(give)):
                     return False
             elif char in "{[":
-                if (yield from self._at_stop(char)):
+                if (yield from self.at_stop()):
                     return False
                 depth += 1
                 give(self.take(1))
@@ -172,7 +184,7 @@ class Scan:
                 depth -= 1
                 give(self.take(1))
             elif char in "<\\":
-                if (yield from self._at_stop(char)):
+                if (yield from self.at_stop()):
                     return False
                 give(self.take(1))
             elif depth:
@@ -183,9 +195,10 @@ class Scan:
                 return True
         return False
 
-    def _at_stop(self, char: str) -> Reading[bool]:
+    def at_stop(self) -> Reading[bool]:
+        """Whether one of ``stops`` comes next."""
         for marker in self.stops:
-            if marker[0] == char and (yield from self.sees(marker)):
+            if (yield from self.sees(marker)):
                 return True
         return False
 
@@ -225,6 +238,7 @@ class Scan:
         if body := text.rstrip(SPACE):
             self._say((*self._spaces, body))
             self._spaces.clear()
+            self._said.add(self._thinking)
             self._fresh = False
         if len(body) < len(text):
             self._spaces.append(text[len(body) :])
@@ -238,9 +252,9 @@ class Scan:
             self._made.append(Prose(self._thinking, list(pieces)))
 
     def think(self, thinking: bool) -> None:
-        """What is emitted from here on is reasoning, or no more."""
-        self._spaces.clear()
-        self._thinking, self._fresh = thinking, True
+        """What is emitted from here on is reasoning, or no more; it stands apart from what there was of its kind."""
+        self._thinking, self._fresh = thinking and self.reasoning, True
+        self._spaces = ["\n\n"] if self._thinking in self._said else []
 
     @property
     def starts_line(self) -> bool:
@@ -258,7 +272,7 @@ class Scan:
         self._fresh = self.open = True
 
     def close_call(self) -> None:
-        self.done = not self._parallel
+        self.done = not (self._parallel or self.ended)  # the end may have cut it off
 
     def argue(self, text: str) -> None:
         """More of the open call's arguments."""

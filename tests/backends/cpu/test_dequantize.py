@@ -19,6 +19,8 @@ def test_any_bytes(name: str, isa: str) -> None:
     rng = np.random.default_rng(FORMATS.index(name))
     for rows, blocks in ((1, 1), (3, 5), (200, 2), (2, 40)):
         data = rng.integers(0, 256, (rows, blocks * nbytes), np.uint8)
+        if name == "MXFP4":  # 255 is no number by its specification, and the greatest one for the library
+            data[:, ::17] %= 255
         with np.errstate(all="ignore"):
             expected = gguf.quants.dequantize(data, kind).astype(np.float16)
         out = np.full((rows, blocks * values), 7, np.float16)

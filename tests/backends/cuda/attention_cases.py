@@ -30,6 +30,7 @@ class Batch:
     counts: list[int] = field(default_factory=list)
     """Queries of each sequence; decode: one each."""
     seed: int = 0
+    has_sinks: bool = False
 
     def __post_init__(self) -> None:
         rng = torch.Generator().manual_seed(self.seed)
@@ -61,6 +62,7 @@ class Batch:
         total = sum(self.counts)
         fused = torch.randn((total, (self.heads + 2 * self.kv_heads) * dim), generator=rng).to(self.dtype)
         self.q = fused[:, : self.heads * dim].unflatten(1, (self.heads, dim))
+        self.sinks = 2 * torch.randn(self.heads, generator=rng) if self.has_sinks else None
         self.rows = torch.arange(len(self.lengths), dtype=torch.int32)
         self.query_start = torch.tensor([0, *np.cumsum(self.counts)], dtype=torch.int32)
 
@@ -78,7 +80,7 @@ class Batch:
         out = torch.full((len(chosen), self.heads, self.head_dim), torch.nan, dtype=self.dtype)
         for _ in range(2):  # a launch leaves the scratch as it found it
             ops.decode(self.q[chosen], self.kv, self.tables, self.rows[chosen], torch.from_numpy(lengths), tiles, self.scale, self.window,
-                       out)  # fmt: skip
+                       out, self.sinks)  # fmt: skip
             assert not scratch.arrived.any()
         return out
 
@@ -93,7 +95,7 @@ class Batch:
         tiles = torch.from_numpy(prefill_tiles(starts, lengths, config.rows, self.window))
         out = torch.full((len(index), self.heads, self.head_dim), torch.nan, dtype=self.dtype)
         ops.prefill(self.q[index], self.kv, self.tables, rows, torch.from_numpy(starts), torch.from_numpy(lengths), tiles, self.scale,
-                    self.window, out)  # fmt: skip
+                    self.window, out, self.sinks)  # fmt: skip
         return out
 
     def expected(self) -> Tensor:
@@ -108,8 +110,10 @@ class Batch:
                 keys = self.keys[blocks, :, inside].repeat_interleave(self.heads // self.kv_heads, 1)
                 values = self.values[blocks, :, inside].repeat_interleave(self.heads // self.kv_heads, 1)
                 q = self.q[int(self.query_start[row]) + i].double()
-                weights = (torch.einsum("hd,nhd->hn", q, keys) * self.scale).softmax(-1)
-                out.append(torch.einsum("hn,nhd->hd", weights, values))
+                scores = torch.einsum("hd,nhd->hn", q, keys) * self.scale
+                if self.sinks is not None:  # as a key whose value is 0
+                    scores = torch.cat([scores, self.sinks.double()[:, None]], 1)
+                out.append(torch.einsum("hn,nhd->hd", scores.softmax(-1)[:, : len(where)], values))
         return torch.stack(out)
 
 

@@ -15,7 +15,8 @@ from compiled_kernels import MAX_SHARED, Case, Compiled, report
 from quire.backends.cuda.cache import DTYPES
 from quire.backends.cuda.kernels import experts as kernels
 
-MODELS = {"qwen3-30b": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "granite-1b": (32, 8, 1024, 512)}
+MODELS = {"qwen3-30b": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "granite-1b": (32, 8, 1024, 512),
+          "gpt-oss-20b": (32, 4, 2880, 2880)}  # fmt: skip
 """Experts, those of a row, hidden size, inner units."""
 
 
@@ -23,13 +24,20 @@ def mixture(model: str, rows: int, kind: str = "bfloat16", dtype: torch.dtype = 
     experts, taken, hidden, inner = MODELS[model]
     up, down = (empty(experts, n, k, dtype=DTYPES[kind]) for n, k in ((2 * inner, hidden), (hidden, inner)))
     scales = [empty(*weight.shape[:2], dtype=F32) if weight.itemsize == 1 else None for weight in (up, down)]
+    biased = model.startswith("gpt-oss")
+    biases = [empty(*weight.shape[:2], dtype=dtype) if biased else None for weight in (up, down)]
     chosen, weights = kernels.route(empty(rows, experts, dtype=dtype), taken, True)
-    kernels.experts(empty(rows, hidden, dtype=dtype), up, scales[0], down, scales[1], chosen, weights, "silu", False)
+    kernels.experts(
+        empty(rows, hidden, dtype=dtype), up, biases[0], scales[0], down, biases[1], scales[1], chosen, weights,
+        "swiglu_oai" if biased else "silu", False,
+    )  # fmt: skip
 
 
 CALLS: dict[str, Callable[[], Any]] = {
     **{f"qwen3-30b bf16 T={rows}": partial(mixture, "qwen3-30b", rows) for rows in (1, 32, 256, 512, 1024, 2048, 8192)},
     **{f"mixtral bf16 T={rows}": partial(mixture, "mixtral", rows) for rows in (1, 32, 256, 2048)},
+    **{f"gpt-oss-20b bf16 T={rows}": partial(mixture, "gpt-oss-20b", rows) for rows in (1, 32, 256, 2048)},
+    **{f"gpt-oss-20b int8 T={rows}": partial(mixture, "gpt-oss-20b", rows, "int8") for rows in (1, 512)},
     "granite-1b fp16 T=64": partial(mixture, "granite-1b", 64, "float16", FP16),
     **{f"qwen3-30b int8 T={rows}": partial(mixture, "qwen3-30b", rows, "int8") for rows in (1, 256, 512, 2048)},
     **{f"qwen3-30b fp8 T={rows}": partial(mixture, "qwen3-30b", rows, "fp8") for rows in (32, 2048)},

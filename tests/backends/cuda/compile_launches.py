@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from quire.backends.cuda.kernels.launching import Kernel
 from quire.config import EngineConfig
 from quire.core.plan import RowStart, RowWork, StepPlan
 from quire.sampling_params import SamplingParams
+from sample_models import GPT_OSS_SHORT, write_model
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
 NUMBERS = (0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31 - 16, 2**31, -(2**31), 2**31 + 1, 2**40, 2**63, -(2**40) + 3)
@@ -90,11 +92,11 @@ def every_kind() -> None:
         _of_every_kind.launch((3, 2), arguments, constants, **options)
 
 
-def steps(name: str, **options: Any) -> None:
+def steps(folder: Path, **options: Any) -> None:
     """Prompts, decoding rows beside a prompt, decoding rows alone, with all that a row may ask for. Nothing is computed: what
     is sampled is not read."""
     backend = open_backend(EngineConfig(
-        str(GOLDEN / name), device="torch-cpu", kv_memory="8MiB", max_num_seqs=4, block_size=16, kv_debug=True, **options
+        str(folder), device="torch-cpu", kv_memory="8MiB", max_num_seqs=4, block_size=16, kv_debug=True, **options
     ))  # fmt: skip
     plain = SamplingParams(temperature=1.0, max_tokens=100)
     much = SamplingParams(
@@ -113,7 +115,7 @@ def others() -> None:
     row, weight = torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(4, 128, 128, dtype=torch.bfloat16)
     kernels.linear(row, weight[0])
     chosen, weights = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2)
-    kernels.experts(row, weight, None, weight[..., :64].contiguous(), None, chosen, weights, "silu", False)
+    kernels.experts(row, weight, None, None, weight[..., :64].contiguous(), None, None, chosen, weights, "silu", False)
     kernels.restrict(torch.zeros(2, 64), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
     pool = torch.zeros(2, 2, 4, 64)
     kernels.copy_blocks(pool, pool, torch.zeros(1, 2, dtype=torch.int32))
@@ -124,9 +126,11 @@ if __name__ == "__main__":
     opening.operations = lambda device: kernels
     Kernel.launch = launch  # type: ignore[method-assign,assignment]
     every_kind()
-    steps("qwen3-tied", dtype="bfloat16")
-    steps("mistral-window", dtype="bfloat16", kv_dtype="int8", deterministic=True)
-    steps("qwen3-moe", dtype="bfloat16", quantize="int8")
+    steps(GOLDEN / "qwen3-tied", dtype="bfloat16")
+    steps(GOLDEN / "mistral-window", dtype="bfloat16", kv_dtype="int8", deterministic=True)
+    steps(GOLDEN / "qwen3-moe", dtype="bfloat16", quantize="int8")
+    with TemporaryDirectory() as folder:
+        steps(write_model(Path(folder), GPT_OSS_SHORT), dtype="bfloat16")
     others()
     print(*(f"{name} {count}" for name, count in sorted(compared.items())), sep=", ")
     print(*faults, sep="\n")

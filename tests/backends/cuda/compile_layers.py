@@ -66,6 +66,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "layer 1000 bf16 +residual": partial(layer, 1000, BF16),
     "silu gated 14336 bf16": lambda: activate(empty(4, 2 * 14336), "silu", True),
     "gelu_tanh gated 3072 fp16": lambda: activate(empty(4, 6144, dtype=FP16), "gelu_tanh", True),
+    "swiglu_oai gated 2880 bf16": lambda: activate(empty(4, 5760), "swiglu_oai", True),
     "gelu 3072 bf16": lambda: activate(empty(4, 3072), "gelu", False),
     "write 32/8/128 bf16": partial(write, 32, 8, 128, 128, "bfloat16"),
     "write 32/8/128 int8": partial(write, 32, 8, 128, 128, "int8"),
@@ -108,7 +109,7 @@ def faults(case: str, kernels: list[Compiled]) -> Iterator[str]:
             yield f"{each.kernel}: too many registers"
         if each.shared > (MAX_SHARED if (each.kernel == "_linear" and each.stages > 4) or "bf16 T=512" in case else MAX_SHARED // 2):
             yield f"{each.kernel}: too much shared memory"
-    if case.startswith(("rms", "silu", "gelu", "copy")) or case == "layer 768 fp16 +residual":
+    if case.startswith(("rms", "silu", "swiglu", "gelu", "copy")) or case == "layer 768 fp16 +residual":
         yield from faults_of_rows(kernels[0], other_loads=2 if case.startswith("copy") else 0)  # the copy's pair
     if kernels[0].kernel == "_linear" and "fp32" not in case:
         yield from faults_of_products(kernels[0], 64 if "int8" in case or "fp8" in case else 128)

@@ -16,6 +16,9 @@ ACTIVATIONS = {
     "gelu_tanh": lambda v: 0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
     "relu": lambda v: np.maximum(v, 0),
 }
+GATED = {kind: lambda gate, up, of=of: of(gate) * up for kind, of in ACTIVATIONS.items()} | {
+    "swiglu_oai": lambda gate, up: np.minimum(gate, 7) / (1 + np.exp(-1.702 * np.minimum(gate, 7))) * (np.clip(up, -7, 7) + 1)
+}
 
 
 def normal(seed, *shape, dtype=torch.float32):

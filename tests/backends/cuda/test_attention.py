@@ -19,6 +19,9 @@ OPS = pytest.mark.parametrize("ops", [reference, kernels], ids=["reference", "ke
 DTYPES = [(torch.float32, "float32"), (torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.bfloat16, "float16"),
           (torch.float32, "int8"), (torch.float16, "int8"), (torch.bfloat16, "int8"), (torch.float32, "fp8"), (torch.float16, "fp8"),
           (torch.bfloat16, "fp8")]  # fmt: skip
+OF_NUMPY = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+"""Of NaN and infinities in the interpreter."""
+SINKS = pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
 RAGGED = [1, 15, 16, 17, 64, 65, 255, 256, 257, 530]
 """Around the edges of blocks, tiles and splits."""
 
@@ -46,9 +49,10 @@ def test_decode_with_other_blocks(ops, block_size, window) -> None:
 
 
 @OPS
+@SINKS
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 8), (5, 1, 40), (14, 2, 64), (17, 1, 16), (3, 3, 96), (2, 1, 256)])
-def test_shapes_of_heads(ops, heads, kv_heads, head_dim) -> None:
-    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+def test_shapes_of_heads(ops, sinks, heads, kv_heads, head_dim) -> None:
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "has_sinks": sinks}
     batch = Batch([20, 40], **shape)
     assert relative_error(batch.decode(ops), batch.expected()) < 1e-5
     batch = Batch([20, 40], counts=[20, 3], **shape)
@@ -56,9 +60,10 @@ def test_shapes_of_heads(ops, heads, kv_heads, head_dim) -> None:
 
 
 @OPS
-def test_a_decoding_row_alone(ops) -> None:
+@SINKS
+def test_a_decoding_row_alone(ops, sinks) -> None:
     """Bit for bit, whatever the number of programs, and however many sequences are split."""
-    batch = Batch([530, 1, 256, 600, 31], dtype=torch.float16, kv_dtype="float16", heads=3, kv_heads=1)
+    batch = Batch([530, 1, 256, 600, 31], dtype=torch.float16, kv_dtype="float16", heads=3, kv_heads=1, has_sinks=sinks)
     together = batch.decode(ops)
     assert torch.equal(batch.decode(ops, programs=64), together)
     for sequence in range(len(batch.lengths)):
@@ -92,8 +97,9 @@ def test_small_values_beside_a_key_that_takes_most(ops, dtype, kv_dtype) -> None
 
 
 @OPS
-def test_padding_is_finite(ops) -> None:
-    batch = Batch([9, 300])
+@SINKS
+def test_padding_is_finite(ops, sinks) -> None:
+    batch = Batch([9, 300], has_sinks=sinks)
     whole = batch.decode(ops)
     batch.lengths[0] = 0
     out = batch.decode(ops)
@@ -127,6 +133,47 @@ def test_prefill_of_ragged_lengths(ops, window, block_size) -> None:
     assert relative_error(batch.prefill(ops), batch.expected()) < 2e-3
 
 
+@OPS
+@pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES)
+@pytest.mark.parametrize("window", [0, 300])
+def test_sinks(ops, dtype, kv_dtype, window) -> None:
+    """Once in each row, however many splits it has."""
+    shape = {"dtype": dtype, "kv_dtype": kv_dtype, "window": window, "heads": 6, "kv_heads": 2, "has_sinks": True}
+    batch = Batch([1, 257, 530], **shape)
+    assert relative_error(batch.decode(ops), batch.expected()) < TOLERANCE[dtype]
+    batch = Batch([1, 340], counts=[1, 17], **shape)
+    assert relative_error(batch.prefill(ops), batch.expected()) < TOLERANCE[dtype]
+
+
+@OPS
+@OF_NUMPY
+@pytest.mark.parametrize("window", [0, 3])
+def test_sinks_far_from_all_scores(ops, window) -> None:
+    """Far below they are nothing; far above, keys are. In between, what is left of a value is small, and as exact as ever."""
+    batch = Batch([1, 40, 600], heads=6, kv_heads=3, window=window, has_sinks=True)
+    batch.sinks = torch.tensor([-1e30, -300.0, 40.0, 70.0, 300.0, 1e30])
+    for found in (batch.decode(ops), batch.prefill(ops)):
+        expected = batch.expected()
+        assert found.isfinite().all()
+        for head in range(4):
+            assert relative_error(found[:, head], expected[:, head]) < 1e-5
+        assert not found[:, 4:].any()
+        batch.sinks, sinks = None, batch.sinks
+        assert relative_error(found[:, :2], batch.expected()[:, :2]) < 1e-5
+        batch.sinks = sinks
+
+
+@OPS
+@OF_NUMPY
+def test_a_nan_beside_sinks(ops) -> None:
+    batch = Batch([40, 300, 20], has_sinks=True)
+    whole = batch.decode(ops)
+    batch.q[1] = torch.nan
+    for found in (batch.decode(ops), batch.prefill(ops)):
+        assert found[1].isnan().all()
+        assert relative_error(found[[0, 2]], whole[[0, 2]].double()) < 1e-5
+
+
 def chunks(draw, batch: Batch) -> list[list[tuple[int, int, int]]]:
     """For each sequence its chunks, cut at random."""
     result = []
@@ -138,11 +185,11 @@ def chunks(draw, batch: Batch) -> list[list[tuple[int, int, int]]]:
 
 @OPS
 @settings(max_examples=5, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(data=st.data(), window=st.sampled_from([0, 0, 50]), float16=st.booleans())
-def test_chunked_prefill_is_whole_prefill(ops, data, window, float16) -> None:
+@given(data=st.data(), window=st.sampled_from([0, 0, 50]), float16=st.booleans(), sinks=st.booleans())
+def test_chunked_prefill_is_whole_prefill(ops, data, window, float16, sinks) -> None:
     """Bit for bit, with the chunks of several sequences in one launch or each by itself."""
     dtype, kv_dtype = (torch.float16, "float16") if float16 else (torch.float32, "float32")
-    batch = Batch([90, 40], counts=[90, 30], heads=1, kv_heads=1, window=window, dtype=dtype, kv_dtype=kv_dtype)
+    batch = Batch([90, 40], counts=[90, 30], heads=1, kv_heads=1, window=window, dtype=dtype, kv_dtype=kv_dtype, has_sinks=sinks)
     whole = batch.prefill(ops)
     cut = chunks(data.draw, batch)
     for sequence, parts in enumerate(cut):
@@ -155,8 +202,9 @@ def test_chunked_prefill_is_whole_prefill(ops, data, window, float16) -> None:
     assert torch.equal(out, torch.cat([whole[int(batch.query_start[s]) + a : int(batch.query_start[s]) + b] for s, a, b in firsts]))
 
 
-def test_decode_of_the_reference_is_its_prefill() -> None:
-    batch = Batch([140, 70], counts=[140, 60])
+@SINKS
+def test_decode_of_the_reference_is_its_prefill(sinks) -> None:
+    batch = Batch([140, 70], counts=[140, 60], has_sinks=sinks)
     prefilled = batch.prefill(reference)[batch.query_start[1:].long() - 1]
     batch.q = batch.q[batch.query_start[1:].long() - 1]
     assert torch.equal(batch.decode(reference), prefilled)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from backends.cuda.layer_cases import ACTIVATIONS, assert_close, every_dtype, exact, normal, same
+from backends.cuda.layer_cases import ACTIVATIONS, GATED, assert_close, every_dtype, exact, normal, same
 from quire.backends.cuda.kernels import experts as kernels
 from quire.backends.cuda.kernels.linear import FLOAT32, TILES
 from quire.backends.cuda.quantize import quantize_weight
@@ -25,14 +25,15 @@ def routed(scores, taken, sum_to_one):
     return chosen, own / (own if sum_to_one else shares).sum(1, keepdims=True)
 
 
-def mixed(x, up, down, chosen, weights, activation="silu", gated=True):
+def mixed(x, up, down, chosen, weights, activation="silu", gated=True, biases=None):
     """In float64."""
     out = np.zeros_like(x)
+    up_bias, down_bias = biases or (np.zeros(weight.shape[:2]) for weight in (up, down))
     for row, (those, shares) in enumerate(zip(chosen, weights, strict=True)):
         for expert, share in zip(those, shares, strict=True):
-            inner = up[expert] @ x[row]
-            gate, rest = np.split(inner, 2) if gated else (inner, 1.0)
-            out[row] += share * (down[expert] @ (ACTIVATIONS[activation](gate) * rest))
+            inner = up[expert] @ x[row] + up_bias[expert]
+            inner = GATED[activation](*np.split(inner, 2)) if gated else ACTIVATIONS[activation](inner)
+            out[row] += share * (down[expert] @ inner + down_bias[expert])
     return out
 
 
@@ -140,12 +141,12 @@ def test_experts(ops, dtype, rows, experts, taken, hidden, inner):
     scores = normal(4, rows, experts)
     scores[:, 0] += 1.0
     chosen, weights = ops.route(scores, taken, True)
-    got = ops.experts(x, up, None, down, None, chosen, weights, "silu", False)
+    got = ops.experts(x, up, None, None, down, None, None, chosen, weights, "silu", False)
     assert (got.dtype, got.shape) == (dtype, x.shape)
     expected = mixed(exact(x), exact(up), exact(down), chosen.tolist(), exact(weights))
     assert_close(got, expected, dtype)
     wide = torch.cat([x, normal(5, rows, 40, dtype=dtype)], 1)
-    assert_close(ops.experts(wide[:, :hidden], up, None, down, None, chosen, weights, "silu", True), expected, dtype)
+    assert_close(ops.experts(wide[:, :hidden], up, None, None, down, None, None, chosen, weights, "silu", True), expected, dtype)
 
 
 @both
@@ -154,7 +155,7 @@ def test_an_expert_of_many_tiles_beside_others_of_none(ops):
     chosen = torch.tensor([[4, 1]] * 70, dtype=torch.int32)
     weights = normal(2, 70, 2)
     expected = mixed(exact(x), exact(up), exact(down), chosen.tolist(), exact(weights))
-    assert_close(ops.experts(x, up, None, down, None, chosen, weights, "silu", False), expected, torch.float32)
+    assert_close(ops.experts(x, up, None, None, down, None, None, chosen, weights, "silu", False), expected, torch.float32)
 
 
 @both
@@ -164,7 +165,39 @@ def test_experts_of_other_kinds(ops, activation, gated):
     x, (up, down) = normal(1, 6, 40), model(5, 40, 24, torch.float32, gated)
     chosen, weights = ops.route(normal(4, 6, 5), 2, False)
     expected = mixed(exact(x), exact(up), exact(down), chosen.tolist(), exact(weights), activation, gated)
-    assert_close(ops.experts(x, up, None, down, None, chosen, weights, activation, False), expected, torch.float32)
+    assert_close(ops.experts(x, up, None, None, down, None, None, chosen, weights, activation, False), expected, torch.float32)
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_experts_with_biases(ops, dtype, kind, rows):
+    """Of gates beyond their limit, too; and what a router makes nothing of takes no bias."""
+    experts, hidden, inner = 5, 72, 40
+    x, weights = 3 * normal(1, rows, hidden, dtype=dtype), model(experts, hidden, inner, dtype if kind is None else torch.float32)
+    biases = [3 * normal(seed, experts, n, dtype=dtype) for seed, n in ((5, 2 * inner), (6, hidden))]
+    chosen, shares = ops.route(normal(4, rows, experts), 2, True)
+    shares[0] = 0.0
+    scales, wide = (None, None), [exact(weight) for weight in weights]
+    if kind is not None:
+        weights, scales = zip(*quantized_weights(weights, kind), strict=True)
+        wide = [exact(numbers.float()) * exact(each)[..., None] for numbers, each in zip(weights, scales, strict=True)]
+    got = ops.experts(x, weights[0], biases[0], scales[0], weights[1], biases[1], scales[1], chosen, shares, "swiglu_oai", False)
+    expected = mixed(exact(x), *wide, chosen.tolist(), exact(shares), "swiglu_oai", biases=[exact(each) for each in biases])
+    assert not got[0].any()
+    if rows > 1:
+        assert_close(got, expected, dtype)
+
+
+@both
+def test_experts_without_gates_with_biases(ops):
+    x, (up, down) = normal(1, 6, 40), model(5, 40, 24, torch.float32, gated=False)
+    biases = normal(5, 5, 24), normal(6, 5, 40)
+    chosen, weights = ops.route(normal(4, 6, 5), 2, False)
+    expected = mixed(exact(x), exact(up), exact(down), chosen.tolist(), exact(weights), "relu", False, [exact(each) for each in biases])
+    got = ops.experts(x, up, biases[0], None, down, biases[1], None, chosen, weights, "relu", False)
+    assert_close(got, expected, torch.float32)
 
 
 @both
@@ -177,26 +210,31 @@ def test_quantized_experts(ops, dtype, kind, rows):
     chosen, weights = ops.route(normal(4, rows, 4), 2, True)
     wide = [exact(numbers.float()) * exact(scales)[..., None] for numbers, scales in ((up, up_scales), (down, down_scales))]
     expected = mixed(exact(x), *wide, chosen.tolist(), exact(weights))
-    assert_close(ops.experts(x, up, up_scales, down, down_scales, chosen, weights, "silu", False), expected, dtype)
+    assert_close(ops.experts(x, up, None, up_scales, down, None, down_scales, chosen, weights, "silu", False), expected, dtype)
 
 
 @both
 @every_dtype
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_row_does_not_depend_on_others(ops, dtype, quantized):
+@pytest.mark.parametrize(("quantized", "biased"), [(False, False), (True, False), (False, True)])
+def test_a_row_does_not_depend_on_others(ops, dtype, quantized, biased):
     """Nor on which tile it is in, or where; and NaN stays where it is."""
     experts, rows, hidden, inner = 6, 70, 256, 128
     x, (up, down) = normal(1, rows, hidden, dtype=dtype), model(experts, hidden, inner, dtype)
     # The interpreter's products of tiles are a library's, with an order of its own for each shape. So each tile has one product to add.
     x *= torch.arange(hidden) % 128 == 5
-    up *= (torch.arange(2 * inner) % 128 == 7)[:, None]
+    some_units = torch.arange(2 * inner) % 128 == 7
+    up *= some_units[:, None]
+    up_bias, down_bias = normal(6, experts, 2 * inner, dtype=dtype) * some_units, normal(7, experts, hidden, dtype=dtype)
     up_scales = down_scales = None
     if quantized:
         (up, up_scales), (down, down_scales) = quantized_weights((up, down), "int8")
     scores = normal(4, rows, experts)
 
     def mixture(x, scores):
-        return ops.experts(x, up, up_scales, down, down_scales, *ops.route(scores, 3, True), "silu", True)
+        routed = ops.route(scores, 3, True)
+        if biased:
+            return ops.experts(x, up, up_bias, up_scales, down, down_bias, down_scales, *routed, "swiglu_oai", True)
+        return ops.experts(x, up, None, up_scales, down, None, down_scales, *routed, "silu", True)
 
     whole = mixture(x, scores)
     for some in (slice(0, 1), slice(69, 70), slice(5, 8), slice(20, 53)):

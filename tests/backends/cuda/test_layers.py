@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.cuda.layer_cases import ACTIVATIONS, DTYPES, assert_close, every_dtype, exact, normal, same
+from backends.cuda.layer_cases import ACTIVATIONS, DTYPES, GATED, TOLERANCE, assert_close, every_dtype, exact, normal, same
 from quire.backends.cuda import quantize
 from quire.backends.cuda.cache import LARGEST, KVPool
 from quire.backends.cuda.hazards import hazard_free
@@ -82,7 +82,8 @@ def test_a_row_does_not_depend_on_others(ops):
         lambda a: ops.rms_norm(a, weight, 1e-6),
         lambda a: ops.layer_norm(a, weight, weight, 1e-6),
         lambda a: ops.rms_norm(a, weight, 1e-6, residual=torch.ones_like(a)),
-        *(partial(ops.activate, kind=kind, gated=gated) for kind in ACTIVATIONS for gated in (True, False)),
+        *(partial(ops.activate, kind=kind, gated=True) for kind in GATED),
+        *(partial(ops.activate, kind=kind, gated=False) for kind in ACTIVATIONS),
     ]
     for dtype in (torch.float32, torch.bfloat16):
         rows = x.to(dtype)
@@ -109,7 +110,7 @@ def test_rows_may_be_apart(ops):
 
 @both_layers
 @every_dtype
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("kind", GATED)
 @pytest.mark.parametrize(("rows", "width"), [(1, 24), (3, 1000), (2, 1500)])
 def test_activations(ops, dtype, kind, rows, width):
     x = (normal(1, rows, 2 * width) * 3).to(dtype)
@@ -117,8 +118,9 @@ def test_activations(ops, dtype, kind, rows, width):
     got = ops.activate(x, kind, True)
     assert got.shape == (rows, width)
     assert got.dtype == dtype
-    assert_close(got, ACTIVATIONS[kind](gate) * up, dtype)
-    assert_close(ops.activate(x, kind, False), ACTIVATIONS[kind](exact(x)), dtype)
+    assert_close(got, GATED[kind](gate, up), dtype)
+    if kind in ACTIVATIONS:
+        assert_close(ops.activate(x, kind, False), ACTIVATIONS[kind](exact(x)), dtype)
 
 
 @both_layers
@@ -127,6 +129,21 @@ def test_activations_far_out(ops):
     for kind in ACTIVATIONS:
         got = ops.activate(x, kind, False)
         assert torch.allclose(got, torch.relu(x), atol=1e-6), kind
+
+
+@both_layers
+@every_dtype
+def test_limits_of_a_gate_and_of_what_it_gates(ops, dtype):
+    numbers = torch.tensor([-1e4, -8.0, -7.0, -6.5, -1.0, 0.0, 6.5, 7.0, 8.0, 1e4], dtype=dtype)
+    gate, up = numbers.repeat_interleave(len(numbers)), numbers.repeat(len(numbers))
+    got = ops.activate(torch.cat([gate, up])[None], "swiglu_oai", True)
+    expected = gate.double().clamp(max=7)
+    expected = expected * torch.sigmoid(1.702 * expected) * (up.double().clamp(-7, 7) + 1)
+    assert torch.allclose(got[0].double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for damaged in (gate, up):
+        damaged[3::7] = math.nan
+        got = ops.activate(torch.cat([gate, up])[None], "swiglu_oai", True)
+        assert torch.equal(got[0].isnan(), gate.isnan() | up.isnan())
 
 
 # ---- write_kv
@@ -437,16 +454,16 @@ def test_linear(linear, dtype, same, tokens, depth, channels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("depth", [512, 1024, 4096])
-def test_gated_linear_is_linear_and_activation(dtype, depth):
+@pytest.mark.parametrize(("depth", "kind"), [(512, "silu"), (1024, "silu"), (4096, "silu"), (512, "swiglu_oai")])
+def test_gated_linear_is_linear_and_activation(dtype, depth, kind):
     """Bit for bit, where it is one kernel and where it is two."""
     weight, bias = normal(3, 2 * 40, depth, dtype=dtype), normal(2, 2 * 40, dtype=dtype)
     for tokens in (1, 3, 20, 40):
         x = normal(1, tokens, depth, dtype=dtype) * (torch.arange(depth) % 128 == 5)  # see above
-        apart = kernel_layers.activate(kernel_linear.linear(x, weight, bias, None, True), "silu", True)
-        assert same(kernel_linear.gated_linear(x, weight, bias, None, True, "silu"), apart)
-        expected = reference_linear.gated_linear(x, weight, bias, None, False, "silu")
-        assert_close(kernel_linear.gated_linear(x, weight, bias, None, False, "silu"), exact(expected), dtype)
+        apart = kernel_layers.activate(kernel_linear.linear(x, weight, bias, None, True), kind, True)
+        assert same(kernel_linear.gated_linear(x, weight, bias, None, True, kind), apart)
+        expected = reference_linear.gated_linear(x, weight, bias, None, False, kind)
+        assert_close(kernel_linear.gated_linear(x, weight, bias, None, False, kind), exact(expected), dtype)
 
 
 @pytest.mark.parametrize("depth", [512, 3072, 4096])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from quire.backends.cuda.parallel import shard
 from quire.config import EngineConfig
 from quire.errors import ConfigError
 from quire.models.weights import load_model
-from sample_models import LLAMA, write_model
+from sample_models import GPT_OSS_SHORT, LLAMA, write_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "golden"
 DEADLINE_S = 120
@@ -73,10 +74,11 @@ def test_the_tokens_of_one_device(name: str, sizes: tuple[int, ...]) -> None:
     compare(name if name == "embedded" else str(FIXTURES / name), sizes)
 
 
-def test_the_tokens_of_one_device_with_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [MIXTRAL, GPT_OSS_SHORT], ids=["mixtral", "gpt-oss"])
+def test_the_tokens_of_one_device_with_experts(config: dict[str, Any], tmp_path: Path) -> None:
     """No fixture that has any can be divided."""
-    folder = write_model(tmp_path / "model", MIXTRAL)
-    np.savez(folder / "golden.npz", prompt=np.arange(40) * 17 % MIXTRAL["vocab_size"])
+    folder = write_model(tmp_path / "model", config)
+    np.savez(folder / "golden.npz", prompt=np.arange(40) * 17 % config["vocab_size"])
     compare(str(folder), (1, 2))
 
 
@@ -98,6 +100,21 @@ def test_the_part_of_one_device_with_experts(tmp_path: Path) -> None:
     assert (tensors[f"{at}.gate.weight"] == whole[f"{at}.gate.weight"][100:]).all()
     assert (tensors[f"{at}.down.weight"] == whole[f"{at}.down.weight"][:, 100:]).all()
     assert (tensors["layers.3.router.weight"] == whole["layers.3.router.weight"]).all()
+
+
+def test_what_is_there_once_of_a_model_with_biases_and_sinks(tmp_path: Path) -> None:
+    """Sinks are their heads', biases of gates those of the inner units; what is added to a sum is added by the first device."""
+    model = load_model(write_model(tmp_path / "model", GPT_OSS_SHORT))
+    whole, parts = model.tensors, [shard(model.spec, model.tensors, rank, 2) for rank in range(2)]
+    at, once = "layers.1.experts.5", ("layers.1.o.bias", "layers.1.experts.5.down.bias")
+    for rank, (spec, tensors) in enumerate(parts):
+        lacking = spec.tensor_shapes().keys() - tensors.keys()
+        assert lacking == {name for name in whole if name.endswith((".o.bias", ".down.bias")) and rank}
+        assert (tensors["layers.1.sinks.weight"] == whole["layers.1.sinks.weight"][3 * rank :][:3]).all()
+        assert (tensors[f"{at}.gate.bias"] == whole[f"{at}.gate.bias"][100 * rank :][:100]).all()
+        assert (tensors[f"{at}.up.bias"] == whole[f"{at}.up.bias"][100 * rank :][:100]).all()
+        assert (tensors["layers.1.router.bias"] == whole["layers.1.router.bias"]).all()
+    assert all((parts[0][1][name] == whole[name]).all() for name in once)
 
 
 def test_a_dead_rank_ends_the_engine_with_a_reason(tmp_path: Path) -> None:

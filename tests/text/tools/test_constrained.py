@@ -35,8 +35,8 @@ FUNCTIONS = [{"name": "get_weather", "parameters": SCHEMA}, {"name": "now.utc-0"
 @pytest.fixture(scope="module")
 def marked() -> Vocabulary:
     """Markers are tokens."""
-    tokenizer = chat_tokenizer("hermes")
-    end = tokenizer.token_id("<|end|>")
+    tokenizer = chat_tokenizer("harmony")
+    end = tokenizer.token_id("<|return|>")
     assert end is not None
     return Vocabulary(tokenizer, tokenizer.vocab_size, [end])
 
@@ -110,6 +110,33 @@ def test_a_model_that_thinks_may_do_so_first(request: pytest.FixtureRequest, tok
     matcher = compile_structured(Structured.grammar(lark), vocabulary)
     ids = vocabulary.cut(text.rpartition("\n\n")[2])
     assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == (not opened), "or not"
+
+
+@pytest.mark.parametrize("tokens", ["marked", "unmarked"])
+def test_a_frame_is_written_around_calls_and_answers(request: pytest.FixtureRequest, tokens: str) -> None:
+    vocabulary: Vocabulary = request.getfixturevalue(tokens)
+    added = {text: i for i, text in vocabulary.tokenizer.added_tokens.items()}
+    thought = "<|channel|>analysis<|message|>Hm.\nx <b> <|end|><|start|>assistant"
+    call = "<|channel|>commentary to=functions.now.utc-0 <|constrain|>json<|message|>{}"
+    answer = "<|channel|>final<|message|>yes"
+
+    def allows(text: str, functions: Any = FUNCTIONS, **options: Any) -> bool:
+        lark = CallGrammar("harmony", functions, added, False, **options).lark()
+        matcher = compile_structured(Structured.grammar(lark), vocabulary)
+        ids = vocabulary.cut(text)
+        return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+    for before in ("", thought, thought * 2):
+        assert allows(before + call, reasoning=True)
+        assert allows(before + call) == (not before)
+        assert allows("<|end|><|start|>assistant" + before + call, reasoning=True, in_message=True)
+        for functions in ([], FUNCTIONS):
+            assert allows(before + answer, functions, reasoning=True, answer='"yes"')
+            assert not allows(before + answer + "!", functions, reasoning=True, answer='"yes"')
+            assert allows(before + call, functions, reasoning=True, answer='"yes"') == bool(functions)
+        assert not allows(before + answer, reasoning=True)
+    assert not allows("yes", [], answer='"yes"')
+    assert not allows(call + "<|end|><|start|>assistant" + call, reasoning=True)
 
 
 def test_keywords_that_cannot_be_enforced(marked: Vocabulary) -> None:

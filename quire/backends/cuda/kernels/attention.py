@@ -19,14 +19,14 @@ LOG2_E = log2(e)
 
 
 def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor, tiles: DecodeTiles, scale: float, window: int,
-           out: Tensor) -> None:  # fmt: skip
+           out: Tensor, sinks: Tensor | None = None) -> None:  # fmt: skip
     """As in reference/. ``tiles`` of the same lengths and window; the layer's keys, and values, are contiguous."""
     _, kv_heads, block_size, head_dim = kv.keys.shape
     group = q.shape[1] // kv_heads
     config = decode_config(head_dim, block_size, q.dtype, kv.keys.dtype, group, tiles.sequences, shared_memory())
     scratch = tiles.scratch
     arguments = (
-        q, kv.keys, kv.values, kv.key_scales, kv.value_scales, tables, rows, lengths, tiles.count, tiles.first_slots, tiles.pairs,
+        q, kv.keys, kv.values, kv.key_scales, kv.value_scales, sinks, tables, rows, lengths, tiles.count, tiles.first_slots, tiles.pairs,
         scratch.partial, scratch.maxima, scratch.sums, scratch.arrived, out, scale * LOG2_E, *q.stride()[:2], tables.stride(0),
     )  # fmt: skip
     pairs = kv.values.itemsize == 1 and head_dim % 2 == 0
@@ -39,13 +39,13 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
 
 
 def prefill(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor, tiles: Tensor, scale: float,
-            window: int, out: Tensor) -> None:  # fmt: skip
+            window: int, out: Tensor, sinks: Tensor | None = None) -> None:  # fmt: skip
     """As in reference/. ``tiles`` of ``prefill_tiles`` with ``prefill_config(...).rows``; the layer's keys, and values, are contiguous."""
     _, kv_heads, block_size, head_dim = kv.keys.shape
     heads = q.shape[1]
     config = prefill_config(head_dim, block_size, q.dtype, kv.keys.dtype, shared_memory())
     arguments = (
-        q, kv.keys, kv.values, kv.key_scales, kv.value_scales, tables, rows, query_start, lengths, tiles, out, scale * LOG2_E,
+        q, kv.keys, kv.values, kv.key_scales, kv.value_scales, sinks, tables, rows, query_start, lengths, tiles, out, scale * LOG2_E,
         *q.stride()[:2], tables.stride(0),
     )  # fmt: skip
     constants = heads, kv_heads, head_dim, padded(head_dim), block_size, window, config.rows, config.tile, INTERPRETED

@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.kernels.launching import Kernel
-from quire.backends.cuda.kernels.paged import block_ids, halves, load_scales, load_tile, prefetch_tile, product, value_power
+from quire.backends.cuda.kernels.paged import block_ids, halves, load_scales, load_tile, prefetch_tile, product, sink_weight, value_power
 from quire.backends.cuda.kernels.programmatic import start_next, wait
 
 
 @Kernel
 @triton.jit
 def decode_kernel(
-    queries, keys, values, key_scales, value_scales, tables, rows, lengths, count, first_slots, tiles, partial, maxima, sums, arrived, out,
-    scale, row_stride, head_stride, table_width, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    queries, keys, values, key_scales, value_scales, sinks, tables, rows, lengths, count, first_slots, tiles, partial, maxima, sums,
+    arrived, out, scale, row_stride, head_stride, table_width, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
     TILE: tl.constexpr, UPCAST: tl.constexpr, PAIRS: tl.constexpr, FP16: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -126,10 +126,10 @@ def decode_kernel(
             counter = arrived + sequence * KV_HEADS + head
             if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
                 tl.store(counter, 0)  # for the next launch
-                acc, total = _merge(partial, maxima, sums, first_slot, splits, head, g, d, here, KV_HEADS, GROUP, HEAD_DIM)
-                _store(out, sequence, head, acc, total, g, d, here, KV_HEADS, GROUP, HEAD_DIM)
+                acc, total, largest = _merge(partial, maxima, sums, first_slot, splits, head, g, d, here, KV_HEADS, GROUP, HEAD_DIM)
+                _store(out, sinks, sequence, head, acc, total, largest, g, d, here, KV_HEADS, GROUP, HEAD_DIM)
         else:
-            _store(out, sequence, head, acc, total, g, d, here, KV_HEADS, GROUP, HEAD_DIM)
+            _store(out, sinks, sequence, head, acc, total, largest, g, d, here, KV_HEADS, GROUP, HEAD_DIM)
 
         sequence, split, length, row, first_slot = next_sequence, next_split, next_length, next_row, next_slot
         next_sequence, next_split = later_sequence, later_split
@@ -181,11 +181,16 @@ def _merge(
         acc = tl.fma(numbers, tl.broadcast_to(factor[:, None], acc.shape), acc * decay[:, None])
         total = tl.fma(part, factor, total * decay)
         largest = higher
-    return acc, total
+    return acc, total, largest
 
 
 @triton.jit
-def _store(out, sequence, head, acc, total, g, d, here, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _store(
+    out, sinks, sequence, head, acc, total, largest, g, d, here, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """The only place where a row meets its heads' sinks."""
+    if sinks is not None:
+        total += sink_weight(tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=0.0), largest)
     result = acc / tl.where(total == 0, 1.0, total)[:, None]  # 0: padding, of length 0
     at = (sequence.to(tl.int64) * KV_HEADS + head) * GROUP + g
     tl.store(out + at[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=here)

@@ -54,10 +54,11 @@ def route(scores: Tensor, taken: int, sum_to_one: bool) -> tuple[Tensor, Tensor]
 
 
 def experts(
-    x: Tensor, up: Tensor, up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, chosen: Tensor, weights: Tensor,
-    activation: Activation, same: bool,
+    x: Tensor, up: Tensor, up_bias: Tensor | None, up_scales: Tensor | None, down: Tensor, down_bias: Tensor | None,
+    down_scales: Tensor | None, chosen: Tensor, weights: Tensor, activation: Activation, same: bool,
 ) -> Tensor:  # fmt: skip
-    """As in reference/. Rows of x are contiguous; they may be apart. Weights and scales are contiguous. same: so it is in any case."""
+    """As in reference/. Rows of x are contiguous; they may be apart. All of the experts' tensors are contiguous. same: so it is in any
+    case."""
     rows, taken = chosen.shape
     count, channels, width = up.shape
     pairs = rows * taken
@@ -72,11 +73,11 @@ def experts(
         tiles = torch.empty((3, slots), dtype=torch.int32, device=x.device)
         _sort.launch((count,), (chosen, order, tiles, pairs, slots), (count, _padded(count), tile_rows, SORTED), warps=8)
     inner = torch.empty((pairs, down.shape[2]), dtype=x.dtype, device=x.device)
-    _multiply(x, up, up_scales, chosen, order, tiles, inner, slots, tile_rows, taken, gate)
+    _multiply(x, up, up_bias, up_scales, chosen, order, tiles, inner, slots, tile_rows, taken, gate)
     if gate is None:
         inner = activate(inner, activation, False)
     parts = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-    _multiply(inner, down, down_scales, chosen, order, tiles, parts, slots, tile_rows, 1, None)
+    _multiply(inner, down, down_bias, down_scales, chosen, order, tiles, parts, slots, tile_rows, 1, None)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block = min(MAX_COLUMNS, _padded(width))
     _combine.launch((rows, -(-width // block)), (parts, weights, out), (width, taken, block))
@@ -100,15 +101,15 @@ def choose(tile_rows: int, slots: int, channels: int, weight_bytes: int, shared:
 
 
 def _multiply(
-    x: Tensor, weight: Tensor, scales: Tensor | None, chosen: Tensor, order: Tensor | None, tiles: Tensor | None, out: Tensor, slots: int,
-    tile_rows: int, taken: int, gate: Activation | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, chosen: Tensor, order: Tensor | None, tiles: Tensor | None,
+    out: Tensor, slots: int, tile_rows: int, taken: int, gate: Activation | None,
 ) -> None:  # fmt: skip
     """Row i of out: of row i // taken of x and the expert of choice i."""
     _, channels, depth = weight.shape
     of = FLOAT32 if x.dtype == torch.float32 else choose(tile_rows, slots, channels, weight.element_size(), shared_memory())
     programs = slots * -(-channels // of.channels)
     constants = channels, depth, taken, of.tokens, of.channels, of.depth, GROUP, gate, INTERPRETED
-    arguments = x, weight, scales, chosen, order, tiles, out, slots, x.stride(0)
+    arguments = x, weight, scales, bias, chosen, order, tiles, out, slots, x.stride(0)
     _experts.launch((programs,), arguments, constants, warps=of.warps, stages=stages_of(of, programs))
 
 
@@ -192,9 +193,9 @@ def _sort(
 @Kernel
 @triton.jit(do_not_specialize=["slots"])
 def _experts(
-    x, weight, scales, chosen, order, tiles, out, slots, x_stride, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, TAKEN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    x, weight, scales, bias, chosen, order, tiles, out, slots, x_stride, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    TAKEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, GATE: tl.constexpr,
+    WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As ``_linear``; without ``order`` and ``tiles`` there is one row, and every choice is a tile."""
     slot, tile_n = tile_of(tl.program_id(0), slots, tl.cdiv(CHANNELS, BLOCK_N), GROUP)
@@ -218,6 +219,8 @@ def _experts(
     start_next(PDL)
     if scales is not None:
         sums *= tl.load(scales + channel).to(tl.float32)[:, None]
+    if bias is not None:
+        sums += tl.load(bias + channel).to(tl.float32)[:, None]
     put(sums, out, pair, t < end, tile_n, CHANNELS, BLOCK_T, BLOCK_N, GATE)
 
 

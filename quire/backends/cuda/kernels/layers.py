@@ -83,21 +83,31 @@ def _activate(x, out, x_stride, WIDTH: tl.constexpr, KIND: tl.constexpr, GATED: 
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     here = x + row * x_stride + columns
-    y = activation(tl.load(here, mask=inside, other=0.0).to(tl.float32), KIND)
-    if GATED:
-        y *= tl.load(here + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    y = gated(y, tl.load(here + WIDTH, mask=inside, other=0.0).to(tl.float32), KIND) if GATED else activation(y, KIND)
     tl.store(out + row * WIDTH + columns, narrow(y, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def gated(gate, up, KIND: tl.constexpr):
+    """Of gates in float32, times what they gate."""
+    if KIND == "swiglu_oai":
+        gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1.0
+    return activation(gate, KIND) * up
+
+
+@triton.jit
 def activation(a, KIND: tl.constexpr):
-    """Of a in float32."""
+    """Of a in float32; swiglu_oai: see ``gated``."""
     if KIND == "silu":
         y = a / (1.0 + tl.exp(-a))
     elif KIND == "gelu":
         y = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
     elif KIND == "gelu_tanh":  # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z))
         y = a / (1.0 + tl.exp(-1.5957691216057308 * (a + 0.044715 * a * a * a)))
+    elif KIND == "swiglu_oai":
+        y = a / (1.0 + tl.exp(-1.702 * a))
     else:
         tl.static_assert(KIND == "relu")
         y = tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)

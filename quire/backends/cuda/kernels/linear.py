@@ -24,7 +24,7 @@ from torch import Tensor
 from quire.backends.cuda.kernels.attention_configs import LARGEST
 from quire.backends.cuda.kernels.interpreted import INTERPRETED
 from quire.backends.cuda.kernels.launching import Kernel, shared_memory
-from quire.backends.cuda.kernels.layers import activate, activation
+from quire.backends.cuda.kernels.layers import activate, gated
 from quire.backends.cuda.kernels.programmatic import start_next, wait
 from quire.backends.cuda.kernels.rounding import narrow
 from quire.models.spec import Activation
@@ -235,6 +235,6 @@ def put(
         gate, up = tl.split(tl.permute(tl.reshape(sums, (2, BLOCK_N // 2, BLOCK_T)), (1, 2, 0)))
         # Rounded in between, as where the activation is a kernel of its own.
         gate, up = narrow(gate, out.dtype.element_ty).to(tl.float32), narrow(up, out.dtype.element_ty).to(tl.float32)
-        sums = activation(gate, GATE) * up
+        sums = gated(gate, up, GATE)
     at = out + rows.to(tl.int64)[None, :] * WIDTH + n[:, None]
     tl.store(at, narrow(sums, out.dtype.element_ty), mask=(n < WIDTH)[:, None] & there[None, :])

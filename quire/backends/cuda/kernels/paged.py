@@ -91,6 +91,14 @@ def value_power(values, weights: tl.constexpr):
 
 
 @triton.jit
+def sink_weight(sink, largest):
+    """The weight of a sink, a score in natural logarithms, beside scores of which the largest one, in powers of 2, has the weight 1.
+    Infinite where that is far below the sink: what is divided by it becomes 0."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    return tl.exp2(sink * LOG2_E - largest)
+
+
+@triton.jit
 def product(a, b, acc, UPCAST: tl.constexpr):
     """a · b (+ acc) in float32; b, keys or values as they are stored, is converted to a's type.
 

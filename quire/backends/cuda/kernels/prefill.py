@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.kernels.launching import Kernel
-from quire.backends.cuda.kernels.paged import block_ids, load_scales, load_tile, product, value_power
+from quire.backends.cuda.kernels.paged import block_ids, load_scales, load_tile, product, sink_weight, value_power
 
 
 @Kernel
 @triton.jit
 def prefill_kernel(
-    queries, keys, values, key_scales, value_scales, tables, rows, query_start, lengths, tiles, out, scale, row_stride, head_stride,
-    table_width, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
+    queries, keys, values, key_scales, value_scales, sinks, tables, rows, query_start, lengths, tiles, out, scale, row_stride,
+    head_stride, table_width, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``scale`` includes log2(e). Grid: a program for each tile and head, heads first."""
     program = tl.program_id(0)
@@ -63,6 +63,8 @@ def prefill_kernel(
     )  # fmt: skip
     if value_scales is not None:
         acc *= 1.0 / value_power(values, q.dtype)
+    if sinks is not None:
+        total += sink_weight(tl.load(sinks + head), largest)
     result = acc / tl.where(total == 0, 1.0, total)[:, None]  # 0: no query is there
     at = out + ((start + first_row).to(tl.int64) * HEADS + head) * HEAD_DIM
     tl.store(at + r[:, None] * (HEADS * HEAD_DIM) + d[None, :], result.to(out.dtype.element_ty), mask=here)

@@ -20,7 +20,7 @@ TILE = 64
 
 
 def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor, tiles: DecodeTiles, scale: float, window: int,
-           out: Tensor) -> None:  # fmt: skip
+           out: Tensor, sinks: Tensor | None = None) -> None:  # fmt: skip
     """Attention of one query for each of S sequences, which is at the last of its positions.
 
     q: [S, heads, head_dim], float32, float16 or bfloat16; strided but for the last dimension. out: the same shape, contiguous.
@@ -29,6 +29,7 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
         that exists; out is finite there.
     tiles: the decode list of the same lengths and window (the reference does without).
     scale: on scores. window: keys that a query sees, its own among them; 0: all.
+    sinks: [heads] float32, a score of each head that takes part in the softmax and has no value; it is not scaled.
 
     Drafts are sequences too: several queries of a row are as many sequences with the same row, and lengths one apart.
     """
@@ -36,11 +37,11 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
         if length == 0:
             out[sequence] = 0
         else:
-            _attend(q[sequence : sequence + 1], kv, tables[row], length, scale, window, out[sequence : sequence + 1])
+            _attend(q[sequence : sequence + 1], kv, tables[row], length, scale, window, out[sequence : sequence + 1], sinks)
 
 
 def prefill(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor, tiles: Tensor, scale: float,
-            window: int, out: Tensor) -> None:  # fmt: skip
+            window: int, out: Tensor, sinks: Tensor | None = None) -> None:  # fmt: skip
     """Attention of several queries for each of S sequences, causal; they are at the last of its positions.
 
     q: [T, heads, head_dim] and out as in ``decode``. query_start: [S + 1] int32; sequence s has the queries ``query_start[s]`` to
@@ -52,10 +53,12 @@ def prefill(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, query_start: T
         start, end = starts[sequence], starts[sequence + 1]
         for first in range(start, end, ROWS):
             last = min(first + ROWS, end)
-            _attend(q[first:last], kv, tables[row], length - end + last, scale, window, out[first:last])
+            _attend(q[first:last], kv, tables[row], length - end + last, scale, window, out[first:last], sinks)
 
 
-def _attend(q: Tensor, kv: LayerKV, table: Tensor, length: int, scale: float, window: int, out: Tensor) -> None:
+def _attend(
+    q: Tensor, kv: LayerKV, table: Tensor, length: int, scale: float, window: int, out: Tensor, sinks: Tensor | None
+) -> None:  # fmt: skip
     """Up to ROWS queries at the positions before ``length``; online softmax (Milakov and Gimelshein, arXiv 1805.02867)."""
     count, heads, dim = q.shape
     kv_heads = kv.keys.shape[1]
@@ -86,6 +89,8 @@ def _attend(q: Tensor, kv: LayerKV, table: Tensor, length: int, scale: float, wi
         total = total * decay + weights.sum(2, keepdim=True)
         acc = acc * decay + torch.bmm(weights, values[:, here])
         largest = higher
+    if sinks is not None:  # infinite where all scores are far below: what is divided by it becomes 0
+        total = total + torch.exp(sinks.repeat_interleave(ROWS).view(kv_heads, group * ROWS, 1) - largest)
     result = acc / total.masked_fill(total == 0, 1.0)
     out.copy_(result.view(kv_heads, group, ROWS, dim).permute(2, 0, 1, 3).reshape(ROWS, heads, dim)[:count])
 

@@ -31,24 +31,28 @@ def route(scores: Tensor, taken: int, sum_to_one: bool) -> tuple[Tensor, Tensor]
 
 
 def experts(
-    x: Tensor, up: Tensor, up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, chosen: Tensor, weights: Tensor,
-    activation: Activation, same: bool,
+    x: Tensor, up: Tensor, up_bias: Tensor | None, up_scales: Tensor | None, down: Tensor, down_bias: Tensor | None,
+    down_scales: Tensor | None, chosen: Tensor, weights: Tensor, activation: Activation, same: bool,
 ) -> Tensor:  # fmt: skip
-    """The sum of down[e] · act(up[e] · x) over the experts e that a row takes, times their weights, in the order of ``chosen``: [T, H], of
-    x's type. What an expert gives is rounded to it, and the sum, in float32, once more.
+    """The sum of down[e] · act(up[e] · x + up_bias[e]) + down_bias[e] over the experts e that a row takes, times their weights, in the
+    order of ``chosen``: [T, H], of x's type. What an expert gives is rounded to it, and the sum, in float32, once more.
 
-    x [T, H] as in ``linear``, which says what weights and scales may be; up [E, 2F, H], gate beside up, or [E, F, H] where there is no
-    gate; down [E, H, F]; up_scales [E, 2F] or [E, F], down_scales [E, H]. chosen [T, taken] int32, no expert twice in a row, and
-    weights [T, taken] float32, both contiguous: see ``route``. same: as in ``linear``.
+    x [T, H] as in ``linear``, which says what weights, biases and scales may be; up [E, 2F, H], gate beside up, or [E, F, H] where there
+    is no gate; down [E, H, F]; up_bias and up_scales [E, 2F] or [E, F], down_bias and down_scales [E, H]. chosen [T, taken] int32, no
+    expert twice in a row, and weights [T, taken] float32, both contiguous: see ``route``. same: as in ``linear``.
     """
     parts = torch.empty((*chosen.shape, x.shape[1]), dtype=x.dtype, device=x.device)
     gated = up.shape[1] == 2 * down.shape[2]
     for expert in chosen.unique().tolist():
         row, choice = (chosen == expert).nonzero(as_tuple=True)
-        inner = linear(x[row], up[expert], None, None if up_scales is None else up_scales[expert], same)
+        inner = linear(x[row], up[expert], _of(up_bias, expert), _of(up_scales, expert), same)
         inner = activate(inner, activation, gated)
-        parts[row, choice] = linear(inner, down[expert], None, None if down_scales is None else down_scales[expert], same)
+        parts[row, choice] = linear(inner, down[expert], _of(down_bias, expert), _of(down_scales, expert), same)
     total = torch.zeros(x.shape, device=x.device)
     for i in range(chosen.shape[1]):
         total += weights[:, i, None] * parts[:, i].float()
     return total.to(x.dtype)
+
+
+def _of(stack: Tensor | None, expert: int) -> Tensor | None:
+    return None if stack is None else stack[expert]

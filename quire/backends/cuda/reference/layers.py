@@ -29,11 +29,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, resid
 
 
 def activate(x: Tensor, kind: Activation, gated: bool) -> Tensor:
-    """x [T, 2F], gate beside up: act(gate) * up [T, F]; not gated: x [T, F], act(x). In float32; the result has x's type."""
+    """x [T, 2F], gate beside up: act(gate) * up [T, F]; not gated: x [T, F], act(x). In float32; the result has x's type.
+    ``swiglu_oai``, for gates alone, limits both: see models/spec.py."""
     if not gated:
         return _activation(x, kind).to(x.dtype)
     gate, up = x.chunk(2, -1)
-    return (_activation(gate, kind) * up.float()).to(x.dtype)
+    up = up.float()
+    if kind == "swiglu_oai":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0) + 1.0
+    return (_activation(gate, kind) * up).to(x.dtype)
 
 
 def _add(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -53,6 +57,8 @@ def _activation(x: Tensor, kind: Activation) -> Tensor:
             y = x * 0.5 * torch.erfc(-x / sqrt(2))
         case "gelu_tanh":
             y = x / (1 + torch.exp(-2 * sqrt(2 / torch.pi) * (x + 0.044715 * x**3)))
+        case "swiglu_oai":
+            y = x / (1 + torch.exp(-1.702 * x))
         case "relu":
             y = torch.relu(x)
     return y.float()
