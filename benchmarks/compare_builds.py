@@ -30,8 +30,8 @@ def work(build: str, selection: Sequence[str | None]) -> None:
     from quire.backends.cpu.kernel_cases import cases
 
     any_limits = Limits("", 0, 1.0, {1 << 62: 1.0}, 1.0, 1.0, 1.0)
-    models, dtypes, kernels, rows = selection
-    for case in cases(select(models, dtypes, kernels, rows), lambda skipped: None):
+    models, dtypes, kernels, rows, group_size = selection
+    for case in cases(select(models, dtypes, kernels, rows, None if group_size is None else int(group_size)), lambda skipped: None):
         print(f"{case.kernel} {case.model} {case.name} {case.dtype} {case.rows}", flush=True)
         while sys.stdin.readline() == "time\n":
             print(measure(case, 2, any_limits).seconds, flush=True)
@@ -53,13 +53,13 @@ def answer(worker: subprocess.Popen[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("builds", nargs="*", metavar="BUILD", help="a compiled module: _native.cpython-....so, by any name")
-    lists = ("--model", "--dtype", "--kernel", "--rows")
+    lists = ("--model", "--dtype", "--kernel", "--rows", "--group-size")
     for name in lists:
         parser.add_argument(name, metavar="LIST", help="as in quire bench kernels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    selection = [args.model, args.dtype, args.kernel, args.rows]
+    selection = [args.model, args.dtype, args.kernel, args.rows, args.group_size]
     if args.work:
         work(args.work, selection)
         return

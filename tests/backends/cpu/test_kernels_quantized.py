@@ -10,6 +10,7 @@ from quire.backends.cpu import _native as native
 pytestmark = pytest.mark.usefixtures("isa", "threads")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SEGMENT = 1024  # positions that one exact sum covers where a column has one scale
+RANGE = 128  # and that share a scale of the activations where it has groups
 TINY = np.float32(2.0**-100)
 KINDS = [("int8", 0), ("int8", 32), ("int8", 64), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128)]
 
@@ -73,25 +74,44 @@ def quantize_weights(weight, bits, group):
     return np.where(used[..., None], whole, 0).astype(np.int64).reshape(n, k), np.where(used, scale, np.float32(0))
 
 
-def quantize_rows(x):
-    most = np.abs(x).max(-1)
+def quantize_rows(x, step):
+    """Whole numbers [m, k], and scales of each ``step`` positions [m, segments]."""
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % step))).reshape(len(x), -1, step)
+    most = np.abs(padded).max(-1)
     used = most >= TINY
     inverse = np.where(used, np.float32(127) / np.where(used, most, 1), np.float32(0)).astype(np.float32)
-    return np.rint(x * inverse[:, None]).astype(np.int64), np.where(used, most / np.float32(127), np.float32(0)).astype(np.float32)
+    whole = np.rint(padded * inverse[..., None]).astype(np.int64).reshape(len(x), -1)[:, : x.shape[1]]
+    return whole, np.where(used, most / np.float32(127), np.float32(0)).astype(np.float32)
+
+
+def chain(whole, scale, offset, x, step, *, fused):
+    """What the kernel promises of weights whole * scale + offset, in segments of ``step`` positions. Only the rounding of a fused sum
+    from float64 to float32 is twice rounded here."""
+    share = max(step, RANGE)  # positions of activations that share a scale
+    a, row_scale = quantize_rows(x, share)
+
+    def add(total, number, factor):
+        product = number.astype(np.float64) * factor
+        return ((product if fused else product.astype(np.float32)) + total).astype(np.float32)
+
+    total = np.zeros((len(x), len(whole)), np.float32)
+    for r, first in enumerate(range(0, x.shape[1], share)):
+        part = np.zeros_like(total)
+        for k in range(first, min(first + share, x.shape[1]), step):
+            integer = a[:, k : k + step] @ whole[:, k : k + step].T
+            assert np.abs(integer).max(initial=0) < 2**24
+            part = add(part, integer.astype(np.float32), scale[:, k // step])
+            part = add(part, a[:, k : k + step].sum(1, keepdims=True).astype(np.float32), offset[:, k // step])
+        total = add(total, part, row_scale[:, r, None])
+    return total
 
 
 def oracle(weight, x, bits, group, *, fused):
     """The chain that the kernel promises. Only the rounding of a fused sum from float64 to float32 is twice rounded here."""
     whole, scale = quantize_weights(weight, bits, group)
-    a, row_scale = quantize_rows(x)
     step = group or SEGMENT
-    total = np.zeros((len(x), len(weight)), np.float32)
-    for i, k in enumerate(range(0, x.shape[1], step)):
-        integer = a[:, k : k + step] @ whole[:, k : k + step].T
-        assert np.abs(integer).max(initial=0) < 2**24
-        product = integer.astype(np.float64) * scale[:, i if group else 0]
-        total = ((product if fused else product.astype(np.float32)) + total).astype(np.float32)
-    return total * row_scale[:, None]
+    scale = scale if group else np.repeat(scale, -(-x.shape[1] // step), axis=1)
+    return chain(whole, scale, np.zeros_like(scale), x, step, fused=fused)
 
 
 def close(found, expected):
@@ -171,7 +191,8 @@ def test_instruction_sets_agree(kind, isa):
     packed = native.pack_linear(weight, quantize, group)
     native.set_isa("portable")
     plain = native.pack_linear(weight, quantize, group)
-    close(run(packed, x, bias), run(plain, x, bias))
+    found, expected = run(packed, x, bias), run(plain, x, bias)
+    assert np.allclose(found, expected, rtol=4e-6, atol=2e-6 * np.abs(expected).max())
     for other in native.available_isas()[:-1] if isa != "portable" else []:
         native.set_isa(other)
         same = native.pack_linear(weight, quantize, group)
@@ -406,19 +427,6 @@ def read_blocks(data, name):
     return numbers - 8, scale.reshape(len(data), -1), offset.reshape(len(data), -1)
 
 
-def chain(whole, scale, offset, x, *, fused):
-    """What the kernel promises of weights whole * scale + offset, in groups."""
-    a, row_scale = quantize_rows(x)
-    group = whole.shape[1] // scale.shape[1]
-    total = np.zeros((len(x), len(whole)), np.float32)
-    for i in range(scale.shape[1]):
-        at = slice(i * group, (i + 1) * group)
-        for integer, factor in ((a[:, at] @ whole[:, at].T, scale[:, i]), (a[:, at].sum(1, keepdims=True), offset[:, i])):
-            product = integer.astype(np.float64) * factor
-            total = ((product if fused else product.astype(np.float32)) + total).astype(np.float32)
-    return total * row_scale[:, None]
-
-
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 256), (2, 64, 1024), (3, 100, 768), (7, 31, 1280), (20, 130, 256), (65, 200, 2304)])
 def test_blocks_are_what_they_were(isa, name, m, n, k):
@@ -434,7 +442,7 @@ def test_blocks_are_what_they_were(isa, name, m, n, k):
     assert np.array_equal(found_scale, np.stack([offset, scale], -1) if packed.offsets else scale)
     _, x, bias = make(m, m, n, k)
     result = run(packed, x)
-    close(result, chain(numbers, scale, offset, x, fused=isa != "portable"))
+    close(result, chain(numbers, scale, offset, x, 32, fused=isa != "portable"))
     assert np.array_equal(run(packed, x, bias), result + bias)
     floats = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])  # what the file means
     assert (np.abs(result - x @ floats.T) < 0.01 * (np.abs(x) @ np.abs(floats).T)).all()
@@ -536,7 +544,7 @@ def test_offsets_in_any_group(isa, group):
     for n, groups in ((64, 1), (100, 9), (33, 35)):
         packed, numbers, scale, offset = with_offsets(group, n, groups * group, group)
         _, x, _ = make(group, 13, n, groups * group)
-        close(run(packed, x), chain(numbers, scale, offset, x, fused=isa != "portable"))
+        close(run(packed, x), chain(numbers, scale, offset, x, group, fused=isa != "portable"))
 
 
 @pytest.mark.parametrize("n", [150, 600])

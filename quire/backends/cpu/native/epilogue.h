@@ -1,6 +1,6 @@
-// How a linear ends: the sums of a tile become outputs. Each is (sum * the row's scale), + bias, activated, * its gated
-// partner, + out, every step rounded to float32: the operations of a linear, an activation and a product in passes of their
-// own, in their order, so the bytes are theirs too.
+// How a linear ends: the sums of a tile become outputs. Each is the sum, + bias, activated, * its gated partner, + out, every step
+// rounded to float32: the operations of a linear, an activation and a product in passes of their own, in their order, so the bytes are
+// theirs too.
 //
 // A panel of a gated linear has gates in its first half and in its second the columns that they gate: a task has both.
 #pragma once
@@ -29,17 +29,16 @@ QUIRE_INLINE Output output_of(const LinearArgs& a, const float* bias, int64_t pa
             static_cast<int>(left < outputs ? left : outputs), a.w.gated, a.accumulate, a.activation};
 }
 
-template <Activation kind> void finish_rows(const Output& o, const float* sums, const float* scale, int64_t row, int rows) {
+template <Activation kind> void finish_rows(const Output& o, const float* sums, int64_t row, int rows) {
     for (int m = 0; m < rows; ++m, ++row, sums += kPanel) {
         float* out = o.out + row * o.stride;
-        const vf factor = set1(scale ? scale[row] : 1.0f);
         for (int j = 0; j < o.columns; j += kWidth) {
             const int n = o.columns - j;
             const auto some = [n](const float* p) { return n >= kWidth ? load(p) : load_n(p, n); };
-            vf y = mul(load(sums + j), factor);
+            vf y = load(sums + j);
             if (o.bias) y = add(y, some(o.bias + j));
             if (o.gated) {
-                vf up = mul(load(sums + kPanel / 2 + j), factor);
+                vf up = load(sums + kPanel / 2 + j);
                 if (o.up_bias) up = add(up, some(o.up_bias + j));
                 y = gate<kind>(y, up);
             } else {
@@ -52,15 +51,15 @@ template <Activation kind> void finish_rows(const Output& o, const float* sums, 
     }
 }
 
-// Rows of sums, kPanel apart, to the rows of out from `row` on. scale: of the rows of out, or null.
-static void finish_rows(const Output& o, const float* sums, const float* scale, int64_t row, int rows) {
+// Rows of sums, kPanel apart, to the rows of out from `row` on.
+static void finish_rows(const Output& o, const float* sums, int64_t row, int rows) {
     switch (o.activation) {
-        case Activation::none: return finish_rows<Activation::none>(o, sums, scale, row, rows);
-        case Activation::silu: return finish_rows<Activation::silu>(o, sums, scale, row, rows);
-        case Activation::gelu: return finish_rows<Activation::gelu>(o, sums, scale, row, rows);
-        case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(o, sums, scale, row, rows);
-        case Activation::relu: return finish_rows<Activation::relu>(o, sums, scale, row, rows);
-        case Activation::swiglu_oai: return finish_rows<Activation::swiglu_oai>(o, sums, scale, row, rows);
+        case Activation::none: return finish_rows<Activation::none>(o, sums, row, rows);
+        case Activation::silu: return finish_rows<Activation::silu>(o, sums, row, rows);
+        case Activation::gelu: return finish_rows<Activation::gelu>(o, sums, row, rows);
+        case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(o, sums, row, rows);
+        case Activation::relu: return finish_rows<Activation::relu>(o, sums, row, rows);
+        case Activation::swiglu_oai: return finish_rows<Activation::swiglu_oai>(o, sums, row, rows);
     }
 }
 

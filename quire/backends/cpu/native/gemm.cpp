@@ -207,7 +207,7 @@ void slice(const Input* x, int64_t x_stride, int64_t rows, const T* w, int64_t k
                 tile_rows<T, F>(mt, x + row * x_stride, x_stride, w, kn, ahead, u, j * kWidth);
             });
         }
-        if (t.finishes) finish_rows(u.to, u.part, nullptr, 0, mt);
+        if (t.finishes) finish_rows(u.to, u.part, 0, mt);
         row += mt;
     }
 }
@@ -320,7 +320,7 @@ template <class T> void task_beside(const void* context, int64_t task, int64_t) 
     }
     for (int i = 0; i < panels; ++i) {
         const Output out = output_of(a, now.bias, now.panel + i, now.row);
-        for (int m = 0; m < now.rows; ++m) finish_rows(out, sums[m] + i * kPanel, nullptr, m, 1);
+        for (int m = 0; m < now.rows; ++m) finish_rows(out, sums[m] + i * kPanel, m, 1);
     }
 }
 

@@ -1,8 +1,9 @@
-// out = x W^T (+ bias) (+ out) for weights of 8 and 4 bits. Each row of x is first rounded to 8 bits (quantize_rows.h).
+// out = x W^T (+ bias) (+ out) for weights of 8 and 4 bits. Each row of x is first rounded to 8 bits, range by range (quantize_rows.h).
 //
 // An element of out is one chain, whatever the rows, tiles and threads around it: for the segments of K in ascending order
-// (quantized.h), the exact integer sum of (q - zero) * a, as a float32, is fused into sum = fma(integer, scale, sum), and with
-// offsets that of a into sum = fma(integer, offset, sum); at the end what epilogue.h does. Integers have no order of summation:
+// (quantized.h) of a range of activations, from 0, the exact integer sum of (q - zero) * a, as a float32, is fused into part = fma(integer,
+// scale, part), and with offsets that of a into part = fma(integer, offset, part); for the ranges in ascending order sum = fma(part, scale of
+// the range, sum); at the end what epilogue.h does. Integers have no order of summation:
 // instruction sets, which sum them in their own ways (segment_sums.h), differ only where fma does.
 //
 // As in gemm.cpp a task is a block of rows against one panel, which goes by in slices that fit L2 with room for the next.
@@ -22,7 +23,7 @@ constexpr int64_t kRowBlock = 192;
 struct Slice {
     const uint8_t* weights;   // of the first segment
     const uint8_t* scales;
-    int64_t stride, scale_stride, segment, positions;
+    int64_t stride, scale_stride, segment, range, positions;
     int64_t beside;           // bytes from a panel to the next
 };
 
@@ -33,21 +34,32 @@ struct Tile {
 };
 
 // The segments of a slice for MT rows and NV vectors of columns; F: what they prefetch.
-// The floats stay in registers if there is room for them beside the integers. A function of its own for each, or the compiler
+// The floats of a range stay in registers if there is room for them beside the integers. A function of its own for each, or the compiler
 // would allocate registers for all of them at once.
 template <class Kind, int MT, int NV, Fetch F, int Spans>
 __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) {
     constexpr bool kKeep = MT * NV * 2 <= kRegisters - 8;
+    const bool several = s.range > s.segment;   // segments in a range
     vf kept[MT][NV];
-    float* sums = t.sums;
-    if constexpr (kKeep) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { kept[m][j] = load(sums + m * kPanel + j * kWidth); });
+    alignas(64) float parts[kKeep ? 1 : MT * NV * kWidth];
+    float *sums = t.sums, *part = parts;
+    Rows rows = t.rows;
+    const auto clear = [&] QUIRE_LAMBDA {
+        if constexpr (kKeep) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { kept[m][j] = zero(); });
+        else each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { store(part + (m * NV + j) * kWidth, zero()); });
+    };
+    const auto add_part = [&](int m, int j, vf f) QUIRE_LAMBDA {
+        float* const sum = sums + m * kPanel + j * kWidth;
+        store(sum, fma(f, set1(rows.scale[m * rows.scale_stride]), load(sum)));
+    };
     constexpr int64_t kScaleBytes = kOffsets<Kind> ? 4 : 2;
     const uint8_t *weights = s.weights + t.column * 4, *scales = s.scales + t.column * kScaleBytes;
-    Rows rows = t.rows;
-    for (int64_t left = s.positions; left > 0; left -= s.segment) {
+    clear();
+    for (int64_t left = s.positions, until = s.range; left > 0; left -= s.segment) {
         vi acc[MT][NV];
         segment_sums<Kind, MT, NV, F, Spans>(weights, s.beside, rows, left < s.segment ? left : s.segment, ahead, acc);
-        if constexpr (!kKeep) reload(sums);
+        reload(sums);
+        if constexpr (!kKeep) reload(part);
         vf scale[NV], offset[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) {
@@ -55,20 +67,34 @@ __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) 
             if constexpr (kOffsets<Kind>) load_pairs(at, offset[j], scale[j]);
             else scale[j] = load(reinterpret_cast<const bf16*>(at));
         }
-        each<MT, NV>([&](int m, int j) QUIRE_LAMBDA {
-            float* const sum = sums + m * kPanel + j * kWidth;
-            vf f = fma(to_float_v(acc[m][j]), scale[j], kKeep ? kept[m][j] : load(sum));
+        const auto add_segment = [&](int m, int j, vf before) QUIRE_LAMBDA {
+            vf f = fma(to_float_v(acc[m][j]), scale[j], before);
             if constexpr (kOffsets<Kind>) f = fma(set1(rows.sum[m * rows.sum_stride]), offset[j], f);
-            if constexpr (kKeep) kept[m][j] = f;
-            else store(sum, f);
-        });
+            return f;
+        };
+        if constexpr (kKeep) {
+            each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { kept[m][j] = add_segment(m, j, kept[m][j]); });
+        } else if (several) {
+            each<MT, NV>([&](int m, int j) QUIRE_LAMBDA {
+                float* const at = part + (m * NV + j) * kWidth;
+                store(at, add_segment(m, j, load(at)));
+            });
+        } else {
+            each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { add_part(m, j, add_segment(m, j, zero())); });
+        }
         weights += s.stride;
         scales += s.scale_stride;
         rows.a += s.segment * kActivationBytes<Kind::bits>;
         rows.start += Spans;
         if constexpr (kOffsets<Kind>) ++rows.sum;
+        until -= s.segment;
+        if (until > 0 && left > s.segment) continue;
+        if constexpr (kKeep) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { add_part(m, j, kept[m][j]); });
+        else if (several) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { add_part(m, j, load(part + (m * NV + j) * kWidth)); });
+        if (kKeep || several) clear();
+        ++rows.scale;
+        until = s.range;
     }
-    if constexpr (kKeep) each<MT, NV>([&](int m, int j) QUIRE_LAMBDA { store(sums + m * kPanel + j * kWidth, kept[m][j]); });
 }
 
 // A tile takes a whole panel or half of one at a time. Without VNNI more rows than kWhole take halves in all groups, since the halves of the
@@ -129,7 +155,7 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
         const int mt = static_cast<int>((rows - row + (tiles - i) - 1) / (tiles - i));   // as even as it goes
         const int64_t at = first_row + row;
         Tile t{{q.a + at * q.stride + k * kActivationBytes<Bits>, q.stride, q.start + at * q.spans + k / q.span, q.spans,
-                kOffsets<Kind> ? q.sum + at * q.segments + k / s.segment : nullptr, q.segments},
+                kOffsets<Kind> ? q.sum + at * q.segments + k / s.segment : nullptr, q.segments, q.scale + at * q.ranges + k / s.range, q.ranges},
                sums + row * kPanel, 0};
         const int halves = takes_halves<Bits>(plan.args, mt) ? 2 : 1;
         for (int half = 0; half < halves; ++half) {
@@ -145,7 +171,7 @@ void slice(const Plan& plan, const Slice& s, int64_t first_row, int64_t rows, in
             t.column += kPanel / 2;
             t.sums += kPanel / 2;
         }
-        if (out) finish_rows(*out, sums + row * kPanel, q.scale + first_row, row, mt);
+        if (out) finish_rows(*out, sums + row * kPanel, row, mt);
         row += mt;
     }
 }
@@ -165,7 +191,7 @@ template <class Kind> void task(const void* context, int64_t task, int64_t next)
     const int64_t slice_bytes = kSlicePositions / l.segment * l.stride;
     for (int64_t k = 0, at = 0; k < a.w.k; k += kSlicePositions, at += slice_bytes) {
         const bool last = k + kSlicePositions >= a.w.k;
-        const Slice s{w + at + l.scale_bytes, w + (a.w.group ? at : 0), l.stride, l.scale_stride, l.segment,
+        const Slice s{w + at + l.scale_bytes, w + (a.w.group ? at : 0), l.stride, l.scale_stride, l.segment, l.range,
                       last ? a.w.k - k : kSlicePositions, l.panel_bytes};
         const int64_t rest = l.panel_bytes - at - slice_bytes;
         const Coming coming = last ? panel_after(a, grid, now, task, next, slice_bytes)
@@ -185,15 +211,15 @@ template <class Kind> void task_beside(const void* context, int64_t task, int64_
     const Task now = task_of(plan.grid, task);
     const int64_t left = panel_count(a.w) - now.panel, row = now.row;
     const uint8_t* w = reinterpret_cast<const uint8_t*>(now.data);
-    const Slice s{w + l.scale_bytes, w, l.stride, l.scale_stride, l.segment, a.w.k, l.panel_bytes};
+    const Slice s{w + l.scale_bytes, w, l.stride, l.scale_stride, l.segment, l.range, a.w.k, l.panel_bytes};
     alignas(64) float sums[kBeside * kPanel] = {};
     const QuantRows& q = plan.rows;
     const Tile t{{q.a + row * q.stride, q.stride, q.start + row * q.spans, q.spans, kOffsets<Kind> ? q.sum + row * q.segments : nullptr,
-                  q.segments}, sums, 0};
+                  q.segments, q.scale + row * q.ranges, q.ranges}, sums, 0};
     if (left >= kBeside) tile_spans<Kind, 1, kBeside * kVecs, Fetch{0, 1, false}>(s, t, {});
     else tile_spans<Kind, 1, kVecs, Fetch{0, 1, false}>(s, t, {});
     for (int i = 0; i < kBeside && i < left; ++i)
-        finish_rows(output_of(a, now.bias, now.panel + i, row), sums + i * kPanel, q.scale + row, 0, 1);
+        finish_rows(output_of(a, now.bias, now.panel + i, row), sums + i * kPanel, 0, 1);
 }
 
 template <class Kind> void run(Plan plan) {

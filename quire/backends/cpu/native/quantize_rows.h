@@ -1,5 +1,5 @@
-// Rows of activations to 8 bits, each by itself: a = round(x * (127 / max|x|)), to nearest even, and x is a * (max|x| / 127).
-// A row that holds a NaN or an infinity becomes zeros with the scale NaN; one with no magnitude from 2^-100 up, zeros.
+// Rows of activations to 8 bits, each range of each (quantized.h) by itself: a = round(x * (127 / max|x|)), to nearest even, and x is a *
+// (max|x| / 127). A range that holds a NaN or an infinity becomes zeros with the scale NaN; one with no magnitude from 2^-100 up, zeros.
 #pragma once
 #include "quantized.h"
 #include "simd_int.h"
@@ -35,9 +35,9 @@ struct QuantRows {
     int64_t stride;
     int32_t* start;      // [m][spans]: where the integer sums start
     float* sum;          // [m][segments], for weights with offsets, else null: the sum of a segment's activations
-    float* scale;        // [m]
+    float* scale;        // [m][ranges]
     const float* x;
-    int64_t m, k, x_stride, span, spans, segments;
+    int64_t m, k, x_stride, span, spans, segment, segments, range, ranges;
     int32_t zero;        // of the weights
 };
 
@@ -46,50 +46,58 @@ template <int Bits, class V> QUIRE_INLINE void store_activations(int8_t* p, cons
     else store_bytes(p, a);
 }
 
+// A span; returns the sum of its activations.
+template <int Bits> int32_t quantize_span(const QuantRows& rows, const float* x, int8_t* a, int64_t begin, int64_t end, vf inverse,
+                                          int32_t* start) {
+    vi sum = set1_i(0);
+    int64_t i = begin;
+    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+        vi v[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            v[j] = to_int(mul(load(x + i + j * kWidth), inverse));
+            sum = add_i(sum, excess<Bits>(v[j]));
+        }
+        store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
+    }
+    for (; i + kWidth <= end; i += kWidth) {
+        const vi v = to_int(mul(load(x + i), inverse));
+        sum = add_i(sum, excess<Bits>(v));
+        store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
+    }
+    if (i < end) {
+        const vi v = to_int(mul(load_n(x + i, static_cast<int>(end - i)), inverse));
+        sum = add_i(sum, excess<Bits>(v));
+        store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
+    }
+    int32_t four[4];
+    reduce_fours(sum, four);
+    *start = start_of<Bits>(four, rows.zero);
+    return four[0] + four[1] + four[2] + four[3];
+}
+
 template <int Bits> void quantize_row(const QuantRows& rows, int64_t row) {
     const float* x = rows.x + row * rows.x_stride;
     int8_t* a = rows.a + row * rows.stride;
     int32_t* start = rows.start + row * rows.spans;
-    float* segment_sum = rows.sum ? rows.sum + row * rows.segments : nullptr;
-    if (segment_sum) std::memset(segment_sum, 0, static_cast<size_t>(rows.segments) * sizeof *segment_sum);
-    const int32_t most_bits = greatest_magnitude(x, rows.k);
-    const float most = from_bits(static_cast<uint32_t>(most_bits));
-    const bool finite = most_bits < kInfinityBits;
-    if (!finite || most < kTiny) {
-        rows.scale[row] = finite ? 0.0f : __builtin_nanf("");
-        std::memset(a, 0, static_cast<size_t>(rows.stride));
-        std::memset(start, 0, static_cast<size_t>(rows.spans) * sizeof *start);
-        return;
-    }
-    rows.scale[row] = most / 127.0f;
-    const vf inverse = set1(127.0f / most);
-    for (int64_t s = 0; s < rows.spans; ++s) {
-        const int64_t begin = s * rows.span, end = begin + rows.span < rows.k ? begin + rows.span : rows.k;
-        vi sum = set1_i(0);
-        int64_t i = begin;
-        for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
-            vi v[4];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-                v[j] = to_int(mul(load(x + i + j * kWidth), inverse));
-                sum = add_i(sum, excess<Bits>(v[j]));
-            }
-            store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
+    float *scale = rows.scale + row * rows.ranges, *sum = rows.sum ? rows.sum + row * rows.segments : nullptr;
+    if (sum) std::memset(sum, 0, static_cast<size_t>(rows.segments) * sizeof *sum);
+    for (int64_t first = 0; first < rows.k; first += rows.range, ++scale) {
+        const int64_t last = first + rows.range < rows.k ? first + rows.range : rows.k;
+        const int32_t most_bits = greatest_magnitude(x + first, last - first);
+        const float most = from_bits(static_cast<uint32_t>(most_bits));
+        if (most_bits >= kInfinityBits || most < kTiny) {
+            *scale = most_bits < kInfinityBits ? 0.0f : __builtin_nanf("");
+            std::memset(a + first * kActivationBytes<Bits>, 0, static_cast<size_t>((last - first + 15) / 16 * 16 * kActivationBytes<Bits>));
+            for (int64_t begin = first; begin < last; begin += rows.span) *start++ = 0;
+            continue;
         }
-        for (; i + kWidth <= end; i += kWidth) {
-            const vi v = to_int(mul(load(x + i), inverse));
-            sum = add_i(sum, excess<Bits>(v));
-            store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
+        *scale = most / 127.0f;
+        const vf inverse = set1(127.0f / most);
+        for (int64_t begin = first; begin < last; begin += rows.span, ++start) {
+            const int32_t total = quantize_span<Bits>(rows, x, a, begin, begin + rows.span < last ? begin + rows.span : last, inverse, start);
+            if (sum) sum[begin / rows.segment] += static_cast<float>(total);
         }
-        if (i < end) {
-            const vi v = to_int(mul(load_n(x + i, static_cast<int>(end - i)), inverse));
-            sum = add_i(sum, excess<Bits>(v));
-            store_activations<Bits>(a + i * kActivationBytes<Bits>, v);
-        }
-        int32_t four[4];
-        reduce_fours(sum, four);
-        start[s] = start_of<Bits>(four, rows.zero);
-        if (segment_sum) segment_sum[s * rows.segments / rows.spans] += static_cast<float>(four[0] + four[1] + four[2] + four[3]);
     }
 }
 
@@ -103,11 +111,12 @@ template <int Bits> QuantRows quantize_rows(const LinearArgs& args, const QuantL
     const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     rows.stride = lines((rows.k + 15) / 16 * 16 * kActivationBytes<Bits>);
     if (rows.stride % 1024 == 0) rows.stride += 64;   // else the rows of a tile would share few sets of the cache
-    rows.segments = layout.segments;
+    rows.segment = layout.segment, rows.segments = layout.segments;
+    rows.range = layout.range, rows.ranges = (rows.k + layout.range - 1) / layout.range;
     rows.zero = zero_of(args.w);
     const bool sums = args.w.coding == Coding::offsets;
     const int64_t start_at = lines(rows.m * rows.stride), scale_at = start_at + lines(rows.m * rows.spans * 4);
-    const int64_t sum_at = scale_at + lines(rows.m * 4), size = sum_at + (sums ? lines(rows.m * rows.segments * 4) : 0);
+    const int64_t sum_at = scale_at + lines(rows.m * rows.ranges * 4), size = sum_at + (sums ? lines(rows.m * rows.segments * 4) : 0);
     char* memory = static_cast<char*>(thread_scratch(kScratchQuantized, static_cast<size_t>(size)));
     rows.a = reinterpret_cast<int8_t*>(memory);
     rows.start = reinterpret_cast<int32_t*>(memory + start_at);

@@ -21,6 +21,10 @@ namespace quire {
 // Positions whose products are summed as integers before they count as a float; with groups it is the group. A sum of
 // this many products of 127 * 127 is still exact as a float32. Changing it changes bytes.
 constexpr int64_t kSegment = 1024;
+// Positions of a row of activations that share a scale, where weights have groups: whole ones. Without groups it is a segment. What is
+// large in one place costs nothing in another. A scale for each group of 32 would be a little more exact, and take 12 % longer with many
+// rows, where this takes 5 %. Changing it changes bytes.
+constexpr int64_t kRange = 128;
 
 // Static, so that no compilation's copy can stand in for another's.
 __attribute__((always_inline)) static inline int32_t zero_of(const Panels& w) {
@@ -33,11 +37,13 @@ struct QuantLayout {
     int64_t stride;              // bytes from a segment to the next
     int64_t scale_stride;        // bytes from a segment's scales to those of the next
     int64_t panel_bytes;
+    int64_t range;               // positions of activations that share a scale
 };
 
 __attribute__((always_inline)) static inline QuantLayout quant_layout(const Panels& w) {
     QuantLayout l{};
     l.segment = w.group ? w.group : kSegment;
+    l.range = w.group ? kRange : kSegment;
     l.segments = (w.k + l.segment - 1) / l.segment;
     l.scale_bytes = w.panel * (w.coding == Coding::offsets ? 4 : 2);
     const int64_t weights = l.segment * w.panel * w.bits / 8;

@@ -29,6 +29,8 @@ struct Rows {
     int64_t start_stride;
     const float* sum;        // null without offsets
     int64_t sum_stride;
+    const float* scale;
+    int64_t scale_stride;
 };
 
 QUIRE_INLINE vi broadcast4(const void* p) {
