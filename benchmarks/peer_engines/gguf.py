@@ -24,7 +24,7 @@ from quire.models.weights import Model, load_model
 
 ALIGNMENT: Final = 32
 GROUP: Final = 32
-TYPES: Final = {"f32": (0, 0), "f16": (1, 1), "q4": (2, 2), "q8": (8, 7), "bf16": (30, 32), "mxfp4": (39, 38)}
+TYPES: Final = {"f32": (0, 0), "f16": (1, 1), "q4": (2, 2), "q8": (8, 7), "bf16": (30, 32)}
 """Width → GGML type of a tensor, and file type of a model whose matrices have it. Vectors are float32 in all of them."""
 UINT32, FLOAT32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 NAMES: Final = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output", "attn_norm": "attn_norm", "q": "attn_q",
@@ -32,6 +32,8 @@ NAMES: Final = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "
                 "down": "ffn_down", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "router": "ffn_gate_inp",
                 "sinks": "attn_sinks"}  # fmt: skip
 ARCHITECTURES: Final = {"LlamaForCausalLM": "llama", "Qwen3MoeForCausalLM": "qwen3moe", "GptOssForCausalLM": "gpt-oss"}
+_MXFP4: Final = 39
+"""GGML type of experts that are stored so, whatever the width of the rest."""
 _SCALING: Final = {"GptOssForCausalLM": "yarn"}
 _BLOCKS: Final = {"q8": 34, "q4": 18, "mxfp4": 17}
 CHUNK: Final = 1 << 22  # elements converted at a time
@@ -55,7 +57,8 @@ def write_gguf(model: Path, out: Path, width: str) -> None:
         shape = (*((len(members),) if "_exps" in name else ()), *shapes[members[0]])
         encoded = name.encode()
         infos += struct.pack("<Q", len(encoded)) + encoded + struct.pack("<I", len(shape))
-        infos += struct.pack(f"<{len(shape)}Q", *reversed(shape)) + struct.pack("<IQ", TYPES[each][0], offset)
+        kind = _MXFP4 if each == "mxfp4" else TYPES[each][0]
+        infos += struct.pack(f"<{len(shape)}Q", *reversed(shape)) + struct.pack("<IQ", kind, offset)
         offset += _padded(len(members) * _nbytes(shapes[members[0]], each))
     part = out.with_suffix(".part")
     with part.open("wb") as file:
