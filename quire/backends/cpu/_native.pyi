@@ -159,8 +159,8 @@ def linear(
     then also 'swiglu_oai', see TransformerSpec.
     The bytes are those of each of these operations by itself.
 
-    With quantized weights each row of x is rounded to whole numbers -127..127 times max|x| / 127 first; a row with a NaN or
-    an infinity gives NaN. x and out must not overlap.
+    With quantized weights each row of x is rounded to whole numbers -127..127 times max|x| / 127 first, 128 positions at a time where
+    weights have groups, 1,024 where not; a row with a NaN or an infinity gives NaN. x and out must not overlap.
     """
 
 @final

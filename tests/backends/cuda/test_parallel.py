@@ -106,13 +106,13 @@ def test_what_is_there_once_of_a_model_with_biases_and_sinks(tmp_path: Path) -> 
     """Sinks are their heads', biases of gates those of the inner units; what is added to a sum is added by the first device."""
     model = load_model(write_model(tmp_path / "model", GPT_OSS_SHORT))
     whole, parts = model.tensors, [shard(model.spec, model.tensors, rank, 2) for rank in range(2)]
-    at, once = "layers.1.experts.5", ("layers.1.o.bias", "layers.1.experts.5.down.bias")
+    at, once = "layers.1.experts.4", ("layers.1.o.bias", "layers.1.experts.4.down.bias")
     for rank, (spec, tensors) in enumerate(parts):
         lacking = spec.tensor_shapes().keys() - tensors.keys()
         assert lacking == {name for name in whole if name.endswith((".o.bias", ".down.bias")) and rank}
         assert (tensors["layers.1.sinks.weight"] == whole["layers.1.sinks.weight"][3 * rank :][:3]).all()
-        assert (tensors[f"{at}.gate.bias"] == whole[f"{at}.gate.bias"][100 * rank :][:100]).all()
-        assert (tensors[f"{at}.up.bias"] == whole[f"{at}.up.bias"][100 * rank :][:100]).all()
+        assert (tensors[f"{at}.gate.bias"] == whole[f"{at}.gate.bias"][64 * rank :][:64]).all()
+        assert (tensors[f"{at}.up.bias"] == whole[f"{at}.up.bias"][64 * rank :][:64]).all()
         assert (tensors["layers.1.router.bias"] == whole["layers.1.router.bias"]).all()
     assert all((parts[0][1][name] == whole[name]).all() for name in once)
 
