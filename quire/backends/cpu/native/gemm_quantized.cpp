@@ -54,7 +54,7 @@ __attribute__((noinline)) void tile(const Slice& s, const Tile& t, Ahead ahead) 
     };
     constexpr int64_t kScaleBytes = kOffsets<Kind> ? 4 : 2;
     const uint8_t *weights = s.weights + t.column * 4, *scales = s.scales + t.column * kScaleBytes;
-    clear();
+    if (kKeep || several) clear();
     for (int64_t left = s.positions, until = s.range; left > 0; left -= s.segment) {
         vi acc[MT][NV];
         segment_sums<Kind, MT, NV, F, Spans>(weights, s.beside, rows, left < s.segment ? left : s.segment, ahead, acc);
