@@ -1,7 +1,7 @@
 """gpt-oss (arXiv 2508.10925): experts with biases and a clamped activation, attention sinks, a window in every other layer.
 
 A layer's experts are two tensors, [experts, in, out], in which gates and the columns that they gate take turns; in the published
-checkpoints those of 4 bits are stored the other way round ([experts, out, in], see weights/mxfp4.py), and this is said of them here too.
+checkpoints those of 4 bits are stored the other way round (weights/mxfp4.py, which names them as if they were not).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
-from quire.models.families.llama import BUFFERS, LAYER, TOP, read_decoder, with_experts
+from quire.models.families.llama import BUFFERS, LAYER, TOP, read_decoder, read_layer_types, with_experts
 from quire.models.spec import TransformerSpec
 
 _ROPE: Final[dict[str, Any]] = {
@@ -35,14 +35,9 @@ def _read(config: Config) -> TransformerSpec:
 def _windows(config: Config) -> tuple[int, ...]:
     layers = config.integer("num_hidden_layers", high=MAX_LAYERS)
     window = config.integer("sliding_window", 128, high=MAX_POSITIONS)
-    types = config.values.get("layer_types")
+    types = read_layer_types(config, layers)
     if types is None:
         return tuple(0 if i % 2 else window for i in range(layers))
-    if not isinstance(types, list) or len(types) != layers:
-        config.refuse(f"'layer_types' must list one type for each of the {layers} layers")
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            config.refuse(f"layer type {kind!r} is not supported; supported: full_attention, sliding_attention")
     return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 

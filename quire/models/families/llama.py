@@ -188,6 +188,19 @@ def read_decoder(
     )
 
 
+def read_layer_types(config: Config, layers: int) -> list[str] | None:
+    """``full_attention`` or ``sliding_attention`` of each layer; None where config.json does not say."""
+    types = config.values.get("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != layers:
+        config.refuse(f"'layer_types' must list one type for each of the {layers} layers")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            config.refuse(f"layer type {kind!r} is not supported; supported: full_attention, sliding_attention")
+    return types
+
+
 def with_experts(spec: TransformerSpec, config: Config, *, count: int, per_token: int, sum_to_one: bool = True) -> TransformerSpec:
     """A mixture of experts. count, per_token: where config.json does not say."""
     name = "num_experts" if "num_experts" in config.values else "num_local_experts"  # both names are written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family
-from quire.models.families.llama import BUFFERS, decoder_sources, read_decoder, with_experts
+from quire.models.families.llama import BUFFERS, decoder_sources, read_decoder, read_layer_types, with_experts
 from quire.models.spec import TransformerSpec
 
 
@@ -14,17 +14,12 @@ def _windows(config: Config) -> tuple[int, ...]:
     if config.flag("use_sliding_window", False):
         absent = "sliding_window" not in config.values
         window = 4096 if absent else config.integer("sliding_window", 0, high=MAX_POSITIONS)
-    types = config.values.get("layer_types")
+    types = read_layer_types(config, layers)
     if types is None:
         first = config.integer("max_window_layers", 28, low=0)
         return tuple(window if i >= first else 0 for i in range(layers))
-    if not isinstance(types, list) or len(types) != layers:
-        config.refuse(f"'layer_types' must list one type for each of the {layers} layers")
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            config.refuse(f"layer type {kind!r} is not supported; supported: full_attention, sliding_attention")
-        if kind == "sliding_attention" and not window:
-            config.refuse("'layer_types' names sliding_attention, but 'use_sliding_window' or 'sliding_window' turns it off")
+    if "sliding_attention" in types and not window:
+        config.refuse("'layer_types' names sliding_attention, but 'use_sliding_window' or 'sliding_window' turns it off")
     return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 
