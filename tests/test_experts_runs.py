@@ -151,7 +151,7 @@ def test_what_is_planned_is_what_is_read(folder: Path, options: dict[str, Any]) 
     assert cost.weight_bytes == backend.weight_bytes() - padding - head
     assert "of the " in backend.weight_note if options else not backend.weight_note
     whole = ModelCost(spec, backend.weight_bytes(), backend.head_bytes(), "float16", backend.expert_bytes())
-    one, many = (whole.of(step(rows).extent) for rows in (1, 1000))
+    one, many = (whole.of(step(rows).extent()) for rows in (1, 1000))
     assert one.weight_bytes == pytest.approx(backend.weight_bytes() - backend.expert_bytes() / 2, abs=1)  # two of four
     assert many.weight_bytes == pytest.approx(backend.weight_bytes(), rel=1e-6)
     assert many.linear_flops == 1000 * one.linear_flops

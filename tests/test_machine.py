@@ -91,7 +91,7 @@ def test_an_h200_takes_what_was_measured(spec: TransformerSpec, rows: int, ms: f
     cost = ModelCost(spec, 2 * spec.matmul_parameters() + head, head, "bfloat16")
     step = StepPlan(work=[RowWork(row, 1024, 1, [], True) for row in range(rows)])
     h200 = GPUS["h200"]
-    assert 1000 * h200.seconds(cost.of(step.extent)) == pytest.approx(ms, rel=h200.spread)
+    assert 1000 * h200.seconds(cost.of(step.extent())) == pytest.approx(ms, rel=h200.spread)
 
 
 def test_known_gpus_are_machines_of_the_cuda_backend() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quire.config import EngineConfig
+from quire.core.groups import KVGroups
 from quire.core.plan import StepPlan, StepResult
 from quire.errors import ConfigError
 from quire.models.spec import TransformerSpec
@@ -23,8 +24,10 @@ class Backend(Protocol):
     num_host_blocks: int
     """Blocks of the swap pool; their ids follow those of the KV pool."""
     block_size: int
-    window: int
-    """Positions that a query sees in every layer (the model's sliding window); 0 where some layer sees all."""
+    groups: KVGroups
+    """Of the model's layers, by how far they look back: a block holds the keys and values of one of them."""
+    kv_layers: int
+    """Layers of such a group, all of the model's where there is one."""
     memory_note: str
     """How the size of the KV pool was found, with the arithmetic; empty where it was stated."""
     arithmetic: str

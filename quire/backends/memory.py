@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quire.config import EngineConfig
+from quire.core.groups import KVGroups
 from quire.errors import CapacityError, ConfigError
 from quire.models.parallel import part_of
 from quire.models.quantization import planned_weights
@@ -20,12 +21,68 @@ GPU_SHARE = 0.95
 GPU_CONTEXT = 1 << 29
 """Bytes that CUDA takes of a device for itself, about."""
 
+MOST_GROUPS = 16
+"""Of layers: a sequence takes a block of each at a time."""
+
 _ROOT = Path("/")
 _GROUP_FILES = (
     ("memory.max", "memory.current", "active_file", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_active_file", "total_inactive_file"),
 )
 """What a control group may use, what it uses, and of that what goes when memory is needed: versions 2 and 1."""
+
+
+@dataclass(slots=True, frozen=True)
+class KVLayout:
+    """Where a layer's keys and values are: which of a sequence's blocks, and where in each of them (core/groups.py)."""
+
+    groups: KVGroups
+    slots: int
+    """Layers that a block has room for."""
+    places: list[tuple[int, int]]
+    """(group, slot) of each layer."""
+
+    def block_bytes(self, config: EngineConfig, spec: TransformerSpec) -> int:
+        return spec.layer_kv_bytes(config.kv_width(spec.dtype)) * self.slots * config.block_size
+
+
+def one_group(spec: TransformerSpec, window: int = 0) -> KVLayout:
+    """All layers, with a window or without, in one group."""
+    groups = KVGroups(0, 1, window) if window else KVGroups()
+    return KVLayout(groups, spec.num_layers, [(0, i) for i in range(spec.num_layers)])
+
+
+def kv_layout(spec: TransformerSpec, context: int, block_size: int) -> KVLayout:
+    """Layers in groups by whether they have a window that hides anything of ``context`` positions; where that saves nothing, all are one.
+
+    A group of fewer layers than a block has room for leaves memory empty, most of it in short sequences where it has a window, in long ones
+    where it has none. So groups are as large as makes the product of what both take smallest, and as many as there must be.
+    """
+    layers = range(spec.num_layers)
+    windows = [spec.window(i) if spec.window(i) < context else 0 for i in layers]
+    full, windowed = [i for i in layers if not windows[i]], [i for i in layers if windows[i]]
+    window = max(windows)
+    if not full or not windowed:
+        return one_group(spec, window)
+
+    def of(size: int) -> KVGroups:
+        return KVGroups(-(-len(full) // size), -(-len(windowed) // size), window)
+
+    def taken(size: int, positions: int) -> int:
+        """Of a sequence, in blocks of one layer."""
+        return of(size).blocks(positions, block_size) * size
+
+    sizes = [size for size in layers[1:] if of(size).width <= MOST_GROUPS]
+    product, minus = min((taken(size, 1) * taken(size, context), -size) for size in sizes)
+    if product >= len(layers) ** 2 * -(-context // block_size):
+        return one_group(spec)
+    size = -minus
+    groups = of(size)
+    places = [(0, 0)] * len(layers)
+    for first, those in ((0, full), (groups.full, windowed)):
+        for at, layer in enumerate(those):
+            places[layer] = first + at // size, at % size
+    return KVLayout(groups, size, places)
 
 
 @dataclass(slots=True, frozen=True)
@@ -75,16 +132,17 @@ def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int, r
 
     Raises CapacityError where one request does not fit, or the device lacks the memory.
     """
-    per_block = spec.kv_bytes_per_token(config.kv_width(spec.dtype)) * config.block_size
-    need = -(-max_model_len // config.block_size)
+    layout = kv_layout(spec, max_model_len, config.block_size)
+    per_block, most = layout.block_bytes(config, spec), (config.block_size, config.max_num_batched_tokens)
+    need = layout.groups.blocks(max_model_len, *most)
     size, note = config.kv_bytes, ""
     swap_bytes = config.swap_bytes if room.holds_swap else 0
     if size is None:
-        size, note = _auto(config, max_model_len, per_block, room, swap_bytes)
+        size, note = _auto(config, max_model_len, need * per_block, room, swap_bytes)
     num_blocks = size // per_block
     num_host_blocks = config.swap_bytes // per_block
     if num_blocks < need:
-        fits = num_blocks * config.block_size
+        fits = layout.groups.positions(num_blocks, *most)
         lower = f", or lower --max-model-len to at most {fits:,}" if fits > 1 else ""
         found = "" if not note else f" ({note})"
         raise CapacityError(
@@ -101,7 +159,7 @@ def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int, r
     if available is not None and size + swap_bytes + weights > available:
         swap = f", --swap-memory {config.swap_memory}" if swap_bytes else ""
         left = max(0, available - weights - swap_bytes) >> 20
-        fits = (left << 20) // per_block * config.block_size
+        fits = layout.groups.positions((left << 20) // per_block, *most)
         if fits >= max_model_len:
             remedy = f"lower --kv-memory to at most {left}MiB"
         elif fits > 1:
@@ -115,8 +173,9 @@ def kv_memory(config: EngineConfig, spec: TransformerSpec, max_model_len: int, r
     return KVMemory(num_blocks, num_host_blocks, note)
 
 
-def _auto(config: EngineConfig, max_model_len: int, per_block: int, room: Room, swap_bytes: int) -> tuple[int, str]:
-    """(bytes, arithmetic) of ``--kv-memory auto``: what can be spared, and no more than the sequences could ever fill."""
+def _auto(config: EngineConfig, max_model_len: int, each: int, room: Room, swap_bytes: int) -> tuple[int, str]:
+    """(bytes, arithmetic) of ``--kv-memory auto``: what can be spared, and no more than the sequences, of ``each`` bytes at most, could
+    ever fill."""
     if room.available is None:
         raise ConfigError(
             "--kv-memory auto needs to know how much memory is free, and this system does not say: state a size", param="kv_memory"
@@ -124,7 +183,7 @@ def _auto(config: EngineConfig, max_model_len: int, per_block: int, room: Room, 
     left = max(0, room.available - room.weights - room.buffers - swap_bytes)
     share = int(left * room.share)
     sequences = config.num_seqs(1 << 30)
-    most = sequences * -(-max_model_len // config.block_size) * per_block
+    most = sequences * each
     swap = f" - {swap_bytes / 1e9:.2f} GB swap" if swap_bytes else ""
     weights = f" - {room.weights / 1e9:.2f} GB weights" if room.weights else ""
     note = (

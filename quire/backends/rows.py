@@ -34,7 +34,7 @@ class Batch:
     ids: I32
     """[T] tokens at those positions."""
     block_tables: I32
-    """[rows, blocks] the tables of all rows."""
+    """[groups, rows, blocks] the tables of all rows, of each group of layers."""
     sampled: I32
     """[samples] the row of each."""
     lengths: I64
@@ -91,14 +91,14 @@ class Part:
 
 
 class Rows:
-    """Tables of ``num_rows`` rows of at most ``max_len`` tokens."""
+    """Tables of ``num_rows`` rows of at most ``max_len`` tokens. groups: of the model's layers (core/groups.py)."""
 
-    def __init__(self, num_rows: int, max_len: int, block_size: int) -> None:
+    def __init__(self, num_rows: int, max_len: int, block_size: int, groups: int = 1) -> None:
         # Zeroed memory is not touched before it is written: long contexts cost nothing until they are used.
         self.tokens = np.zeros((num_rows, max_len + 1), np.int32)
         self.lengths = np.zeros(num_rows, np.int64)
         self.num_prompt = np.zeros(num_rows, np.int64)
-        self.block_tables = np.zeros((num_rows, -(-max_len // block_size)), np.int32)
+        self.block_tables = np.zeros((groups, num_rows, -(-max_len // block_size)), np.int32)
         self.starts: list[RowStart | None] = [None] * num_rows
         self._counter = np.arange(num_rows + 1, dtype=np.int32)
 
@@ -116,7 +116,8 @@ class Rows:
         for w in work:
             decode = decode and w.sample and w.write and not w.score and w.count == 1 + len(w.draft)
             if w.new_blocks:
-                self.block_tables[w.row, w.first_block : w.first_block + len(w.new_blocks)] = w.new_blocks
+                blocks = np.array(w.new_blocks, np.int32).reshape(-1, len(self.block_tables)).T
+                self.block_tables[:, w.row, w.first_block : w.first_block + blocks.shape[1]] = blocks
             if w.tokens:
                 length = self.lengths[w.row]
                 self.tokens[w.row, length : length + len(w.tokens)] = w.tokens
@@ -187,13 +188,13 @@ class Rows:
                 self.lengths[w.row] = length + count
 
 
-def fresh_blocks(plan: StepPlan, block_size: int) -> list[int]:
-    """Blocks that this step begins to write."""
+def fresh_blocks(plan: StepPlan, block_size: int, groups: int = 1) -> list[int]:
+    """Blocks that this step begins to write. groups: of the model's layers (core/groups.py)."""
     copied = {destination for _, destination in plan.copies}
     fresh = []
     for work in plan.work:
         first = -(-work.start // block_size)  # a block that holds earlier positions was written before
-        begin = max(0, first - work.first_block)
+        begin = max(0, first - work.first_block) * groups
         fresh += [block for block in work.new_blocks[begin:] if work.write and block not in copied]
     return fresh
 

@@ -65,7 +65,7 @@ class Tally:
 
     def _count(self, running: list[Sequence], computed: Mapping[int, int]) -> None:
         """computed: row → positions that are computed, for the rows of the step."""
-        pool, size = self._manager.pool, self._manager.block_size
+        pool, size, width = self._manager.pool, self._manager.block_size, self._manager.width
         owned = pool.num_owned * size
         ends = self._ends
         tokens = reserved = 0
@@ -80,11 +80,11 @@ class Tally:
             for seq in running:
                 if not (table := seq.block_table):
                     continue
-                before = (len(table) - 1) * size
-                fill, will, tables = computed.get(seq.row, seq.num_computed) - before, min(size, ends[seq.seed] - before), 1
-                if (other := last.get(block := table[-1])) is not None:
-                    fill, will, tables = max(fill, other[0]), max(will, other[1]), other[2] + 1
-                last[block] = fill, will, tables
+                before = (len(table) // width - 1) * size
+                fill, will = computed.get(seq.row, seq.num_computed) - before, min(size, ends[seq.seed] - before)
+                for block in table[-width:]:
+                    other = last.get(block, (0, 0, 0))
+                    last[block] = max(fill, other[0]), max(will, other[1]), other[2] + 1
             tokens, owners = owned, pool.ref_counts
             for block, (fill, will, tables) in last.items():
                 if fill < size and tables == owners[block]:  # where it is not the last of some table, it is full

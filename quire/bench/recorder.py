@@ -54,5 +54,5 @@ class Recorder(Around):
         return result
 
     def _step(self, plan: StepPlan, seconds: float) -> Step:
-        extent = plan.extent
+        extent = plan.extent(self.groups.window)
         return Step(len(plan.work), extent, self._cost_of(extent), seconds)

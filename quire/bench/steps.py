@@ -169,8 +169,8 @@ class _Timing:
         return _case([steps[0] for steps in runs]), _case([steps[-1] for steps in runs])
 
     def _fits(self, rows: int, prompt: int) -> bool:
-        size, each = self._engine.backend.block_size, prompt + self._output(rows, prompt)
-        return rows * -(-each // size) <= self._engine.backend.num_blocks and each <= self._room
+        backend, each = self._engine.backend, prompt + self._output(rows, prompt)
+        return rows * backend.groups.blocks(each, backend.block_size, self._chunk) <= backend.num_blocks and each <= self._room
 
     def _output(self, rows: int, prompt: int) -> int:
         """Tokens for which the first sequences run on while the prompts of the others are computed, and then all together."""

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from quire.backends.memory import context_length, kv_memory, planned_room
+    from quire.backends.memory import context_length, kv_layout, kv_memory, planned_room
     from quire.models.parallel import part_of
     from quire.models.quantization import planned_cost
     from quire.models.weights import load_spec, resolve_model
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     spec = part_of(whole, config.tensor_parallel)
     length = context_length(config, spec)
     num_blocks = kv_memory(config, spec, length, planned_room(config, whole, machine.memory)).num_blocks
-    server = simulate.Server(config, num_blocks, length, planned_cost(config, whole))
+    groups = kv_layout(spec, length, config.block_size).groups
+    server = simulate.Server(config, num_blocks, length, planned_cost(config, whole), groups)
 
     def load(requests: Sequence[TraceRequest]) -> simulate.Load:
         return simulate.Load(requests, args.concurrency, args.max_tokens, config.seed)

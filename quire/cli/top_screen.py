@@ -128,7 +128,7 @@ def _sequences(view: View, width: int, most: int, style: Style) -> Iterator[str]
             state = ("preempted, " if sequence["preempted"] else "") + f"waits for {REASONS[reason]}"
         elif sequence["computed"] < sequence["prompt"]:
             state = f"prompt, {sequence['computed']:,} of {sequence['prompt']:,} computed"
-        yield f"{name[-24:]:<24} {tokens:>13} {len(sequence['blocks']):>6}  {state}"[:width]
+        yield f"{name[-24:]:<24} {tokens:>13} {sum(block >= 0 for block in sequence['blocks']):>6}  {state}"[:width]
     rest = view.facts["running"] + view.facts["waiting"] - min(most, len(sequences))
     if rest > 0:
         yield style.paint(f"and {rest:,} more", "dim")

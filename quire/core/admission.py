@@ -21,8 +21,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple, Protocol
 
+from quire.core.groups import ONE_GROUP, KVGroups
 from quire.core.sequence import Sequence
 from quire.errors import ContextLengthError, InvalidRequestError
 from quire.sampling_params import SamplingParams
@@ -42,6 +44,12 @@ class RequestLimits:
     max_num_seqs: int
     num_blocks: int
     block_size: int
+    groups: KVGroups = ONE_GROUP
+
+    @property
+    def pool_tokens(self) -> int:
+        """The longest sequence that the pool holds, or as many shorter ones as fill it if no layer has a window."""
+        return self.groups.positions(self.num_blocks, self.block_size)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams, eos_token_ids: tuple[int, ...] = ()) -> None:
         """Raises InvalidRequestError or ContextLengthError with the numbers and the remedy."""
@@ -96,8 +104,8 @@ class RequestLimits:
 
     def _check_beams(self, prompt: int, width: int, max_tokens: int) -> None:
         """All beams must be able to run at the same time, with nothing shared but the prompt."""
-        shared = prompt // self.block_size
-        need = shared + width * (-(-(prompt + max_tokens) // self.block_size) - shared)
+        shared = self.groups.full * (prompt // self.block_size)
+        need = shared + width * (self.groups.blocks(prompt + max_tokens, self.block_size) - shared)
         if width > self.max_num_seqs:
             raise InvalidRequestError(
                 f"{width} beams > --max-num-seqs {self.max_num_seqs}: beams run together; lower beam_width, or serve with more sequences",
@@ -115,26 +123,49 @@ class Footprint(NamedTuple):
     """What a policy knows of a sequence. A tuple, since one is made for each running sequence at a survey."""
 
     held: int
-    """Blocks that come back when it ends (those that nobody else owns)."""
+    """Blocks that come back when it ends (those that nobody else owns), of all groups of layers."""
     generated: int
     positions: int
     """Tokens now, with those that are not computed yet."""
     remaining: int
     """Most tokens that it may still generate."""
     shared: int = 0
-    """Blocks of its table that others own too: not counted again."""
+    """Logical blocks of its table that others own too: not counted again. Where all groups have a window, those that left it as well."""
 
 
-def footprint(seq: Sequence) -> Footprint:
+def footprint(seq: Sequence, groups: KVGroups = ONE_GROUP) -> Footprint:
     """Of a running sequence. What it borrowed is not counted: others may hold it when it ends."""
-    others = max(seq.num_borrowed, seq.num_trimmed)
     generated = len(seq.tokens) - seq.num_prompt
-    return Footprint(len(seq.block_table) - others, generated, len(seq.tokens), seq.max_tokens - generated, others)
+    others = max(seq.num_borrowed, seq.num_trimmed)
+    if groups.full + groups.windowed == 1:
+        return Footprint(len(seq.block_table) - others, generated, len(seq.tokens), seq.max_tokens - generated, others)
+    have = len(seq.block_table) // groups.width
+    shared = seq.num_borrowed if groups.full else others
+    held = groups.full * (have - seq.num_borrowed) + groups.windowed * (have - others)
+    return Footprint(held, generated, len(seq.tokens), seq.max_tokens - generated, shared)
 
 
 def expected_footprint(seq: Sequence, shared: int) -> Footprint:
     """Of a waiting sequence that would begin with ``shared`` blocks which others own."""
     return Footprint(0, seq.num_generated, seq.num_tokens, seq.max_tokens - seq.num_generated, shared)
+
+
+class Weights:
+    """What positions weigh, where groups of layers that see everything stand beside others that have a window: policies count in positions
+    of the former, and what the latter hold is so many positions more. 0 where there is one kind alone; where all groups have a window,
+    a sequence counts as if it grew on and on."""
+
+    def __init__(self, block_size: int, groups: KVGroups) -> None:
+        self.unit = groups.full or groups.windowed
+        """Blocks that ``block_size`` positions take."""
+        mixed = groups.full > 0 and groups.windowed > 0
+        self.ratio = groups.windowed / groups.full if mixed else 0.0
+        """Positions that each position weighs beside itself, up to ``reach``."""
+        self.reach = block_size * groups.most_windowed(block_size, 1) if mixed else 0
+
+    def extra(self, positions: int) -> int:
+        """What the windowed groups of a sequence of ``positions`` weigh."""
+        return ceil(self.ratio * min(positions, self.reach))
 
 
 class AdmissionPolicy(Protocol):
@@ -156,8 +187,9 @@ class AdmissionPolicy(Protocol):
 class Watermark:
     """Admit what fits now, while a share of the pool stays free for the running ones to grow into."""
 
-    def __init__(self, block_size: int, share: float = 0.01) -> None:
+    def __init__(self, block_size: int, groups: KVGroups = ONE_GROUP, share: float = 0.01) -> None:
         self._block_size = block_size
+        self._weights = Weights(block_size, groups)
         self._share = share
         self._left = 0
         self._reserve = 0
@@ -167,18 +199,23 @@ class Watermark:
         self._left = capacity = free
         empty = True
         for seq in running:
-            self._left -= -(-seq.positions // self._block_size) - seq.shared - seq.held  # what its prompt still lacks
+            self._left -= max(0, self._blocks(seq) - seq.held)  # what its prompt still lacks
             capacity += seq.held
             empty = False
         self._keep = int(capacity * self._share)
         self._reserve = 0 if empty else self._keep
 
     def admits(self, candidate: Footprint) -> bool:
-        left = self._left + candidate.held + candidate.shared + -candidate.positions // self._block_size
+        left = self._left + candidate.held - self._blocks(candidate)
         if left < self._reserve:
             return False
         self._left, self._reserve = left, self._keep
         return True
+
+    def _blocks(self, seq: Footprint) -> int:
+        """That it takes by itself for the positions which it has now."""
+        positions = seq.positions + self._weights.extra(seq.positions)
+        return self._weights.unit * (-(-positions // self._block_size) - seq.shared)
 
     def room(self) -> int:
         return self._left - self._reserve
@@ -201,8 +238,9 @@ class NoEvict:
     without a second loop. O(n log n) a decision.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, groups: KVGroups = ONE_GROUP) -> None:
         self._block_size = block_size
+        self._weights = Weights(block_size, groups)
         self._capacity = 0
         self._running: list[tuple[int, int]] = []  # (-remaining, positions that count), sorted
 
@@ -218,14 +256,14 @@ class NoEvict:
         self._capacity += candidate.held
         item = self._item(candidate)
         insort(self._running, item)
-        if self.peak() <= self._capacity:
+        if self._weights.unit * self.peak() <= self._capacity:
             return True
         self._running.remove(item)
         self._capacity -= candidate.held
         return False
 
     def peak(self) -> int:
-        """Blocks that the surveyed and admitted sequences hold together at their worst moment."""
+        """Blocks of the groups' unit that the surveyed and admitted sequences hold together at their worst moment."""
         size = self._block_size
         peak = whole = 0
         parts: list[int] = []
@@ -240,10 +278,11 @@ class NoEvict:
         return peak
 
     def room(self) -> int:
-        return self._capacity - self.peak()
+        return self._capacity - self._weights.unit * self.peak()
 
     def ended(self, generated: int, stopped: bool) -> None:
         pass
 
     def _item(self, seq: Footprint) -> tuple[int, int]:
-        return -seq.remaining, seq.positions - seq.shared * self._block_size
+        most = self._weights.extra(seq.positions + seq.remaining)
+        return -seq.remaining, seq.positions + most - seq.shared * self._block_size

@@ -71,7 +71,7 @@ class Newcomer:
     need: int
     """Free blocks that it takes until they are computed."""
     shared: int
-    """Blocks to begin with that others own."""
+    """Logical blocks to begin with that others own."""
 
 
 class Newcomers:
@@ -117,7 +117,7 @@ class Newcomers:
                 if i == 0 and may_start_early and self._start_early(newcomer):
                     return
                 # A window gives memory back while a sequence runs; without one the pool only fills until somebody leaves.
-                if not scheduler.manager.cache.window:
+                if not scheduler.manager.groups.windowed:
                     scheduler.refused = seq
                 return
 
@@ -155,9 +155,9 @@ class Newcomers:
 
     def _fits(self, newcomer: Newcomer) -> bool:
         """There is room for all that it has to compute, and the policy lets it in, which is not asked where nobody runs."""
-        running, policy = self._scheduler.running, self._scheduler.policy
+        running, policy, manager = self._scheduler.running, self._scheduler.policy, self._scheduler.manager
         if running and not self._surveyed:
-            policy.survey([footprint(seq) for seq in running], self._scheduler.manager.pool.num_free)
+            policy.survey([footprint(seq, manager.groups) for seq in running], manager.pool.num_free)
             self._surveyed = True
         if newcomer.need > self._room:
             return False
@@ -184,7 +184,7 @@ class Newcomers:
         changed, where there is none; for one of several samples, which would share what it holds; after a swap; and under a window."""
         scheduler, seq = self._scheduler, newcomer.seq
         manager = scheduler.manager
-        if newcomer.lack == 1 or len(seq.group.sequences) > 1 or seq.host_blocks is not None or manager.cache.window:
+        if newcomer.lack == 1 or len(seq.group.sequences) > 1 or seq.host_blocks is not None or manager.groups.windowed:
             return False
         spare = min(scheduler.policy.room(), self._room) if scheduler.running else self._room
         if spare <= newcomer.need - manager.blocks_for(newcomer.lack):
@@ -221,11 +221,11 @@ def _go_on(scheduler: Scheduler, plan: StepPlan, early: Sequence, prompts: list[
         scheduler.short = True
         return budget
     manager, policy = scheduler.manager, scheduler.policy
-    others = [footprint(seq) for seq in scheduler.running if seq is not early]
+    others = [footprint(seq, manager.groups) for seq in scheduler.running if seq is not early]
     room = _room(scheduler, prompts)
     need = manager.lacking(early)
     policy.survey(others, manager.pool.num_free)
-    if need <= room and (not others or policy.admits(footprint(early))):
+    if need <= room and (not others or policy.admits(footprint(early, manager.groups))):
         scheduler.early = None
         return _begin(scheduler, plan, early, need, budget)
     scheduler.short = True

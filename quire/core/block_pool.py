@@ -88,8 +88,9 @@ class BlockPool:
                 self.since[block] = self._clock()
                 self.cache.revive(block)
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Give up one ownership of each block. Those left without owner become idle (the first goes first) or empty."""
+    def release(self, blocks: Iterable[int], left: bool = False) -> None:
+        """Give up one ownership of each block. Those left without owner become idle (the first goes first) or empty. left: a window has
+        left them behind."""
         now = self._clock()
         for block in blocks:
             count = self.ref_counts[block] = self.ref_counts[block] - 1
@@ -99,7 +100,7 @@ class BlockPool:
             elif count == 0:
                 self.num_owned -= 1
                 self.since[block] = now
-                if self.cache.retire(block):
+                if self.cache.retire(block, left):
                     self.states[block] = IDLE
                 else:
                     self.states[block] = EMPTY

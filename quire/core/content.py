@@ -12,7 +12,8 @@ TOKEN_BYTES = 4
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """The content of one block. ``key`` is shorter than a block's where the block is partly filled; such a node is a leaf."""
+    """The content of one block, and of those that hold the same positions for other groups of layers. ``key`` is shorter than a block's
+    where the block is partly filled; such a node is a leaf."""
 
     parent: Node | None
     key: bytes
@@ -21,11 +22,11 @@ class Node:
     """Identifies the content in events; never given to another."""
     salt: bytes
     """Of the trie."""
-    block: int = -1
-    """Where the content is; -1 where it is not (a root, a ghost)."""
+    blocks: list[int]
+    """Where the content is: a block for each group of layers, -1 where it is not (a root, a ghost, what left a window)."""
     children: dict[bytes, Node] = field(default_factory=dict)
     keys: list[bytes] = field(default_factory=list)
-    """The keys of those ``children`` that are in a block, sorted: the longest common beginning is next to where a key would stand."""
+    """The keys of those ``children`` that are ``complete``, sorted: the longest common beginning is next to where a key would stand."""
     users: int = 0
     """Live sequences whose next block goes below this node."""
     proven: bool = False
@@ -38,9 +39,14 @@ class Node:
     """When the retention ends."""
 
     @property
+    def complete(self) -> bool:
+        """All of the content is in blocks."""
+        return min(self.blocks) >= 0
+
+    @property
     def needed(self) -> bool:
         """The trie can't do without this node."""
-        return self.block >= 0 or bool(self.children) or self.users > 0 or self.remembered
+        return max(self.blocks) >= 0 or bool(self.children) or self.users > 0 or self.remembered
 
 
 def encode(tokens: Iterable[int]) -> bytes:

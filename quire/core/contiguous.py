@@ -275,7 +275,7 @@ class ContiguousManager(BlockManager):
         need = self.blocks_for(self._reserve(seq))
         return need if need <= self._pool.allocator.largest_free_run else self.pool.num_blocks + 1
 
-    def lacking(self, seq: Sequence) -> int:
+    def lacking(self, seq: Sequence, num_positions: int | None = None) -> int:
         return 0
 
     def can_fork(self, parent: Sequence, num_positions: int) -> bool:

@@ -25,6 +25,7 @@ from quire.core.beam import BeamSearch
 from quire.core.block_manager import BlockManager
 from quire.core.constraint import Constraints
 from quire.core.events import Listener, chain
+from quire.core.groups import ONE_GROUP, KVGroups
 from quire.core.past_future import PastFuture
 from quire.core.plan import StepExtent, StepPlan, StepResult
 from quire.core.scheduler import Scheduler
@@ -57,7 +58,7 @@ class Executor(Protocol):
     @property
     def max_model_len(self) -> int: ...
     @property
-    def window(self) -> int: ...
+    def groups(self) -> KVGroups: ...
     @property
     def overlaps(self) -> bool:
         """Steps are launched and collected: it is an OverlappingExecutor."""
@@ -98,18 +99,19 @@ class Engine:
             backend.num_blocks,
             backend.block_size,
             caching=config.prefix_caching,
-            window=backend.window,
+            groups=backend.groups,
+            step=config.max_num_batched_tokens,
             num_host_blocks=backend.num_host_blocks,
             clock=clock,
         )
-        _check_pool(backend, manager, config)
+        _check_pool(backend, config)
         self._max_num_seqs = config.num_seqs(backend.num_blocks)
         self.limits = RequestLimits(
-            backend.max_model_len, backend.spec.vocab_size, self._max_num_seqs, backend.num_blocks, backend.block_size
+            backend.max_model_len, backend.spec.vocab_size, self._max_num_seqs, backend.num_blocks, backend.block_size, backend.groups
         )
         self._clock = clock
         self._max_waiting = config.max_waiting
-        policy = policy or admission_policy(config, backend.block_size, backend.max_model_len)
+        policy = policy or admission_policy(config, backend.block_size, backend.max_model_len, backend.groups)
         speculation = None
         if config.speculation != "off":
             most = min(config.speculation_positions, config.max_num_batched_tokens)
@@ -270,7 +272,7 @@ class Engine:
     def _commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         times, began = self._times, self._clock()
         outputs = self.scheduler.commit(plan, result)
-        self._extent.add(plan.extent)
+        self._extent.add(plan.extent(self.backend.groups.window))
         for output in outputs:
             if output.finish_reason is not None and (group := self._live.get(output.request_id)) is not None:
                 self._forget(group)
@@ -335,21 +337,21 @@ class Engine:
             self._live.pop(group.request.request_id, None)
 
 
-def admission_policy(config: EngineConfig, block_size: int, max_model_len: int) -> AdmissionPolicy:
+def admission_policy(config: EngineConfig, block_size: int, max_model_len: int, groups: KVGroups = ONE_GROUP) -> AdmissionPolicy:
     """The policy that ``--admission`` names; ``auto`` goes by the device."""
     name = config.admission
     if name == "auto":
         name = "past-future" if config.device == "cpu" else "watermark"
     if name == "watermark":
-        return Watermark(block_size)
-    return NoEvict(block_size) if name == "no-evict" else PastFuture(block_size, max_model_len)
+        return Watermark(block_size, groups)
+    return NoEvict(block_size, groups) if name == "no-evict" else PastFuture(block_size, max_model_len, groups)
 
 
-def _check_pool(backend: Executor, manager: BlockManager, config: EngineConfig) -> None:
-    need = manager.blocks_for(backend.max_model_len)
-    positions = backend.num_blocks * backend.block_size
+def _check_pool(backend: Executor, config: EngineConfig) -> None:
+    most = backend.block_size, config.max_num_batched_tokens
+    positions = backend.groups.positions(backend.num_blocks, *most)
     pool = f"the KV pool holds {positions:,} token positions ({backend.num_blocks:,} blocks of {backend.block_size})"
-    if need > backend.num_blocks:
+    if backend.groups.blocks(backend.max_model_len, *most) > backend.num_blocks:
         raise CapacityError(
             f"{pool}, but one request may need {backend.max_model_len:,}: raise --kv-memory, or lower --max-model-len to at most "
             f"{positions:,}"

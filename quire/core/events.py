@@ -1,5 +1,7 @@
 """What happens to blocks and sequences, as a stream of plain values for whoever listens: metrics, routers, the dashboard.
 
+Of content that takes a block for each of several groups of layers, the first group's block is spoken of.
+
 Nothing is made while nobody listens. ``content`` numbers identify what a block holds: the same number is never given to
 other content, and a content's parent is the content of the block before it (0: the start of a prompt).
 """
@@ -38,6 +40,7 @@ class BlockEvicted:
 
     block: int
     content: int
+    """0: it was not the first group's."""
 
 
 @dataclass(slots=True, frozen=True)

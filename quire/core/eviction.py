@@ -1,5 +1,6 @@
 """EvictionOrder: which idle block goes next, when memory is needed.
 
+    left     [ what windows have left behind, not found again either ]  goes before anything else
     new      [ never found again; the first one goes next            ]
     proven   [ found again since it was computed; at most a share    ]  what is too much goes to the end of ``new``
     ghosts   [ evicted lately: its tokens, without its block         ]  computed again, the content counts as proven
@@ -31,9 +32,10 @@ class EvictionOrder:
     """The idle blocks (content, but no owner) of a pool of ``num_blocks``. Every operation takes constant time, but for passing over what
     is retained."""
 
-    __slots__ = ("_ghosts", "_most_ghosts", "_most_proven", "_new", "_proven")
+    __slots__ = ("_ghosts", "_left", "_most_ghosts", "_most_proven", "_new", "_proven")
 
     def __init__(self, num_blocks: int) -> None:
+        self._left: OrderedDict[int, Node] = OrderedDict()
         self._new: OrderedDict[int, Node] = OrderedDict()
         self._proven: OrderedDict[int, Node] = OrderedDict()
         self._ghosts: OrderedDict[int, Node] = OrderedDict()
@@ -41,51 +43,50 @@ class EvictionOrder:
         self._most_ghosts = int(num_blocks * GHOST_SHARE)
 
     def __len__(self) -> int:
-        return len(self._new) + len(self._proven)
+        return len(self._left) + len(self._new) + len(self._proven)
 
     def __iter__(self) -> Iterator[int]:
         """The idle blocks."""
+        yield from self._left
         yield from self._new
         yield from self._proven
 
-    def retire(self, node: Node) -> None:
-        """``node``'s block has lost its last owner."""
+    def retire(self, node: Node, block: int, left: bool = False) -> None:
+        """``block``, which holds ``node``'s content, has lost its last owner; left: a window has left it behind, while what it belongs to
+        goes on. Few prompts part from another just where they would need it."""
         if not node.proven:
-            self._new[node.block] = node
+            (self._left if left and not node.priority else self._new)[block] = node
             return
-        self._proven[node.block] = node
+        self._proven[block] = node
         if len(self._proven) > self._most_proven:
-            block, oldest = self._proven.popitem(last=False)
+            oldest_block, oldest = self._proven.popitem(last=False)
             oldest.proven = False
-            self._new[block] = oldest
+            self._new[oldest_block] = oldest
 
     def revive(self, block: int) -> None:
         """An idle block has an owner again."""
-        if self._new.pop(block, None) is None:
-            del self._proven[block]
+        for queue in (self._new, self._proven, self._left):
+            if queue.pop(block, None) is not None:
+                return
+        raise KeyError(block)
 
-    def discard(self, block: int) -> None:
-        """``block`` has lost its content; it may have been idle."""
-        if self._new.pop(block, None) is None:
-            self._proven.pop(block, None)
-
-    def evict(self, now: float) -> Node:
-        """The content whose turn it is; its block goes. Retained content is passed over, and its retention decays: it costs at
+    def evict(self, now: float) -> tuple[int, Node]:
+        """The block whose turn it is, which goes, and its content. Retained content is passed over, and its retention decays: it costs at
         most log2(priority) + 1 turns for each block, however they are spread over the evictions."""
-        queue = self._new or self._proven
+        queue = self._left or self._new or self._proven
         for _ in range(len(queue)):
             block, node = next(iter(queue.items()))
             if node.priority == 0 or node.until <= now:
                 break
             node.priority //= 2
             queue.move_to_end(block)
-        _, node = queue.popitem(last=False)
+        block, node = queue.popitem(last=False)
         node.proven = False
-        return node
+        return block, node
 
     def remember(self, ghost: Node) -> Node | None:
-        """``ghost``'s block is gone. Returns the ghost that is forgotten for it, if any."""
-        if not self._most_ghosts:
+        """A block of ``ghost``'s is gone. Returns the ghost that is forgotten for it, if any."""
+        if not self._most_ghosts or ghost.remembered:
             return None
         ghost.remembered = True
         self._ghosts[ghost.number] = ghost
@@ -96,15 +97,15 @@ class EvictionOrder:
         return oldest
 
     def returned(self, node: Node) -> None:
-        """``node``'s tokens were computed again: it was worth keeping if it went lately."""
-        if node.remembered:
-            del self._ghosts[node.number]
-            node.remembered = False
-            node.proven = True
+        """The tokens of a ghost that is remembered were computed again: it was worth keeping."""
+        del self._ghosts[node.number]
+        node.remembered = False
+        node.proven = True
 
     def clear(self) -> None:
         for ghost in self._ghosts.values():
             ghost.remembered = False
+        self._left.clear()
         self._new.clear()
         self._proven.clear()
         self._ghosts.clear()

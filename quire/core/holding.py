@@ -68,7 +68,7 @@ class Computing:
         if not self._next or match.node is None:
             return False
         size = self._manager.block_size
-        common = len(match.blocks) * size
+        common = match.whole_positions
         runner = self._next.get((match.node, self._manager.cache.key(seq.tokens, common)))
         longest = min(seq.num_tokens, runner.num_tokens if runner else 0, seq.findable)
         if runner is None or common >= longest:

@@ -6,7 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from math import exp, sqrt
 
-from quire.core.admission import Footprint
+from quire.core.admission import Footprint, Weights
+from quire.core.groups import ONE_GROUP, KVGroups
 
 
 class Lifetimes:
@@ -105,14 +106,18 @@ class PastFuture:
     kept empty until then. The mean is looked at as far as a sequence may live, so that a batch which is going to grow
     (all young, or all told to run to their limit) is seen in time. ``z`` trades memory for preemptions.
 
-    Sequences are grouped by age and by the time that they have left: a decision costs a few sums per sequence, and then
-    depends on the number of groups only.
+    Where some layers have a window, a sequence weighs more than its positions, and grows faster until they fill it: t is what it grows
+    by in t steps (admission.py's Weights).
+
+    Sequences are grouped by age, by the time that they have left, and by how long they still grow faster: a decision costs a few sums per
+    sequence, and then depends on the number of groups only.
     """
 
     HORIZON = 90
 
-    def __init__(self, block_size: int, max_tokens: int, z: float = 1.5, memory: int = 1000) -> None:
+    def __init__(self, block_size: int, max_tokens: int, groups: KVGroups = ONE_GROUP, z: float = 1.5, memory: int = 1000) -> None:
         self._block_size = block_size
+        self._weights = Weights(block_size, groups)
         self._z = z
         self._lifetimes = Lifetimes(max_tokens, memory)
         self._ahead = [0, 4, 8, 12, 18, 27, 40, 60, self.HORIZON]
@@ -133,48 +138,58 @@ class PastFuture:
         last_bucket, last = len(edges) - 2, ahead[-1]
         slack = (size - 1) / 2
         held = 0
-        groups: dict[tuple[int, int], list[float]] = {}
+        ratio, reach = self._weights.ratio, self._weights.reach
+        groups: dict[tuple[int, int, int], list[float]] = {}
         for own, generated, positions, remaining, shared in running:
             held += own
             b = bisect_right(edges, generated) - 1
             if b > last_bucket:
                 b = last_bucket
-            key = (b, bisect_left(ahead, remaining) if remaining < last else len(ahead))
-            c = positions - shared * size + slack
+            end = bisect_left(ahead, remaining) if remaining < last else len(ahead)
+            c, faster = positions - shared * size + slack, 0.0
+            if not ratio:
+                key = b, end, 0
+            else:
+                faster = max(0, reach - positions)
+                c += ratio * min(positions, reach)
+                key = b, end, bisect_left(ahead, faster)
             group = groups.get(key)
             if group is None:
-                groups[key] = [1, c, c * c, remaining, generated]
+                groups[key] = [1, c, c * c, remaining, generated, faster]
             else:
                 group[0] += 1
                 group[1] += c
                 group[2] += c * c
                 group[3] += remaining
                 group[4] += generated
-        self._capacity = (free + held) * size
+                group[5] += faster
+        self._capacity = (free + held) * size // self._weights.unit
         self._renew(groups)
         mean = [0.0] * len(ahead)
         variance = [0.0] * len(ahead)
-        for (b, end), (count, total, squares, limits, _) in groups.items():
-            survival = self._table[b]
+        for (b, end, _), (count, total, squares, limits, _, faster) in groups.items():
+            survival, near = self._table[b], faster / count
             for k in range(min(end, len(ahead))):
-                s, t = survival[k], ahead[k]
+                s, t = survival[k], self._grown(ahead[k], near) if near else ahead[k]
                 mean[k] += s * (total + count * t)
                 if k < self._near:
                     variance[k] += s * (1.0 - s) * (squares + t * (2.0 * total + count * t))
             if end < len(ahead):  # their limit comes before the grid's next time: they count there with what they end with
-                s, u = survival[end], limits / count
+                s, u = survival[end], self._grown(limits / count, near)
                 mean[end] += s * (total + count * u)
                 variance[end] += s * (1.0 - s) * (squares + u * (2.0 * total + count * u))
         self._mean, self._variance = mean, variance
 
     def admits(self, candidate: Footprint) -> bool:
-        capacity = self._capacity + candidate.held * self._block_size
+        weights, size = self._weights, self._block_size
+        capacity = self._capacity + candidate.held * size // weights.unit
         mean, variance = self._mean.copy(), self._variance.copy()
-        c = candidate.positions - candidate.shared * self._block_size + (self._block_size - 1) / 2
+        positions, faster = candidate.positions, max(0, weights.reach - candidate.positions)
+        c = positions - candidate.shared * size + (size - 1) / 2 + weights.ratio * min(positions, weights.reach)
         before = -1
         for k, s in enumerate(self._table[self._lifetimes.bucket(candidate.generated)]):
             if before < candidate.remaining:
-                now = c + min(self._ahead[k], candidate.remaining)
+                now = c + self._grown(min(self._ahead[k], candidate.remaining), faster)
                 mean[k] += s * now
                 variance[k] += s * (1.0 - s) * now * now
                 before = self._ahead[k]
@@ -185,20 +200,24 @@ class PastFuture:
 
     def room(self) -> int:
         peak = max(mean + z * sqrt(variance) for mean, z, variance in zip(self._mean, self._margin, self._variance, strict=True))
-        return int((self._capacity - peak) // self._block_size)
+        return int((self._capacity - peak) // self._block_size) * self._weights.unit
+
+    def _grown(self, steps: float, faster: float) -> float:
+        """What a sequence weighs more after so many steps, which grows faster for the first ``faster`` of them."""
+        return steps + self._weights.ratio * min(steps, faster)
 
     def ended(self, generated: int, stopped: bool) -> None:
         self._lifetimes.ended(generated, stopped)
         self._seen += 1
         self._news += 1
 
-    def _renew(self, groups: dict[tuple[int, int], list[float]]) -> None:
+    def _renew(self, groups: dict[tuple[int, int, int], list[float]]) -> None:
         """Renew the survival table: often while little is known, then each time that 3 % of what it stands on is new."""
         if self._table and self._news < min(self._renew_every, 1 + self._seen // 32):
             return
         counts = [0] * (len(self._lifetimes.edges) - 1)
         ages = counts.copy()
-        for (b, _), (count, _, _, _, generated) in groups.items():
+        for (b, _, _), (count, _, _, _, generated, _) in groups.items():
             counts[b] += int(count)
             ages[b] += int(generated)
         self._table = self._lifetimes.survival(counts, ages, self._ahead)

@@ -48,9 +48,9 @@ class RowWork:
     start: int
     count: int
     new_blocks: list[int]
-    """Block ids that the row's block table holds from index ``first_block`` on; known before the step, they cover position
-    ``start + count - 1``. Usually appended; the last block of a table is replaced when it was copied on write. -1 stands
-    for a block that left the sliding window: nothing reads it."""
+    """Block ids that the row's block table holds from logical block ``first_block`` on, one for each group of layers; known before the
+    step, they cover position ``start + count - 1``. Usually appended; the last logical block of a table is replaced when it was copied
+    on write. -1 stands for a block that left the sliding window: nothing reads it."""
     sample: bool
     """Sample the token at position ``start + count`` from the logits of the last computed position."""
     first_block: int = 0
@@ -72,7 +72,7 @@ class RowWork:
 
 @dataclass(slots=True)
 class StepExtent:
-    """What steps ask of a device, counted; TransformerSpec.flops and .bytes_read say what that costs. It adds up over steps."""
+    """What steps ask of a device, counted; ModelCost (models/spec.py) says what that costs. It adds up over steps."""
 
     steps: int = 0
     sampling_steps: int = 0
@@ -87,6 +87,10 @@ class StepExtent:
     """Rows of logits."""
     rows_context: int = 0
     """Keys that these attend to."""
+    near_keys: int = 0
+    """``keys``, ``context`` and ``rows_context`` in layers with a window."""
+    near_context: int = 0
+    near_rows_context: int = 0
 
     def add(self, other: StepExtent) -> None:
         self.steps += other.steps
@@ -96,6 +100,9 @@ class StepExtent:
         self.context += other.context
         self.rows += other.rows
         self.rows_context += other.rows_context
+        self.near_keys += other.near_keys
+        self.near_context += other.near_context
+        self.near_rows_context += other.near_rows_context
 
 
 @dataclass(slots=True)
@@ -113,9 +120,10 @@ class StepPlan:
         """Positions computed in this step."""
         return sum(w.count for w in self.work)
 
-    @property
-    def extent(self) -> StepExtent:
+    def extent(self, window: int = 0) -> StepExtent:
+        """What the step asks of a device. window: of the layers that have one; 0: none has."""
         positions = keys = context = rows = rows_context = 0
+        near_keys = near_context = near_rows_context = 0
         for work in self.work:  # for each row in each step: no function is called for one that decodes
             end, count = work.start + work.count, work.count
             positions += count
@@ -128,11 +136,25 @@ class StepPlan:
             if work.score:
                 rows += len(work.score)
                 rows_context += attended(work.score.stop, len(work.score))
-        return StepExtent(1, rows > 0, positions, keys, context, rows, rows_context)
+            if window:
+                near_keys += min(end, window + count - 1)
+                near_context += attended(end, count, window)
+                if work.sample:
+                    near_rows_context += attended(end, 1 + len(work.draft), window)
+                if work.score:
+                    near_rows_context += attended(work.score.stop, len(work.score), window)
+        if not window:
+            near_keys, near_context, near_rows_context = keys, context, rows_context
+        return StepExtent(
+            1, rows > 0, positions, keys, context, rows, rows_context, near_keys, near_context, near_rows_context
+        )  # fmt: skip
 
 
-def attended(end: int, count: int) -> int:
-    """Keys that the ``count`` positions before position ``end`` attend to: position p to p + 1."""
+def attended(end: int, count: int, window: int = 0) -> int:
+    """Keys that the ``count`` positions before position ``end`` attend to: position p to p + 1, or to ``window`` where that is less."""
+    if window and end > window:
+        beyond = min(count, end - window)
+        return beyond * window + attended(end - beyond, count - beyond)
     return count * (2 * end - count + 1) // 2
 
 

@@ -26,7 +26,7 @@ def make_way(scheduler: Scheduler) -> None:
     head = scheduler.early or (waiting[0] if waiting else None)
     if head is None or not running or head.order[0] >= running[-1].order[0]:
         return
-    if scheduler.refused is head or (scheduler.short and (head is scheduler.early or scheduler.manager.cache.window)):
+    if scheduler.refused is head or (scheduler.short and (head is scheduler.early or scheduler.manager.groups.windowed)):
         reason = f"request {head.request.request_id} has a higher priority, and needs its memory"
         scheduler.preempt(len(running) - 1, "order", reason)
     could_start, spare, most = CouldStart(scheduler), scheduler.num_free_rows, MAX_LOOKED_AT

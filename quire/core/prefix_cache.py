@@ -6,6 +6,9 @@ Content is a trie of nodes, one for each block's tokens, below one root for each
                        block 17                    block 4           └─ "olour of the sky? Bl"
                                                                              block 9
 
+Where layers are in several groups (groups.py), a node has a block for each of them: those of windowed groups leave it, as sequences go
+on, before those of the others do, and a prompt finds as many nodes as there are followed by a window's worth of complete ones.
+
 A node's place in the trie is its identity: a lookup compares every token from the root on, and each level is found by the
 tokens themselves, so that no two prefixes can be taken for each other, whatever their hashes. A node whose block was handed
 out for something else stays as a *ghost* while it has descendants, and for a while after; when its tokens are computed again,
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from quire.core.content import TOKEN_BYTES, Node, common_tokens, decode, encode
 from quire.core.events import BlockEvicted, BlockRemoved, BlockStored, Listener
 from quire.core.eviction import EvictionOrder
+from quire.core.groups import ONE_GROUP, KVGroups
 
 
 @dataclass(slots=True, frozen=True)
@@ -32,22 +36,27 @@ class Match:
     node: Node | None
     """The last whole block's; None where nothing is known under the salt."""
     blocks: list[int]
-    """Whole blocks, from the first on; -1 for those that a sliding window has left behind, and nobody needs."""
-    tail: tuple[int, int] | None
-    """(block, count): the first ``count`` tokens of ``block`` are the next ones; it has to be copied."""
+    """Of the whole blocks' positions, as in a block table; -1 for those that a sliding window has left behind, and nobody needs."""
+    tail: tuple[list[int], int] | None
+    """(blocks, count): the first ``count`` tokens of ``blocks``, one of each group, are the next ones; they have to be copied."""
     num_positions: int
     """Positions that all of these hold."""
+
+    @property
+    def whole_positions(self) -> int:
+        """Those in whole blocks."""
+        return self.num_positions - (self.tail[1] if self.tail else 0)
 
 
 NOTHING = Match(None, [], None, 0)
 
 
 class PrefixCache:
-    """Content of the blocks of a pool. ``window``: positions that a query sees, 0 for all of them."""
+    """Content of the blocks of a pool."""
 
-    def __init__(self, num_blocks: int, block_size: int, window: int = 0, clock: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(self, num_blocks: int, block_size: int, groups: KVGroups = ONE_GROUP, clock: Callable[[], float] = lambda: 0.0) -> None:
         self.block_size = block_size
-        self.window = window
+        self.groups = groups
         self.listener: Listener | None = None
         self._clock = clock
         self._nodes: dict[int, Node] = {}
@@ -66,7 +75,7 @@ class PrefixCache:
     def root(self, salt: bytes) -> Node:
         """Where the prefixes under ``salt`` begin."""
         if (root := self._roots.get(salt)) is None:
-            root = self._roots[salt] = Node(None, salt, self._next_number(), salt)
+            root = self._roots[salt] = self._node(None, salt, salt)
         return root
 
     def key(self, tokens: Sequence[int], start: int) -> bytes:
@@ -80,83 +89,90 @@ class PrefixCache:
         node = self._roots.get(salt)
         if node is None:
             return NOTHING
+        groups, full = self.groups, self.groups.full
         data, width = encode(tokens), self.block_size * TOKEN_BYTES
         path: list[Node] = []
         for at in range(0, len(data) - width + 1, width):
             child = node.children.get(data[at : at + width])
-            if child is None or (child.block < 0 and not self.window):
+            if child is None or (full and min(child.blocks[:full]) < 0):
                 break
             path.append(child)
             node = child
         count = len(path)
-        if self.window:
+        if groups.windowed:
             count, node = self._windowed(path, self._roots[salt])
-        first = self.first_visible(count * self.block_size) // self.block_size
-        blocks = [-1] * first + [path[i].block for i in range(first, count)]
+        first = groups.first_visible(count * self.block_size) // self.block_size
+        blocks: list[int] = []
+        left_behind = [-1] * groups.windowed
+        for i in range(count):
+            blocks += path[i].blocks if i >= first else path[i].blocks[:full] + left_behind
         tail = self._tail(node, data[count * width : (count + 1) * width])
         return Match(node, blocks, tail, count * self.block_size + (tail[1] if tail else 0))
 
-    def first_visible(self, position: int) -> int:
-        """The first position that the last of ``position`` computed ones sees, or any later one: it may be computed again."""
-        return max(0, position - self.window) if self.window else 0
-
     def _windowed(self, path: list[Node], root: Node) -> tuple[int, Node]:
-        """Whole blocks of ``path`` of which a later query finds all that it sees."""
+        """Nodes of ``path`` of which a later query finds all that it sees."""
+        groups, size = self.groups, self.block_size
         run = best = 0
         for i, node in enumerate(path):
-            run = run + 1 if node.block >= 0 else 0
+            run = run + 1 if min(node.blocks[groups.full :]) >= 0 else 0
             end = i + 1
-            if run >= end - self.first_visible(end * self.block_size) // self.block_size:
+            if run >= end - groups.first_visible(end * size) // size:
                 best = end
         return best, path[best - 1] if best else root
 
-    def _tail(self, node: Node, key: bytes) -> tuple[int, int] | None:
+    def _tail(self, node: Node, key: bytes) -> tuple[list[int], int] | None:
         """The child of ``node`` that begins with most tokens of ``key``."""
         if not key or not node.keys:
             return None
         at = bisect_left(node.keys, key)
-        best, count = -1, 0
+        best, count = b"", 0
         for sibling in node.keys[max(0, at - 1) : at + 1]:
             if (common := common_tokens(sibling, key)) > count:
-                best, count = node.children[sibling].block, common
-        return (best, count) if count else None
+                best, count = sibling, common
+        return (node.children[best].blocks.copy(), count) if count else None
 
     # Content comes and goes.
 
-    def publish(self, parent: Node, key: bytes, block: int) -> Node:
-        """``block`` holds ``key`` after ``parent``'s content. Returns the content's node, which may be another block's.
+    def publish(self, parent: Node, key: bytes, blocks: Sequence[int]) -> Node:
+        """``blocks``, one of each group, hold ``key`` after ``parent``'s content. Returns the content's node, which may be that of other
+        blocks.
 
-        The block's content can only have grown since it was last published. Block -1 is one that left the window before it was
-        published: its place in the trie is needed all the same.
+        The content of blocks can only have grown since it was last published. Block -1 is one that left the window before it was
+        published: the content's place in the trie is needed all the same.
         """
-        whole = len(key) == self.block_size * TOKEN_BYTES
-        if (old := self._nodes.get(block)) is not None:
-            if old.key == key:
-                return old
-            self._unlink(block)
-        node = parent.children.get(key)
-        if node is None:
-            if not whole and self._covered(parent, key):
+        node = None
+        for block in blocks:
+            if (old := self._nodes.get(block)) is not None:
+                if old.key == key:
+                    node = old
+                else:
+                    self._unlink(block)
+        if node is None and (node := parent.children.get(key)) is None:
+            if len(key) < self.block_size * TOKEN_BYTES and self._covered(parent, key):
                 return parent
-            node = Node(parent, key, self._next_number(), parent.salt)
-            parent.children[key] = node
-        if node.block < 0 <= block:
-            self._order.returned(node)
-            insort(parent.keys, key)
-            node.block = block
-            self._nodes[block] = node
-            if self.listener is not None:
-                before = 0 if parent.parent is None else parent.number
-                self.listener(BlockStored(block, node.number, before, decode(key), node.salt))
+            node = parent.children[key] = self._node(parent, key, parent.salt)
+        there = node.blocks
+        if min(there) < 0:
+            for group, block in enumerate(blocks):
+                if there[group] < 0 <= block:
+                    there[group] = block
+                    self._nodes[block] = node
+                    if node.remembered:
+                        self._order.returned(node)
+                    if group == 0 and self.listener is not None:
+                        before = 0 if parent.parent is None else parent.number
+                        self.listener(BlockStored(block, node.number, before, decode(key), node.salt))
+            if min(there) >= 0:
+                insort(parent.keys, key)
         return node
 
-    def move(self, node: Node, block: int) -> int:
-        """``node``'s content, whose block is idle, is also in ``block``, which has an owner, and stays there from now on. Returns the
-        idle one, which is empty now."""
-        idle = node.block
+    def move(self, node: Node, group: int, block: int) -> int:
+        """``node``'s content, whose block for ``group`` is idle, is also in ``block``, which has an owner, and stays there from now on.
+        Returns the idle one, which is empty now."""
+        idle = node.blocks[group]
         self._order.revive(idle)
         del self._nodes[idle]
-        node.block = block
+        node.blocks[group] = block
         self._nodes[block] = node
         return idle
 
@@ -179,12 +195,12 @@ class PrefixCache:
         node.users -= 1
         self._prune(node)
 
-    def retire(self, block: int) -> bool:
-        """``block`` has lost its last owner. True where it has content, and is idle now."""
+    def retire(self, block: int, left: bool = False) -> bool:
+        """``block`` has lost its last owner; left: see EvictionOrder. True where it has content, and is idle now."""
         node = self._nodes.get(block)
         if node is None:
             return False
-        self._order.retire(node)
+        self._order.retire(node, block, left)
         return True
 
     def revive(self, block: int) -> None:
@@ -199,11 +215,11 @@ class PrefixCache:
 
     def evict(self) -> int:
         """The idle block whose turn it is; its content is forgotten."""
-        node = self._order.evict(self._clock())
-        block = self._leave(node)
+        block, node = self._order.evict(self._clock())
+        first = self._leave(node, block)
         del self._nodes[block]
         if self.listener is not None:
-            self.listener(BlockEvicted(block, node.number))
+            self.listener(BlockEvicted(block, node.number if first else 0))
         if len(node.key) == self.block_size * TOKEN_BYTES and (forgotten := self._order.remember(node)) is not None:
             self._prune(forgotten)
         self._prune(node)
@@ -213,8 +229,7 @@ class PrefixCache:
         """Forget everything; returns the blocks that had content. Holders of nodes have to let go of them first."""
         blocks = list(self._nodes)
         for block, node in self._nodes.items():
-            self._leave(node)
-            if self.listener is not None:
+            if self._leave(node, block) and self.listener is not None:
                 self.listener(BlockRemoved(block, node.number))
         self._nodes.clear()
         self._roots.clear()
@@ -231,14 +246,15 @@ class PrefixCache:
         todo = list(self._roots.values())
         for root in todo:
             assert root.parent is None
-            assert root.block < 0
+            assert max(root.blocks) < 0
         while todo:
             node = todo.pop()
-            assert node.keys == sorted(key for key, child in node.children.items() if child.block >= 0), "keys and children differ"
-            if node.block >= 0:
+            assert node.keys == sorted(key for key, child in node.children.items() if child.complete), "keys and children differ"
+            held = [block for block in node.blocks if block >= 0]
+            for block in held:
                 seen += 1
-                assert self._nodes.get(node.block) is node, f"content {node.number} is not in block {node.block}"
-            elif node.parent is not None:
+                assert self._nodes.get(block) is node, f"content {node.number} is not in block {block}"
+            if not held and node.parent is not None:
                 assert node.needed, "a ghost that nobody needs"
             whole = len(node.key) == self.block_size * TOKEN_BYTES
             assert node.parent is None or whole or not node.children, "a partly filled block has descendants"
@@ -251,9 +267,11 @@ class PrefixCache:
 
     def check_holds(self, tokens: Sequence[int], table: Sequence[int], num_computed: int) -> None:
         """Raises AssertionError unless the published content of a table's blocks is that of the tokens."""
-        for i, block in enumerate(table):
+        for at, block in enumerate(table):
+            i, group = divmod(at, self.groups.width)
             node = self._nodes.get(block)
             if node is not None:
+                assert node.blocks[group] == block, f"block {block} holds another group's content"
                 own = encode(tokens[i * self.block_size : min((i + 1) * self.block_size, num_computed)])
                 common = min(len(own), len(node.key))
                 assert own[:common] == node.key[:common], f"block {block} is published with other tokens than its owner's"
@@ -263,17 +281,18 @@ class PrefixCache:
         at = bisect_left(parent.keys, key)
         return at < len(parent.keys) and parent.keys[at].startswith(key)
 
-    def _leave(self, node: Node) -> int:
-        """``node``'s content leaves its block, which is returned."""
+    def _leave(self, node: Node, block: int) -> bool:
+        """``node``'s content leaves one of its blocks. True where that was the first group's."""
         assert node.parent is not None
-        del node.parent.keys[bisect_left(node.parent.keys, node.key)]
-        block, node.block = node.block, -1
-        return block
+        if node.complete:
+            del node.parent.keys[bisect_left(node.parent.keys, node.key)]
+        group = node.blocks.index(block)
+        node.blocks[group] = -1
+        return group == 0
 
     def _unlink(self, block: int) -> None:
         node = self._nodes.pop(block)
-        self._leave(node)
-        if self.listener is not None:
+        if self._leave(node, block) and self.listener is not None:
             self.listener(BlockRemoved(block, node.number))
         self._prune(node)
 
@@ -290,6 +309,6 @@ class PrefixCache:
             del parent.children[node.key]
             node = parent
 
-    def _next_number(self) -> int:
+    def _node(self, parent: Node | None, key: bytes, salt: bytes) -> Node:
         self._numbers += 1
-        return self._numbers
+        return Node(parent, key, self._numbers, salt, [-1] * self.groups.width)

@@ -66,6 +66,7 @@ class Scheduler:
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.manager = manager
+        self._width = manager.width
         self.policy = policy
         self.max_num_batched_tokens = self._most_tokens = max_num_batched_tokens
         """Less than was asked for after a step for which the device had no memory."""
@@ -217,7 +218,8 @@ class Scheduler:
 
     def _continue(self, plan: StepPlan, prompts: list[Sequence]) -> int:
         """Plan the running sequences; returns what is left of the budget."""
-        manager, size = self.manager, self.manager.block_size
+        manager = self.manager
+        size, width = manager.block_size, self._width
         running = self.running
         budget = self.max_num_batched_tokens
         shares = {}
@@ -248,7 +250,7 @@ class Scheduler:
                     i += 1
                     continue
                 start, count = start - 1, 1
-            if start + count > len(seq.block_table) * size or seq.shared_tail:
+            if (start + count) * width > len(seq.block_table) * size or seq.shared_tail:
                 while not manager.grow(seq, start + count):
                     if self.early is not None and self.early.block_table:
                         manager.counters.tokens_recomputed += manager.shrink(self.early)
@@ -295,15 +297,12 @@ class Scheduler:
                 budget -= extra
                 work.count += extra
                 _ask(work, seq)
-                work.new_blocks = seq.block_table[work.first_block :]
-                seq.num_sent = len(seq.block_table)
+                work.new_blocks = self.manager.send(seq, work.first_block)
 
     def add_work(self, plan: StepPlan, seq: Sequence, start: int, count: int) -> None:
         """The step computes ``count`` positions of ``seq`` from ``start`` on; its table covers them."""
-        table = seq.block_table
-        blocks, first = [], seq.num_sent
-        if first < len(table):
-            blocks, seq.num_sent = table[first:], len(table)
+        first = seq.num_sent
+        blocks = self.manager.send(seq, first) if len(seq.block_table) > first * self._width else []
         work = RowWork(seq.row, start, count, blocks, False, first)
         _ask(work, seq)
         if not seq.started:

@@ -163,20 +163,20 @@ class Sequence:
     # ---- the block manager's
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
-    """Logical block → physical block id. Holds every position below num_computed, but for those before the sliding window,
-    where it has -1."""
+    """Logical block → physical block ids, one for each group of layers. Holds every position below num_computed, but for those before the
+    sliding window of windowed groups, where it has -1."""
     num_sent: int = 0
-    """Entries of the block table that the backend knows."""
+    """Logical blocks that the backend knows."""
     num_trimmed: int = 0
-    """Entries of the block table that were given back, from the first on."""
+    """Logical blocks of which windowed groups gave theirs back, from the first on."""
     num_borrowed: int = 0
-    """Entries that came from the cache or a fork, and may have other owners."""
+    """Logical blocks that came from the cache or a fork, and may have other owners."""
     shared_tail: bool = False
     """The last block may have other owners: look before writing."""
     node: Node | None = None
     """Content of the last published whole block; None while it holds no blocks, or publishes none."""
     num_published: int = 0
-    """Whole blocks that were published."""
+    """Whole logical blocks that were published."""
     publish_at: int = 1 << 62
     """num_computed at which the next block is to be published."""
     host_blocks: list[int] | None = None

@@ -41,7 +41,7 @@ class SequenceView:
     """It ran before, and had to give its blocks back."""
     waits_for: WaitsFor | None
     blocks: list[int]
-    """Its block table: -1 for what a sliding window has left behind."""
+    """Its block table, a block for each group of layers: -1 for what a sliding window has left behind."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -258,19 +258,18 @@ class Speculation:
         tokens later; it comes back at the end of the step if the draft was wrong, and is the next to be taken."""
         manager = self._manager
         end = work.start + work.count + count
-        missing = manager.blocks_for(end) - len(seq.block_table)
+        missing = manager.lacking(seq, end)
         if missing > 0 and missing + reserve > manager.pool.num_free:
             return False
         if not manager.grow(seq, end):
             return False
-        work.new_blocks = seq.block_table[work.first_block :]
-        seq.num_sent = len(seq.block_table)
+        work.new_blocks = manager.send(seq, work.first_block)
         return True
 
     def _all_fit(self, running: list[Sequence]) -> bool:
         """The blocks that all of ``running`` may still come to need are free."""
         manager = self._manager
-        need = sum(manager.blocks_for(seq.num_prompt + seq.max_tokens) - len(seq.block_table) for seq in running)
+        need = sum(manager.lacking(seq, seq.num_prompt + seq.max_tokens) for seq in running)
         return need <= manager.pool.num_free
 
 

@@ -75,7 +75,8 @@ class KVCounters:
 
 @dataclass(slots=True, frozen=True)
 class KVStats:
-    """The KV pool at one moment. Positions are token positions; a block holds ``block_size`` of them."""
+    """The KV pool at one moment. Positions are token positions; a block holds ``block_size`` of them, for one group of layers. Where there
+    are several (groups.py), a position counts once for each that holds it."""
 
     num_blocks: int
     block_size: int
@@ -94,6 +95,8 @@ class KVStats:
     host_blocks: int = 0
     """Blocks of the swap pool."""
     host_blocks_used: int = 0
+    groups: int = 1
+    """Of layers."""
     counters: KVCounters = field(default_factory=KVCounters)
 
     @property

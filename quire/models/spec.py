@@ -200,11 +200,6 @@ class TransformerSpec:
     def layer_rope(self, layer: int) -> RopeSpec | None:
         return self.ropes[layer] if self.ropes else self.rope
 
-    def common_window(self) -> int:
-        """Positions beyond which no layer looks back; 0 where some layer sees everything."""
-        windows = [self.window(i) for i in range(self.num_layers)]
-        return max(windows) if windows and all(windows) else 0
-
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name → shape, for every tensor that the model has."""
         h, e, f, d = self.hidden_size, self.embedding_size, self.intermediate_size, self.head_dim
@@ -279,8 +274,12 @@ class TransformerSpec:
 
     def kv_bytes_per_token(self, kv_dtype: str) -> int:
         """Bytes of KV cache for one token position, all layers, keys and values, with their scales."""
+        return self.num_layers * self.layer_kv_bytes(kv_dtype)
+
+    def layer_kv_bytes(self, kv_dtype: str) -> int:
+        """Of one layer."""
         vector = self.head_dim * DTYPE_BYTES[kv_dtype] + KV_SCALE_BYTES.get(kv_dtype, 0)
-        return 2 * self.num_layers * self.num_kv_heads * vector
+        return 2 * self.num_kv_heads * vector
 
     def matmul_parameters(self) -> int:
         """Parameters that one computed position multiplies by, without lm_head."""
@@ -314,6 +313,9 @@ class Extent(Protocol):
     context: int
     rows: int
     rows_context: int
+    near_keys: int
+    near_context: int
+    near_rows_context: int
 
 
 @dataclass(slots=True, frozen=True)
@@ -348,9 +350,14 @@ class ModelCost:
             most, least = (spec.experts_met(each / extent.steps) / spec.num_experts for each in (extent.positions, extent.rows))
             met = (most * (spec.num_layers - 1) + least) / spec.num_layers
             weights -= round(extent.steps * self.expert_bytes * (1 - met))
+        windowed = sum(window > 0 for window in spec.windows)
+        ends_near = spec.window(spec.num_layers - 1) > 0  # the last layer, which has queries for rows of logits alone
+        near, far = windowed - ends_near, spec.num_layers - windowed - (not ends_near)
+        context = near * extent.near_context + far * extent.context + (extent.near_rows_context if ends_near else extent.rows_context)
+        keys = windowed * extent.near_keys + (spec.num_layers - windowed) * extent.keys
         return StepCost(
             linear_flops=2 * (extent.positions * (spec.num_layers - 1) * per_layer + last + head),
             weight_bytes=weights,
-            attention_flops=4 * spec.num_heads * spec.head_dim * ((spec.num_layers - 1) * extent.context + extent.rows_context),
-            kv_bytes=extent.keys * spec.kv_bytes_per_token(self.kv_dtype),
+            attention_flops=4 * spec.num_heads * spec.head_dim * context,
+            kv_bytes=keys * spec.layer_kv_bytes(self.kv_dtype),
         )

@@ -28,7 +28,7 @@ def table(named: Sequence[tuple[str, Plan]], first: str) -> str:
             continue
         one, all_ = p.speeds[0], max(p.speeds, key=lambda speed: speed.all_per_s)
         less = "" if p.misfit is None else f"   --max-model-len {p.max_model_len} at most"
-        numbers = f"{gb(p.pool):>10} {p.num_blocks * p.block_size:>12,} {p.typical:>10,} {one.each_per_s:>9,.1f} {all_.all_per_s:>10,.0f}"
+        numbers = f"{gb(p.pool):>10} {p.pool_tokens:>12,} {p.typical:>10,} {one.each_per_s:>9,.1f} {all_.all_per_s:>10,.0f}"
         lines.append(size + numbers + less)
     return "\n".join(lines)
 
@@ -53,7 +53,7 @@ def _lines(p: Plan, config: EngineConfig, spec: TransformerSpec, machine: Machin
         if p.num_blocks:
             yield f"             with --max-model-len {p.max_model_len}:"
     if p.num_blocks:
-        yield from _memory(p)
+        yield from _memory(p, spec)
     if p.needed is not None:
         rows = f" --max-num-seqs {demand.sequences}" if (demand.sequences or 0) <= MAX_NUM_SEQS else ", by several servers"
         yield (
@@ -65,8 +65,11 @@ def _lines(p: Plan, config: EngineConfig, spec: TransformerSpec, machine: Machin
         yield from _capacity(p, machine, demand, price)
 
 
-def _memory(p: Plan) -> Iterator[str]:
-    yield f"KV pool      {gb(p.pool)} = {p.num_blocks:,} blocks of {p.block_size} tokens = {p.num_blocks * p.block_size:,} tokens"
+def _memory(p: Plan, spec: TransformerSpec) -> Iterator[str]:
+    blocks, tokens = f"{p.num_blocks:,} blocks of {p.block_size} tokens", f"{p.pool_tokens:,} tokens"
+    if p.layers < spec.num_layers:
+        blocks, tokens = f"{blocks} of {p.layers} layers", f"{tokens} in one sequence, since layers with a window keep no more than that"
+    yield f"KV pool      {gb(p.pool)} = {blocks} = {tokens}"
     if p.note:
         yield f"             {p.note}"
     yield (

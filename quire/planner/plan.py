@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from statistics import fmean
 
-from quire.backends.memory import KVMemory, Room, context_length, kv_memory, planned_room
+from quire.backends.memory import KVMemory, Room, context_length, kv_layout, kv_memory, planned_room
 from quire.config import EngineConfig
 from quire.core.plan import RowWork, StepExtent, StepPlan
 from quire.errors import CapacityError, ConfigError
@@ -85,6 +85,10 @@ class Plan:
     pool: int
     """Bytes of the KV pool; 0 where nothing fits."""
     num_blocks: int
+    pool_tokens: int
+    """The longest sequence that the pool holds, or as many shorter ones as fill it if no layer has a window."""
+    layers: int
+    """Whose keys and values a block holds: those of one group, where some layers have a window and others see everything."""
     note: str
     """How the pool was sized, where its size was not stated."""
     misfit: str | None
@@ -94,7 +98,8 @@ class Plan:
     full_length: int
     """Sequences of ``max_model_len`` tokens that the pool holds."""
     blocks_each: float
-    """Blocks of a sequence of the demand, mean over its life."""
+    """Blocks of a sequence of the demand, mean over its life; where layers have a window, without what its prompt takes while it is
+    computed."""
     typical: int
     """Sequences of the demand that run at the same time: what the pool holds, and max_num_seqs allows."""
     speeds: list[Speed]
@@ -119,18 +124,20 @@ def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand:
     if length < prompt + output:
         prompt, output = Demand().lengths(max(2, length))
     cost, rows = planned_cost(config, whole), config.num_seqs(blocks or 1 << 30)
+    layout = kv_layout(spec, length, size)
+    block = layout.block_bytes(config, spec)
 
     def held(tokens: float) -> int:
         """Blocks of a sequence."""
-        window = spec.common_window()
-        return ceil((min(tokens, window + size) if window else tokens) / size)
+        return layout.groups.blocks(ceil(tokens), size)
 
     each = fmean(held(prompt + output * (i + 0.5) / _PARTS) for i in range(_PARTS))
     typical = min(rows, int(blocks / each))
     wanted = typical if demand.sequences is None else min(demand.sequences, typical)
     context = prompt + output // 2
-    alone = _prompt_seconds(config, cost, machine, prompt)
-    busy = machine.seconds(cost.of(decoding(max(1, wanted), context)))
+    window = layout.groups.window
+    alone = _prompt_seconds(config, cost, machine, prompt, window)
+    busy = machine.seconds(cost.of(decoding(max(1, wanted), context, window)))
     return Plan(
         parameters=whole.num_parameters(),
         prompt=prompt,
@@ -141,20 +148,22 @@ def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand:
         available=room.available or 0,
         kv_per_token=per_token,
         block_size=size,
-        pool=blocks * size * per_token,
+        pool=blocks * block,
         num_blocks=blocks,
+        pool_tokens=layout.groups.positions(blocks, size),
+        layers=layout.slots,
         note=note,
         misfit=misfit,
         max_num_seqs=rows,
         full_length=min(rows, blocks // held(length)),
         blocks_each=each,
         typical=typical,
-        speeds=[_speed(cost, machine, n, context) for n in _ladder(typical or 1, demand.sequences)],
-        prompts=[Prompt(n, _prompt_seconds(config, cost, machine, n)) for n in _prompts(prompt, length)],
+        speeds=[_speed(cost, machine, n, context, window) for n in _ladder(typical or 1, demand.sequences)],
+        prompts=[Prompt(n, _prompt_seconds(config, cost, machine, n, window)) for n in _prompts(prompt, length)],
         # A request takes its prompt, and of each of its steps its part.
         requests_per_s=wanted / (output * busy + wanted * alone) if wanted else 0.0,
         first_token_s=alone + -(-prompt // config.max_num_batched_tokens) * (busy if wanted > 1 else 0.0),
-        needed=None if demand.sequences is None else demand.sequences * held(prompt + output) * size * per_token,
+        needed=None if demand.sequences is None else demand.sequences * held(prompt + output) * block,
     )
 
 
@@ -191,20 +200,20 @@ def alternatives(config: EngineConfig, spec: TransformerSpec, machines: Mapping[
     return found
 
 
-def decoding(rows: int, context: int) -> StepExtent:
-    """A step of so many sequences, a token each, the last of so many."""
-    return StepPlan(work=[RowWork(row, context - 1, 1, [], True) for row in range(rows)]).extent
+def decoding(rows: int, context: int, window: int = 0) -> StepExtent:
+    """A step of so many sequences, a token each, the last of so many. window: of the layers that have one."""
+    return StepPlan(work=[RowWork(row, context - 1, 1, [], True) for row in range(rows)]).extent(window)
 
 
-def _prompt_seconds(config: EngineConfig, cost: ModelCost, machine: Machine, tokens: int) -> float:
+def _prompt_seconds(config: EngineConfig, cost: ModelCost, machine: Machine, tokens: int, window: int) -> float:
     """Of a prompt's steps, if it is alone."""
     step = config.max_num_batched_tokens
     chunks = [RowWork(0, start, min(step, tokens - start), [], start + step >= tokens) for start in range(0, tokens, step)]
-    return sum(machine.seconds(cost.of(StepPlan(work=[chunk]).extent)) for chunk in chunks)
+    return sum(machine.seconds(cost.of(StepPlan(work=[chunk]).extent(window))) for chunk in chunks)
 
 
-def _speed(cost: ModelCost, machine: Machine, rows: int, context: int) -> Speed:
-    step_s = machine.seconds(cost.of(decoding(rows, context)))
+def _speed(cost: ModelCost, machine: Machine, rows: int, context: int, window: int) -> Speed:
+    step_s = machine.seconds(cost.of(decoding(rows, context, window)))
     return Speed(rows, context, step_s, 1 / step_s, rows / step_s)
 
 

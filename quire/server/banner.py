@@ -34,11 +34,14 @@ def banner(
 ) -> str:
     """``phases``: what took how many seconds, in both processes. keys: the server asks for one."""
     num_blocks, block_size, max_model_len = engine.limits.num_blocks, engine.limits.block_size, engine.limits.max_model_len
-    tokens = num_blocks * block_size
+    groups, tokens = engine.limits.groups, engine.limits.pool_tokens
     dtype = config.weight_width(engine.dtype)
     lengths = sorted({max_model_len, min(SHORT_REQUEST, max_model_len)}, reverse=True)
-    pool = _bytes(tokens * engine.kv_bytes_per_token)
-    fits = " or ".join(f"{num_blocks // -(-length // block_size):,} requests of {length:,} tokens" for length in lengths)
+    block_bytes = block_size * engine.kv_layers * engine.spec.layer_kv_bytes(config.kv_width(engine.dtype))
+    pool = f"{num_blocks:,} blocks x {block_size} = {tokens:,} tokens"
+    if groups.width > 1:
+        pool = f"{num_blocks:,} blocks x {block_size} tokens of {engine.kv_layers:,} layers = {tokens:,} tokens in one sequence"
+    fits = " or ".join(f"{num_blocks // groups.blocks(length, block_size):,} requests of {length:,} tokens" for length in lengths)
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases)
     rows = [
         ("URL", f"{url}/v1" + (" (asks for a key)" if keys else f" (documentation: {url}/docs)")),
@@ -50,24 +53,23 @@ def banner(
         *([("weights", engine.weight_note)] if engine.weight_note else []),
         (
             "KV pool",
-            f"{num_blocks:,} blocks x {block_size} = {tokens:,} tokens ({pool}, {config.kv_width(engine.dtype)})",
+            f"{pool} ({_bytes(num_blocks * block_bytes)}, {config.kv_width(engine.dtype)})",
         ),
         *([("KV memory", engine.memory_note)] if engine.memory_note else []),
         ("fits", f"{fits} at once (at most {engine.limits.max_num_seqs:,} sequences run at a time; {config.max_waiting:,} more wait)"),
-        ("policy", ", ".join(_policies(engine, config))),
+        ("policy", ", ".join(_policies(engine, config, block_bytes))),
         ("started", f"in {total_s:.2f} s ({times}; some at the same time)"),
     ]
     lines = [f"Quire {__version__}", "", *(f"  {name:<10}{text}" for name, text in rows)]
     return "\n".join([*lines, "", "Try it:", f"  {curl(url, model, keys)}", "", "Stop with Ctrl-C.", ""])
 
 
-def _policies(engine: Loaded, config: EngineConfig) -> Iterator[str]:
+def _policies(engine: Loaded, config: EngineConfig, block_bytes: int) -> Iterator[str]:
     """How the pool is used: whether content is shared, who is let in, what becomes of those that have to make room."""
     yield f"prefix caching {'on' if config.prefix_caching else 'off'}"
     yield "admission " + re.sub(r"(?<!^)(?=[A-Z])", "-", engine.policy).lower()
     if blocks := engine.num_host_blocks:
-        size = blocks * engine.limits.block_size * engine.kv_bytes_per_token
-        yield f"preempted requests are swapped to {_bytes(size)} ({blocks:,} blocks)"
+        yield f"preempted requests are swapped to {_bytes(blocks * block_bytes)} ({blocks:,} blocks)"
 
 
 def curl(url: str, model: str, keys: bool = False) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.core.engine import Executor, OverlappingExecutor
+from quire.core.groups import ONE_GROUP, KVGroups
 from quire.core.plan import StepPlan, StepResult
 from quire.machine import Machine
 from quire.models.spec import ModelCost
@@ -28,13 +29,13 @@ class NoModel:
 
     overlaps = False
 
-    def __init__(self, num_blocks: int, block_size: int, max_model_len: int, window: int = 0) -> None:
+    def __init__(self, num_blocks: int, block_size: int, max_model_len: int, groups: KVGroups = ONE_GROUP) -> None:
         self.spec = Words()
         self.num_blocks = num_blocks
         self.num_host_blocks = 0
         self.block_size = block_size
         self.max_model_len = max_model_len
-        self.window = window
+        self.groups = groups
         self._bases: dict[int, int] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -54,7 +55,7 @@ class Around:
         self.num_host_blocks = device.num_host_blocks
         self.block_size = device.block_size
         self.max_model_len = device.max_model_len
-        self.window = device.window
+        self.groups = device.groups
 
 
 class Forced(Around):
@@ -139,7 +140,7 @@ class Simulated(Around):
         return self._device.execute(plan)
 
     def _seconds(self, plan: StepPlan) -> float:
-        return self._machine.seconds(self._cost.of(plan.extent))
+        return self._machine.seconds(self._cost.of(plan.extent(self.groups.window)))
 
 
 class SimulatedAhead(Simulated):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from quire.config import EngineConfig
 from quire.core.engine import Engine, Executor
+from quire.core.groups import ONE_GROUP, KVGroups
 from quire.errors import ConfigError
 from quire.machine import Machine
 from quire.models.spec import ModelCost
@@ -61,12 +62,14 @@ class Server:
     num_blocks: int
     max_model_len: int
     cost: ModelCost
+    groups: KVGroups = ONE_GROUP
+    """Of the model's layers."""
 
 
 def simulate(server: Server, machine: Machine, load: Load, goodput: Goodput) -> Report:
     """Run ``load`` to its end in simulated time. Raises what an engine raises whose pool is too small."""
     time, lengths, config = SimulatedTime(), dict[int, int](), server.config
-    nothing = NoModel(server.num_blocks, config.block_size, server.max_model_len, server.cost.spec.common_window())
+    nothing = NoModel(server.num_blocks, config.block_size, server.max_model_len, server.groups)
     ends = nothing.spec.vocab_size - 1
     forced = Forced(nothing, lengths, ends)
     make = Simulated if config.device == "cpu" else SimulatedAhead

@@ -1,13 +1,21 @@
-"""Memory that may be used: the machine's, or its control group's."""
+"""Memory that may be used, the machine's or its control group's; and how layers share blocks."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quire.backends import memory
 from quire.backends.cpu.decoder import Decoder
+from quire.config import EngineConfig
+from quire.core.groups import KVGroups
+from quire.errors import CapacityError
+from quire.models.spec import TransformerSpec
 from quire.models.weights import load_model, resolve_model
 
 MACHINE = 8 << 30
@@ -82,5 +90,60 @@ def test_a_token_takes_what_the_spec_says(kv_dtype: str) -> None:
     model = load_model(resolve_model("embedded"))
     sizes = {"num_blocks": 5, "block_size": 8, "max_tokens": 1, "max_rows": 1, "max_model_len": 16}
     decoder = Decoder(model.spec, model.tensors, kv_dtype=kv_dtype, **sizes)
-    held = sum(pool.nbytes for layer in decoder.layers for pool in layer.pools())
+    held = sum(pool.nbytes for kv in decoder.kv for pool in kv.pools())
     assert held == 5 * 8 * model.spec.kv_bytes_per_token(kv_dtype)
+
+
+def spec_of(full: int, windowed: int, window: int, context: int = 131_072) -> TransformerSpec:
+    windows = (0,) * full + (window,) * windowed
+    return TransformerSpec("Some", 50, 64, full + windowed, 4, 2, 16, 128, context, dtype="bfloat16", windows=windows)
+
+
+@pytest.mark.parametrize(
+    ("layers", "window", "groups", "slots"),
+    [
+        ((12, 12), 128, KVGroups(1, 1, 128), 12),  # gpt-oss-20b
+        ((18, 18), 128, KVGroups(1, 1, 128), 18),  # gpt-oss-120b
+        ((4, 22), 512, KVGroups(2, 11, 512), 2),  # Gemma 3 1B
+        ((5, 29), 1024, KVGroups(1, 6, 1024), 5),  # 4B: a block of the last windowed group has one layer less than there is room for
+        ((8, 40), 1024, KVGroups(1, 5, 1024), 8),  # 12B
+        ((10, 52), 1024, KVGroups(2, 11, 1024), 5),  # 27B
+        ((27, 1), 4096, KVGroups(), 28),  # one window among many layers is not worth a table
+        ((28, 0), 4096, KVGroups(), 28),
+        ((0, 32), 4096, KVGroups(0, 1, 4096), 32),  # Mistral 7B v0.1
+    ],
+)
+def test_layers_are_put_into_groups(layers: tuple[int, int], window: int, groups: KVGroups, slots: int) -> None:
+    layout = memory.kv_layout(spec_of(*layers, window), 32_768, 16)
+    assert (layout.groups, layout.slots) == (groups, slots)
+
+
+@given(layers=st.lists(st.booleans(), min_size=1, max_size=70), window=st.integers(1, 5000), context=st.integers(1, 40_000))
+def test_every_layer_has_a_place_of_its_own(layers: list[bool], window: int, context: int) -> None:
+    windows = tuple(window if windowed else 0 for windowed in layers)
+    spec = replace(spec_of(len(layers), 0, 0), windows=windows)
+    layout = memory.kv_layout(spec, context, 16)
+    groups = layout.groups
+    assert len(layout.places) == len(set(layout.places)) == len(layers)
+    assert groups.width <= memory.MOST_GROUPS
+    assert all(0 <= slot < layout.slots for _, slot in layout.places)
+    assert {group for group, _ in layout.places} == set(range(groups.width)), "no group without a layer"
+    if groups.window:
+        assert all((group >= groups.full) == windowed for (group, _), windowed in zip(layout.places, layers, strict=True))
+    one_group = len(layers) * -(-context // 16)
+    assert layout.slots * groups.blocks(context, 16) <= one_group, "it never takes more for the longest sequences"
+
+
+def test_what_windows_save_is_said() -> None:
+    """Gemma 3 4B's layers: 32,768 tokens took 2,048 blocks of 34 layers; now it is blocks of 5."""
+    spec, config = spec_of(5, 29, 1024), EngineConfig(kv_memory="1GiB", max_num_batched_tokens=512)
+    room = memory.Room(1 << 34, 0, 0)
+    per_block = 16 * 5 * spec.layer_kv_bytes("float16")
+    assert memory.kv_memory(config, spec, 32_768, room).num_blocks == (1 << 30) // per_block
+    need = 2048 + 6 * (64 + 1 + 32)
+    with pytest.raises(CapacityError, match=rf"at least {-(-need * per_block >> 20)}MiB") as error:
+        memory.kv_memory(replace(config, kv_memory="20MiB"), spec, 32_768, room)
+    most = int(re.search(r"--max-model-len to at most ([0-9,]+)", str(error.value)).group(1).replace(",", ""))  # type: ignore[union-attr]
+    assert memory.kv_memory(replace(config, kv_memory="20MiB"), spec, most, room).num_blocks == (20 << 20) // per_block
+    with pytest.raises(CapacityError):
+        memory.kv_memory(replace(config, kv_memory="20MiB"), spec, most + 16, room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quire.bench.recorder import Recorder
+from quire.core.groups import ONE_GROUP
 from quire.core.plan import RowWork, StepPlan, StepResult
 from quire.models.spec import ModelCost, TransformerSpec
 
@@ -11,7 +12,7 @@ SPEC = TransformerSpec("Tiny", 50, 8, 2, 2, 1, 4, 16, 64, dtype="bfloat16")
 
 class Nothing:
     spec = SPEC
-    num_blocks, num_host_blocks, block_size, max_model_len, window = 8, 0, 4, 32, 0
+    num_blocks, num_host_blocks, block_size, max_model_len, groups = 8, 0, 4, 32, ONE_GROUP
     overlaps = False
 
     def execute(self, plan: StepPlan) -> StepResult:

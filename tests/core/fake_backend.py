@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from quire.core.groups import KVGroups
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult, accepted
 from quire.core.speculation import Drafter
 from quire.outputs import TokenLogprobs
@@ -33,7 +34,7 @@ class FakeBackend:
 
     What it writes for a position stands for the KV of a real model: it depends on every token up to there. The sampled token
     is a hash of it, so a wrong block table, a block with two writers, a wrong prefix or a skipped position changes the output.
-    A window hides what is before it from every query, as in a model with sliding-window attention in all layers.
+    A window hides what is before it from every query in the windowed groups: all there is, or ``groups`` of (full, windowed).
     ``fails``: one in so many tokens can't be sampled, and it depends on those before it which.
     """
 
@@ -48,11 +49,13 @@ class FakeBackend:
         *,
         num_host_blocks: int = 0,
         window: int = 0,
+        groups: tuple[int, int] = (0, 1),
         fails: int = 0,
     ) -> None:
         self.spec = Vocab(vocab_size)
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
-        self.num_host_blocks, self.window, self.fails = num_host_blocks, window, fails
+        self.num_host_blocks, self.fails = num_host_blocks, fails
+        self.groups = KVGroups(*groups, window) if window else KVGroups()
         self.pool: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks + num_host_blocks)]
         self.rows: dict[int, Row] = {}
         self.fail_rows: set[int] = set()
@@ -69,7 +72,8 @@ class FakeBackend:
             row = self.rows[work.row]
             assert work.count > 0
             row.tokens += work.tokens
-            row.blocks[work.first_block :] = work.new_blocks
+            assert len(work.new_blocks) % self.groups.width == 0
+            row.blocks[work.first_block * self.groups.width :] = work.new_blocks
             assert work.sample or not work.draft
             known = [*row.tokens, *work.draft]
             assert work.start + work.count <= len(known), "a token is computed that the row does not have"
@@ -77,11 +81,12 @@ class FakeBackend:
             assert all(0 <= block < self.num_blocks or block == -1 for block in row.blocks), "a table holds a block of the swap pool"
             assert work.write or work.count == 1
             for position in range(work.start, work.start + work.count):
-                if work.write:
-                    place = (row.blocks[position // self.block_size], position % self.block_size)
+                for group in range(self.groups.width if work.write else 0):
+                    place = self._place(row, position, group)
+                    assert place[0] >= 0, "a block that left the window is written"
                     assert place not in written, "a position of a block is written twice in one step"
                     written.add(place)
-                    self.pool[place[0]][place[1]] = prints[position]
+                    self.pool[place[0]][place[1]] = prints[position] + group
         result = StepResult()
         for work in plan.work:  # read after every write of the step, so that a shared block shows
             row = self.rows[work.row]
@@ -110,12 +115,16 @@ class FakeBackend:
 
     def _look(self, row: Row, tokens: list[int], start: int, end: int) -> None:
         """What the queries at positions ``start`` to ``end`` see is what it should be."""
-        prints = fingerprints(tokens)
-        for position in range(max(0, start + 1 - self.window) if self.window else 0, end):
-            block = row.blocks[position // self.block_size]
-            assert block >= 0, "a block was given back before it left the window"
-            held = self.pool[block][position % self.block_size]
-            assert held == prints[position], "the row's blocks hold something else than its tokens"
+        prints, groups = fingerprints(tokens), self.groups
+        for group in range(groups.width):
+            for position in range(max(0, start + 1 - groups.window) if group >= groups.full else 0, end):
+                block, at = self._place(row, position, group)
+                assert block >= 0, "a block was given back before it left the window"
+                assert self.pool[block][at] == prints[position] + group, "the row's blocks hold something else than its tokens"
+
+    def _place(self, row: Row, position: int, group: int) -> tuple[int, int]:
+        """(block, position in it)"""
+        return row.blocks[position // self.block_size * self.groups.width + group], position % self.block_size
 
     def _sample(self, row: Row, number: int, draft: Sequence[int], masks: Sequence[bytes | None], result: StepResult) -> None:
         if number in self.fail_rows or self._fails(row.tokens):

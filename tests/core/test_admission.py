@@ -10,6 +10,7 @@ from core.fake_backend import FakeBackend
 from quire.config import EngineConfig
 from quire.core.admission import Footprint, NoEvict, Watermark
 from quire.core.engine import Engine
+from quire.core.groups import ONE_GROUP, KVGroups
 from quire.core.past_future import Lifetimes, PastFuture
 from quire.core.plan import StepPlan, StepResult, accepted
 from quire.core.sequence import Request
@@ -35,11 +36,11 @@ class Lengths(FakeBackend):
         return result
 
 
-def serve(admission: str, seed: int, *, limit: int = 200, requests: int = 150) -> tuple[int, int, float]:
+def serve(admission: str, seed: int, *, limit: int = 200, requests: int = 150, groups: KVGroups = ONE_GROUP) -> tuple[int, int, float]:
     """(preemptions, recomputed tokens, mean share of the pool in use while somebody waits)"""
-    rng = random.Random(seed)
+    rng, blocks = random.Random(seed), 200 * groups.width
     engine = Engine(
-        Lengths(200, 4, 256, 50),
+        Lengths(blocks, 4, 256, 50, window=groups.window, groups=(groups.full, groups.windowed)),
         EngineConfig(max_num_seqs=200, max_num_batched_tokens=4096, admission=admission, max_waiting=1000),
     )
     for i in range(requests):
@@ -50,7 +51,7 @@ def serve(admission: str, seed: int, *, limit: int = 200, requests: int = 150) -
     while engine.has_work:
         engine.step()
         if engine.scheduler.waiting:
-            used.append(engine.scheduler.manager.pool.num_owned / 200)
+            used.append(engine.scheduler.manager.pool.num_owned / blocks)
     stats = engine.stats()
     return stats.preemptions, stats.tokens_recomputed, sum(used) / len(used)
 

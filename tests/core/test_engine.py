@@ -232,8 +232,9 @@ def test_the_extent_of_steps_adds_up() -> None:
     drain(engine)
     # Positions 0 to 3, then 4 and 5, 6, 7; position p attends to p + 1 keys.
     assert engine.stats().extent == StepExtent(
-        steps=4, sampling_steps=3, positions=8, keys=4 + 6 + 7 + 8, context=sum(range(1, 9)), rows=3, rows_context=6 + 7 + 8
-    )
+        steps=4, sampling_steps=3, positions=8, keys=4 + 6 + 7 + 8, context=sum(range(1, 9)), rows=3, rows_context=6 + 7 + 8,
+        near_keys=4 + 6 + 7 + 8, near_context=sum(range(1, 9)), near_rows_context=6 + 7 + 8,
+    )  # fmt: skip
 
 
 def test_the_queue_says_what_is_waited_for() -> None:
@@ -267,7 +268,7 @@ def test_the_extent_counts_every_row_of_logits() -> None:
             RowWork(2, 6, 1, [], False),
         ]
     )
-    assert plan.extent == StepExtent(
+    assert plan.extent() == StepExtent(
         steps=1,
         sampling_steps=1,
         positions=9,
@@ -275,4 +276,11 @@ def test_the_extent_counts_every_row_of_logits() -> None:
         context=(4 + 5 + 6 + 7 + 8) + (11 + 12 + 13) + 7,
         rows=3 + 1 + 3,
         rows_context=(5 + 6 + 7) + 8 + (11 + 12 + 13),
+        near_keys=8 + 13 + 7,
+        near_context=(4 + 5 + 6 + 7 + 8) + (11 + 12 + 13) + 7,
+        near_rows_context=(5 + 6 + 7) + 8 + (11 + 12 + 13),
     )
+    near = plan.extent(window=6)
+    assert (near.keys, near.near_keys) == (8 + 13 + 7, 8 + (13 - 5) + 6), "position 3 sees what is before it, position 10 begins at 5"
+    assert near.near_context == (4 + 5 + 6 + 6 + 6) + 3 * 6 + 6
+    assert near.near_rows_context == (5 + 6 + 6) + 6 + 3 * 6

@@ -18,7 +18,7 @@ def resident(cache: PrefixCache) -> list[tuple[int, ...]]:
     todo: list[tuple[tuple[int, ...], Node]] = [((), cache.root(b""))]
     for tokens, node in todo:
         for child in node.children.values():
-            if child.block >= 0:
+            if child.complete:
                 held.append(tokens + decode(child.key))
                 todo.append((held[-1], child))
     return held

@@ -20,6 +20,7 @@ from core.fake_backend import FakeBackend, ScriptedDrafter, candidates, expected
 from quire.config import EngineConfig
 from quire.core.beam import BeamSearch
 from quire.core.engine import Engine
+from quire.core.groups import KVGroups
 from quire.core.sequence import Request, Retention, derive_seed
 from quire.errors import InvalidRequestError, QueueFullError
 from quire.outputs import SequenceOutput
@@ -53,18 +54,30 @@ class CoreMachine(RuleBasedStateMachine):
         rows=st.integers(1, 6),
         budget=st.integers(1, 20),
         host=st.sampled_from([0, 0, 2, 5, 20]),
-        window=st.sampled_from([0, 0, 0, 1, 3, 6, 9]),
+        window=st.sampled_from([0, 0, 1, 3, 6, 9]),
+        groups=st.sampled_from([(0, 1), (1, 1), (1, 2), (2, 1), (2, 3)]),
         caching=st.sampled_from([True, True, True, False]),
         admission=st.sampled_from(["watermark", "no-evict", "past-future"]),
         guesses=st.sampled_from([0, 0, 2, 5, 8, 30]),
     )
     def start(
-        self, block_size: int, blocks: int, rows: int, budget: int, host: int, window: int, caching: bool, admission: str, guesses: int
+        self,
+        block_size: int,
+        blocks: int,
+        rows: int,
+        budget: int,
+        host: int,
+        window: int,
+        groups: tuple[int, int],
+        caching: bool,
+        admission: str,
+        guesses: int,
     ) -> None:
         longest = max(2, min(24, blocks * block_size - block_size // 2))
-        blocks = max(blocks, -(-longest // block_size))
+        kinds = KVGroups(*groups, window) if window else KVGroups()
+        blocks = max(blocks, kinds.blocks(longest, block_size, budget))
         self.now = 0.0
-        self.backend = self.device(blocks, block_size, longest, VOCAB, num_host_blocks=host, window=window)
+        self.backend = self.device(blocks, block_size, longest, VOCAB, num_host_blocks=host, window=window, groups=groups)
         config = EngineConfig(
             max_num_seqs=min(rows, blocks),
             max_num_batched_tokens=budget,

@@ -84,6 +84,7 @@ def test_counts_are_those_of_the_load(server: Server) -> None:
     assert blocks["cached"] == stats.kv.cached_blocks > 0
     assert sum(blocks.values()) == seen("quire_kv_pool_blocks") == 256
     assert seen("quire_kv_block_tokens") == 16
+    assert seen("quire_kv_block_groups") == 1
     assert set(seen.by("quire_step_seconds_total", "phase")) == {"schedule", "execute", "sample", "commit", "send"}
     assert seen("quire_step_seconds_total", phase="execute") > 0
     assert seen("quire_info", version=health_version(server.url), model="fake", architecture="") == 1

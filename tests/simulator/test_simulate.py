@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.backends.memory import kv_layout
 from quire.config import EngineConfig
 from quire.core.engine import Engine
+from quire.core.groups import KVGroups
 from quire.core.plan import RowWork, StepPlan
 from quire.errors import ConfigError
 from quire.machine import GPUS, Machine
@@ -24,7 +27,7 @@ from quire.simulator.drive import Clients
 from quire.simulator.report import GROWS, Goodput, Report, describe, latency
 from quire.simulator.simulate import ENOUGH, Load, Server, execute, highest_rate, simulate
 from quire.workload import Lengths, TraceRequest, arrive_at, draw_requests, prompt_token_ids
-from sample_models import MISTRAL, write_model
+from sample_models import MISTRAL, QWEN2, write_model
 
 SPEC = TransformerSpec("Llama", 32000, 768, 12, 12, 12, 64, 2048, 2048, rope=RopeSpec(rotary_dim=64))
 MACHINE = Machine("a CPU", 30e9, 400e9, ((0.5, 0.9), (13.0, 0.7), (100.0, 0.8)), 20e9, 200e9, step_s=3e-4)
@@ -46,7 +49,7 @@ def test_a_request_alone_takes_the_time_of_its_steps() -> None:
     found = simulate(one, MACHINE, Load([TraceRequest(5.0, 600, 10)]), NOTHING)
 
     def seconds(start: int, count: int, sample: bool) -> float:
-        return MACHINE.seconds(one.cost.of(StepPlan(work=[RowWork(0, start, count, [], sample)]).extent))
+        return MACHINE.seconds(one.cost.of(StepPlan(work=[RowWork(0, start, count, [], sample)]).extent()))
 
     prompt = seconds(0, 256, False) + seconds(256, 256, False) + seconds(512, 88, True)
     decode = sum(seconds(600 + i, 1, True) for i in range(9))
@@ -91,7 +94,7 @@ def test_on_a_gpu_steps_begin_when_the_last_one_has_ended() -> None:
     load = Load([TraceRequest(0.0, 30, 50)] * 4)
     found = simulate(server(config, 400, spec), GPUS["h200"], load, NOTHING)
     cost = planned_cost(config, spec)
-    step = GPUS["h200"].seconds(cost.of(StepPlan(work=[RowWork(i, 50, 1, [], True) for i in range(4)]).extent))
+    step = GPUS["h200"].seconds(cost.of(StepPlan(work=[RowWork(i, 50, 1, [], True) for i in range(4)]).extent()))
     assert found.latencies["itl"]["p50"] == pytest.approx(step, rel=0.01), "nothing between two steps"
     assert found.output_tokens == 200
     assert found.steps >= 50
@@ -204,18 +207,27 @@ def test_what_no_server_takes_is_not_made() -> None:
     assert [served.refused for served in run.served] == ["length", None]
 
 
-def test_blocks_leave_a_sliding_window(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config_json", "groups"),
+    [
+        ({**MISTRAL, "sliding_window": 64}, KVGroups(0, 1, 64)),
+        ({**QWEN2, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, KVGroups(1, 2, 64)),
+    ],
+)
+def test_blocks_leave_a_sliding_window(tmp_path: Path, config_json: dict[str, Any], groups: KVGroups) -> None:
+    """In all layers, and in two of three."""
     pytest.importorskip("quire.backends.cpu._native")
-    write_model(tmp_path, {**MISTRAL, "sliding_window": 64, "max_position_embeddings": 2048, "vocab_size": 4096})
+    write_model(tmp_path, config_json | {"num_hidden_layers": 3, "max_position_embeddings": 2048, "vocab_size": 4096})
     for file in resolve_model("embedded").glob("*tokenizer*"):
         shutil.copy(file, tmp_path)
-    spec, blocks = load_spec(tmp_path), 70
-    config = EngineConfig(
-        model=str(tmp_path), max_model_len=1024, kv_memory=str(blocks * 16 * spec.kv_bytes_per_token("float16")), max_num_batched_tokens=128
-    )
+    spec, blocks = load_spec(tmp_path), 70 * groups.width
+    layout = kv_layout(spec, 1024, 16)
+    assert layout.groups == groups
+    size = blocks * 16 * spec.kv_bytes_per_token("float16") // groups.width
+    config = EngineConfig(model=str(tmp_path), max_model_len=1024, kv_memory=str(size), max_num_batched_tokens=128)
     load = Load([TraceRequest(0.0, 300, 100)] * 8)
     foretold, seen = (
-        simulate(Server(config, blocks, 1024, planned_cost(config, spec)), MACHINE, load, NOTHING),
+        simulate(Server(config, blocks, 1024, planned_cost(config, spec), groups), MACHINE, load, NOTHING),
         execute(config, load, NOTHING),
     )
     assert [point[1:] for point in foretold.timeline] == [point[1:] for point in seen.timeline]

@@ -15,7 +15,7 @@ from quire.backends.cpu.packed_cache import PackedCache
 from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.sampler import Sampler
 from quire.backends.cpu.scorer import Scorer
-from quire.backends.memory import KVMemory, context_length, host_room, kv_memory, read_note
+from quire.backends.memory import KVLayout, KVMemory, context_length, host_room, kv_layout, kv_memory, read_note
 from quire.backends.parameters import sampled_masks
 from quire.backends.progress import Progress
 from quire.backends.rows import Rows, fresh_blocks
@@ -32,7 +32,14 @@ class CpuBackend:
     overlaps = False  # the host is the device
 
     def __init__(
-        self, spec: TransformerSpec, folder: Path, decoder: Decoder, config: EngineConfig, memory: KVMemory, max_model_len: int
+        self,
+        spec: TransformerSpec,
+        folder: Path,
+        decoder: Decoder,
+        config: EngineConfig,
+        memory: KVMemory,
+        layout: KVLayout,
+        max_model_len: int,
     ) -> None:
         self.spec = spec
         self.folder = folder
@@ -45,9 +52,9 @@ class CpuBackend:
         self.weight_note = "" if kind is None else f"{kind}: {read_note(decoder.weight_bytes(), decoder.expert_bytes())}"
         self.block_size = config.block_size
         self.max_model_len = max_model_len
-        self.window = spec.common_window()
+        self.groups, self.kv_layers = layout.groups, layout.slots
         self._poison = config.kv_debug
-        self._rows = Rows(config.num_seqs(memory.num_blocks), max_model_len, config.block_size)
+        self._rows = Rows(config.num_seqs(memory.num_blocks), max_model_len, config.block_size, self.groups.width)
         self._sampler = Sampler(self._rows, spec.vocab_size)
         self._scorer = Scorer(self._rows, decoder)
 
@@ -64,7 +71,7 @@ class CpuBackend:
         if quantization is not None:
             quantization.check(spec)
         max_model_len = context_length(config, spec)
-        memory = kv_memory(config, spec, max_model_len, host_room(config, spec))
+        memory, layout = kv_memory(config, spec, max_model_len, host_room(config, spec)), kv_layout(spec, max_model_len, config.block_size)
         tell("map weights", perf_counter() - start)
         start = perf_counter()
         cache = None
@@ -79,6 +86,7 @@ class CpuBackend:
                     model.tensors,
                     num_blocks=memory.num_blocks + memory.num_host_blocks,  # the swap pool is more of the same memory
                     block_size=config.block_size,
+                    layout=layout,
                     kv_dtype=config.kv_width(spec.dtype),
                     max_tokens=config.max_num_batched_tokens,
                     max_rows=max(config.num_seqs(memory.num_blocks), config.speculation_positions),
@@ -95,7 +103,7 @@ class CpuBackend:
         finally:
             if cache is not None:
                 cache.close()
-        return cls(spec, model.folder, decoder, config, memory, max_model_len)
+        return cls(spec, model.folder, decoder, config, memory, layout, max_model_len)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. See Backend."""
@@ -132,7 +140,7 @@ class CpuBackend:
 
     def _poison_fresh(self, plan: StepPlan) -> None:
         """Fill blocks that this step begins to write with NaN: what reads them before they are written shows."""
-        if fresh := fresh_blocks(plan, self.block_size):
+        if fresh := fresh_blocks(plan, self.block_size, self.groups.width):
             self.decoder.poison_blocks(fresh)
 
     def limits(self) -> tuple[float, float]:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from quire.backends.cpu import _native as native
 from quire.backends.cpu.packer import Packer
 from quire.backends.cpu.replay import Replay
+from quire.backends.memory import KVLayout, one_group
 from quire.backends.rows import Batch, Part
 from quire.models.spec import RopeSpec, TransformerSpec
 
@@ -94,6 +95,23 @@ class Experts:
 
 
 @dataclass(slots=True)
+class LayerKV:
+    """Keys and values of one layer, or of one layer of each group: blocks belong to one of them each."""
+
+    keys: npt.NDArray[Any]
+    """[num_blocks, kv_heads, head_dim, block_size]"""
+    values: npt.NDArray[Any]
+    """[num_blocks, kv_heads, block_size, head_dim]"""
+    key_scales: npt.NDArray[np.float16] | None
+    """[num_blocks, kv_heads, block_size] where KV is int8"""
+    value_scales: npt.NDArray[np.float16] | None
+
+    def pools(self) -> list[npt.NDArray[Any]]:
+        """All arrays that hold something for each block."""
+        return [pool for pool in (self.keys, self.values, self.key_scales, self.value_scales) if pool is not None]
+
+
+@dataclass(slots=True)
 class Layer:
     attn_norm: Norm
     qkv: Linear
@@ -110,24 +128,16 @@ class Layer:
     window: int
     rope: tuple[F32, F32] | None
     """(cos, sin) [max_model_len, rotary_dim / 2]; None where the layer does not rotate."""
-    key_cache: npt.NDArray[Any]
-    """[num_blocks, kv_heads, head_dim, block_size]"""
-    value_cache: npt.NDArray[Any]
-    """[num_blocks, kv_heads, block_size, head_dim]"""
-    key_scales: npt.NDArray[np.float16] | None
-    """[num_blocks, kv_heads, block_size] where KV is int8"""
-    value_scales: npt.NDArray[np.float16] | None
-
-    def pools(self) -> list[npt.NDArray[Any]]:
-        """All arrays that hold something for each block."""
-        return [pool for pool in (self.key_cache, self.value_cache, self.key_scales, self.value_scales) if pool is not None]
+    group: int
+    """Of layers: whose block tables it goes by."""
+    kv: LayerKV
 
 
 class Decoder:
     """The model's weights, its KV pool, and the forward pass.
 
-    tensors: canonical names (see TransformerSpec). kv_dtype: float32, float16, bfloat16 or int8. packer: makes the linears; None
-    keeps each tensor's width.
+    tensors: canonical names (see TransformerSpec). kv_dtype: float32, float16, bfloat16 or int8. layout: which layers share blocks; None:
+    all. packer: makes the linears; None keeps each tensor's width.
     """
 
     def __init__(
@@ -141,6 +151,7 @@ class Decoder:
         max_tokens: int,
         max_rows: int,
         max_model_len: int,
+        layout: KVLayout | None = None,
         packer: Packer | None = None,
     ) -> None:
         self.spec = spec
@@ -153,9 +164,19 @@ class Decoder:
             self.embed_in, self.embed_out = self._linear("embed_in"), self._linear("embed_out")
         layer_ropes = [spec.layer_rope(i) for i in range(spec.num_layers)]
         tables = {rope: _turns(rope, max_model_len) for rope in set(layer_ropes) if rope is not None}
+        layout = layout or one_group(spec)
         shape = (num_blocks, spec.num_kv_heads)
+        self.kv = [
+            LayerKV(
+                keys=aligned((*shape, d, block_size), kv_dtype),
+                values=aligned((*shape, block_size, d), kv_dtype),
+                key_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
+                value_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
+            )
+            for _ in range(layout.slots)
+        ]
         self.layers = []
-        for i in range(spec.num_layers):
+        for i, (group, slot) in enumerate(layout.places):
             at = f"layers.{i}"
             layer = Layer(
                 attn_norm=self._norm(f"{at}.attn_norm"),
@@ -170,10 +191,8 @@ class Decoder:
                 mlp_out_norm=self._norm(f"{at}.mlp_out_norm") if spec.norms_behind else None,
                 window=spec.window(i),
                 rope=None if (rope := layer_ropes[i]) is None else tables[rope],
-                key_cache=aligned((*shape, d, block_size), kv_dtype),
-                value_cache=aligned((*shape, block_size, d), kv_dtype),
-                key_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
-                value_scales=aligned((*shape, block_size), "float16") if kv_dtype == "int8" else None,
+                group=group,
+                kv=self.kv[slot],
             )
             self.layers.append(layer)
         self.final_norm = self._norm("final_norm", spec.logit_scale) if spec.final_norm else None
@@ -255,15 +274,15 @@ class Decoder:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination), in every layer."""
         ids = np.array(pairs, np.int32)
-        for layer in self.layers:
-            for pool in layer.pools():
+        for kv in self.kv:
+            for pool in kv.pools():
                 native.copy_blocks(pool, ids)
 
     def poison_blocks(self, blocks: list[int]) -> None:
         """Fill blocks with NaN (int8: their scales): what reads them before they are written shows."""
         ids = np.array(blocks, np.int32)
-        for layer in self.layers:
-            for pool in layer.pools():
+        for kv in self.kv:
+            for pool in kv.pools():
                 if pool.dtype != np.int8:
                     native.fill_blocks(pool, ids, np.nan)
 
@@ -315,17 +334,18 @@ class Decoder:
             layer.k_norm(keys, keys)
         if layer.rope is not None:
             native.rotary(heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions, *layer.rope)
-        where = (batch.block_tables, batch.rows, batch.query_start, batch.start)
-        cache, scales = (layer.key_cache, layer.value_cache), (layer.key_scales, layer.value_scales)
+        tables, kv = batch.block_tables[layer.group], layer.kv
+        where = (tables, batch.rows, batch.query_start, batch.start)
+        cache, scales = (kv.keys, kv.values), (kv.key_scales, kv.value_scales)
         if (part := batch.written) is None:
             native.write_kv(keys, values, *cache, *where, *scales)
         elif len(part.tokens):
-            there = (batch.block_tables, part.rows, part.query_start, part.start)
+            there = (tables, part.rows, part.query_start, part.start)
             native.write_kv(keys[part.tokens], values[part.tokens], *cache, *there, *scales)
         if asked is not None:
             queries = queries[asked.tokens]
             residual = np.take(residual, asked.tokens, axis=0, out=self._last[: len(queries)], mode="clip")  # mode: else one copy more
-            where = (batch.block_tables, asked.rows, asked.query_start, asked.start)
+            where = (tables, asked.rows, asked.query_start, asked.start)
         attended = self._attended[: len(queries)]
         native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales, layer.sinks)
         self._add(layer.o, attended, layer.attn_out_norm, residual)

@@ -92,7 +92,7 @@ class Loaded(Message, frozen=True):
     num_parameters: int
     dtype: str
     """Of the checkpoint."""
-    kv_bytes_per_token: int
+    kv_layers: int
     num_host_blocks: int
     max_num_seqs: int
     policy: str

@@ -29,7 +29,7 @@ class PoisonedBackend:
 
     def __init__(self, backend: Executor, token: int | None, steps: int | None) -> None:
         self._backend, self._token, self._steps = backend, token, steps
-        self.spec, self.window = backend.spec, backend.window
+        self.spec, self.groups = backend.spec, backend.groups
         self.num_blocks, self.num_host_blocks, self.block_size = backend.num_blocks, backend.num_host_blocks, backend.block_size
         self.max_model_len = backend.max_model_len
 

@@ -196,7 +196,7 @@ def describe(
         architecture=spec.architecture,
         num_parameters=spec.num_parameters(),
         dtype=spec.dtype,
-        kv_bytes_per_token=spec.kv_bytes_per_token(config.kv_width(spec.dtype)),
+        kv_layers=backend.kv_layers,
         num_host_blocks=backend.num_host_blocks,
         max_num_seqs=engine.limits.max_num_seqs,
         policy=type(engine.scheduler.policy).__name__,

@@ -116,17 +116,25 @@ def _running(stats: EngineStats | None) -> int:
 def _empty(kv: KVStats) -> KVStats:
     """The pool of an engine that is away, with the counters that the last one had."""
     return KVStats(
-        kv.num_blocks, kv.block_size, kv.num_blocks, 0, largest_free_run=kv.num_blocks, host_blocks=kv.host_blocks, counters=kv.counters
+        kv.num_blocks,
+        kv.block_size,
+        kv.num_blocks,
+        0,
+        largest_free_run=kv.num_blocks,
+        host_blocks=kv.host_blocks,
+        groups=kv.groups,
+        counters=kv.counters,
     )
 
 
 def _memory(kv: KVStats, counters: Counter[str]) -> Iterator[Metric]:
     yield gauge("quire_kv_pool_blocks", "blocks of the KV pool", kv.num_blocks)
     yield gauge("quire_kv_block_tokens", "token positions of a block", kv.block_size)
+    yield gauge("quire_kv_block_groups", "blocks that a position takes: one for each group of layers that see equally far", kv.groups)
     states = {"owned": kv.used_blocks, "cached": kv.cached_blocks, "empty": kv.free_blocks - kv.cached_blocks}
     yield labelled("gauge", "quire_kv_blocks", "owned by a sequence, idle with content that can be found, or empty", "state", states)
     yield gauge("quire_kv_usage_ratio", "share of the pool that sequences own", kv.used_blocks / kv.num_blocks)
-    yield gauge("quire_kv_positions_used", "positions that hold a running sequence's tokens", kv.positions_used)
+    yield gauge("quire_kv_positions_used", "positions that hold a running sequence's tokens, in each group of layers", kv.positions_used)
     yield gauge("quire_kv_positions_allocated", "positions of the blocks that sequences own", kv.positions_allocated)
     yield gauge("quire_kv_positions_empty_tail", "allocated positions that hold nothing: the empty parts of last blocks", kv.empty_tail)
     yield gauge("quire_kv_blocks_shared", "blocks with several owners", kv.shared_blocks)

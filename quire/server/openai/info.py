@@ -51,6 +51,6 @@ async def server_info(request: Request) -> Response:
     limits = context.client.limits
     return _json(_model(context) | {
         "version": __version__, "tp_size": 1, "dp_size": 1, "status": "draining" if context.client.draining else "ready",
-        "max_total_num_tokens": limits.num_blocks * limits.block_size, "max_running_requests": limits.max_num_seqs,
+        "max_total_num_tokens": limits.pool_tokens, "max_running_requests": limits.max_num_seqs,
         "page_size": limits.block_size, "kv_block_size": limits.block_size, "max_queued_requests": context.client.max_waiting,
     })  # fmt: skip

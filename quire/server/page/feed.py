@@ -171,9 +171,10 @@ class Feed:
             "waiting": stats.waiting,
             "waiting_for": {reason: count for reason, count in asdict(stats.queue).items() if count},
             "kv": {
-                "num_blocks": kv.num_blocks, "block_size": kv.block_size, "used": kv.used_blocks, "cached": kv.cached_blocks,
-                "shared": kv.shared_blocks, "saved": kv.saved_blocks, "positions_used": kv.positions_used, "empty_tail": kv.empty_tail,
-                "host_blocks": kv.host_blocks, "host_blocks_used": kv.host_blocks_used,
+                "num_blocks": kv.num_blocks, "block_size": kv.block_size, "groups": kv.groups,
+                "used": kv.used_blocks, "cached": kv.cached_blocks, "shared": kv.shared_blocks, "saved": kv.saved_blocks,
+                "positions_used": kv.positions_used, "empty_tail": kv.empty_tail, "host_blocks": kv.host_blocks,
+                "host_blocks_used": kv.host_blocks_used,
             },
             "totals": {
                 "tokens": stats.tokens_sampled, "prompt_tokens": kv.counters.prompt_tokens, "hit_tokens": kv.counters.hit_tokens,

@@ -137,7 +137,7 @@ def decoder_of(name: str) -> Decoder:
         max_tokens=ROWS, max_rows=ROWS, max_model_len=16,
     )  # fmt: skip
     rng = np.random.default_rng(4)
-    for each in decoder.layers:
+    for each in decoder.kv:
         for pool in each.pools():
             pool[:] = rng.standard_normal(pool.shape)
     return decoder
@@ -145,7 +145,7 @@ def decoder_of(name: str) -> Decoder:
 
 def batch_of(rng: np.random.Generator, tables: np.ndarray, counts: list[int]) -> Batch:
     """Rows with ``counts`` positions each, all asked for: the next token and guesses."""
-    rows = rng.permutation(len(tables))[: len(counts)].astype(np.int32)
+    rows = rng.permutation(tables.shape[1])[: len(counts)].astype(np.int32)
     start = np.array([rng.integers(0, 17 - count) for count in counts], np.int32)
     ids = rng.integers(0, 90, sum(counts)).astype(np.int32)
     query_start = np.cumsum([0, *counts]).astype(np.int32)
@@ -159,7 +159,7 @@ def batch_of(rng: np.random.Generator, tables: np.ndarray, counts: list[int]) ->
 def test_steps_that_are_replayed_give_the_same_bytes(name: str) -> None:
     replayed, plain = decoder_of(name), decoder_of(name)
     rng, again = np.random.default_rng(7), np.random.default_rng(7)
-    tables = np.random.default_rng(8).permutation(2 * ROWS).astype(np.int32).reshape(ROWS, 2)
+    tables = np.random.default_rng(8).permutation(2 * ROWS).astype(np.int32).reshape(1, ROWS, 2)
     steps = [[1] * count for count in (*range(1, ROWS + 1), *range(ROWS, 0, -1), 3, 3, 1, 3)]
     # With guesses; of as many rows and positions, some of them spread in another way.
     steps += [[4], [1], [4], [3], [2, 1, 1], [1], [1, 2, 1], [1, 1, 2], [1, 1, 1], [2, 1, 1], [3, 2], [1, 4], [5], [3, 2]]
@@ -167,7 +167,7 @@ def test_steps_that_are_replayed_give_the_same_bytes(name: str) -> None:
         got = replayed.forward(batch_of(rng, tables, counts))
         expected = plain.logits(plain.hidden(batch_of(again, tables, counts)))
         np.testing.assert_array_equal(got, expected)
-    for one, other in zip(replayed.layers, plain.layers, strict=True):
+    for one, other in zip(replayed.kv, plain.kv, strict=True):
         for a, b in zip(one.pools(), other.pools(), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -180,7 +180,7 @@ def test_recordings_are_few_and_belong_to_one_table() -> None:
         return np.zeros((len(batch.ids), 1), np.float32)
 
     steps = replay.Replay(forward)
-    rng, tables = np.random.default_rng(0), np.zeros((64, 2), np.int32)
+    rng, tables = np.random.default_rng(0), np.zeros((1, 64, 2), np.int32)
     for counts in ([1], [1, 1], [1], [1, 1], [3], [1, 2], [2, 1], [3]):
         assert len(steps(batch_of(rng, tables, counts))) == sum(counts)
     assert calls == [1, 2, 3, 3]

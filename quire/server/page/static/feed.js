@@ -66,7 +66,7 @@ export class View {
     if (picture.whole) this.#reset(picture);
     else this.#change(picture.blocks);
     this.#follow(picture);
-    this.#assign(picture.kv.block_size);
+    this.#assign(picture.kv);
   }
 
   #reset({ blocks, kv }) {
@@ -100,13 +100,14 @@ export class View {
     });
   }
 
-  #assign(size) {
+  #assign({ block_size: size, groups }) {
     this.owners.fill(0);
     this.owner.fill(-1);
     this.fill.fill(0);
     this.sequences.forEach((sequence, number) => {
-      sequence.blocks.forEach((block, at) => {
+      sequence.blocks.forEach((block, i) => {
         if (block < 0) return;
+        const at = Math.floor(i / groups); // a logical block is a block of each group of layers
         this.owners[block] += 1;
         this.owner[block] = number;
         this.place[block] = at;

@@ -280,8 +280,9 @@ export class BlockMap {
     if (block >= view.touched) return [`Block ${count(block)}: free`, "never used"];
     if (kind === "free") return [`Block ${count(block)}: free`, `for ${age}`];
     if (kind === "cached") return [`Block ${count(block)}: cached`, `no owner for ${age}; a prompt that begins like its content finds it`];
-    const size = view.facts.kv.block_size;
-    const who = owners.slice(0, 4).map((s) => `${shortId(s.id)}, sequence ${s.index + 1}, its block ${s.blocks.indexOf(block) + 1} of ${s.blocks.length}`);
+    const { block_size: size, groups } = view.facts.kv, layers = (at) => (groups > 1 ? `, layers ${(at % groups) + 1} of ${groups}` : "");
+    const where = ({ blocks }, at) => `its block ${Math.floor(at / groups) + 1} of ${blocks.length / groups}${layers(at)}`;
+    const who = owners.slice(0, 4).map((s) => `${shortId(s.id)}, sequence ${s.index + 1}, ${where(s, s.blocks.indexOf(block))}`);
     if (owners.length > 4) who.push(`and ${owners.length - 4} more`);
     return [`Block ${count(block)}: ${owners.length > 1 ? `shared by ${owners.length}` : "owned"}`, ...who, `${view.fill[block]} of ${size} positions filled, for ${age}`];
   }

@@ -114,7 +114,7 @@ export class Sequences {
     const waiting = s.waits_for !== null;
     row.button.className = `sequence${waiting ? " waiting" : ""}${this.selection.isMine(s.id) ? " mine" : ""}`;
     setText(row.name, `${shortId(s.id)} ·${s.index + 1}`);
-    const state = waiting ? `${s.preempted ? "preempted, " : ""}${REASONS[s.waits_for]}` : plural(s.blocks.length, "block");
+    const state = waiting ? `${s.preempted ? "preempted, " : ""}${REASONS[s.waits_for]}` : plural(s.blocks.filter((block) => block >= 0).length, "block");
     setText(row.count, `${count(s.tokens)} of ${count(s.most)} tokens, ${state}`);
     const hit = Math.min(s.cached ?? 0, s.computed), known = Math.min(s.computed, s.prompt) - hit;
     const widths = [hit, Math.max(0, known), Math.max(0, s.computed - s.prompt)];
@@ -122,8 +122,8 @@ export class Sequences {
     const pinned = this.selection.pinned === s.key;
     row.table.hidden = !pinned;
     if (pinned) {
-      const rest = s.blocks.length - MOST_BLOCKS;
-      setText(row.table, `block table: ${s.blocks.slice(0, MOST_BLOCKS).join(" → ")}${rest > 0 ? ` … ${rest} more` : ""}`);
+      const rest = s.blocks.length - MOST_BLOCKS, name = (block) => (block < 0 ? "·" : block);
+      setText(row.table, `block table: ${s.blocks.slice(0, MOST_BLOCKS).map(name).join(" → ")}${rest > 0 ? ` … ${rest} more` : ""}`);
     }
   }
 
