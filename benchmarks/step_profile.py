@@ -82,7 +82,7 @@ class Recorder:
 def decode(rows: int, context: int, blocks: int) -> Batch:
     """A batch of ``rows`` sequences of ``context`` positions, each at its last."""
     per = -(-context // BLOCK)
-    tables = np.random.default_rng(0).permutation(blocks)[: rows * per].astype(np.int32).reshape(rows, per)
+    tables = np.random.default_rng(0).permutation(blocks)[: rows * per].astype(np.int32).reshape(1, rows, per)
     counter = np.arange(rows, dtype=np.int32)
     at = np.full(rows, context - 1, np.int32)
     return Batch(counter, np.arange(rows + 1, dtype=np.int32), at, at, counter + np.int32(7), tables, counter, at + np.int64(1))
@@ -91,7 +91,7 @@ def decode(rows: int, context: int, blocks: int) -> Batch:
 def positions(tokens: int, blocks: int, start: int = 0) -> Batch:
     """One sequence, positions ``start`` to ``start + tokens``; logits of all of them."""
     per = -(-(start + tokens) // BLOCK)
-    table = np.random.default_rng(0).permutation(blocks)[:per].astype(np.int32).reshape(1, per)
+    table = np.random.default_rng(0).permutation(blocks)[:per].astype(np.int32).reshape(1, 1, per)
     counter = np.arange(tokens, dtype=np.int32)
     ends = np.array([0, tokens], np.int32)
     row = np.zeros(1, np.int32)

@@ -26,7 +26,7 @@ from quire.backends.cuda.staging import to_device
 from quire.backends.cuda.steps import Samples, Steps
 from quire.backends.cuda.swap import Copier
 from quire.backends.cuda.tables import Tables, Updates
-from quire.backends.memory import KVMemory, read_note
+from quire.backends.memory import KVMemory, kv_layout, read_note
 from quire.backends.parameters import Parameters, sampled_masks
 from quire.backends.progress import Progress
 from quire.backends.rows import Batch, Rows, fresh_blocks
@@ -74,16 +74,17 @@ class CudaBackend:
                 f"{config.quantize} with one scale for each output: {read_note(decoder.weight_bytes(), decoder.expert_bytes())}"
             )
         self.block_size, self.max_model_len = config.block_size, max_model_len
-        self.window = spec.common_window()
+        layout = kv_layout(spec, max_model_len, config.block_size)
+        self.groups, self.kv_layers = layout.groups, layout.slots
         self._ops, self._poison, self._same = ops, config.kv_debug, config.deterministic
         rows = config.num_seqs(memory.num_blocks)
         local = decoder.spec
         kv_dtype = config.kv_width(spec.dtype)
-        self._pool = KVPool(spec.num_layers, memory.num_blocks, local.num_kv_heads, config.block_size, spec.head_dim, kv_dtype, device)
-        decoder.use(self._pool)
+        self._pool = KVPool(layout.slots, memory.num_blocks, local.num_kv_heads, config.block_size, spec.head_dim, kv_dtype, device)
+        decoder.use(self._pool, layout)
         self._copier = Copier(self._pool, memory.num_blocks, memory.num_host_blocks, ops)
-        self._rows = Rows(rows, max_model_len, config.block_size)
-        self._tables = Tables(rows, max_model_len, config.block_size, device)
+        self._rows = Rows(rows, max_model_len, config.block_size, self.groups.width)
+        self._tables = Tables(rows, max_model_len, config.block_size, self.groups.width, device)
         self._parameters = Parameters(self._rows, spec.vocab_size)
         self._sampler = Sampler(self._tables, self._parameters, ops, None if group is None else group.share)
         self._scorer = Scorer(self._rows, decoder, ops)
@@ -92,8 +93,8 @@ class CudaBackend:
         self._graphs: Graphs | None = None
         self._sizes: list[int] = []
         self._steps = Steps(
-            decoder, self._tables, num_blocks=memory.num_blocks, block_size=config.block_size, kv_dtype=kv_dtype, max_len=max_model_len,
-            device=device,
+            decoder, self._tables, num_blocks=memory.num_blocks, block_size=config.block_size, groups=self.groups, kv_dtype=kv_dtype,
+            max_len=max_model_len, device=device,
         )  # fmt: skip
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -131,7 +132,7 @@ class CudaBackend:
         if self._poison:
             self._poison_fresh(plan)
         work, decoding, order = decoding_first(plan.work, self._rows.num_prompt if self._same else None)
-        updates = Updates(plan.starts, work, self._rows.lengths, self._parameters)
+        updates = Updates(self._tables, plan.starts, work, self._rows.lengths, self._parameters)
         batch = self._rows.batch(work)
         pending = Pending(work, order, [self._rows.starts[w.row] for w in work] if batch.drafts else [])
         self._compute(batch, arrange(batch, decoding, self.block_size), updates, sampled_masks(work), pending)
@@ -225,10 +226,10 @@ class CudaBackend:
         rows, dtype = self._tables.spare, self.decoder.dtype
         self._graphs, self._sizes = Graphs(self.device), sizes(rows)
         self._logits = torch.empty((rows, self.spec.vocab_size), dtype=dtype, device=self.device)
-        nobody = Updates([], [], self._rows.lengths, self._parameters)
+        nobody = Updates(self._tables, [], [], self._rows.lengths, self._parameters)
         with Progress("capturing steps", len(self._sizes), "size") as progress, torch.inference_mode():
             for size in reversed(self._sizes):  # the largest first: the others find their memory there
-                step, samples = self._steps.send_padded(no_arrays(), nobody, size)
+                step, samples = self._steps.send_padded(no_arrays(self.groups.width), nobody, size)
                 for truncates in (False, True):
                     self._graphs.capture((size, truncates), partial(self._decode, step, samples, truncates))
                 progress.add(1)
@@ -275,5 +276,5 @@ class CudaBackend:
 
     def _poison_fresh(self, plan: StepPlan) -> None:
         """Fill blocks that this step begins to write with NaN: what reads them before they are written shows."""
-        if fresh := fresh_blocks(plan, self.block_size):
+        if fresh := fresh_blocks(plan, self.block_size, self.groups.width):
             self._ops.fill_blocks(self._pool, to_device(np.array(fresh, np.int32), self.device), float("nan"))

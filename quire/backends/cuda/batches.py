@@ -44,7 +44,7 @@ class Arrays:
     rows: I32
     """[T] the row of each position."""
     slots: I32
-    """[T] see decoder.Step."""
+    """[groups, T] see decoder.Step."""
     decode_lengths: I32
     """[D]"""
     prefill_rows: I32
@@ -71,11 +71,11 @@ def arrange(batch: Batch, decoding: int, block_size: int) -> Arrays:
     """Of a batch whose work is ``decoding_first``; ``decoding``: how much of it."""
     counts = np.diff(batch.query_start)
     rows = batch.rows if decoding == len(counts) else np.repeat(batch.rows, counts)
-    slots = batch.block_tables[rows, batch.positions // block_size] * block_size + batch.positions % block_size
+    slots = batch.block_tables[:, rows, batch.positions // block_size] * block_size + batch.positions % block_size
     if batch.written is not None:
-        written = np.zeros(len(slots), bool)
+        written = np.zeros(len(rows), bool)
         written[batch.written.tokens] = True
-        slots[~written] = -1
+        slots[:, ~written] = -1
     return Arrays(
         positions=batch.positions,
         rows=rows,
@@ -91,7 +91,7 @@ def arrange(batch: Batch, decoding: int, block_size: int) -> Arrays:
     )
 
 
-def no_arrays() -> Arrays:
+def no_arrays(groups: int) -> Arrays:
     """Of nobody."""
-    nothing = np.zeros(0, np.int32)
-    return Arrays(nothing, nothing, nothing, nothing, nothing, np.zeros(1, np.int32), nothing, None, nothing, nothing, None)
+    nothing, slots = np.zeros(0, np.int32), np.zeros((groups, 0), np.int32)
+    return Arrays(nothing, nothing, slots, nothing, nothing, np.zeros(1, np.int32), nothing, None, nothing, nothing, None)

@@ -34,7 +34,8 @@ class LayerKV:
 
 
 class KVPool:
-    """All layers in one allocation (and one for the scales), so that a copy of a block is one launch, and a size one number."""
+    """As many layers as a block has room for, in one allocation (and one for the scales), so that a copy of a block is one launch, and a
+    size one number."""
 
     def __init__(self, num_layers: int, num_blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: str, device: torch.device,
                  pinned: bool = False) -> None:  # fmt: skip

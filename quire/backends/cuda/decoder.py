@@ -6,7 +6,7 @@ captured in a CUDA graph and run again on other contents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from quire.backends.cuda.cache import KVPool, LayerKV
 from quire.backends.cuda.group import Group
 from quire.backends.cuda.tiles import DecodeTiles
 from quire.backends.cuda.weights import Experts, Linear, Loader
+from quire.backends.memory import KVLayout
 from quire.models.spec import Activation, RopeSpec, TransformerSpec
 
 
@@ -30,10 +31,10 @@ class Step:
     """[T] int32 the row of each position."""
     positions: Tensor
     """[T] int32"""
-    slots: Tensor
-    """[T] int32 block * block_size + offset; -1 where the KV is in the blocks already."""
-    tables: Tensor
-    """[rows, blocks] int32 block tables of all rows."""
+    slots: Sequence[Tensor]
+    """Of each group of layers, [T] int32: block * block_size + offset; -1 where the KV is in the blocks already."""
+    tables: Sequence[Tensor]
+    """Of each group, [rows, blocks] int32 block tables of all rows."""
     num_decoding: int
     """D: sequences with one position."""
     decode_rows: Tensor
@@ -115,6 +116,8 @@ class Layer:
     window: int
     rope: tuple[Tensor, Tensor] | None
     """(cos, sin); None where the layer does not rotate."""
+    group: int
+    """Of layers: whose block tables it goes by."""
     kv: LayerKV
 
 
@@ -178,16 +181,16 @@ class Decoder:
                 norm(f"{at}.attn_norm"), loader.linear(f"{at}.q", f"{at}.k", f"{at}.v"), head_norm(f"{at}.q_norm"),
                 head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"), mlp(at),
                 norm_behind(f"{at}.attn_out_norm"), norm_behind(f"{at}.mlp_out_norm"),
-                sinks(f"{at}.sinks"), spec.window(i), None if (rope := layer_ropes[i]) is None else tables[rope], NO_KV,
+                sinks(f"{at}.sinks"), spec.window(i), None if (rope := layer_ropes[i]) is None else tables[rope], 0, NO_KV,
             ))  # fmt: skip
         self.final_norm = norm("final_norm", spec.logit_scale) if spec.final_norm else None
         own = loader.has("lm_head.weight")
         self.lm_head = loader.linear("lm_head") if own else loader.linear("embed", share=self.embed)
 
-    def use(self, pool: KVPool) -> None:
+    def use(self, pool: KVPool, layout: KVLayout) -> None:
         """Keys and values are in ``pool`` from now on."""
-        for i, layer in enumerate(self.layers):
-            layer.kv = pool.layer(i)
+        for layer, (group, slot) in zip(self.layers, layout.places, strict=True):
+            layer.group, layer.kv = group, pool.layer(slot)
 
     def forget_pool(self) -> None:
         """Its memory can be given back."""
@@ -266,18 +269,19 @@ class Decoder:
         """[T, heads * head_dim]"""
         spec, count, ops = self.spec, len(x), self._ops
         qkv = layer.qkv(x)
-        ops.write_kv(qkv, layer.kv, step.positions, step.slots, spec.num_heads, layer.rope, layer.q_norm, layer.k_norm, spec.norm_eps)
+        tables, slots = step.tables[layer.group], step.slots[layer.group]
+        ops.write_kv(qkv, layer.kv, step.positions, slots, spec.num_heads, layer.rope, layer.q_norm, layer.k_norm, spec.norm_eps)
         queries = qkv.view(count, -1, spec.head_dim)[:, : spec.num_heads]
         out = torch.empty((count, spec.num_heads, spec.head_dim), dtype=x.dtype, device=x.device)
         decoding = step.num_decoding
         if decoding:
             ops.decode(
-                queries[:decoding], layer.kv, step.tables, step.decode_rows, step.decode_lengths, step.decode_tiles[layer.window],
+                queries[:decoding], layer.kv, tables, step.decode_rows, step.decode_lengths, step.decode_tiles[layer.window],
                 spec.scale, layer.window, out[:decoding], layer.sinks,
             )  # fmt: skip
         if step.prefill_rows is not None:
             ops.prefill(
-                queries[decoding:], layer.kv, step.tables, step.prefill_rows, step.prefill_start, step.prefill_lengths,
+                queries[decoding:], layer.kv, tables, step.prefill_rows, step.prefill_start, step.prefill_lengths,
                 step.prefill_tiles[layer.window], spec.scale, layer.window, out[decoding:], layer.sinks,
             )  # fmt: skip
         return out.view(count, -1)

@@ -56,6 +56,6 @@ def _decode(rows: int, backend: CudaBackend) -> StepPlan:
 
 def _plan(rows: int, count: int, backend: CudaBackend) -> StepPlan:
     params = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, logprobs=1, frequency_penalty=0.1)
-    blocks = [0] * -(-count // backend.block_size)
+    blocks = [0] * (-(-count // backend.block_size) * backend.groups.width)
     starts = [RowStart(row, [0] * count, count, params, 0, ()) for row in range(rows)]
     return StepPlan(starts, [RowWork(row, 0, count, blocks, True) for row in range(rows)])

@@ -16,6 +16,7 @@ from quire.backends.cuda.kernels.attention_configs import LARGEST, decode_config
 from quire.backends.cuda.staging import Staging
 from quire.backends.cuda.tables import Tables, Updates
 from quire.backends.cuda.tiles import SPLIT, DecodeScratch, DecodeTiles, packed_size, prefill_tiles, write_decode_tiles
+from quire.core.groups import KVGroups
 
 I32 = npt.NDArray[np.int32]
 STAGING = 1 << 20
@@ -38,13 +39,15 @@ class Samples:
 
 
 class Steps:
-    """Makes steps for a decoder whose KV pool has ``num_blocks`` blocks of ``block_size`` positions in ``kv_dtype``."""
+    """Makes steps for a decoder whose KV pool has ``num_blocks`` blocks of ``block_size`` positions in ``kv_dtype``, for ``groups`` of
+    its layers."""
 
     def __init__(
-        self, decoder: Decoder, tables: Tables, *, num_blocks: int, block_size: int, kv_dtype: str, max_len: int, device: torch.device
-    ) -> None:
+        self, decoder: Decoder, tables: Tables, *, num_blocks: int, block_size: int, groups: KVGroups, kv_dtype: str, max_len: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         spec = decoder.spec
-        self._tables, self._device = tables, device
+        self._tables, self._groups, self._device = tables, groups.width, device
         self._windows = sorted({spec.window(i) for i in range(spec.num_layers)})
         group = spec.num_heads // spec.num_kv_heads
         shape = (spec.head_dim, block_size, decoder.dtype, DTYPES[kv_dtype])
@@ -57,7 +60,8 @@ class Steps:
         self._prefill_rows = prefill_config(*shape, shared).rows
         self._programs = decode.programs_per_sm * multiprocessors
         each = -(-max_len // SPLIT)
-        self._splits_of_pool = 2 * -(-num_blocks * block_size // SPLIT)  # twice: shared blocks are read by several
+        held = num_blocks * block_size // max(1, groups.full)  # positions: layers that see everything have a block of each of their groups
+        self._splits_of_pool = 2 * -(-held // SPLIT)  # twice: shared blocks are read by several
         self._each = each
         self._heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
         self.scratch = self._make_scratch(tables.spare, self.capacity(tables.spare))
@@ -75,7 +79,7 @@ class Steps:
     def stays(self, updates: Updates, sequences: int) -> bool:
         """Whether what a captured step of ``sequences`` reads is at its place, however much a plan changes."""
         lists = len(self._windows) * packed_size(sequences, self.capacity(sequences))
-        return updates.size + lists + 4 * sequences + _PADDING <= self._staging.capacity
+        return updates.size + lists + (3 + self._groups) * sequences + _PADDING <= self._staging.capacity
 
     def send(self, arrays: Arrays, updates: Updates) -> tuple[Step, Samples]:
         """Any batch."""
@@ -88,13 +92,13 @@ class Steps:
                 for window in self._windows
             ]
         fields = [
-            arrays.positions, arrays.rows, arrays.slots, arrays.decode_lengths, arrays.prefill_rows, arrays.prefill_start,
-            arrays.prefill_lengths, _NOTHING if arrays.asked is None else arrays.asked, arrays.sampled, arrays.lengths,
+            arrays.positions, arrays.rows, arrays.decode_lengths, arrays.prefill_rows, arrays.prefill_start, arrays.prefill_lengths,
+            _NOTHING if arrays.asked is None else arrays.asked, arrays.sampled, arrays.lengths,
             _NOTHING if arrays.sampled_at is None else arrays.sampled_at,
         ]  # fmt: skip
-        sent = self._staging.send([*fields, *lists, *tiles, *updates.arrays()])
-        positions, rows, slots, decode_lengths, prefill_rows, prefill_start, prefill_lengths, asked, sampled, lengths, at = sent[:11]
-        sent = sent[11:]
+        sent = self._staging.send([*fields, *arrays.slots, *lists, *tiles, *updates.arrays()])
+        positions, rows, decode_lengths, prefill_rows, prefill_start, prefill_lengths, asked, sampled, lengths, at = sent[:10]
+        slots, sent = sent[10 : 10 + self._groups], sent[10 + self._groups :]
         self._tables.apply(sent[len(lists) + len(tiles) :])
         step = self._decoding(positions, rows, slots, decode_lengths, sent[: len(lists)], self._scratch_for(lists))
         if len(arrays.prefill_rows):
@@ -109,21 +113,22 @@ class Steps:
         """A batch of decoding sequences that are all sampled, padded to ``size`` sequences. All that a step of that size reads is always
         at the same place, so what is captured of it may run on the next one."""
         count = len(arrays.rows)
-        fields = np.zeros((4, size), np.int32)
-        fields[:, :count] = arrays.positions, arrays.rows, arrays.slots, arrays.decode_lengths
-        fields[1, count:], fields[2, count:] = self._tables.spare, -1
+        fields = np.zeros((3 + self._groups, size), np.int32)
+        fields[:3, :count], fields[3:, :count] = (arrays.positions, arrays.rows, arrays.decode_lengths), arrays.slots
+        fields[1, count:], fields[3:, count:] = self._tables.spare, -1
         lists = []
         for window in self._windows:
             lists.append(np.zeros(packed_size(size, self.capacity(size)), np.int32))
-            write_decode_tiles(lists[-1], fields[3], window)
+            write_decode_tiles(lists[-1], fields[2], window)
         sent = self._staging.send([*fields, *lists, *updates.arrays()])
-        self._tables.apply(sent[4 + len(lists) :])
-        positions, rows, slots, lengths = sent[:4]
-        step = self._decoding(positions, rows, slots, lengths, sent[4 : 4 + len(lists)], self.scratch)
+        positions, rows, lengths, *slots = sent[: len(fields)]
+        sent = sent[len(fields) :]
+        self._tables.apply(sent[len(lists) :])
+        step = self._decoding(positions, rows, slots, lengths, sent[: len(lists)], self.scratch)
         return step, Samples(rows, lengths)
 
     def _decoding(
-        self, positions: Tensor, rows: Tensor, slots: Tensor, lengths: Tensor, lists: list[Tensor], scratch: DecodeScratch
+        self, positions: Tensor, rows: Tensor, slots: list[Tensor], lengths: Tensor, lists: list[Tensor], scratch: DecodeScratch
     ) -> Step:
         """A step whose first sequences have one position each."""
         decoding = len(lengths)

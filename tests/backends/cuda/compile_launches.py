@@ -103,7 +103,8 @@ def steps(folder: Path, **options: Any) -> None:
         temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, frequency_penalty=0.5, logit_bias={3: 1.0}, logprobs=2, max_tokens=100
     )
     starts = [RowStart(row, [7] * 40, 40, params, row, ()) for row, params in enumerate((plain, much, plain))]
-    work = [RowWork(row, 0, 40, [3 * row, 3 * row + 1, 3 * row + 2], True, 0) for row in range(3)]
+    each = 3 * backend.groups.width
+    work = [RowWork(row, 0, 40, list(range(each * row, each * (row + 1))), True, 0) for row in range(3)]
     backend.launch(StepPlan(starts[:2], work[:2]))
     decoding = [RowWork(row, 40, 1, [], True, 0) for row in range(2)]
     backend.launch(StepPlan(starts[2:], [*decoding, work[2]]))

@@ -13,7 +13,8 @@ import running
 from quire.core.sequence import Request
 from quire.sampling_params import SamplingParams
 
-MODELS = {"embedded": "embedded", "qwen3-moe": Path(__file__).parents[2] / "fixtures" / "golden" / "qwen3-moe"}
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "golden"
+MODELS = {"embedded": "embedded", "qwen3-moe": FIXTURES / "qwen3-moe", "qwen2-windows": FIXTURES / "qwen2-windows"}
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=2),
     SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, logprobs=0, prompt_logprobs=1),

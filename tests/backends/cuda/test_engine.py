@@ -13,11 +13,15 @@ import torch
 
 import running
 from quire.backends.cuda import steps
+from quire.backends.cuda.graphs import Graphs
+from quire.backends.memory import kv_layout
 from quire.core.sequence import Request
 from quire.models.weights import load_spec, resolve_model
 from quire.sampling_params import SamplingParams
 
 GOLDEN = sorted(folder.parent for folder in (Path(__file__).parents[2] / "fixtures" / "golden").glob("*/golden.npz"))
+GROUPED = [folder for folder in GOLDEN if folder.name in ("gemma3", "gpt-oss", "qwen2-windows")]
+"""Some of their layers have a window."""
 TORCH: dict[str, Any] = {"device": "torch-cpu", "dtype": "float32", "kv_dtype": "float32", "block_size": 16, "kv_debug": True}
 OTHER: dict[str, Any] = {"dtype": "float32"} if find_spec("quire.backends.cpu._native") else {**TORCH}
 """Whom it is compared with: the CPU backend, or where that is not built, this one on a CPU."""
@@ -81,7 +85,7 @@ def test_the_last_layer_ends_for_those_who_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("swap", ["0", "1MiB"])
-@pytest.mark.parametrize("folder", GOLDEN[:1] + GOLDEN[4:5], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [folder for folder in GOLDEN if folder.name in ("gpt2", "granitemoe")], ids=lambda folder: folder.name)
 def test_preemption(folder: Path, swap: str) -> None:
     """Four copies in a pool that holds two of them at their full length."""
     prompt, tokens = golden(folder)
@@ -92,6 +96,35 @@ def test_preemption(folder: Path, swap: str) -> None:
     done = running.run(engine, [greedy(name, prompt, len(tokens)) for name in "abcd"], preempt_every=5)
     assert done.stats.preemptions > 0
     assert all(done.outputs[name, 0].token_ids == tokens for name in "abcd")
+
+
+@pytest.mark.parametrize("folder", GROUPED, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("options", [{}, {"swap_memory": "1MiB"}, {"cuda_graphs": False}, {"speculation": "prompt-lookup"}], ids=str)
+def test_blocks_that_windows_left_are_handed_out_again(folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four copies in a pool that could not hold one, did the windowed groups keep their blocks; now two of them are there at a time, and
+    make way for the others."""
+    replays: list[Any] = []
+    replay = Graphs.replay
+
+    def watched(self: Graphs, key: tuple[int, bool]) -> Any:
+        replays.append(key)
+        return replay(self, key)
+
+    monkeypatch.setattr(Graphs, "replay", watched)
+    prompt, tokens = golden(folder)
+    length, spec = len(prompt) + len(tokens), load_spec(folder)
+    layout, fixed = kv_layout(spec, length, 4), {"block_size": 4, "max_model_len": length, "max_num_batched_tokens": 8}
+    blocks = layout.groups.blocks(length, 4, 8) * 3 // 2
+    assert layout.groups.full * layout.groups.windowed > 0
+    assert blocks < layout.groups.width * -(-length // 4)
+    memory = blocks * 4 * layout.slots * spec.layer_kv_bytes("float32")
+    engine = running.open_engine(folder, **{**TORCH, **fixed, "kv_memory": str(memory), "admission": "watermark", **options})
+    assert engine.backend.groups == layout.groups
+    assert engine.backend.num_blocks == blocks
+    done = running.run(engine, [greedy(name, prompt, len(tokens)) for name in "abcd"], preempt_every=7)
+    assert done.stats.preemptions > 0
+    assert all(done.outputs[name, 0].token_ids == tokens for name in "abcd")
+    assert bool(replays) == ("cuda_graphs" not in options)
 
 
 def test_a_step_that_brings_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:

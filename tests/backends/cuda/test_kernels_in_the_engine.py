@@ -20,9 +20,9 @@ GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
 TORCH = {"device": "torch-cpu", "dtype": "float32", "kv_dtype": "float32", "block_size": 16, "kv_debug": True, "max_num_seqs": 4}
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied", "mistral-window", "mixtral", "qwen3-moe", "granitemoe"])
+@pytest.mark.parametrize("name", ["qwen3-tied", "mistral-window", "qwen2-windows", "mixtral", "qwen3-moe", "granitemoe"])
 def test_kernels_compute_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads with norms; a window; experts: greedy tokens of transformers, a prompt in chunks."""
+    """Heads with norms; a window, of all layers or of some; experts: greedy tokens of transformers, a prompt in chunks."""
     monkeypatch.setattr(opening, "operations", lambda device: kernels)
     with np.load(GOLDEN / name / "golden.npz") as arrays:
         prompt, tokens = arrays["prompt"].tolist(), arrays["tokens"].tolist()
@@ -42,6 +42,7 @@ def test_kernels_compute_a_model_with_sinks(tmp_path: Path, monkeypatch: pytest.
     model, prompt = load_model(folder), [17 * i % 100 for i in range(1, 30)]
     expected = ReferenceModel(model.spec, model.tensors).greedy(prompt, 4)
     engine = running.open_engine(folder, **TORCH, max_num_batched_tokens=12)
+    assert engine.backend.groups.width == 2, "one layer has a window"
     greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     requests = [Request("a", prompt, greedy, 0, ()), Request("b", prompt[:7], greedy, 1, ())]
     assert running.run(engine, requests).outputs["a", 0].token_ids == expected
