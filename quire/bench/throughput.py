@@ -48,6 +48,8 @@ class KVUse:
     """Positions that hold tokens, of the whole pool."""
     peak_used_of_pool: float
     pool_positions: int
+    groups: int = 1
+    """Of layers, each of which has positions of its own."""
 
 
 @dataclass(slots=True)
@@ -172,12 +174,13 @@ def _kv_use(samples: list[EngineStats]) -> KVUse:
     pool = samples[0].kv.num_blocks * samples[0].kv.block_size
     used = [s.kv.positions_used / pool for s in samples]
     owned = [s.kv.positions_used / s.kv.positions_allocated for s in samples if s.kv.positions_allocated]
-    return KVUse(fmean(owned) if owned else 0.0, fmean(used), max(used), pool)
+    return KVUse(fmean(owned) if owned else 0.0, fmean(used), max(used), pool, samples[0].kv.groups)
 
 
 def describe(r: Throughput) -> str:
     """The result as a table for the terminal."""
     share = f"{r.tokens_accepted / r.output_tokens:.1%} of the output, of {r.tokens_drafted:,} tokens that were guessed (--speculation)"
+    each = f" of {r.kv.groups} groups of layers" if r.kv.groups > 1 else ""
     drafts = [("speculation", f"{r.tokens_accepted:,}", share)] if r.tokens_drafted else []
     rows = [
         ("requests", f"{r.requests:,}", f"{r.prompt_tokens:,} prompt + {r.output_tokens:,} output tokens in {r.elapsed_s:.2f} s"),
@@ -187,7 +190,11 @@ def describe(r: Throughput) -> str:
         ("preemptions", f"{r.preemptions:,}", f"{r.tokens_recomputed:,} positions computed again"),
         *drafts,
         ("KV of blocks", f"{r.kv.used_of_allocated:.1%}", "of the positions in allocated blocks hold tokens"),
-        ("KV of pool", f"{r.kv.used_of_pool:.1%}", f"mean, {r.kv.peak_used_of_pool:.1%} at most, of {r.kv.pool_positions:,} positions"),
+        (
+            "KV of pool",
+            f"{r.kv.used_of_pool:.1%}",
+            f"mean, {r.kv.peak_used_of_pool:.1%} at most, of {r.kv.pool_positions:,} positions{each}",
+        ),
         ("scheduling", f"{1 - r.backend_s / r.elapsed_s:.1%}", "of the time is spent outside the backend"),
         (
             "memory",
