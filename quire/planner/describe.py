@@ -68,7 +68,8 @@ def _lines(p: Plan, config: EngineConfig, spec: TransformerSpec, machine: Machin
 def _memory(p: Plan, spec: TransformerSpec) -> Iterator[str]:
     blocks, tokens = f"{p.num_blocks:,} blocks of {p.block_size} tokens", f"{p.pool_tokens:,} tokens"
     if p.layers < spec.num_layers:
-        blocks, tokens = f"{blocks} of {p.layers} layers", f"{tokens} in one sequence, since layers with a window keep no more than that"
+        layers = "1 layer" if p.layers == 1 else f"{p.layers} layers"
+        blocks, tokens = f"{blocks} of {layers}", f"{tokens} of one sequence (of which layers with a window keep what it holds)"
     yield f"KV pool      {gb(p.pool)} = {blocks} = {tokens}"
     if p.note:
         yield f"             {p.note}"

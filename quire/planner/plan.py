@@ -135,6 +135,10 @@ def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand:
     typical = min(rows, int(blocks / each))
     wanted = typical if demand.sequences is None else min(demand.sequences, typical)
     context = prompt + output // 2
+    needed = None
+    if demand.sequences is not None:  # of a window, a prompt that is computed holds more than one that is done
+        computing = layout.groups.blocks(prompt + output, size, config.max_num_batched_tokens)
+        needed = ((demand.sequences - 1) * held(prompt + output) + computing) * block
     window = layout.groups.window
     alone = _prompt_seconds(config, cost, machine, prompt, window)
     busy = machine.seconds(cost.of(decoding(max(1, wanted), context, window)))
@@ -163,7 +167,7 @@ def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand:
         # A request takes its prompt, and of each of its steps its part.
         requests_per_s=wanted / (output * busy + wanted * alone) if wanted else 0.0,
         first_token_s=alone + -(-prompt // config.max_num_batched_tokens) * (busy if wanted > 1 else 0.0),
-        needed=None if demand.sequences is None else demand.sequences * held(prompt + output) * block,
+        needed=needed,
     )
 
 

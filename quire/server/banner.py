@@ -40,7 +40,9 @@ def banner(
     block_bytes = block_size * engine.kv_layers * engine.spec.layer_kv_bytes(config.kv_width(engine.dtype))
     pool = f"{num_blocks:,} blocks x {block_size} = {tokens:,} tokens"
     if groups.width > 1:
-        pool = f"{num_blocks:,} blocks x {block_size} tokens of {engine.kv_layers:,} layers = {tokens:,} tokens in one sequence"
+        pool = (
+            f"{num_blocks:,} blocks x {block_size} tokens, each of 1 of {groups.width} groups of layers = {tokens:,} tokens of one sequence"
+        )
     fits = " or ".join(f"{num_blocks // groups.blocks(length, block_size):,} requests of {length:,} tokens" for length in lengths)
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases)
     rows = [

@@ -116,6 +116,23 @@ def test_memory_for_so_many_people() -> None:
     assert again.full_length == 10
 
 
+@pytest.mark.parametrize("sequences", [1, 3, 20])
+def test_memory_where_some_layers_have_a_window(sequences: int) -> None:
+    """What is said to be needed is enough, and less than it would be if all layers kept everything."""
+    mixed, demand = replace(SMALL, windows=(0,) + (64,) * (SMALL.num_layers - 1)), Demand(1000, 500, sequences=sequences)
+    config = EngineConfig(max_num_batched_tokens=256, max_model_len=1500)
+    found, all_ = (plan(config, spec, CPU, demand) for spec in (mixed, SMALL))
+    assert found.needed is not None
+    assert all_.needed is not None
+    assert found.needed < 0.6 * all_.needed
+    again = plan(replace(config, kv_memory=str(found.needed)), mixed, CPU, demand)
+    assert again.misfit is None
+    assert again.full_length >= sequences
+    assert "of one sequence (of which layers with a window keep what it holds)" in describe(found, config, mixed, CPU, demand, None)
+    alone, all_alone = (made.prompts[-1].seconds for made in (found, all_))
+    assert alone < all_alone, "its attention takes less time, too"
+
+
 @pytest.mark.parametrize(("prompt", "output", "sequences"), [(500, 200, 8), (100, 400, 32), (1500, 50, 4), (300, 300, 1)])
 def test_capacity_is_what_the_simulator_finds(prompt: int, output: int, sequences: int) -> None:
     """As many clients as sequences, who ask again at once."""
