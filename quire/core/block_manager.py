@@ -108,13 +108,18 @@ class BlockManager:
         """Free blocks that a running ``seq`` takes until all its known tokens, or ``num_positions``, are computed."""
         return self._to_come(num_positions or len(seq.tokens), len(seq.block_table) // self.width, seq.num_trimmed)
 
+    def missing(self, seq: Sequence, num_positions: int) -> int:
+        """Blocks that ``seq``'s table lacks to cover ``num_positions`` in one step."""
+        return max(0, -(-num_positions // self.block_size) - len(seq.block_table) // self.width) * self.width
+
     def _to_come(self, num_positions: int, have: int, trimmed: int) -> int:
         """Blocks that a sequence with ``have`` logical blocks, of which windows have left ``trimmed``, takes up to ``num_positions``."""
-        groups, total = self.groups, -(-num_positions // self.block_size)
-        blocks = groups.full * (total - have)
-        if groups.windowed:
-            most = min(total, groups.most_windowed(self.block_size, self._step))
-            blocks += groups.windowed * max(0, most - (have - trimmed))
+        groups, size = self.groups, self.block_size
+        more = -(-num_positions // size) - have
+        blocks = groups.full * more
+        if groups.windowed:  # it never has more of them at a time than the longest of its steps needs
+            most = groups.most_windowed(size, min(self._step, (more + 1) * size))
+            blocks += groups.windowed * max(0, min(more, most - (have - trimmed)))
         return blocks
 
     def _trimmed(self, table: list[int]) -> int:
@@ -159,7 +164,7 @@ class BlockManager:
         """
         table, width = seq.block_table, self.width
         have = len(table) // width
-        missing = max(0, -(-num_positions // self.block_size) - have) * width
+        missing = self.missing(seq, num_positions)
         mine: list[int] = []
         shared: list[int] = []
         if seq.shared_tail and seq.num_computed < min(num_positions, have * self.block_size):

@@ -258,7 +258,7 @@ class Speculation:
         tokens later; it comes back at the end of the step if the draft was wrong, and is the next to be taken."""
         manager = self._manager
         end = work.start + work.count + count
-        missing = manager.lacking(seq, end)
+        missing = manager.missing(seq, end)
         if missing > 0 and missing + reserve > manager.pool.num_free:
             return False
         if not manager.grow(seq, end):
