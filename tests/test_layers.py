@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends.pooling": {"core.plan", "backends.parameters"},
     "backends.memory": {"models", "core.groups"},
     "backends.progress": set(),
-    **dict.fromkeys(("backends.cpu", "backends.cuda"), SHARED | {"models", "core.plan", "backends.base"}),
+    **dict.fromkeys(("backends.cpu", "backends.cuda"), SHARED | {"models", "core.groups", "core.plan", "backends.base"}),
     "models": set(),
     "text": set(),
     "grammar": set(),
