@@ -6,8 +6,8 @@ Content is a trie of nodes, one for each block's tokens, below one root for each
                        block 17                    block 4           └─ "olour of the sky? Bl"
                                                                              block 9
 
-Where layers are in several groups (groups.py), a node has a block for each of them: those of windowed groups leave it, as sequences go
-on, before those of the others do, and a prompt finds as many nodes as there are followed by a window's worth of complete ones.
+Where layers are in several groups (groups.py), a node has a block for each of them. Those of windowed groups go first: a prompt finds
+nodes up to where all that a window holds before it is there too.
 
 A node's place in the trie is its identity: a lookup compares every token from the root on, and each level is found by the
 tokens themselves, so that no two prefixes can be taken for each other, whatever their hashes. A node whose block was handed

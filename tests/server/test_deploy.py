@@ -85,7 +85,7 @@ def test_every_group_of_metrics_is_on_the_dashboard(seen: Scrape) -> None:
     ours = {re.sub(r"_(bucket|sum|count)$", "", name) for name in seen.names if name.startswith("quire_")}
     assert ours - shown == {
         "quire_info", "quire_requests_received_total", "quire_sequences_in_flight", "quire_kv_pool_blocks", "quire_kv_block_tokens",
-            "quire_kv_block_groups",
+        "quire_kv_block_groups",
         "quire_kv_largest_free_run_blocks", "quire_request_prefill_seconds", "quire_request_decode_seconds",
         "quire_request_inference_seconds", "quire_request_time_per_output_token_seconds", "quire_request_max_tokens",
     }  # fmt: skip
