@@ -1,4 +1,4 @@
-"""How much of prompts is found in the cache where some layers have a window: groups of layers against one group, in pools of the same bytes.
+"""What the cache holds of prompts where some layers have a window: groups of layers against one group, in pools of the same bytes.
 
 Conversations of several turns behind a common beginning, in simulated time: the engine's own scheduler and block manager on a device that
 computes nothing. docs/benchmarks/memory.md has the figures.
@@ -58,10 +58,9 @@ def main() -> None:
     for name, groups in MODELS.items():
         pools = [int(share * 19_500) * groups.full + groups.windowed * 64 * 20 for share in (0.25, 0.5, 1.0)]
         for blocks in pools:
-            one = found(ONE_GROUP, blocks // groups.width)
-            print(
-                f"{name:12} {groups.full} + {groups.windowed:2}, window {groups.window:5}, {blocks:6,} blocks {one:15.1%} {found(groups, blocks):13.1%}"
-            )
+            one, several = found(ONE_GROUP, blocks // groups.width), found(groups, blocks)
+            what = f"{name:12} {groups.full} + {groups.windowed:2}, window {groups.window:5}, {blocks:6,} blocks"
+            print(f"{what} {one:15.1%} {several:13.1%}")
 
 
 if __name__ == "__main__":
