@@ -143,7 +143,9 @@ def test_what_windows_save_is_said() -> None:
     need = 2048 + 6 * (64 + 1 + 32)
     with pytest.raises(CapacityError, match=rf"at least {-(-need * per_block >> 20)}MiB") as error:
         memory.kv_memory(replace(config, kv_memory="20MiB"), spec, 32_768, room)
-    most = int(re.search(r"--max-model-len to at most ([0-9,]+)", str(error.value)).group(1).replace(",", ""))  # type: ignore[union-attr]
+    fits = re.search(r"--max-model-len to at most ([0-9,]+)", str(error.value))
+    assert fits is not None
+    most = int(fits[1].replace(",", ""))
     assert memory.kv_memory(replace(config, kv_memory="20MiB"), spec, most, room).num_blocks == (20 << 20) // per_block
     with pytest.raises(CapacityError):
         memory.kv_memory(replace(config, kv_memory="20MiB"), spec, most + 16, room)
