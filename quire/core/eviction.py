@@ -80,9 +80,7 @@ class EvictionOrder:
                 break
             node.priority //= 2
             queue.move_to_end(block)
-        block, node = queue.popitem(last=False)
-        node.proven = False
-        return block, node
+        return queue.popitem(last=False)
 
     def remember(self, ghost: Node) -> Node | None:
         """A block of ``ghost``'s is gone. Returns the ghost that is forgotten for it, if any."""

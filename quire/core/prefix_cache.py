@@ -218,6 +218,8 @@ class PrefixCache:
         block, node = self._order.evict(self._clock())
         first = self._leave(node, block)
         del self._nodes[block]
+        if max(node.blocks) < 0:
+            node.proven = False
         if self.listener is not None:
             self.listener(BlockEvicted(block, node.number if first else 0))
         if len(node.key) == self.block_size * TOKEN_BYTES and (forgotten := self._order.remember(node)) is not None:
