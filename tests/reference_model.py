@@ -36,12 +36,15 @@ class ReferenceModel:
             x = x + t["positions.weight"][spec.position_offset :][: len(tokens)]
         for i in range(spec.num_layers):
             at = f"layers.{i}"
-            if spec.norm_first:
+            if spec.norm_place == "before":
                 x = x + self._behind(f"{at}.attn_out_norm", self._attention(i, self._norm(f"{at}.attn_norm", x)))
                 x = x + self._behind(f"{at}.mlp_out_norm", self._mlp(at, self._norm(f"{at}.mlp_norm", x)))
-            else:
+            elif spec.norm_place == "after":
                 x = self._norm(f"{at}.attn_norm", x + self._attention(i, x))
                 x = self._norm(f"{at}.mlp_norm", x + self._mlp(at, x))
+            else:
+                x = x + self._norm(f"{at}.attn_norm", self._attention(i, x))
+                x = x + self._norm(f"{at}.mlp_norm", self._mlp(at, x))
         if spec.final_norm:
             x = self._norm("final_norm", x) * spec.logit_scale
         if "embed_out.weight" in t:
@@ -73,10 +76,12 @@ class ReferenceModel:
 
     def _attention(self, layer: int, x: Array) -> Array:
         spec, at, n = self.spec, f"layers.{layer}", len(x)
-        q = self._linear(f"{at}.q", x).reshape(n, spec.num_heads, spec.head_dim)
-        k = self._linear(f"{at}.k", x).reshape(n, spec.num_kv_heads, spec.head_dim)
+        q, k = self._linear(f"{at}.q", x), self._linear(f"{at}.k", x)
+        if spec.heads_as_one:
+            q, k = self._norm(f"{at}.q_norm", q), self._norm(f"{at}.k_norm", k)
+        q, k = q.reshape(n, spec.num_heads, spec.head_dim), k.reshape(n, spec.num_kv_heads, spec.head_dim)
         v = self._linear(f"{at}.v", x).reshape(n, spec.num_kv_heads, spec.head_dim)
-        if spec.head_norm:
+        if spec.head_norm and not spec.heads_as_one:
             q, k = self._norm(f"{at}.q_norm", q), self._norm(f"{at}.k_norm", k)
         if (rope := spec.layer_rope(layer)) is not None:
             q, k = rotate(rope, q), rotate(rope, k)

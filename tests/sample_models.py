@@ -62,6 +62,13 @@ GEMMA3_VISION: dict[str, Any] = {
                     "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
     "vision_config": {"hidden_size": 40, "model_type": "siglip_vision_model"},
 }  # fmt: skip
+OLMO2 = {**LLAMA, "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "num_key_value_heads": 6}
+OLMO3 = {**OLMO2, "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": 1024, "rope_scaling": {**YARN,
+         "attention_factor": 1.2}, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}  # fmt: skip
+OLMOE = {**OLMO2, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3,
+         "norm_topk_prob": False, "clip_qkv": None, "intermediate_size": 64}  # fmt: skip
+EXAONE4 = {**LLAMA, "architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "head_dim": 32, "sliding_window": 1024,
+           "sliding_window_pattern": "LLLG", "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}  # fmt: skip
 STARCODER2 = {**LLAMA, "architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh",
               "use_bias": True, "norm_epsilon": 1e-5, "sliding_window": 4096, "tie_word_embeddings": True}  # fmt: skip
 STABLELM = {**LLAMA, "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "layer_norm_eps": 1e-5, "use_qkv_bias": True,

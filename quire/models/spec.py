@@ -9,7 +9,7 @@ Canonical tensor names (``{i}`` counts layers from 0; linears are [out, in], as 
     embed_in.weight [hidden, embed_size]    embed_out.weight [embed_size, hidden]                        (embed_size != hidden only)
     layers.{i}.attn_norm.weight|bias        layers.{i}.mlp_norm.weight|bias
     layers.{i}.attn_out_norm.weight         layers.{i}.mlp_out_norm.weight                               (norms_behind only)
-    layers.{i}.q|k|v|o.weight|bias          layers.{i}.q_norm|k_norm.weight [head_dim]                   (head_norm only)
+    layers.{i}.q|k|v|o.weight|bias          layers.{i}.q_norm|k_norm.weight [head_dim, or all heads']            (head_norm only)
     layers.{i}.sinks.weight [heads]                                                              (attention_sinks only)
     layers.{i}.gate|up|down.weight|bias     (gate only where gated)
     layers.{i}.router.weight|bias           layers.{i}.experts.{j}.gate|up|down.weight|bias      (instead of these, in a mixture of experts)
@@ -25,6 +25,7 @@ from typing import Literal, Protocol
 from quire.machine import StepCost
 
 Norm = Literal["rms", "layer"]
+NormPlace = Literal["before", "after", "behind"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"]
 """Of a gate g, times the product u that it gates, or of what a feed-forward has between its linears. ``swiglu_oai`` (gpt-oss, arXiv
 2508.10925, section 2) is for gates alone: g is cut off above 7, u beyond -7 and 7, and g * sigmoid(1.702 g) meets u + 1."""
@@ -121,16 +122,19 @@ class TransformerSpec:
 
     norm: Norm = "rms"
     norm_eps: float = 1e-5
-    norm_first: bool = True
-    """Pre-norm (every family here) or post-norm (OPT-350m: norms after the residual additions)."""
+    norm_place: NormPlace = "before"
+    """Where a layer's norms are: before attention and feed-forward (pre-norm), after what they give was added to the residual (post-norm,
+    OPT-350m), or behind them, of what they give (RMS norms; OLMo 2, arXiv 2501.00656, section 3.2)."""
     norms_behind: bool = False
-    """RMS norms also of what attention and feed-forward give, before it is added (Gemma; pre-norm only)."""
+    """RMS norms behind them as well (Gemma 3; beside pre-norm only)."""
     norm_offset: float = 0.0
     """What is added to the stored weights of RMS norms (Gemma: 1)."""
     final_norm: bool = True
     norm_bias: bool = False
     head_norm: bool = False
     """RMS norm of each query and key head before rotary (Qwen3)."""
+    heads_as_one: bool = False
+    """Whether that is one norm of all query heads, and one of all key heads (OLMo 2)."""
     activation: Activation = "silu"
     gated: bool = True
     num_experts: int = 0
@@ -230,7 +234,7 @@ class TransformerSpec:
             if self.attention_sinks:
                 shapes[f"{at}.sinks.weight"] = (self.num_heads,)
             if self.head_norm:
-                shapes[f"{at}.q_norm.weight"] = shapes[f"{at}.k_norm.weight"] = (d,)
+                shapes[f"{at}.q_norm.weight"], shapes[f"{at}.k_norm.weight"] = ((q,), (kv,)) if self.heads_as_one else ((d,), (d,))
             norm(f"{at}.mlp_norm")
             if self.norms_behind:
                 shapes[f"{at}.attn_out_norm.weight"] = shapes[f"{at}.mlp_out_norm.weight"] = (h,)

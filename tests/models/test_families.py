@@ -13,6 +13,7 @@ from quire.errors import ModelLoadError
 from quire.models.families import FAMILIES, find_family, spec_from_config
 from quire.models.spec import RopeSpec, TransformerSpec
 from sample_models import (
+    EXAONE4,
     GEMMA3,
     GEMMA3_VISION,
     GPT2,
@@ -22,6 +23,9 @@ from sample_models import (
     LLAMA,
     MISTRAL,
     MIXTRAL,
+    OLMO2,
+    OLMO3,
+    OLMOE,
     OPT,
     PHI3,
     QWEN2,
@@ -33,7 +37,7 @@ from sample_models import (
     YARN,
 )
 
-ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT_OSS, GPT2, OPT]
+ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT_OSS, OLMO2, OLMOE, EXAONE4, GPT2, OPT]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -177,6 +181,46 @@ def test_smollm3() -> None:
     assert spec_from_config({**windows, "no_rope_layers": [0, 1, 1, 1], "layer_types": ["sliding_attention"] * 4}).windows == (512,) * 4
 
 
+def test_olmo() -> None:
+    spec = spec_from_config(OLMO2)
+    assert (spec.norm_place, spec.head_norm, spec.heads_as_one, spec.norms_behind) == ("behind", True, True, False)
+    assert spec.tensor_shapes()["layers.1.k_norm.weight"] == (96,)
+    assert spec_from_config({**OLMO2, "num_key_value_heads": 2}).tensor_shapes()["layers.1.k_norm.weight"] == (32,)
+    sources = find_family(OLMO2).sources(spec)
+    assert sources["layers.1.attn_norm.weight"].name == "layers.1.post_attention_layernorm.weight"
+    assert sources["layers.1.mlp_norm.weight"].name == "layers.1.post_feedforward_layernorm.weight"
+    experts = spec_from_config(OLMOE)
+    assert (experts.norm_place, experts.heads_as_one, experts.num_experts, experts.experts_sum_to_one) == ("before", True, 6, False)
+
+
+def test_olmo3() -> None:
+    """What looks at a window is not stretched, in the files of either version."""
+    yarn = RopeSpec(500000.0, 16, "yarn", 4.0, original_max_positions=4096, magnitude=1.2)
+    spec = spec_from_config(OLMO3)
+    assert spec.windows == (1024, 1024, 1024, 0)
+    assert spec.max_positions == 16384
+    assert spec.ropes == (RopeSpec(500000.0, 16),) * 3 + (yarn,)
+    new = {name: value for name, value in OLMO3.items() if name not in ("rope_theta", "rope_scaling")}
+    full = {**OLMO3["rope_scaling"], "rope_theta": 500000.0}
+    for others in ({"sliding_attention": {"rope_type": "default", "rope_theta": 500000.0}}, {}):
+        assert spec_from_config({**new, "rope_parameters": {"full_attention": full} | others}) == spec
+    plain = spec_from_config({**OLMO3, "rope_scaling": None, "layer_types": None})
+    assert (plain.windows, plain.ropes, plain.rope) == (spec.windows, (), RopeSpec(500000.0, 16))
+    large = {"vocab_size": 100278, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+             "num_key_value_heads": 32, "layer_types": None}  # fmt: skip
+    assert spec_from_config(OLMO3 | large).num_parameters() == 7_298_011_136, "Olmo-3-7B"
+
+
+def test_exaone4() -> None:
+    spec = spec_from_config(EXAONE4)
+    assert (spec.norm_place, spec.head_norm, spec.heads_as_one) == ("behind", True, False)
+    assert spec.windows == (1024, 1024, 1024, 0)
+    assert [spec.layer_rope(i) is not None for i in range(4)] == [True, True, True, False]
+    small = spec_from_config({**EXAONE4, "sliding_window": None, "layer_types": ["full_attention"] * 4})
+    assert (small.windows, small.ropes, small.rope) == ((), (), RopeSpec(500000.0, 32))
+    assert spec_from_config({**EXAONE4, "layer_types": None, "sliding_window_pattern": 4}) == spec
+
+
 def test_gemma3() -> None:
     spec = spec_from_config(GEMMA3)
     assert (spec.norm_offset, spec.norms_behind, spec.head_norm, spec.tied) == (1.0, True, True, True)
@@ -251,14 +295,14 @@ def test_gpt2() -> None:
 
 def test_opt() -> None:
     spec = spec_from_config(OPT)
-    assert (spec.norm, spec.norm_first, spec.final_norm, spec.activation, spec.gated) == ("layer", True, True, "relu", False)
+    assert (spec.norm, spec.norm_place, spec.final_norm, spec.activation, spec.gated) == ("layer", "before", True, "relu", False)
     assert spec.rope is None
     assert spec.tied
     assert spec.qkv_bias
     assert spec.embed_size == 0
     assert spec.tensor_shapes()["positions.weight"] == (514, 96)
     post = spec_from_config({**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 40, "enable_bias": False})
-    assert (post.norm_first, post.final_norm, post.embed_size, post.qkv_bias, post.mlp_bias) == (False, False, 40, False, False)
+    assert (post.norm_place, post.final_norm, post.embed_size, post.qkv_bias, post.mlp_bias) == ("after", False, 40, False, False)
     assert post.tensor_shapes()["embed_in.weight"] == (96, 40)
     assert not spec_from_config({**OPT, "_remove_final_layer_norm": True}).final_norm
 
@@ -365,7 +409,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         LLAMA,
         {"architectures": ["MambaForCausalLM"]},
-        "architecture 'MambaForCausalLM' is not supported; supported: GPT2LMHeadModel, Gemma3",
+        "architecture 'MambaForCausalLM' is not supported; supported: Exaone4ForCausalLM, ",
     ),
     (LLAMA, {"architectures": None, "model_type": "mamba"}, "model_type 'mamba' is not supported"),
     (LLAMA, {"architectures": [3]}, "architecture 3 is not supported"),
@@ -391,6 +435,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope type .'linear'. is not supported"),
     (PHI3, {"rope_scaling": {"type": {"a": 1}}}, "is not supported; supported: default, linear, llama3, yarn, longrope"),
     (SMOLLM3, {"layer_types": ["full_attention"]}, "'layer_types' must list"),
+    (OLMOE, {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported"),
+    (OLMO3, {"sliding_window": None}, "'sliding_window' is missing"),
+    (OLMO3, {"rope_parameters": {"full_attention": {}}}, "'rope_scaling' and 'rope_parameters' contradict each other"),
+    (OLMO3, {"rope_scaling": None, "rope_parameters": {"rope_type": "default"}}, "an object for full_attention and one for sliding"),
+    (OLMO3, {"rope_scaling": None, "rope_parameters": {"sliding_attention": 3}}, "'sliding_attention' must be an object, got 3"),
+    (EXAONE4, {"layer_types": None}, "'sliding_window_pattern' 'LLLG' without 'layer_types' is not supported"),
+    (EXAONE4, {"sliding_window": None}, "'layer_types' names sliding_attention, but 'sliding_window' turns it off"),
     (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
     (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
     (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),

@@ -253,16 +253,20 @@ class Decoder:
         for layer in self.layers:
             # What the last layer does beyond keys and values is for the positions that are asked for.
             asked = batch.asked if layer is last else None
-            if self.spec.norm_first:
-                layer.attn_norm(x, self._normed[: len(x)])
-                x = self._attention(layer, self._normed[: len(x)], x, batch, asked)
-                layer.mlp_norm(x, self._normed[: len(x)])
-                self._feed_forward(layer, self._normed[: len(x)], x)
-            else:
-                x = self._attention(layer, x, x, batch, asked)
-                layer.attn_norm(x, x)
-                self._feed_forward(layer, x, x)
-                layer.mlp_norm(x, x)
+            match self.spec.norm_place:
+                case "before":
+                    layer.attn_norm(x, self._normed[: len(x)])
+                    x = self._attention(layer, self._normed[: len(x)], x, layer.attn_out_norm, batch, asked)
+                    layer.mlp_norm(x, self._normed[: len(x)])
+                    self._feed_forward(layer, self._normed[: len(x)], x, layer.mlp_out_norm)
+                case "after":
+                    x = self._attention(layer, x, x, None, batch, asked)
+                    layer.attn_norm(x, x)
+                    self._feed_forward(layer, x, x, None)
+                    layer.mlp_norm(x, x)
+                case "behind":
+                    x = self._attention(layer, x, x, layer.attn_norm, batch, asked)
+                    self._feed_forward(layer, x, x, layer.mlp_norm)
         if self.final_norm is not None:
             self.final_norm(x, x)
         if self.spec.embedding_size != self.spec.hidden_size:
@@ -320,8 +324,8 @@ class Decoder:
             native.add_rows(self._places[:count], self.positions, x)
         return x
 
-    def _attention(self, layer: Layer, x: F32, residual: F32, batch: Batch, asked: Part | None) -> F32:
-        """residual += o(attention(x)); of the positions ``asked`` for, where not all are. Returns residual."""
+    def _attention(self, layer: Layer, x: F32, residual: F32, norm: Norm | None, batch: Batch, asked: Part | None) -> F32:
+        """residual += norm(o(attention(x))); of the positions ``asked`` for, where not all are. Returns residual."""
         spec, count = self.spec, len(x)
         qkv = self._qkv[:count]
         layer.qkv(x, qkv)
@@ -330,8 +334,12 @@ class Decoder:
         keys = heads[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]
         values = heads[:, spec.num_heads + spec.num_kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            layer.q_norm(queries, queries)
-            layer.k_norm(keys, keys)
+            of_queries, of_keys = queries, keys
+            if spec.heads_as_one:
+                width, key_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+                of_queries, of_keys = qkv[:, :width], qkv[:, width : width + key_width]
+            layer.q_norm(of_queries, of_queries)
+            layer.k_norm(of_keys, of_keys)
         if layer.rope is not None:
             native.rotary(heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions, *layer.rope)
         tables, kv = batch.block_tables[layer.group], layer.kv
@@ -348,19 +356,19 @@ class Decoder:
             where = (tables, asked.rows, asked.query_start, asked.start)
         attended = self._attended[: len(queries)]
         native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales, layer.sinks)
-        self._add(layer.o, attended, layer.attn_out_norm, residual)
+        self._add(layer.o, attended, norm, residual)
         return residual
 
-    def _feed_forward(self, layer: Layer, x: F32, residual: F32) -> None:
+    def _feed_forward(self, layer: Layer, x: F32, residual: F32, norm: Norm | None) -> None:
         """residual += norm(mlp(x))"""
         mlp = layer.mlp
         if isinstance(mlp, FeedForward):
             up = self._up[: len(x)]
             mlp.up(x, up)
-            self._add(mlp.down, up, layer.mlp_out_norm, residual)
+            self._add(mlp.down, up, norm, residual)
             return
         taken = len(x) * self.spec.experts_per_token
-        self._add(partial(mlp, self._scores[: len(x)], self._rows[:taken], self._up[:taken]), x, layer.mlp_out_norm, residual)
+        self._add(partial(mlp, self._scores[: len(x)], self._rows[:taken], self._up[:taken]), x, norm, residual)
 
     def _add(self, linear: Sum, x: F32, norm: Norm | None, residual: F32) -> None:
         """residual += norm(linear(x)). What was normed to begin with has been read by then: its buffer is used again."""

@@ -211,7 +211,7 @@ class Decoder:
     def hidden(self, step: Step) -> Tensor:
         """``forward`` up to lm_head: what that reads, [asked, embedding_size]."""
         x = self._embedded(step)
-        x = self._pre_norm(x, step) if self.spec.norm_first else self._post_norm(x, step)
+        x = {"before": self._pre_norm, "after": self._post_norm, "behind": self._norms_behind}[self.spec.norm_place](x, step)
         if self._embed_out is not None:
             x = self._embed_out(x)
         return x
@@ -265,12 +265,27 @@ class Decoder:
             x = layer.mlp_norm(self._summed(layer.mlp(x)), x)
         return x if self.final_norm is None else self.final_norm(x)
 
+    def _norms_behind(self, x: Tensor, step: Step) -> Tensor:
+        for layer in self.layers:
+            attended = self._attention(layer, x, step)
+            if layer is self.layers[-1]:
+                attended, x = step.wanted(attended), step.wanted(x)
+                if not len(x):
+                    return x
+            x = x + layer.attn_norm(self._summed(layer.o(attended)))
+            x = x + layer.mlp_norm(self._summed(layer.mlp(x)))
+        return x if self.final_norm is None else self.final_norm(x)
+
     def _attention(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """[T, heads * head_dim]"""
         spec, count, ops = self.spec, len(x), self._ops
         qkv = layer.qkv(x)
+        head_norms = layer.q_norm, layer.k_norm
+        if spec.heads_as_one and layer.q_norm is not None and layer.k_norm is not None:
+            self._norm_heads(qkv, layer.q_norm, layer.k_norm)
+            head_norms = None, None
         tables, slots = step.tables[layer.group], step.slots[layer.group]
-        ops.write_kv(qkv, layer.kv, step.positions, slots, spec.num_heads, layer.rope, layer.q_norm, layer.k_norm, spec.norm_eps)
+        ops.write_kv(qkv, layer.kv, step.positions, slots, spec.num_heads, layer.rope, *head_norms, spec.norm_eps)
         queries = qkv.view(count, -1, spec.head_dim)[:, : spec.num_heads]
         out = torch.empty((count, spec.num_heads, spec.head_dim), dtype=x.dtype, device=x.device)
         decoding = step.num_decoding
@@ -285,6 +300,19 @@ class Decoder:
                 step.prefill_tiles[layer.window], spec.scale, layer.window, out[decoding:], layer.sinks,
             )  # fmt: skip
         return out.view(count, -1)
+
+    def _norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor) -> None:
+        """All query heads as one vector, and all key heads, in place; those of all devices, each of which has as many."""
+        queries, keys = len(q_norm), len(k_norm)
+        eps, parts = self.spec.norm_eps, ((qkv[:, :queries], q_norm), (qkv[:, queries : queries + keys], k_norm))
+        if self._group is None:
+            for x, weight in parts:
+                self._ops.rms_norm(x, weight, eps, out=x)
+            return
+        means = torch.stack([x.float().square().mean(1) for x, _ in parts])
+        self._group.reduce(means)
+        for (x, weight), mean in zip(parts, means / self._group.size, strict=True):
+            x.copy_(x.float() * torch.rsqrt(mean + eps)[:, None] * weight.float())
 
     def _summed(self, x: Tensor) -> Tensor:
         if self._group is not None:

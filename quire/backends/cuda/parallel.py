@@ -23,7 +23,7 @@ def shard(spec: TransformerSpec, tensors: Tensors, rank: int, size: int) -> tupl
     kept = {}
     for name, tensor in tensors.items():
         part = name.rsplit(".", 2)[-2]
-        if part in ("q", "k", "v", "sinks", "gate", "up"):
+        if part in ("q", "k", "v", "sinks", "gate", "up") or (spec.heads_as_one and part in ("q_norm", "k_norm")):
             kept[name] = _slice(tensor, 0, rank, size)
         elif part in ("o", "down"):
             if tensor.ndim == 2:

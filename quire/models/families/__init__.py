@@ -11,7 +11,22 @@ from dataclasses import replace
 from typing import Any
 
 from quire.errors import InvalidRequestError, ModelLoadError
-from quire.models.families import gemma3, gpt2, gpt_oss, granite, llama, mistral, opt, phi3, qwen, smollm3, stablelm, starcoder2
+from quire.models.families import (
+    exaone4,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    opt,
+    phi3,
+    qwen,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from quire.models.families.base import Config, Family, Source
 from quire.models.families.packing import Packing, packing_of
 from quire.models.spec import TransformerSpec
@@ -21,7 +36,7 @@ __all__ = ["FAMILIES", "Config", "Family", "Packing", "Source", "find_family", "
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (llama, mistral, qwen, gemma3, gpt_oss, granite, phi3, smollm3, starcoder2, stablelm, gpt2, opt)
+    for module in (llama, mistral, qwen, gemma3, gpt_oss, granite, phi3, smollm3, olmo, exaone4, starcoder2, stablelm, gpt2, opt)
     for family in module.FAMILIES
 }  # fmt: skip
 """Architecture name → family."""

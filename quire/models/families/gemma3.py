@@ -11,7 +11,8 @@ from typing import Any
 
 from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
 from quire.models.families.llama import BUFFERS, LAYER, TOP, read_decoder, read_rope
-from quire.models.spec import RopeSpec, TransformerSpec
+from quire.models.families.rotations import GLOBAL, LOCAL, read_rotations
+from quire.models.spec import TransformerSpec
 
 _LAYER = LAYER | {
     "attn_out_norm": "post_attention_layernorm",
@@ -25,7 +26,6 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 """transformers' own: the files of 4B and more say little about the text model."""
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def _read_text(config: Config) -> TransformerSpec:
@@ -38,12 +38,14 @@ def _read_text(config: Config) -> TransformerSpec:
     if not isinstance(types, list) or len(types) != layers or any(kind not in (LOCAL, GLOBAL) for kind in types):
         config.refuse(f"'layer_types' must list {GLOBAL} or {LOCAL} for each of the {layers} layers")
     window = config.integer("sliding_window", high=MAX_POSITIONS)
-    values, local = _rotations(config, given)
+    without = {name: value for name, value in config.values.items() if name != "hidden_act"}  # it is hidden_activation that counts
+    everything, near = read_rotations(Config(without, config.where), "rope_local_base_freq")
     bias = config.flag("attention_bias", False)
     spec = read_decoder(
-        Config(values, config.where), "Gemma3ForCausalLM", head_norm=True, qkv_bias=bias, o_bias=bias,
+        everything, "Gemma3ForCausalLM", head_norm=True, qkv_bias=bias, o_bias=bias,
         windows=tuple(window if kind == LOCAL else 0 for kind in types),
     )  # fmt: skip
+    local = read_rope(near, spec.head_dim)
     return replace(
         spec,
         norm_offset=1.0,
@@ -53,31 +55,6 @@ def _read_text(config: Config) -> TransformerSpec:
         embed_scale=spec.hidden_size**0.5,
         attention_scale=config.number("query_pre_attn_scalar", high=1e6) ** -0.5,
     )
-
-
-def _rotations(config: Config, given: dict[str, Any]) -> tuple[dict[str, Any], RopeSpec]:
-    """(the fields with the rotation of layers that see everything where Llama has its own, that of the others). transformers 4 has
-    ``rope_theta``, ``rope_scaling`` and ``rope_local_base_freq``, 5 an object of parameters for either kind of layer."""
-    values = {name: value for name, value in config.values.items() if name not in ("rope_parameters", "hidden_act")}
-    head_dim = config.integer("head_dim", high=4096)
-    parameters = given.get("rope_parameters")
-    if parameters is None:
-        local = {"rope_theta": config.number("rope_local_base_freq", low=1.0)}
-        return values, read_rope(Config(local, config.where), head_dim)
-    if "rope_scaling" in given:
-        config.refuse("'rope_scaling' and 'rope_parameters' contradict each other; keep one of them")
-    kinds = {LOCAL: "rope_local_base_freq", GLOBAL: "rope_theta"}
-    if not isinstance(parameters, dict) or not set(parameters) <= set(kinds):
-        config.refuse(f"'rope_parameters' must have an object for {GLOBAL} and one for {LOCAL}")
-    found = {}
-    for kind, theta in kinds.items():
-        inner = parameters.get(kind) or {}
-        if not isinstance(inner, dict):
-            config.refuse(f"'rope_parameters', {kind!r} must be an object, got {inner!r:.80}")
-        found[kind] = {"rope_theta": config.values[theta], **{name: value for name, value in inner.items() if value is not None}}
-    beside = {name: value for name, value in values.items() if name != "rope_theta"}
-    local_config = Config(beside | {"rope_parameters": found[LOCAL]}, config.where)
-    return beside | {"rope_parameters": found[GLOBAL]}, read_rope(local_config, head_dim)
 
 
 def _read_part(config: Config) -> TransformerSpec:

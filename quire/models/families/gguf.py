@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from quire.gguf import Gguf
 from quire.models.families.base import Source, renamed
-from quire.models.families.gemma3 import GLOBAL, LOCAL
+from quire.models.families.rotations import GLOBAL, LOCAL
 from quire.models.spec import RopeSpec, TransformerSpec
 
 _TOP: Final = {"embed": "token_embd", "positions": "position_embd", "final_norm": "output_norm", "lm_head": "output"}
@@ -41,8 +41,9 @@ class Architecture:
     """Whether the rows of q and k are in the order of the original rotary code."""
     fused_gate: bool = False
     """Whether gate and up are one tensor, in this order."""
+    attn_norm: str = "attn_norm"
     mlp_norm: str = "ffn_norm"
-    """The norm before the feed-forward."""
+    """The norms of attention and feed-forward."""
 
 
 _OPTIONAL: Final = {"num_key_value_heads", "head_dim", "rope_theta", "sliding_window", "n_inner"}
@@ -83,6 +84,14 @@ ARCHITECTURES: Final = {
         "GptOssForCausalLM", _RMS | _EXPERTS | {"sliding_window": ".attention.sliding_window"}, mlp_norm="post_attention_norm"
     ),
     "smollm3": Architecture("SmolLM3ForCausalLM", _RMS, interleaved=True),
+    "olmo2": Architecture("Olmo2ForCausalLM", _RMS, attn_norm="post_attention_norm", mlp_norm="post_ffw_norm"),
+    "olmoe": Architecture("OlmoeForCausalLM", _RMS | _EXPERTS | {"norm_topk_prob": False}),
+    "exaone4": Architecture(
+        "Exaone4ForCausalLM",
+        _RMS | {"sliding_window": ".attention.sliding_window"},
+        attn_norm="post_attention_norm",
+        mlp_norm="post_ffw_norm",
+    ),
     "gemma3": Architecture("Gemma3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}),
     "phi3": Architecture("Phi3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}, fused_gate=True),
     "starcoder2": Architecture("Starcoder2ForCausalLM", _SHARED | {"norm_epsilon": ".attention.layer_norm_epsilon"}),
@@ -93,6 +102,8 @@ ARCHITECTURES: Final = {
 
 _MIXTRAL: Final = Architecture("MixtralForCausalLM", _RMS | _EXPERTS, interleaved=True)
 """Which files call ``llama`` as well."""
+_OLMO3: Final = replace(ARCHITECTURES["olmo2"], name="Olmo3ForCausalLM", fields=_RMS | {"sliding_window": ".attention.sliding_window"})
+"""Which files call ``olmo2`` as well."""
 
 _SAMPLING: Final = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
 
@@ -104,7 +115,9 @@ def architecture_of(model: Gguf) -> Architecture:
         kind = model.fields.get("general.type", "model")
         what = f"the architecture {name!r:.40}" if kind == "model" else f"not a language model but of the type {kind!r:.40}"
         model.refuse(f"has {what}; supported: {', '.join(sorted(ARCHITECTURES))}")
-    return _MIXTRAL if name == "llama" and model.fields.get("llama.expert_count") else ARCHITECTURES[name]
+    if name == "llama" and model.fields.get("llama.expert_count"):
+        return _MIXTRAL
+    return _OLMO3 if name == "olmo2" and model.fields.get("olmo2.attention.sliding_window") else ARCHITECTURES[name]
 
 
 def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,6 +150,8 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
         values["sliding_window"] = values.get("sliding_window") or None
     if kind.name == "Gemma3ForCausalLM":
         _gemma3(model, values)
+    if kind.name in ("Olmo3ForCausalLM", "Exaone4ForCausalLM"):
+        _windows(model, values)
     if kind.name == "GraniteForCausalLM" and "attention_multiplier" not in values and (head_dim := _head_dim(values)):
         values["attention_multiplier"] = head_dim**-0.5
     if kind.name == "StableLmForCausalLM":
@@ -168,6 +183,14 @@ def _gemma3(model: Gguf, values: dict[str, Any]) -> None:
     values["query_pre_attn_scalar"] = hidden // heads if largest else _head_dim(values)
     values["rope_local_base_freq"] = model.fields.get("gemma3.rope.freq_base_swa")
     values["final_logit_softcapping"] = model.fields.get("gemma3.final_logit_softcapping")
+
+
+def _windows(model: Gguf, values: dict[str, Any]) -> None:
+    """Which layers have a window: a list, or, as in the config.json of these models, three of four."""
+    pattern = model.fields.get(f"{model.architecture}.attention.sliding_window_pattern")
+    values["sliding_window"] = values.get("sliding_window") or None
+    if isinstance(pattern, list):
+        values["layer_types"] = [LOCAL if each else GLOBAL for each in pattern]
 
 
 def _head_dim(values: Mapping[str, Any]) -> int:
@@ -222,16 +245,16 @@ def as_converted(spec: TransformerSpec, factors: Factors, model: Gguf) -> Transf
         return spec
     if len(given) != spec.rope.rotary_dim // 2 or spec.rope.scaling != "none":
         model.refuse(f"has {len(given)} factors in rope_freqs.weight, and {spec.rope.rotary_dim // 2} frequencies to take them")
-    if spec.ropes:
+    if set(spec.ropes) - {None, spec.rope}:
         model.refuse("has factors in rope_freqs.weight, and layers that rotate in several ways, which is not supported")
     rope = RopeSpec(spec.rope.theta, spec.rope.rotary_dim, "longrope", short_factors=given, long_factors=given)
-    return replace(spec, rope=rope)
+    return replace(spec, rope=rope, ropes=tuple(each and rope for each in spec.ropes))
 
 
 def sources_of(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
     """Canonical name → source, as Family.sources."""
     kind = architecture_of(model)
-    sources = renamed(spec, _TOP, _LAYER | {"mlp_norm": kind.mlp_norm}, "blk")
+    sources = renamed(spec, _TOP, _LAYER | {"attn_norm": kind.attn_norm, "mlp_norm": kind.mlp_norm}, "blk")
     q, kv, f = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
     parts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
     for i in range(spec.num_layers):

@@ -142,9 +142,10 @@ def read_decoder(
     theta: float = 10000.0,
     partial: float | None = None,
     longrope: bool = False,
+    eps: float = 1e-6,
 ) -> TransformerSpec:
-    """The fields that Llama and its relatives share. kv_heads, head_dim, max_positions: where config.json does not say. inner: the field
-    that says intermediate_size. theta, partial, longrope: see read_rope."""
+    """The fields that Llama and its relatives share. kv_heads, head_dim, max_positions, eps: where config.json does not say. inner: the
+    field that says intermediate_size. theta, partial, longrope: see read_rope."""
     hidden = config.integer("hidden_size")
     heads = config.integer("num_attention_heads")
     if "num_key_value_heads" in config.values:
@@ -174,7 +175,7 @@ def read_decoder(
         intermediate_size=config.integer(inner),
         max_positions=positions,
         norm="rms",
-        norm_eps=config.number("rms_norm_eps", 1e-6, high=1.0),
+        norm_eps=config.number("rms_norm_eps", eps, high=1.0),
         head_norm=head_norm,
         activation=config.activation("hidden_act", "silu"),
         gated=True,

@@ -45,7 +45,7 @@ def _read(config: Config) -> TransformerSpec:
         max_positions=config.integer("max_position_embeddings", 2048),
         norm="layer",
         norm_eps=1e-5,
-        norm_first=norm_first,
+        norm_place="before" if norm_first else "after",
         # _remove_final_layer_norm: checkpoints converted before transformers 4.20.
         final_norm=norm_first and not config.flag("_remove_final_layer_norm", False),
         norm_bias=True,

@@ -109,6 +109,18 @@ def test_rows_may_be_apart(ops):
 
 
 @both_layers
+def test_a_norm_in_place(ops):
+    """Of a part of the columns, of which the others stay."""
+    wide, weight = normal(1, 3, 100, dtype=torch.bfloat16), normal(2, 40)
+    before, part = wide.clone(), wide[:, 7:47]
+    expected = ops.rms_norm(part, weight, 1e-6)
+    assert ops.rms_norm(part, weight, 1e-6, out=part).data_ptr() == part.data_ptr()
+    assert same(part, expected)
+    assert same(wide[:, :7], before[:, :7])
+    assert same(wide[:, 47:], before[:, 47:])
+
+
+@both_layers
 @every_dtype
 @pytest.mark.parametrize("kind", GATED)
 @pytest.mark.parametrize(("rows", "width"), [(1, 24), (3, 1000), (2, 1500)])

@@ -19,7 +19,7 @@ from quire.backends.cuda.parallel import shard
 from quire.config import EngineConfig
 from quire.errors import ConfigError
 from quire.models.weights import load_model
-from sample_models import GPT_OSS_SHORT, LLAMA, write_model
+from sample_models import GPT_OSS_SHORT, LLAMA, OLMO2, write_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "golden"
 DEADLINE_S = 120
@@ -74,9 +74,9 @@ def test_the_tokens_of_one_device(name: str, sizes: tuple[int, ...]) -> None:
     compare(name if name == "embedded" else str(FIXTURES / name), sizes)
 
 
-@pytest.mark.parametrize("config", [MIXTRAL, GPT_OSS_SHORT], ids=["mixtral", "gpt-oss"])
-def test_the_tokens_of_one_device_with_experts(config: dict[str, Any], tmp_path: Path) -> None:
-    """No fixture that has any can be divided."""
+@pytest.mark.parametrize("config", [MIXTRAL, GPT_OSS_SHORT, OLMO2], ids=["mixtral", "gpt-oss", "olmo2"])
+def test_the_tokens_of_one_device_of_a_random_model(config: dict[str, Any], tmp_path: Path) -> None:
+    """Experts; norms of heads that several devices have. No fixture that has any can be divided."""
     folder = write_model(tmp_path / "model", config)
     np.savez(folder / "golden.npz", prompt=np.arange(40) * 17 % config["vocab_size"])
     compare(str(folder), (1, 2))

@@ -16,17 +16,17 @@ MAX_COLUMNS = 1024
 """Of a program of ``activate``."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """As in reference/. Rows are contiguous; they may be apart (a part of the columns of another tensor)."""
-    out, block, warps = _row(x)
-    _norm.launch((x.shape[0],), (x, residual, weight, None, out, x.stride(0), eps), (x.shape[1], block, False), warps=warps)
+    out, block, warps = _row(x, out)
+    _norm.launch((x.shape[0],), (x, residual, weight, None, out, x.stride(0), out.stride(0), eps), (x.shape[1], block, False), warps=warps)
     return out
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
     """As in reference/. Rows are contiguous; they may be apart (a part of the columns of another tensor)."""
     out, block, warps = _row(x)
-    _norm.launch((x.shape[0],), (x, residual, weight, bias, out, x.stride(0), eps), (x.shape[1], block, True), warps=warps)
+    _norm.launch((x.shape[0],), (x, residual, weight, bias, out, x.stride(0), out.stride(0), eps), (x.shape[1], block, True), warps=warps)
     return out
 
 
@@ -40,16 +40,16 @@ def activate(x: Tensor, kind: Activation, gated: bool) -> Tensor:
     return out
 
 
-def _row(x: Tensor) -> tuple[Tensor, int, int]:
+def _row(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, int, int]:
     """The result's memory; elements that hold a row, a power of two; and warps: 8 elements a thread, where there are not too many."""
     block = 1 << (x.shape[1] - 1).bit_length()
     warps = max(1, min(block // 256, 8 if block <= 8192 else 16))
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), block, warps
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out, block, warps
 
 
 @Kernel
 @triton.jit
-def _norm(x, residual, weight, bias, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
+def _norm(x, residual, weight, bias, out, x_stride, out_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
           PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -70,7 +70,7 @@ def _norm(x, residual, weight, bias, out, x_stride, eps, WIDTH: tl.constexpr, BL
     if CENTRED:
         wide = tl.where(inside, wide - tl.sum(wide, 0) / WIDTH, 0.0)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps) * w + b
-    tl.store(out + row * WIDTH + columns, narrow(normed, out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + columns, narrow(normed, out.dtype.element_ty), mask=inside)
 
 
 @Kernel

@@ -10,14 +10,16 @@ from torch import Tensor
 from quire.models.spec import Activation
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight (Zhang and Sennrich, arXiv 1910.07467), of each row.
 
     x [T, H] float32, float16 or bfloat16; weight [H] of that type or float32. With residual [T, H], residual += x comes first, in
-    place and rounded to its type, and the norm is that of residual. The result has x's type.
+    place and rounded to its type, and the norm is that of residual. The result has x's type; it is in ``out`` where that is given, which
+    may be x.
     """
     wide = _add(x, residual).float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    return normed if out is None else out.copy_(normed)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
