@@ -43,6 +43,7 @@ GOLDEN = [
     (Case("phi3-long-partial", "phi3", heads(3, 1, partial_rotary_factor=0.5, sliding_window=200, **longrope(2, 32), **_SMALL)),
      torch.float16),
     (Case("smollm3", "smollm3", heads(2, 1, no_rope_layers=[1, 0], tie_word_embeddings=True, **_SMALL)), torch.bfloat16),
+    (Case("olmo2", "olmo2", heads(2, 2, tie_word_embeddings=True, **_SMALL)), torch.float16),
     (Case("olmo3", "olmo3", heads(3, 1, num_hidden_layers=4, sliding_window=9, rope_parameters={"full_attention": YARN,
           "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}, **_SMALL)), torch.bfloat16),
     (Case("olmoe", "olmoe", heads(3, 3, num_experts=5, num_experts_per_tok=2, **_SMALL)), torch.float16),
