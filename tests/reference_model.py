@@ -49,7 +49,7 @@ class ReferenceModel:
             x = self._norm("final_norm", x) * spec.logit_scale
         if "embed_out.weight" in t:
             x = self._linear("embed_out", x)
-        return self._linear("embed" if spec.tied else "lm_head", x)
+        return limit(spec.logit_softcap, self._linear("embed" if spec.tied else "lm_head", x))
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """``count`` tokens after the prompt, the lowest id among equals; end-of-text is a token like any other."""
@@ -87,7 +87,7 @@ class ReferenceModel:
             q, k = rotate(rope, q), rotate(rope, k)
         group = spec.num_heads // spec.num_kv_heads
         k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
-        scores = np.einsum("qhd,khd->hqk", q, k) * spec.scale
+        scores = limit(spec.attention_softcap, np.einsum("qhd,khd->hqk", q, k) * spec.scale)
         position = np.arange(n)
         distance = position[:, None] - position[None, :]
         hidden = distance < 0
@@ -134,6 +134,10 @@ def rotate(rope: RopeSpec, x: Array) -> Array:
     cos, sin = rope.magnitude * np.cos(angles)[:, None], rope.magnitude * np.sin(angles)[:, None]
     a, b = x[..., :half], x[..., half : 2 * half]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
+
+
+def limit(cap: float, x: Array) -> Array:
+    return cap * np.tanh(x / cap) if cap else x
 
 
 def activate(name: str, x: Array) -> Array:

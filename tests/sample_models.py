@@ -48,6 +48,18 @@ PHI3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pa
 SMOLLM3 = {**LLAMA, "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0],
            "no_rope_layer_interval": 4, "layer_types": ["full_attention"] * 4, "use_sliding_window": False, "sliding_window": None,
            "tie_word_embeddings": True}  # fmt: skip
+GEMMA = {**LLAMA, "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "head_dim": 32, "hidden_act": "gelu",
+         "hidden_activation": None}  # fmt: skip
+GEMMA2 = {
+    **GEMMA,
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 1024,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
 GEMMA3: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 1000, "hidden_size": 96, "num_hidden_layers": 7,
     "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 200, "max_position_embeddings": 4096,

@@ -169,6 +169,10 @@ class TransformerSpec:
     """Factor on the logits, and so on what lm_head reads (backends put it into the final norm)."""
     attention_scale: float = 0.0
     """Factor on query-key products; 0: 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """What scaled query-key products are limited by, c tanh(product / c); 0: nothing (Gemma 2, arXiv 2408.00118, section 2)."""
+    logit_softcap: float = 0.0
+    """The same of logits."""
     dtype: str = "float32"
     """Of the checkpoint: float32, float16 or bfloat16; of what a quantized one becomes where it is not quantized again."""
     stored: tuple[tuple[str, str], ...] = ()

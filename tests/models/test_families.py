@@ -14,6 +14,8 @@ from quire.models.families import FAMILIES, find_family, spec_from_config
 from quire.models.spec import RopeSpec, TransformerSpec
 from sample_models import (
     EXAONE4,
+    GEMMA,
+    GEMMA2,
     GEMMA3,
     GEMMA3_VISION,
     GPT2,
@@ -37,7 +39,7 @@ from sample_models import (
     YARN,
 )
 
-ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT_OSS, OLMO2, OLMOE, EXAONE4, GPT2, OPT]
+ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT_OSS, OLMO2, OLMOE, EXAONE4, GEMMA, GEMMA2, GPT2, OPT]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -219,6 +221,28 @@ def test_exaone4() -> None:
     small = spec_from_config({**EXAONE4, "sliding_window": None, "layer_types": ["full_attention"] * 4})
     assert (small.windows, small.ropes, small.rope) == ((), (), RopeSpec(500000.0, 32))
     assert spec_from_config({**EXAONE4, "layer_types": None, "sliding_window_pattern": 4}) == spec
+
+
+def test_gemma() -> None:
+    spec = spec_from_config({name: value for name, value in GEMMA.items() if name != "tie_word_embeddings"})
+    assert (spec.norm_offset, spec.norms_behind, spec.tied, spec.embed_scale) == (1.0, False, True, 96**0.5)
+    assert spec.activation == "gelu_tanh", "which 'gelu' means here"
+    assert (spec.attention_softcap, spec.logit_softcap) == (0.0, 0.0)
+
+
+def test_gemma2() -> None:
+    spec = spec_from_config(GEMMA2)
+    assert (spec.norm_offset, spec.norms_behind, spec.head_norm) == (1.0, True, False)
+    assert (spec.attention_softcap, spec.logit_softcap, spec.scale) == (50.0, 30.0, 24**-0.5)
+    assert spec.windows == (1024, 0, 1024, 0)
+    absent = {name: value for name, value in GEMMA2.items() if "softcapping" not in name and name != "sliding_window"}
+    spec = spec_from_config({**absent, "max_position_embeddings": 8192})
+    assert (spec.attention_softcap, spec.logit_softcap, spec.windows) == (50.0, 30.0, (4096, 0, 4096, 0))
+    spec = spec_from_config({**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": None})
+    assert (spec.attention_softcap, spec.logit_softcap, spec.windows) == (0.0, 0.0, ())
+    first = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256,
+             "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}  # fmt: skip
+    assert spec_from_config(GEMMA2 | first).num_parameters() == 2_614_341_888, "gemma-2-2b"
 
 
 def test_gemma3() -> None:
@@ -442,6 +466,10 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (OLMO3, {"rope_scaling": None, "rope_parameters": {"sliding_attention": 3}}, "'sliding_attention' must be an object, got 3"),
     (EXAONE4, {"layer_types": None}, "'sliding_window_pattern' 'LLLG' without 'layer_types' is not supported"),
     (EXAONE4, {"sliding_window": None}, "'layer_types' names sliding_attention, but 'sliding_window' turns it off"),
+    (GEMMA, {"hidden_activation": "relu"}, "hidden_activation 'relu' is not supported; supported: gelu_pytorch_tanh"),
+    (GEMMA2, {"attn_logit_softcapping": 0.0}, "'attn_logit_softcapping' must be a number above 0.001"),
+    (GEMMA2, {"final_logit_softcapping": "30"}, "'final_logit_softcapping' must be a number above"),
+    (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
     (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
     (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
     (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),

@@ -219,6 +219,9 @@ def embed(ids: I32, table: Floats, out: F32, scale: float = 1.0) -> None:
 def add_rows(ids: I32, table: Floats, out: F32) -> None:
     """out[i] += table[ids[i]] (learned positions)."""
 
+def softcap(x: F32, cap: float) -> None:
+    """x = cap * tanh(x / cap), in place; x [m, n]. NaN stays NaN."""
+
 def convert(x: Floats, out: Floats) -> None:
     """Element by element to the dtype of out, rounding to nearest even. Both contiguous, of the same size."""
 
@@ -262,6 +265,7 @@ def paged_attention(
     k_scales: F16 | None = None,
     v_scales: F16 | None = None,
     sinks: F32 | None = None,
+    softcap: float = 0.0,
     share: bool | None = None,
 ) -> int:
     """Causal attention of q [tokens, heads, head_dim] into out [tokens, heads * head_dim].
@@ -269,7 +273,7 @@ def paged_attention(
     The query at position p sees keys 0..p, or with a window the last `window` of these. Prefill, chunks and decode mix
     freely. heads is a multiple of kv_heads; head h reads KV head h // (heads // kv_heads). Blocks that lie wholly before
     every window of their sequence may be gone from the table. sinks [heads]: a score of each head that takes part in the softmax of the
-    scaled products and has no value.
+    scaled products and has no value. softcap: products become softcap * tanh(product / softcap) once they are scaled; 0: they stay.
 
     Keys that lie in the same blocks for several sequences of the call are read once for all of them, where it pays (share:
     always, or never); the bytes are the same. Returns how many reads of 64 keys (by all KV heads) that saved.

@@ -238,6 +238,8 @@ class Decoder:
         """Of up to MAX_SCORED_ROWS rows of hidden states, or as many as are sampled in a step; valid until the next call."""
         logits = self._logits[: len(hidden)]
         self.lm_head(hidden, logits)
+        if self.spec.logit_softcap:
+            native.softcap(logits, self.spec.logit_softcap)
         return logits
 
     def _place(self, batch: Batch) -> None:
@@ -355,7 +357,7 @@ class Decoder:
             residual = np.take(residual, asked.tokens, axis=0, out=self._last[: len(queries)], mode="clip")  # mode: else one copy more
             where = (tables, asked.rows, asked.query_start, asked.start)
         attended = self._attended[: len(queries)]
-        native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales, layer.sinks)
+        native.paged_attention(queries, *cache, attended, *where, spec.scale, layer.window, *scales, layer.sinks, spec.attention_softcap)
         self._add(layer.o, attended, norm, residual)
         return residual
 

@@ -204,9 +204,13 @@ class Decoder:
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Of some rows of hidden states, [rows, vocab]; in ``out`` where that is given."""
         if self._group is None:
-            return self.lm_head(hidden, out)
-        logits = self._group.gather(self.lm_head(hidden), self.spec.vocab_size)
-        return logits if out is None else out.copy_(logits)
+            logits = self.lm_head(hidden, out)
+        else:
+            logits = self._group.gather(self.lm_head(hidden), self.spec.vocab_size)
+            logits = logits if out is None else out.copy_(logits)
+        if self.spec.logit_softcap:
+            self._ops.softcap(logits, self.spec.logit_softcap)
+        return logits
 
     def hidden(self, step: Step) -> Tensor:
         """``forward`` up to lm_head: what that reads, [asked, embedding_size]."""
@@ -292,12 +296,12 @@ class Decoder:
         if decoding:
             ops.decode(
                 queries[:decoding], layer.kv, tables, step.decode_rows, step.decode_lengths, step.decode_tiles[layer.window],
-                spec.scale, layer.window, out[:decoding], layer.sinks,
+                spec.scale, layer.window, out[:decoding], layer.sinks, spec.attention_softcap,
             )  # fmt: skip
         if step.prefill_rows is not None:
             ops.prefill(
                 queries[decoding:], layer.kv, tables, step.prefill_rows, step.prefill_start, step.prefill_lengths,
-                step.prefill_tiles[layer.window], spec.scale, layer.window, out[decoding:], layer.sinks,
+                step.prefill_tiles[layer.window], spec.scale, layer.window, out[decoding:], layer.sinks, spec.attention_softcap,
             )  # fmt: skip
         return out.view(count, -1)
 

@@ -13,6 +13,7 @@ from typing import Any
 from quire.errors import InvalidRequestError, ModelLoadError
 from quire.models.families import (
     exaone4,
+    gemma,
     gemma3,
     gpt2,
     gpt_oss,
@@ -36,7 +37,7 @@ __all__ = ["FAMILIES", "Config", "Family", "Packing", "Source", "find_family", "
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (llama, mistral, qwen, gemma3, gpt_oss, granite, phi3, smollm3, olmo, exaone4, starcoder2, stablelm, gpt2, opt)
+    for module in (llama, mistral, qwen, gemma, gemma3, gpt_oss, granite, phi3, smollm3, olmo, exaone4, starcoder2, stablelm, gpt2, opt)
     for family in module.FAMILIES
 }  # fmt: skip
 """Architecture name → family."""

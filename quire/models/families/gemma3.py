@@ -10,15 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
-from quire.models.families.llama import BUFFERS, LAYER, TOP, read_decoder, read_rope
+from quire.models.families.gemma import BEHIND
+from quire.models.families.llama import BUFFERS, TOP, read_decoder, read_rope
 from quire.models.families.rotations import GLOBAL, LOCAL, read_rotations
 from quire.models.spec import TransformerSpec
 
-_LAYER = LAYER | {
-    "attn_out_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "mlp_out_norm": "post_feedforward_layernorm",
-}
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
@@ -67,7 +63,7 @@ def _read_part(config: Config) -> TransformerSpec:
 
 
 def _sources(spec: TransformerSpec) -> dict[str, Source]:
-    return renamed(spec, TOP, _LAYER, "layers")
+    return renamed(spec, TOP, BEHIND, "layers")
 
 
 FAMILIES = (

@@ -92,6 +92,8 @@ ARCHITECTURES: Final = {
         attn_norm="post_attention_norm",
         mlp_norm="post_ffw_norm",
     ),
+    "gemma": Architecture("GemmaForCausalLM", _RMS),
+    "gemma2": Architecture("Gemma2ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}),
     "gemma3": Architecture("Gemma3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}),
     "phi3": Architecture("Phi3ForCausalLM", _RMS | {"sliding_window": ".attention.sliding_window"}, fused_gate=True),
     "starcoder2": Architecture("Starcoder2ForCausalLM", _SHARED | {"norm_epsilon": ".attention.layer_norm_epsilon"}),
@@ -148,6 +150,8 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
         _rotation(model, kind, values, factors)
     if kind.name in ("Phi3ForCausalLM", "Starcoder2ForCausalLM"):
         values["sliding_window"] = values.get("sliding_window") or None
+    if kind.name == "Gemma2ForCausalLM":
+        _gemma2(model, values)
     if kind.name == "Gemma3ForCausalLM":
         _gemma3(model, values)
     if kind.name in ("Olmo3ForCausalLM", "Exaone4ForCausalLM"):
@@ -169,6 +173,22 @@ def _one(model: Gguf, field: str, value: Any) -> Any:
     return value[0]
 
 
+def _gemma2(model: Gguf, values: dict[str, Any]) -> None:
+    """What llama.cpp knows of Gemma 2 without being told: that every other layer has a window, and the scale of 27B's products."""
+    values.setdefault("sliding_window", 4096)
+    values["query_pre_attn_scalar"] = _scalar(values, 46)
+    for name, absent in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+        values[name] = model.fields.get(f"gemma2.{name}", absent)
+
+
+def _scalar(values: Mapping[str, Any], largest: int) -> int:
+    """What the scale of products is made of: the width of heads, or, in the largest model, which has so many layers, of its share."""
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if values["num_hidden_layers"] == largest and type(hidden) is int and type(heads) is int and heads > 0:
+        return hidden // heads
+    return _head_dim(values)
+
+
 def _gemma3(model: Gguf, values: dict[str, Any]) -> None:
     """What llama.cpp knows of Gemma 3 without being told: which layers have a window, how those rotate, and the scale of 27B's products."""
     pattern = model.fields.get("gemma3.attention.sliding_window_pattern", 6)
@@ -178,9 +198,7 @@ def _gemma3(model: Gguf, values: dict[str, Any]) -> None:
         values["layer_types"] = [LOCAL if each else GLOBAL for each in pattern]
     else:
         values["sliding_window_pattern"] = pattern
-    hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    largest = values["num_hidden_layers"] == 62 and type(hidden) is int and type(heads) is int and heads > 0
-    values["query_pre_attn_scalar"] = hidden // heads if largest else _head_dim(values)
+    values["query_pre_attn_scalar"] = _scalar(values, 62)
     values["rope_local_base_freq"] = model.fields.get("gemma3.rope.freq_base_swa")
     values["final_logit_softcapping"] = model.fields.get("gemma3.final_logit_softcapping")
 

@@ -32,7 +32,7 @@ class Layer:
     def arrays(self):
         return (self.k.view(np.uint16), self.v.view(np.uint16)) if self.dtype == ml_dtypes.bfloat16 else (self.k, self.v)
 
-    def run(self, parts, heads, scale, window=0, share=None, sinks=None):
+    def run(self, parts, heads, scale, window=0, share=None, sinks=None, softcap=0.0):
         """parts: (row, start, q, k, v) each. Writes k and v, attends, and returns one output for each part."""
         rows = np.array([p[0] for p in parts], np.int32)
         start = np.array([p[1] for p in parts], np.int32)
@@ -46,7 +46,7 @@ class Layer:
         where = (self.tables, rows, query_start, start)
         native.write_kv(fused[:, heads : heads + kv_heads], fused[:, heads + kv_heads :], *self.arrays(), *where, **self.scales)
         out = np.full((len(q), heads * q.shape[2]), np.nan, np.float32)
-        options = {**self.scales, "share": share, "sinks": sinks}
+        options = {**self.scales, "share": share, "sinks": sinks, "softcap": softcap}
         self.saved = native.paged_attention(fused[:, :heads], *self.arrays(), out, *where, scale, window, **options)
         return np.split(out, query_start[1:-1])
 
@@ -65,13 +65,15 @@ def stored(x, dtype):
     return np.clip(np.rint(x * inverse), -127, 127).astype(np.float64) * scale
 
 
-def reference(q, k, v, scale, window=0, last=None, sinks=None):
+def reference(q, k, v, scale, window=0, last=None, sinks=None, softcap=0.0):
     """All queries of a whole sequence (or the last few), in float64."""
     n, heads, dim = q.shape
     first = 0 if last is None else n - last
     group = heads // k.shape[1]
     k, v = (np.repeat(a.astype(np.float64), group, axis=1) for a in (k, v))
     s = np.einsum("qhd,khd->hqk", q[first:].astype(np.float64), k) * scale
+    if softcap:
+        s = softcap * np.tanh(s / softcap)
     i, j = np.arange(first, n)[:, None], np.arange(n)[None]
     s = np.where((j <= i) & ((window == 0) | (j > i - window)), s, -np.inf)
     most = s.max(-1, keepdims=True)
@@ -100,19 +102,23 @@ def test_matches_float64(dtype, heads, kv_heads, dim, block_size, n, window):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "n", "window"), [(4, 2, 64, 70, 0), (9, 3, 20, 130, 30), (5, 1, 80, 1100, 0)])
-def test_sinks(dtype, heads, kv_heads, dim, n, window):
-    """Whole prompts, chunks, single queries and any number of threads: the same bytes."""
+@pytest.mark.parametrize(
+    "options", [{"sinks": (-3, 6)}, {"softcap": 0.7}, {"sinks": (-1, 1), "softcap": 2.0}], ids=["sinks", "cap", "both"]
+)
+def test_what_softmax_is_of(dtype, heads, kv_heads, dim, n, window, options):
+    """Scores beside it and limits of scores, in whole prompts, chunks, single queries and any number of threads: the same bytes."""
     q, k, v = tokens(n, n, heads, kv_heads, dim)
-    sinks = np.linspace(-3, 6, heads).astype(np.float32)
-    whole = Layer(kv_heads, dim, 16, dtype).run([(2, 0, q, k, v)], heads, dim**-0.5, window, sinks=sinks)[0]
-    exact = reference(q, stored(k, dtype), stored(v, dtype), dim**-0.5, window, sinks=sinks)
+    if ends := options.get("sinks"):
+        options = options | {"sinks": np.linspace(*ends, heads).astype(np.float32)}
+    whole = Layer(kv_heads, dim, 16, dtype).run([(2, 0, q, k, v)], heads, dim**-0.5, window, **options)[0]
+    exact = reference(q, stored(k, dtype), stored(v, dtype), dim**-0.5, window, **options)
     np.testing.assert_allclose(whole, exact, rtol=1e-5, atol=3e-6)
     for threads in (1, 2, 3):
         native.set_num_threads(threads)
         layer, at = Layer(kv_heads, dim, 8, dtype), 0
         for size in (1, 1, 40, 1, n - 44, 1):
             cut = slice(at, at + size)
-            out = layer.run([(1, at, q[cut], k[cut], v[cut])], heads, dim**-0.5, window, sinks=sinks)[0]
+            out = layer.run([(1, at, q[cut], k[cut], v[cut])], heads, dim**-0.5, window, **options)[0]
             assert np.array_equal(out.view(np.uint32), whole[cut].view(np.uint32)), (threads, at, size)
             at += size
 
@@ -237,8 +243,8 @@ class Tree:
     QUERIES = (1, 3, 1, 1, 2, 40, 1, 1, 1)  # 5 has too many to take part
     SHARED = ((1, 0, 700), (2, 0, 520), (3, 2, 1100), (5, 4, 130), (6, 4, 130))
 
-    def __init__(self, heads, kv_heads, dim, window):
-        self.heads, self.window, whole = heads, window, []
+    def __init__(self, heads, kv_heads, dim, window, softcap=0.0):
+        self.heads, self.window, self.softcap, whole = heads, window, softcap, []
         for i, (length, queries) in enumerate(zip(self.LENGTHS, self.QUERIES, strict=True)):
             whole.append(tokens(50 + i, length + queries, heads, kv_heads, dim))
             for later, earlier, n in self.SHARED:
@@ -250,7 +256,7 @@ class Tree:
     def alone(self, dtype):
         """[queries, heads * dim] of each sequence, computed as a whole."""
         layers = (Layer(*self.shape, 16, dtype) for _ in self.whole)
-        outs = [layer.run([(0, 0, *s)], self.heads, 0.3, self.window)[0] for layer, s in zip(layers, self.whole, strict=True)]
+        outs = [self.run(layer, [(0, 0, *s)])[0] for layer, s in zip(layers, self.whole, strict=True)]
         return [out[n:] for out, n in zip(outs, self.LENGTHS, strict=True)]
 
     def layer(self, dtype, block_size):
@@ -263,18 +269,24 @@ class Tree:
                 blocks = parents[i][1] // block_size
                 layer.tables[i, :blocks] = layer.tables[parents[i][0], :blocks]
                 begin = blocks * block_size
-            layer.run([(i, begin, *(a[begin:length] for a in self.whole[i]))], self.heads, 0.3, self.window)
+            self.run(layer, [(i, begin, *(a[begin:length] for a in self.whole[i]))])
         return layer
 
     def step(self, layer, members, share):
         parts = [(i, self.LENGTHS[i], *(a[self.LENGTHS[i] :] for a in self.whole[i])) for i in members]
-        return layer.run(parts, self.heads, 0.3, self.window, share)
+        return self.run(layer, parts, share)
+
+    def run(self, layer, parts, share=None):
+        return layer.run(parts, self.heads, 0.3, self.window, share, softcap=self.softcap)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 64, 0), (3, 3, 20, 0), (8, 1, 32, 0), (6, 2, 16, 1000)])
-def test_shared_reads_are_the_same_bytes(dtype, heads, kv_heads, dim, window):
-    tree = Tree(heads, kv_heads, dim, window)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "softcap"),
+    [(4, 2, 64, 0, 0.0), (3, 3, 20, 0, 0.0), (8, 1, 32, 0, 1.5), (6, 2, 16, 1000, 0.0)],
+)
+def test_shared_reads_are_the_same_bytes(dtype, heads, kv_heads, dim, window, softcap):
+    tree = Tree(heads, kv_heads, dim, window, softcap)
     alone = tree.alone(dtype)
     rng = np.random.default_rng(60)
     for block_size, threads in ((4, 2), (16, 1), (16, 3), (64, 2), (256, 2)):

@@ -133,12 +133,28 @@ def test_conversions_are_exact_and_round_to_even():
         assert np.isnan(out.view(expected.dtype)[nan]).all()
 
 
+@pytest.mark.parametrize("width", [1, 37, 4096, 9000])
+def test_softcap(width):
+    """In place, of a part of the columns; what is not a number stays that."""
+    wide = normal(14, 3, width + 20) * 40
+    wide[0, 0], wide[1, 0], wide[2, 0] = np.inf, -np.inf, np.nan
+    before, part = wide.copy(), wide[:, :width]
+    native.softcap(part, 30.0)
+    np.testing.assert_allclose(part, 30.0 * np.tanh(before[:, :width].astype(np.float64) / 30.0), rtol=1e-6, atol=4e-6)
+    assert np.array_equal(wide[:, width:], before[:, width:])
+    row = before[1:2, :width].copy()
+    native.softcap(row, 30.0)
+    assert np.array_equal(row[0], part[1])
+
+
 def test_wrong_calls():
     x, weight = np.zeros((2, 8), np.float32), np.zeros(8, np.float32)
     with pytest.raises(ValueError, match="weight"):
         native.rms_norm(x, weight[:7], 1e-5, x)
     with pytest.raises(ValueError, match="out must have"):
         native.rms_norm(x, weight, 1e-5, np.zeros((2, 7), np.float32))
+    with pytest.raises(ValueError, match="cap must be above 0"):
+        native.softcap(x, 0.0)
     with pytest.raises(ValueError, match="same size"):
         native.convert(x, np.zeros(15, np.float16))
     with pytest.raises(ValueError, match="overlap"):

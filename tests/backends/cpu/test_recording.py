@@ -49,9 +49,10 @@ def layer(rng: np.random.Generator) -> tuple[dict[str, np.ndarray], Callable[[],
         native.rotary(a["qkv"], a["positions"], angles, angles)
         where = (a["tables"], a["rows"], a["ends"], a["positions"])
         native.write_kv(a["qkv"][:, 4:5], a["qkv"][:, 5:], a["k"], a["v"], *where)
-        native.paged_attention(a["qkv"][:, :4], a["k"], a["v"], a["attended"], *where, 0.25)
+        native.paged_attention(a["qkv"][:, :4], a["k"], a["v"], a["attended"], *where, 0.25, softcap=3.0)
         native.convert(a["attended"], a["narrow"])
         native.linear(weights[1], a["attended"], a["out"])
+        native.softcap(a["out"], 2.0)
 
     return a, call
 
@@ -63,7 +64,7 @@ def test_recorded_calls_run_again_on_what_the_arrays_hold_then() -> None:
     with recording:
         call()
     same()
-    assert len(recording) == 8
+    assert len(recording) == 9
     np.testing.assert_array_equal(a["out"], b["out"])
     for ids, positions, rows in (((0, 7), (10, 15), (0, 1)), ((5, 5), (0, 3), (1, 0))):
         for arrays in (a, b):

@@ -31,6 +31,7 @@ class Batch:
     """Queries of each sequence; decode: one each."""
     seed: int = 0
     has_sinks: bool = False
+    softcap: float = 0.0
 
     def __post_init__(self) -> None:
         rng = torch.Generator().manual_seed(self.seed)
@@ -80,7 +81,7 @@ class Batch:
         out = torch.full((len(chosen), self.heads, self.head_dim), torch.nan, dtype=self.dtype)
         for _ in range(2):  # a launch leaves the scratch as it found it
             ops.decode(self.q[chosen], self.kv, self.tables, self.rows[chosen], torch.from_numpy(lengths), tiles, self.scale, self.window,
-                       out, self.sinks)  # fmt: skip
+                       out, self.sinks, self.softcap)  # fmt: skip
             assert not scratch.arrived.any()
         return out
 
@@ -95,7 +96,7 @@ class Batch:
         tiles = torch.from_numpy(prefill_tiles(starts, lengths, config.rows, self.window))
         out = torch.full((len(index), self.heads, self.head_dim), torch.nan, dtype=self.dtype)
         ops.prefill(self.q[index], self.kv, self.tables, rows, torch.from_numpy(starts), torch.from_numpy(lengths), tiles, self.scale,
-                    self.window, out, self.sinks)  # fmt: skip
+                    self.window, out, self.sinks, self.softcap)  # fmt: skip
         return out
 
     def expected(self) -> Tensor:
@@ -111,6 +112,8 @@ class Batch:
                 values = self.values[blocks, :, inside].repeat_interleave(self.heads // self.kv_heads, 1)
                 q = self.q[int(self.query_start[row]) + i].double()
                 scores = torch.einsum("hd,nhd->hn", q, keys) * self.scale
+                if self.softcap:
+                    scores = self.softcap * torch.tanh(scores / self.softcap)
                 if self.sinks is not None:  # as a key whose value is 0
                     scores = torch.cat([scores, self.sinks.double()[:, None]], 1)
                 out.append(torch.einsum("hn,nhd->hd", scores.softmax(-1)[:, : len(where)], values))

@@ -37,11 +37,12 @@ class Shape:
     sequences: int = 256
     """Of a decode."""
     sinks: bool = False
+    softcap: float = 0.0
 
     def __str__(self) -> str:
         few = f", {self.sequences} sequences" if self.sequences <= FEW else ""
         window = f" window {self.window}" if self.window else ""
-        sinks = ", sinks" if self.sinks else ""
+        sinks = (", sinks" if self.sinks else "") + (", limited" if self.softcap else "")
         return f"{self.dtype}, KV {self.kv_dtype}, {self.group} of {self.head_dim}, blocks of {self.block_size}{window}{few}{sinks}"
 
     def sink(self) -> Tensor | None:
@@ -60,11 +61,12 @@ class Shape:
         q, kv, out = self.inputs()
         scratch = DecodeScratch(self.sequences, 1, q.shape[1], KV_HEADS, self.head_dim, torch.device("cpu"))
         tiles = DecodeTiles(torch.zeros(packed_size(self.sequences, 1), dtype=torch.int32), self.sequences, scratch, 1)
-        attention.decode(q, kv, TABLE, ONE, ONE, tiles, 0.1, self.window, out, self.sink())
+        attention.decode(q, kv, TABLE, ONE, ONE, tiles, 0.1, self.window, out, self.sink(), self.softcap)
 
     def prefill(self) -> None:
         q, kv, out = self.inputs()
-        attention.prefill(q, kv, TABLE, ONE, ONE, ONE, torch.zeros((1, 2), dtype=torch.int32), 0.1, self.window, out, self.sink())
+        tiles = torch.zeros((1, 2), dtype=torch.int32)
+        attention.prefill(q, kv, TABLE, ONE, ONE, ONE, tiles, 0.1, self.window, out, self.sink(), self.softcap)
 
 
 TABLE, ONE = torch.zeros((1, 513), dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -74,6 +76,7 @@ COMMON = [
     Shape("bfloat16", "bfloat16", 96, 64, 1), Shape("bfloat16", "bfloat16", 256, 32, 2, 1024), Shape("bfloat16", "int8", 128, 64),
     Shape("float16", "fp8", 64, 16), Shape("float32", "float32", 128, 16), Shape("bfloat16", "bfloat16", 128, 64, sequences=1),
     Shape("bfloat16", "bfloat16", 64, 64, 8, 128, sinks=True), Shape("bfloat16", "fp8", 64, 64, 8, sinks=True),
+    Shape("bfloat16", "bfloat16", 256, 32, 2, 4096, softcap=50.0), Shape("float16", "int8", 256, 16, 2, softcap=50.0),
 ]  # fmt: skip
 TYPES = [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "int8"), ("float16", "int8"), ("bfloat16", "fp8"),
          ("float16", "fp8"), ("bfloat16", "float16"), ("float32", "float32"), ("float32", "int8"), ("float32", "fp8"),
@@ -82,6 +85,7 @@ ALL = [Shape(*types, *sizes) for types in TYPES for sizes in product([64, 96, 12
 ALL += [Shape(*types, *sizes, 8, 1024) for types in TYPES[::2] for sizes in product([64, 128, 256], [16, 64])]
 ALL += [Shape(*types, head_dim, 64, group) for types in TYPES[:3] for head_dim in (64, 128) for group in (1, 16, 32, 64)]
 ALL += [Shape(*types, 64, block, 8, window, sinks=True) for types in TYPES for block, window in ((16, 0), (64, 128))]
+ALL += [Shape(*types, 256, block, 2, window, softcap=50.0) for types in TYPES for block, window in ((16, 0), (64, 4096))]
 ALL += [Shape(*types, *sizes, sequences=1) for types in TYPES[:2] for sizes in product([64, 128, 256], [16, 64])]
 
 

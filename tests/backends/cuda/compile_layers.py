@@ -16,7 +16,7 @@ from quire.backends.cuda.cache import DTYPES, KVPool
 from quire.backends.cuda.kernels import linear as products
 from quire.backends.cuda.kernels.copies import copy_blocks
 from quire.backends.cuda.kernels.kv_write import write_kv
-from quire.backends.cuda.kernels.layers import activate, layer_norm, rms_norm
+from quire.backends.cuda.kernels.layers import activate, layer_norm, rms_norm, softcap
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -64,6 +64,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rms 4096 fp32": partial(rms, 4096, F32, False),
     "layer 768 fp16 +residual": partial(layer, 768, FP16),
     "layer 1000 bf16 +residual": partial(layer, 1000, BF16),
+    "softcap 256000 bf16": lambda: softcap(empty(4, 256000), 30.0),
     "silu gated 14336 bf16": lambda: activate(empty(4, 2 * 14336), "silu", True),
     "gelu_tanh gated 3072 fp16": lambda: activate(empty(4, 6144, dtype=FP16), "gelu_tanh", True),
     "swiglu_oai gated 2880 bf16": lambda: activate(empty(4, 5760), "swiglu_oai", True),

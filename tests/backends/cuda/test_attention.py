@@ -146,6 +146,18 @@ def test_sinks(ops, dtype, kv_dtype, window) -> None:
 
 
 @OPS
+@pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES)
+@pytest.mark.parametrize(("window", "sinks"), [(0, False), (300, True)])
+def test_limits_of_scores(ops, dtype, kv_dtype, window, sinks) -> None:
+    """In one split or several, in tiles with keys that are not seen and without."""
+    shape = {"dtype": dtype, "kv_dtype": kv_dtype, "window": window, "heads": 6, "kv_heads": 2, "has_sinks": sinks, "softcap": 0.8}
+    batch = Batch([1, 257, 530], **shape)
+    assert relative_error(batch.decode(ops), batch.expected()) < TOLERANCE[dtype]
+    batch = Batch([1, 340], counts=[1, 70], **shape)
+    assert relative_error(batch.prefill(ops), batch.expected()) < TOLERANCE[dtype]
+
+
+@OPS
 @OF_NUMPY
 @pytest.mark.parametrize("window", [0, 3])
 def test_sinks_far_from_all_scores(ops, window) -> None:
@@ -185,11 +197,12 @@ def chunks(draw, batch: Batch) -> list[list[tuple[int, int, int]]]:
 
 @OPS
 @settings(max_examples=5, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(data=st.data(), window=st.sampled_from([0, 0, 50]), float16=st.booleans(), sinks=st.booleans())
-def test_chunked_prefill_is_whole_prefill(ops, data, window, float16, sinks) -> None:
+@given(data=st.data(), window=st.sampled_from([0, 0, 50]), float16=st.booleans(), sinks=st.booleans(), softcap=st.sampled_from([0.0, 2.0]))
+def test_chunked_prefill_is_whole_prefill(ops, data, window, float16, sinks, softcap) -> None:
     """Bit for bit, with the chunks of several sequences in one launch or each by itself."""
     dtype, kv_dtype = (torch.float16, "float16") if float16 else (torch.float32, "float32")
-    batch = Batch([90, 40], counts=[90, 30], heads=1, kv_heads=1, window=window, dtype=dtype, kv_dtype=kv_dtype, has_sinks=sinks)
+    batch = Batch([90, 40], counts=[90, 30], heads=1, kv_heads=1, window=window, dtype=dtype, kv_dtype=kv_dtype, has_sinks=sinks,
+                  softcap=softcap)  # fmt: skip
     whole = batch.prefill(ops)
     cut = chunks(data.draw, batch)
     for sequence, parts in enumerate(cut):

@@ -109,6 +109,18 @@ def test_rows_may_be_apart(ops):
 
 
 @both_layers
+@every_dtype
+@pytest.mark.parametrize("width", [1, 40, 2500])
+def test_softcap(ops, dtype, width):
+    """In place, of a part of the columns."""
+    wide = (normal(1, 3, width + 9) * 40).to(dtype)
+    before, part = wide.clone(), wide[:, :width]
+    ops.softcap(part, 30.0)
+    assert_close(part, 30.0 * np.tanh(exact(before[:, :width]) / 30.0), dtype)
+    assert same(wide[:, width:], before[:, width:])
+
+
+@both_layers
 def test_a_norm_in_place(ops):
     """Of a part of the columns, of which the others stay."""
     wide, weight = normal(1, 3, 100, dtype=torch.bfloat16), normal(2, 40)

@@ -1,4 +1,4 @@
-// What a feed-forward does between its two linears, to each element alone.
+// What happens to an element alone: between the two linears of a feed-forward, and to scores and logits that have a limit.
 #pragma once
 #include "simd.h"
 
@@ -39,6 +39,13 @@ template <Activation kind> QUIRE_INLINE vf activate(vf x) {
     else if constexpr (kind == Activation::gelu_tanh) return gelu_tanh(x);
     else if constexpr (kind == Activation::relu) return max(zero(), x);   // NaN stays NaN
     else return x;
+}
+
+// cap tanh(x / cap), cap > 0 (Gemma 2, arXiv 2408.00118, section 2). NaN stays NaN.
+QUIRE_INLINE vf softcap(vf x, float cap) {
+    const vf e = exp(mul(abs(x), set1(-2.0f / cap)));
+    const vf y = div(mul(set1(cap), sub(set1(1.0f), e)), add(set1(1.0f), e));
+    return select(greater(zero(), x), neg(y), y);
 }
 
 // The activated gate x times what it gates. NaN stays NaN. swiglu_oai: gpt-oss, arXiv 2508.10925, section 2.

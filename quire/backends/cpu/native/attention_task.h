@@ -284,10 +284,11 @@ template <class T> struct Task {
     }
 
     void soften_rows(const Seen& n, const Turn& t) {
+        const float cap = a.softcap * kLog2E;
         for (int64_t row = n.r0; row < n.r1; ++row) {
             float* at = s + row * kTile;
-            greatest[row] = whole(row, n.base) ? greatest_score<true, kScaled>(at, {0, kTile}, *scales)
-                                               : greatest_score<false, kScaled>(at, valid(row, n.base), *scales);
+            greatest[row] = whole(row, n.base) ? greatest_score<true, kScaled>(at, {0, kTile}, *scales, cap)
+                                               : greatest_score<false, kScaled>(at, valid(row, n.base), *scales, cap);
         }
         for (int64_t row = n.r0; row < n.r1; ++row) {
             float* p = t.state + row * row_floats;

@@ -1,7 +1,7 @@
 // The arithmetic of attention over one tile of keys: scores, softmax, weighted values, and the merge of two partial
 // results. Included by attention.cpp alone, which says why it is done so and not otherwise.
 #pragma once
-#include "simd.h"
+#include "activation.h"
 
 namespace quire::QUIRE_NS {
 namespace {
@@ -193,14 +193,15 @@ template <bool Whole> struct Valid {
     }
 };
 
-// The greatest score of one row. Scaled: they are of int8 keys, whose scales come in here.
-template <bool Whole, bool Scaled> float greatest_score(float* s, const Valid<Whole>& valid, const Scales& scales) {
+// The greatest score of one row. Scaled: they are of int8 keys, whose scales come in here. cap: what they are limited by, or 0.
+template <bool Whole, bool Scaled> float greatest_score(float* s, const Valid<Whole>& valid, const Scales& scales, float cap) {
     vf top = set1(-__builtin_inff());
     for (int j = 0; j < kTileVecs; ++j) {
         vf x = load(s + j * kWidth);
         if constexpr (Scaled) x = mul(x, load(scales.k + j * kWidth));
+        if (cap > 0) x = softcap(x, cap);
         x = valid(j, x, set1(-__builtin_inff()));
-        if constexpr (Scaled || !Whole) store(s + j * kWidth, x);
+        if (Scaled || !Whole || cap > 0) store(s + j * kWidth, x);
         top = max(x, top);
     }
     return reduce_max(top);

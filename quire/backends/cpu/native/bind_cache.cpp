@@ -123,7 +123,8 @@ void write_kv(const Array& k_, const Array& v_, const OutArray& k_cache, const O
 
 int64_t attention(const Array& q_, const Array& k_cache, const Array& v_cache, const OutArray& out_, const Array& tables,
                const Array& rows, const Array& query_start, const Array& start, float scale, int64_t window,
-               const MaybeArray& k_scales, const MaybeArray& v_scales, const MaybeArray& sinks_, std::optional<bool> share) {
+               const MaybeArray& k_scales, const MaybeArray& v_scales, const MaybeArray& sinks_, float softcap,
+               std::optional<bool> share) {
     const CheckedCache c = check_cache(k_cache, v_cache, k_scales, v_scales);
     const Heads q = heads(q_, "q");
     require_ndim(q_, 3, "q");
@@ -134,10 +135,11 @@ int64_t attention(const Array& q_, const Array& k_cache, const Array& v_cache, c
     require(out.rows == q.rows && out.cols == q.heads * q.dim,
             "out must be [tokens, heads * head_dim] for q " + shape_of(q_) + ", not " + shape_of(out_));
     require(window >= 0, "window must not be negative");
+    require(softcap >= 0, "softcap must not be negative");
     const float* sinks = sinks_ ? vector<float>(*sinks_, "sinks", "float32", q.heads) : nullptr;
     const CheckedRagged r = check_ragged(q.rows, tables, rows, query_start, start);
     const AttentionArgs args{r.seq, c.cache, q.data, out.data, q.rows, q.heads, q.stride, q.head_stride, out.stride, window, scale,
-                             nullptr, 0, nullptr, 0, sinks};
+                             nullptr, 0, nullptr, 0, sinks, softcap};
     const Sharing sharing = !share ? Sharing::where_it_pays : *share ? Sharing::always : Sharing::never;
     return run_kernel([=, &kernels = active_kernels()] {
         check_blocks(c, r, true, window);
@@ -207,7 +209,7 @@ void bind_cache(nb::module_& m) {
     m.def("paged_attention", attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("out"),
           nb::arg("block_tables"), nb::arg("rows"), nb::arg("query_start"), nb::arg("start"), nb::arg("scale"),
           nb::arg("window") = 0, nb::arg("k_scales") = nb::none(), nb::arg("v_scales") = nb::none(),
-          nb::arg("sinks") = nb::none(), nb::arg("share") = nb::none());
+          nb::arg("sinks") = nb::none(), nb::arg("softcap") = 0.0f, nb::arg("share") = nb::none());
     m.def("copy_blocks", copy_blocks, nb::arg("cache"), nb::arg("pairs"));
     m.def("fill_blocks", fill_blocks, nb::arg("cache"), nb::arg("ids"), nb::arg("value"));
 }

@@ -334,6 +334,13 @@ void convert(const Array& x, const OutArray& out) {
     run_kernel([args, kernel = active_kernels().convert] { kernel(args); }, x, out);
 }
 
+void softcap(const OutArray& x_, float cap) {
+    const Matrix2 x = matrix(x_, "x");
+    require(cap > 0, "cap must be above 0, not " + std::to_string(cap));
+    const SoftcapArgs args{x.data, x.rows, x.cols, x.stride, cap};
+    run_kernel([args, kernel = active_kernels().softcap] { kernel(args); }, x_);
+}
+
 }  // namespace
 
 void bind_layers(nb::module_& m) {
@@ -385,6 +392,7 @@ void bind_layers(nb::module_& m) {
           nb::arg("ids"), nb::arg("table"), nb::arg("out"), nb::arg("scale") = 1.0f);
     m.def("add_rows", [](const Array& ids, const Array& table, const OutArray& out) { embed(ids, table, out, 1.0f, true); },
           nb::arg("ids"), nb::arg("table"), nb::arg("out"));
+    m.def("softcap", softcap, nb::arg("x"), nb::arg("cap"));
     m.def("convert", convert, nb::arg("x"), nb::arg("out"));
 }
 

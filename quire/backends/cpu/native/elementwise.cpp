@@ -1,5 +1,5 @@
-// What happens to each element alone: embedding rows, sums of what experts give, conversions between float widths.
-#include "simd.h"
+// What happens to each element alone: embedding rows, sums of what experts give, conversions between float widths, limits of logits.
+#include "activation.h"
 #include "threads.h"
 
 namespace quire::QUIRE_NS {
@@ -66,6 +66,16 @@ void convert_task(const void* context, int64_t task, int64_t) {
     }
 }
 
+void softcap_task(const void* context, int64_t task, int64_t) {
+    const SoftcapArgs& a = *static_cast<const SoftcapArgs*>(context);
+    const int64_t runs = (a.n + kRun - 1) / kRun, at = task % runs * kRun, end = at + kRun < a.n ? at + kRun : a.n;
+    float* x = a.x + task / runs * a.stride;
+    for (int64_t i = at; i < end; i += kWidth) {
+        const int left = static_cast<int>(end - i < kWidth ? end - i : kWidth);
+        store_n(x + i, softcap(load_n(x + i, left), a.cap), left);
+    }
+}
+
 }  // namespace
 
 void combine(const CombineArgs& args) {
@@ -78,6 +88,7 @@ void combine(const CombineArgs& args) {
 }
 
 void embed(const EmbedArgs& a) { run_tasks(a.m, embed_task, &a); }
+void softcap(const SoftcapArgs& a) { run_tasks((a.n + kRun - 1) / kRun * a.m, softcap_task, &a); }
 void convert(const ConvertArgs& a) { run_tasks((a.n + kRun - 1) / kRun, convert_task, &a); }
 
 }  // namespace quire::QUIRE_NS

@@ -133,6 +133,12 @@ struct EmbedArgs {
     bool add;            // out += row instead of out = row * scale
 };
 
+struct SoftcapArgs {
+    float* x;            // [m, n], in place
+    int64_t m, n, stride;
+    float cap;
+};
+
 // out (+)= for each row the sum of weights[row][i] * y[places[row][i]] over its `taken` places, one chain of multiply-adds.
 struct CombineArgs {
     const float* y;      // rows y_stride floats apart
@@ -211,6 +217,7 @@ struct AttentionArgs {
     const AttentionShared* shared;
     int64_t num_shared;
     const float* sinks;  // [heads]: a score that takes part in the softmax and has no value; or null
+    float softcap;       // scaled scores become softcap * tanh(score / softcap); 0: they stay
 };
 
 // Part of the arithmetic: changing either changes the bytes of every attention output.
@@ -235,6 +242,7 @@ struct Kernels {
     void (*embed)(const EmbedArgs&);
     void (*combine)(const CombineArgs&);
     void (*convert)(const ConvertArgs&);
+    void (*softcap)(const SoftcapArgs&);
     void (*write_kv)(const WriteKvArgs&);
     void (*attention_shared)(const AttentionArgs&);  // runs args.shared, which args.works may need
     void (*attention)(const AttentionArgs&);         // runs args.works

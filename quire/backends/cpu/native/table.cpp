@@ -13,6 +13,7 @@ void rotary(const RotaryArgs&);
 void embed(const EmbedArgs&);
 void combine(const CombineArgs&);
 void convert(const ConvertArgs&);
+void softcap(const SoftcapArgs&);
 void write_kv(const WriteKvArgs&);
 void attention_shared(const AttentionArgs&);
 void attention(const AttentionArgs&);
@@ -44,6 +45,7 @@ const Kernels kernels = {
     .embed = embed,
     .combine = combine,
     .convert = convert,
+    .softcap = softcap,
     .write_kv = write_kv,
     .attention_shared = attention_shared,
     .attention = attention,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.kernels.launching import Kernel
+from quire.backends.cuda.kernels.layers import capped
 from quire.backends.cuda.kernels.paged import block_ids, halves, load_scales, load_tile, prefetch_tile, product, sink_weight, value_power
 from quire.backends.cuda.kernels.programmatic import start_next, wait
 
@@ -21,10 +22,12 @@ def decode_kernel(
     queries, keys, values, key_scales, value_scales, sinks, tables, rows, lengths, count, first_slots, tiles, partial, maxima, sums,
     arrived, out, scale, row_stride, head_stride, table_width, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, UPCAST: tl.constexpr, PAIRS: tl.constexpr, FP16: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, UPCAST: tl.constexpr, PAIRS: tl.constexpr, FP16: tl.constexpr, SOFTCAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """``scale`` includes log2(e). PAIRS: values of 8 bits are loaded two at a time; FP16: products are of float16, not of the queries'
-    type. What belongs to the next item is loaded before the current one is computed."""
+    """``scale`` and SOFTCAP, which is 0 where scores have no limit, include log2(e). PAIRS: values of 8 bits are loaded two at a time.
+    FP16: products are of float16, not of the queries' type. What belongs to the next item is loaded before the current one is computed.
+    """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     items = tl.load(count) * KV_HEADS
@@ -93,9 +96,12 @@ def decode_kernel(
             scores = product(q, tl.trans(k), None, UPCAST)
             if key_scales is not None:
                 scores *= key_scale.to(tl.float32)[None, :]
+            if SOFTCAP > 0:
+                scores = capped(scores * row_scale[:, None], SOFTCAP)
             scores = tl.where(seen[None, :], scores, float("-inf"))
-            higher = tl.maximum(largest, tl.max(scores, 1) * row_scale)
-            p = tl.exp2(tl.fma(scores, tl.broadcast_to(row_scale[:, None], scores.shape), -higher[:, None]))
+            factor = tl.full([GROUP_PAD], 1.0, tl.float32) if SOFTCAP > 0 else row_scale
+            higher = tl.maximum(largest, tl.max(scores, 1) * factor)
+            p = tl.exp2(tl.fma(scores, tl.broadcast_to(factor[:, None], scores.shape), -higher[:, None]))
             decay = tl.exp2(largest - higher)
             sums_of_lanes = tl.fma(sums_of_lanes, tl.broadcast_to(decay[:, None], p.shape), p)
             if value_scales is not None:

@@ -40,6 +40,13 @@ def activate(x: Tensor, kind: Activation, gated: bool) -> Tensor:
     return out
 
 
+def softcap(x: Tensor, cap: float) -> None:
+    """As in reference/. Rows are contiguous; they may be apart."""
+    rows, width = x.shape
+    block = min(MAX_COLUMNS, 1 << (width - 1).bit_length())
+    _softcap.launch((rows, -(-width // block)), (x, x.stride(0)), (width, cap, block))
+
+
 def _row(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, int, int]:
     """The result's memory; elements that hold a row, a power of two; and warps: 8 elements a thread, where there are not too many."""
     block = 1 << (x.shape[1] - 1).bit_length()
@@ -86,6 +93,25 @@ def _activate(x, out, x_stride, WIDTH: tl.constexpr, KIND: tl.constexpr, GATED: 
     y = tl.load(here, mask=inside, other=0.0).to(tl.float32)
     y = gated(y, tl.load(here + WIDTH, mask=inside, other=0.0).to(tl.float32), KIND) if GATED else activation(y, KIND)
     tl.store(out + row * WIDTH + columns, narrow(y, out.dtype.element_ty), mask=inside)
+
+
+@Kernel
+@triton.jit
+def _softcap(x, x_stride, WIDTH: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    start_next(PDL)
+    wait(PDL)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = x + tl.program_id(0).to(tl.int64) * x_stride + columns
+    y = capped(tl.load(here, mask=columns < WIDTH, other=0.0).to(tl.float32), CAP)
+    tl.store(here, narrow(y, x.dtype.element_ty), mask=columns < WIDTH)
+
+
+@triton.jit
+def capped(x, CAP: tl.constexpr):
+    """CAP * tanh(x / CAP) of x in float32."""
+    e = tl.exp(tl.abs(x) * (-2.0 / CAP))
+    y = CAP * (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -y, y)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.kernels.launching import Kernel
+from quire.backends.cuda.kernels.layers import capped
 from quire.backends.cuda.kernels.paged import block_ids, load_scales, load_tile, product, sink_weight, value_power
 
 
@@ -20,8 +21,9 @@ def prefill_kernel(
     queries, keys, values, key_scales, value_scales, sinks, tables, rows, query_start, lengths, tiles, out, scale, row_stride,
     head_stride, table_width, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """``scale`` includes log2(e). Grid: a program for each tile and head, heads first."""
+    """``scale`` and SOFTCAP include log2(e). Grid: a program for each tile and head, heads first."""
     program = tl.program_id(0)
     head = program % HEADS
     sequence = tl.load(tiles + program // HEADS * 2)
@@ -51,15 +53,16 @@ def prefill_kernel(
         full_start = tl.cdiv(tl.maximum(end - WINDOW, 0), TILE) * TILE
         acc, total, largest = _visit(
             q, acc, total, largest, keys, values, key_scales, value_scales, kv_head, table, scale, left,
-            tl.minimum(full_start, end), first, end, KV_HEADS, HEAD_DIM, DIM_PAD, BLOCK_SIZE, WINDOW, ROWS, TILE, True, UPCAST,
+            tl.minimum(full_start, end), first, end, KV_HEADS, HEAD_DIM, DIM_PAD, BLOCK_SIZE, WINDOW, ROWS, TILE, True, UPCAST, SOFTCAP,
         )  # fmt: skip
     acc, total, largest = _visit(
         q, acc, total, largest, keys, values, key_scales, value_scales, kv_head, table, scale, full_start, full_end,
-        first, end, KV_HEADS, HEAD_DIM, DIM_PAD, BLOCK_SIZE, WINDOW, ROWS, TILE, False, UPCAST,
+        first, end, KV_HEADS, HEAD_DIM, DIM_PAD, BLOCK_SIZE, WINDOW, ROWS, TILE, False, UPCAST, SOFTCAP,
     )  # fmt: skip
     acc, total, largest = _visit(
         q, acc, total, largest, keys, values, key_scales, value_scales, kv_head, table, scale,
         tl.maximum(full_start, full_end), end, first, end, KV_HEADS, HEAD_DIM, DIM_PAD, BLOCK_SIZE, WINDOW, ROWS, TILE, True, UPCAST,
+        SOFTCAP,
     )  # fmt: skip
     if value_scales is not None:
         acc *= 1.0 / value_power(values, q.dtype)
@@ -74,7 +77,7 @@ def prefill_kernel(
 def _visit(
     q, acc, total, largest, keys, values, key_scales, value_scales, kv_head, table, scale, start, stop, first, end,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The tiles of keys from ``start`` to before ``stop``."""
     t = tl.arange(0, TILE)
@@ -96,16 +99,19 @@ def _visit(
         scores = product(q, tl.trans(k), None, UPCAST)
         if key_scales is not None:
             scores *= load_scales(key_scales, ids, inner, j, t, readable, KV_HEADS, BLOCK_SIZE, TILE).to(tl.float32)[None, :]
+        factor = scale
+        if SOFTCAP > 0:
+            scores, factor = capped(scores * scale, SOFTCAP), 1.0
         if MASKED:
             seen = position[None, :] <= r[:, None]
             if WINDOW > 0:
                 seen = seen & (position[None, :] > r[:, None] - WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(largest, tl.max(scores, 1) * scale)
+        higher = tl.maximum(largest, tl.max(scores, 1) * factor)
         reference = higher
         if MASKED:
             reference = tl.where(higher == float("-inf"), 0.0, higher)  # a query that has seen no key yet
-        p = tl.exp2(tl.fma(scores, scale, -reference[:, None]))
+        p = tl.exp2(tl.fma(scores, factor, -reference[:, None]))
         decay = tl.exp2(largest - reference)  # exactly 1 where no key was higher: a tile that is not seen changes nothing
         total = tl.fma(total, decay, tl.sum(p, 1))
         if value_scales is not None:

@@ -20,7 +20,7 @@ TILE = 64
 
 
 def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor, tiles: DecodeTiles, scale: float, window: int,
-           out: Tensor, sinks: Tensor | None = None) -> None:  # fmt: skip
+           out: Tensor, sinks: Tensor | None = None, softcap: float = 0.0) -> None:  # fmt: skip
     """Attention of one query for each of S sequences, which is at the last of its positions.
 
     q: [S, heads, head_dim], float32, float16 or bfloat16; strided but for the last dimension. out: the same shape, contiguous.
@@ -30,6 +30,7 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
     tiles: the decode list of the same lengths and window (the reference does without).
     scale: on scores. window: keys that a query sees, its own among them; 0: all.
     sinks: [heads] float32, a score of each head that takes part in the softmax and has no value; it is not scaled.
+    softcap: scaled scores become softcap * tanh(score / softcap); 0: they stay.
 
     Drafts are sequences too: several queries of a row are as many sequences with the same row, and lengths one apart.
     """
@@ -37,11 +38,11 @@ def decode(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, lengths: Tensor
         if length == 0:
             out[sequence] = 0
         else:
-            _attend(q[sequence : sequence + 1], kv, tables[row], length, scale, window, out[sequence : sequence + 1], sinks)
+            _attend(q[sequence : sequence + 1], kv, tables[row], length, scale, window, out[sequence : sequence + 1], sinks, softcap)
 
 
 def prefill(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor, tiles: Tensor, scale: float,
-            window: int, out: Tensor, sinks: Tensor | None = None) -> None:  # fmt: skip
+            window: int, out: Tensor, sinks: Tensor | None = None, softcap: float = 0.0) -> None:  # fmt: skip
     """Attention of several queries for each of S sequences, causal; they are at the last of its positions.
 
     q: [T, heads, head_dim] and out as in ``decode``. query_start: [S + 1] int32; sequence s has the queries ``query_start[s]`` to
@@ -53,11 +54,11 @@ def prefill(q: Tensor, kv: LayerKV, tables: Tensor, rows: Tensor, query_start: T
         start, end = starts[sequence], starts[sequence + 1]
         for first in range(start, end, ROWS):
             last = min(first + ROWS, end)
-            _attend(q[first:last], kv, tables[row], length - end + last, scale, window, out[first:last], sinks)
+            _attend(q[first:last], kv, tables[row], length - end + last, scale, window, out[first:last], sinks, softcap)
 
 
 def _attend(
-    q: Tensor, kv: LayerKV, table: Tensor, length: int, scale: float, window: int, out: Tensor, sinks: Tensor | None
+    q: Tensor, kv: LayerKV, table: Tensor, length: int, scale: float, window: int, out: Tensor, sinks: Tensor | None, softcap: float
 ) -> None:  # fmt: skip
     """Up to ROWS queries at the positions before ``length``; online softmax (Milakov and Gimelshein, arXiv 1805.02867)."""
     count, heads, dim = q.shape
@@ -82,6 +83,8 @@ def _attend(
         if window:
             seen &= key > positions - window
         scores = torch.bmm(queries, keys[:, here].transpose(1, 2)) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~seen, float("-inf"))
         higher = torch.maximum(largest, scores.amax(2, keepdim=True))
         reference = higher.masked_fill(higher == float("-inf"), 0.0)  # a query that has seen no key yet

@@ -42,6 +42,11 @@ def activate(x: Tensor, kind: Activation, gated: bool) -> Tensor:
     return (_activation(gate, kind) * up).to(x.dtype)
 
 
+def softcap(x: Tensor, cap: float) -> None:
+    """x = cap * tanh(x / cap), in place; x [T, N]."""
+    x.copy_(cap * torch.tanh(x.double() / cap))  # float64: see ``_activation``
+
+
 def _add(x: Tensor, residual: Tensor | None) -> Tensor:
     if residual is None:
         return x

@@ -5,7 +5,7 @@ from quire.backends.cuda.reference.attention import decode, prefill
 from quire.backends.cuda.reference.copies import copy_blocks, fill_blocks
 from quire.backends.cuda.reference.experts import experts, route
 from quire.backends.cuda.reference.kv_write import write_kv
-from quire.backends.cuda.reference.layers import activate, layer_norm, rms_norm
+from quire.backends.cuda.reference.layers import activate, layer_norm, rms_norm, softcap
 from quire.backends.cuda.reference.linear import gated_linear, linear
 from quire.backends.cuda.reference.logprobs import report
 from quire.backends.cuda.reference.sampling import sample
@@ -13,5 +13,6 @@ from quire.backends.cuda.reference.tokens import embed, put_tokens
 
 __all__ = [
     "activate", "ban", "bias", "copy_blocks", "decode", "embed", "experts", "fill_blocks", "gated_linear", "layer_norm", "linear",
-    "penalize", "prefill", "put_tokens", "report", "restrict", "rms_norm", "route", "sample", "write_kv",
+    "penalize", "prefill", "put_tokens", "report", "restrict", "rms_norm", "route", "sample", "softcap",
+    "write_kv",
 ]  # fmt: skip
