@@ -45,16 +45,15 @@ def _read_gemma2(config: Config) -> TransformerSpec:
         spec,
         norms_behind=True,
         attention_scale=config.number("query_pre_attn_scalar", 256.0, high=1e6) ** -0.5,
-        attention_softcap=_limit(config, "attn_logit_softcapping", 50.0),
-        logit_softcap=_limit(config, "final_logit_softcapping", 30.0),
+        attention_softcap=read_limit(config, "attn_logit_softcapping", 50.0),
+        logit_softcap=read_limit(config, "final_logit_softcapping", 30.0),
     )
 
 
-def _limit(config: Config, name: str, absent: float) -> float:
-    """0: null, which is none."""
-    if name in config.values and config.values[name] is None:
-        return 0.0
-    return config.number(name, absent, low=1e-3, high=1e6)
+def read_limit(config: Config, name: str, absent: float) -> float:
+    """What scores or logits are limited by; 0: by nothing, which is what null says. absent: where config.json does not say."""
+    value = config.values.get(name, absent or None)
+    return 0.0 if value is None else config.number(name, absent, low=1e-3, high=1e6)
 
 
 def _gemma(config: Config, name: str, activation: Any, windows: tuple[int, ...] = ()) -> TransformerSpec:
