@@ -253,8 +253,7 @@ def test_gemma3() -> None:
     assert spec.rope == RopeSpec(1e6, 32)
     assert [spec.layer_rope(i) for i in range(7)] == [RopeSpec(1e4, 32)] * 5 + [RopeSpec(1e6, 32), RopeSpec(1e4, 32)]
     assert (spec.bos_token_id, spec.eos_token_ids) == (2, (1, 106))
-    limited = spec_from_config({**GEMMA3, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0})
-    assert (limited.attention_softcap, limited.logit_softcap, spec.attention_softcap, spec.logit_softcap) == (50.0, 30.0, 0.0, 0.0)
+    assert (spec.logit_softcap, spec_from_config({**GEMMA3, "final_logit_softcapping": 30.0}).logit_softcap) == (0.0, 30.0)
     # A window as long as the context hides nothing, but the layer rotates as those with a window do.
     whole = spec_from_config({**GEMMA3, "sliding_window": 4096})
     assert (whole.windows, whole.ropes) == ((), spec.ropes)
@@ -472,6 +471,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GEMMA2, {"attn_logit_softcapping": 0.0}, "'attn_logit_softcapping' must be a number above 0.001"),
     (GEMMA2, {"final_logit_softcapping": "30"}, "'final_logit_softcapping' must be a number above"),
     (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+    (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
     (GEMMA3, {"final_logit_softcapping": -30.0}, "'final_logit_softcapping' must be a number above 0.001"),
     (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
     (GEMMA3, {"layer_types": ["full_attention"]}, "'layer_types' must list full_attention or sliding_attention for each of the 7 layers"),

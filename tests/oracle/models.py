@@ -182,7 +182,7 @@ CASES = [
          final_logit_softcapping=None, layer_types=["full_attention", "sliding_attention", "sliding_attention"])),
     Case("gemma3-pattern", "gemma3", heads(4, 2, num_hidden_layers=7)),
     Case("gemma3-types-scaled", "gemma3", heads(3, 1, head_dim=20, attention_bias=True, tie_word_embeddings=False,
-         attn_logit_softcapping=8.0, final_logit_softcapping=20.0,
+         final_logit_softcapping=20.0,
          layer_types=["full_attention", "sliding_attention", "sliding_attention"], rope_parameters={"full_attention":
          {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}})),
     Case("gemma3-window-of-the-context", "gemma3", heads(2, 2, sliding_window=256)),

@@ -27,7 +27,7 @@ _DEFAULTS: dict[str, Any] = {
 def _read_text(config: Config) -> TransformerSpec:
     given = {name: value for name, value in config.values.items() if value is not None}
     config = Config(_DEFAULTS | given, config.where)
-    config.unsupported(use_bidirectional_attention=False)
+    config.unsupported(attn_logit_softcapping=None, use_bidirectional_attention=False)
     layers = config.integer("num_hidden_layers", high=MAX_LAYERS)
     every = config.integer("sliding_window_pattern", high=MAX_LAYERS)
     types = config.values.get("layer_types", [GLOBAL if (i + 1) % every == 0 else LOCAL for i in range(layers)])
@@ -50,7 +50,6 @@ def _read_text(config: Config) -> TransformerSpec:
         ropes=tuple(local if kind == LOCAL else spec.rope for kind in types),
         embed_scale=spec.hidden_size**0.5,
         attention_scale=config.number("query_pre_attn_scalar", high=1e6) ** -0.5,
-        attention_softcap=read_limit(config, "attn_logit_softcapping", 0.0),
         logit_softcap=read_limit(config, "final_logit_softcapping", 0.0),
     )
 
