@@ -85,6 +85,7 @@ class ReferenceModel:
             q, k = self._norm(f"{at}.q_norm", q), self._norm(f"{at}.k_norm", k)
         if (rope := spec.layer_rope(layer)) is not None:
             q, k = rotate(rope, q), rotate(rope, k)
+            q *= np.array(rope.query_scales(n) or [1.0] * n)[:, None, None]
         group = spec.num_heads // spec.num_kv_heads
         k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
         scores = limit(spec.attention_softcap, np.einsum("qhd,khd->hqk", q, k) * spec.scale)

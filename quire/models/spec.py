@@ -60,6 +60,8 @@ class RopeSpec:
     """The same for longer ones."""
     magnitude: float = 1.0
     """Factor on cosines and sines."""
+    query_beta: float = 0.0
+    """Beyond the original context queries are scaled as well, see query_scales; 0: they are not."""
 
     def inverse_frequencies(self, max_model_len: int) -> list[float]:
         """``rotary_dim / 2`` angular frequencies in radians per position, scaling applied. max_model_len: of the longest sequence that is
@@ -97,6 +99,13 @@ class RopeSpec:
                 scaled.append(f * (smooth + (1 - smooth) / self.factor))
             return scaled
         return freqs
+
+    def query_scales(self, max_model_len: int) -> list[float] | None:
+        """Factor on the rotated query of each position, 1 + beta log(1 + the whole original contexts before it) (Ministral 3, after
+        Llama 4); None where it is 1 for all."""
+        if not self.query_beta or max_model_len <= self.original_max_positions:
+            return None
+        return [1 + self.query_beta * log(1 + position // self.original_max_positions) for position in range(max_model_len)]
 
     def _dimension(self, turns: float) -> float:
         """Of the frequency (a number, as if there were any between two) that makes so many turns within the original context."""

@@ -123,6 +123,32 @@ def test_mistral_windows() -> None:
     assert spec_from_config({**MISTRAL, "head_dim": 128}).head_dim == 128
 
 
+def test_ministral3() -> None:
+    """Names and values as in Ministral-3-8B's config.json, whose text is a part."""
+    rope = {"rope_type": "yarn", "type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}  # fmt: skip
+    text = {name: value for name, value in MISTRAL.items() if name not in ("architectures", "rope_theta", "rope_scaling", "torch_dtype")}
+    text |= {"model_type": "ministral3", "rope_parameters": rope, "max_position_embeddings": 262144, "head_dim": 128}
+    whole = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "dtype": "bfloat16", "text_config": text,
+             "vision_config": {}}  # fmt: skip
+    spec = spec_from_config(whole)
+    assert spec == spec_from_config({**text, "architectures": ["Ministral3ForCausalLM"], "dtype": "bfloat16"})
+    expected = RopeSpec(1e6, 128, "yarn", 16.0, original_max_positions=16384, query_beta=0.1)
+    assert (spec.rope, spec.windows, spec.max_positions, spec.dtype) == (expected, (), 262144, "bfloat16")
+    scales = expected.query_scales(40000)
+    assert scales is not None
+    assert scales[16383:16385] == [1.0, 1 + 0.1 * math.log(2)]
+    assert (len(scales), scales[-1]) == (40000, 1 + 0.1 * math.log(3))
+    assert expected.query_scales(16384) is None
+    plain = {**text, "model_type": "mistral", "rope_parameters": {"rope_type": "default", "rope_theta": 1e9}}
+    assert spec_from_config({**whole, "text_config": plain}).architecture == "MistralForCausalLM"
+    assert spec_from_config({**whole, "text_config": plain}).windows == (), "null is none"
+    different = {**rope, "mscale": 0.5}
+    found = spec_from_config({**whole, "text_config": {**text, "rope_parameters": different}}).rope
+    assert found is not None
+    assert found.magnitude == pytest.approx((0.05 * math.log(16) + 1) / (0.1 * math.log(16) + 1))
+
+
 def test_qwen() -> None:
     spec = spec_from_config(QWEN2)
     assert spec.qkv_bias
@@ -442,7 +468,18 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"is_causal": False}, "is_causal .*[Ff]alse.* is not supported"),
     (LLAMA, {"model_type": "granite"}, "model_type 'granite' is not that of LlamaForCausalLM, which is 'llama'"),
     (LLAMA, {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope type 'ntk' is not supported; supported: default, linear"),
-    (LLAMA, {"rope_scaling": {**YARN, "mscale": 1.0}}, "'mscale' is not supported with rope type 'yarn'"),
+    (
+        LLAMA,
+        {"rope_scaling": {**YARN, "mscale": 1.0}},
+        "'mscale' and 'mscale_all_dim' are supported together only, got 1.0 for one of them",
+    ),
+    (LLAMA, {"rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}}, "'llama_4_scaling_beta' is not supported with rope type 'yarn'"),
+    ({**MISTRAL, "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}, {}, "'text_config' must be an object"),
+    (
+        {**MISTRAL, "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"},
+        {"text_config": {"model_type": "mistral4"}},
+        "text_config: model_type 'mistral4' is not supported; supported: mistral, ministral3",
+    ),
     (LLAMA, {"rope_scaling": {**YARN, "beta_slow": 40.0}}, "'beta_slow' 40 must be below 'beta_fast' 32"),
     (LLAMA, {"rope_scaling": {**YARN, "truncate": 0}}, "'truncate' must be true or false, got 0"),
     (PHI3, {"rope_scaling": {**PHI3["rope_scaling"], "short_factor": [1.0]}}, "'short_factor' must list 6 numbers"),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from oracle.models import LLAMA3, YARN, Case, build, decisive_prompt, heads, logits, longrope, save
+from oracle.models import LLAMA3, MINISTRAL3, YARN, Case, build, decisive_prompt, heads, logits, longrope, save
 
 OUT = Path(__file__).parents[1] / "fixtures" / "golden"
 _SMALL = {"hidden_size": 24, "intermediate_size": 32, "max_position_embeddings": 256}
@@ -27,6 +27,7 @@ GOLDEN = [
     (Case("llama-biases-linear", "llama", heads(2, 2, attention_bias=True, mlp_bias=True, rope_parameters=_LINEAR, head_dim=10, **_SMALL)),
      torch.float16),
     (Case("mistral-window", "mistral", heads(6, 2, sliding_window=11, **_SMALL)), torch.bfloat16),
+    (Case("ministral3", "ministral3", heads(4, 2, head_dim=12, rope_parameters=MINISTRAL3, **_SMALL)), torch.bfloat16),
     (Case("qwen2-windows", "qwen2", heads(3, 3, use_sliding_window=True, sliding_window=9, max_window_layers=1, **_SMALL)), torch.bfloat16),
     (Case("qwen3-tied", "qwen3", heads(4, 2, head_dim=16, tie_word_embeddings=True, **_SMALL)), torch.float32),
     (Case("mixtral", "mixtral", heads(3, 1, num_local_experts=4, **_SMALL)), torch.float16),

@@ -30,6 +30,8 @@ from transformers import (
     GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -78,6 +80,7 @@ class Case:
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "ministral3": (Ministral3Config, Ministral3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
@@ -103,6 +106,7 @@ _SHARED = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 56, "
 _BASE: dict[str, dict[str, Any]] = {
     "llama": _SHARED,
     "mistral": _SHARED,
+    "ministral3": {**_SHARED, "head_dim": 16},
     "qwen2": _SHARED,
     "qwen3": _SHARED,
     "mixtral": {**_SHARED, "num_local_experts": 5},
@@ -141,6 +145,8 @@ def heads(q: int, kv: int, **fields: Any) -> dict[str, Any]:
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 32}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MINISTRAL3 = {**YARN, "type": "yarn", "original_max_position_embeddings": 16, "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+              "llama_4_scaling_beta": 0.5}  # fmt: skip
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _THREE = {"num_hidden_layers": 3}
 
@@ -186,6 +192,9 @@ CASES = [
          layer_types=["full_attention", "sliding_attention", "sliding_attention"], rope_parameters={"full_attention":
          {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}})),
     Case("gemma3-window-of-the-context", "gemma3", heads(2, 2, sliding_window=256)),
+    Case("ministral3", "ministral3", heads(6, 2, rope_parameters=MINISTRAL3)),
+    Case("ministral3-tied-mscales", "ministral3", heads(3, 3, tie_word_embeddings=True,
+         rope_parameters={**MINISTRAL3, "mscale": 0.7, "mscale_all_dim": 1.5, "llama_4_scaling_beta": 0.1})),
     Case("mistral-full-head-dim", "mistral", heads(3, 1, sliding_window=None, head_dim=24)),
     Case("qwen2-tied", "qwen2", heads(6, 2, tie_word_embeddings=True)),
     Case("qwen2-some-windows", "qwen2", heads(3, 3, use_sliding_window=True, sliding_window=9, max_window_layers=1, **_THREE)),

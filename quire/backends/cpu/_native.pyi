@@ -209,9 +209,10 @@ def rms_norm(x: F32, weight: F32, eps: float, out: F32, accumulate: bool = False
 def layer_norm(x: F32, weight: F32, bias: F32 | None, eps: float, out: F32) -> None:
     """out = (x - mean) / sqrt(variance + eps) * weight + bias, likewise."""
 
-def rotary(x: F32, positions: I32, cos: F32, sin: F32) -> None:
+def rotary(x: F32, positions: I32, cos: F32, sin: F32, scale: F32 | None = None) -> None:
     """Rotates the first 2 * cos.shape[1] dimensions of each head of x [m, heads, head_dim], in place, half-split (Llama):
-    dimension i pairs with i + cos.shape[1]. cos and sin: [max_position, half], contiguous."""
+    dimension i pairs with i + cos.shape[1]. cos and sin: [max_position, half], contiguous. scale [max_position]: a factor on what
+    was rotated."""
 
 def embed(ids: I32, table: Floats, out: F32, scale: float = 1.0) -> None:
     """out[i] = table[ids[i]] * scale. The table may be a read-only mapping."""

@@ -95,6 +95,25 @@ class Experts:
 
 
 @dataclass(slots=True)
+class Turns:
+    """How a layer rotates, in float32."""
+
+    cos: F32
+    """[max_model_len, rotary_dim / 2], as ``sin``"""
+    sin: F32
+    query_scales: F32 | None
+    """[max_model_len]"""
+
+    def __call__(self, queries: F32, keys: F32, both: F32, positions: npt.NDArray[np.int32]) -> None:
+        """In place. both: queries and keys, [T, heads, head_dim] each."""
+        if self.query_scales is None:
+            native.rotary(both, positions, self.cos, self.sin)
+        else:
+            native.rotary(queries, positions, self.cos, self.sin, self.query_scales)
+            native.rotary(keys, positions, self.cos, self.sin)
+
+
+@dataclass(slots=True)
 class LayerKV:
     """Keys and values of one layer, or of one layer of each group: blocks belong to one of them each."""
 
@@ -126,8 +145,8 @@ class Layer:
     """Of what attention, and the feed-forward, adds to the residual."""
     mlp_out_norm: Norm | None
     window: int
-    rope: tuple[F32, F32] | None
-    """(cos, sin) [max_model_len, rotary_dim / 2]; None where the layer does not rotate."""
+    rope: Turns | None
+    """None where the layer does not rotate."""
     group: int
     """Of layers: whose block tables it goes by."""
     kv: LayerKV
@@ -343,7 +362,7 @@ class Decoder:
             layer.q_norm(of_queries, of_queries)
             layer.k_norm(of_keys, of_keys)
         if layer.rope is not None:
-            native.rotary(heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions, *layer.rope)
+            layer.rope(queries, keys, heads[:, : spec.num_heads + spec.num_kv_heads], batch.positions)
         tables, kv = batch.block_tables[layer.group], layer.kv
         where = (tables, batch.rows, batch.query_start, batch.start)
         cache, scales = (kv.keys, kv.values), (kv.key_scales, kv.value_scales)
@@ -425,12 +444,12 @@ class Decoder:
         return None if weight is None else Norm(weight, None, self.spec.norm_eps, True)
 
 
-def _turns(rope: RopeSpec, positions: int) -> tuple[F32, F32]:
-    """(cos, sin) of each position and frequency. Angles in float32, as the models were trained with."""
+def _turns(rope: RopeSpec, positions: int) -> Turns:
+    """Of each position. Angles in float32, as the models were trained with."""
     frequencies = np.array(rope.inverse_frequencies(positions), np.float32)
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
-    magnitude = np.float32(rope.magnitude)
-    return magnitude * np.cos(angles), magnitude * np.sin(angles)
+    magnitude, scales = np.float32(rope.magnitude), rope.query_scales(positions)
+    return Turns(magnitude * np.cos(angles), magnitude * np.sin(angles), None if scales is None else np.array(scales, np.float32))
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:

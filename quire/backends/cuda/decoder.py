@@ -16,9 +16,10 @@ from torch import Tensor
 from quire.backends.cuda.cache import KVPool, LayerKV
 from quire.backends.cuda.group import Group
 from quire.backends.cuda.tiles import DecodeTiles
+from quire.backends.cuda.turns import Turns, turns
 from quire.backends.cuda.weights import Experts, Linear, Loader
 from quire.backends.memory import KVLayout
-from quire.models.spec import Activation, RopeSpec, TransformerSpec
+from quire.models.spec import Activation, TransformerSpec
 
 
 @dataclass(slots=True)
@@ -114,8 +115,8 @@ class Layer:
     sinks: Tensor | None
     """[heads] float32, see ``decode`` of the operations."""
     window: int
-    rope: tuple[Tensor, Tensor] | None
-    """(cos, sin); None where the layer does not rotate."""
+    rope: Turns | None
+    """None where the layer does not rotate."""
     group: int
     """Of layers: whose block tables it goes by."""
     kv: LayerKV
@@ -141,7 +142,7 @@ class Decoder:
         self.dtype = self.embed.dtype
         self.positions = loader.tensor("positions.weight") if spec.rope is None else None
         layer_ropes = [spec.layer_rope(i) for i in range(spec.num_layers)]
-        tables = {rope: _turns(rope, max_model_len, device) for rope in set(layer_ropes) if rope is not None}
+        tables = {rope: turns(rope, max_model_len, device) for rope in set(layer_ropes) if rope is not None}
         self._embed_in = self._embed_out = None
         if spec.embedding_size != spec.hidden_size:
             self._embed_in, self._embed_out = loader.linear("embed_in"), loader.linear("embed_out")
@@ -322,10 +323,3 @@ class Decoder:
         if self._group is not None:
             self._group.reduce(x)
         return x
-
-
-def _turns(rope: RopeSpec, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [positions, rotary_dim / 2]. Angles in float32, as the models were trained with."""
-    frequencies = torch.tensor(rope.inverse_frequencies(positions), dtype=torch.float32, device=device)
-    angles = torch.arange(positions, dtype=torch.float32, device=device)[:, None] * frequencies
-    return rope.magnitude * angles.cos(), rope.magnitude * angles.sin()

@@ -77,8 +77,11 @@ def spec_from_config(values: Mapping[str, Any], generation: Mapping[str, Any] | 
     packing = packing_of(config)
     spec = family.read(config)
     generated = Config(generation or {}, where.replace("config.json", "generation_config.json"))
-    eos = dict.fromkeys((*_token_ids(generated, "eos_token_id"), *_token_ids(config, "eos_token_id")))
-    bos = (*_token_ids(generated, "bos_token_id"), *_token_ids(config, "bos_token_id"), None)
+    sayings = [generated, config]
+    if isinstance(text := values.get("text_config"), dict):  # a part, where the whole may say nothing
+        sayings.append(Config(text, f"{where}, text_config"))
+    eos = dict.fromkeys(i for each in sayings for i in _token_ids(each, "eos_token_id"))
+    bos = [*(i for each in sayings for i in _token_ids(each, "bos_token_id")), None]
     # An id outside the vocabulary (a small model saved with its class's defaults) can't be generated: nothing to stop at.
     known = tuple(i for i in eos if i < spec.vocab_size)
     return replace(

@@ -149,6 +149,22 @@ class Family:
         return name
 
 
+TEXT_PREFIXES: Final = ("language_model.model.", "model.language_model.", "language_model.")
+"""Of the part that reads and writes text, in the checkpoint of a model that sees images as well."""
+IMAGES: Final = r"(model\.)?(vision_tower|multi_modal_projector)\..*"
+"""Its other tensors; a regular expression."""
+
+
+def text_part(config: Config) -> Config:
+    """The configuration of that part; what it leaves open, the whole says."""
+    text = config.values.get("text_config")
+    if not isinstance(text, dict):
+        config.refuse("'text_config' must be an object")
+    outer = {name: config.values.get(name) for name in ("dtype", "torch_dtype", "tie_word_embeddings")}
+    inner = {name: value for name, value in text.items() if value is not None or name not in outer}
+    return Config(outer | inner, f"{config.where}, text_config")
+
+
 def renamed(spec: TransformerSpec, top: Mapping[str, str], layer: Mapping[str, str], layers: str) -> dict[str, Source]:
     """Sources that differ from the canonical names by a table only.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
+from quire.models.families.base import IMAGES, MAX_LAYERS, MAX_POSITIONS, TEXT_PREFIXES, Config, Family, Source, renamed, text_part
 from quire.models.families.gemma import BEHIND, read_limit
 from quire.models.families.llama import BUFFERS, TOP, read_decoder, read_rope
 from quire.models.families.rotations import GLOBAL, LOCAL, read_rotations
@@ -55,12 +55,7 @@ def _read_text(config: Config) -> TransformerSpec:
 
 
 def _read_part(config: Config) -> TransformerSpec:
-    text = config.values.get("text_config")
-    if not isinstance(text, dict):
-        config.refuse("'text_config' must be an object")
-    outer = {name: config.values.get(name) for name in ("dtype", "torch_dtype", "tie_word_embeddings")}
-    inner = {name: value for name, value in text.items() if value is not None}
-    return _read_text(Config(outer | inner, f"{config.where}, text_config"))
+    return _read_text(text_part(config))
 
 
 def _sources(spec: TransformerSpec) -> dict[str, Source]:
@@ -69,12 +64,5 @@ def _sources(spec: TransformerSpec) -> dict[str, Source]:
 
 FAMILIES = (
     Family("Gemma3ForCausalLM", "gemma3_text", _read_text, _sources, ("model.",), BUFFERS),
-    Family(
-        "Gemma3ForConditionalGeneration",
-        "gemma3",
-        _read_part,
-        _sources,
-        ("language_model.model.", "model.language_model.", "language_model."),
-        rf"{BUFFERS}|(model\.)?(vision_tower|multi_modal_projector)\..*",
-    ),
+    Family("Gemma3ForConditionalGeneration", "gemma3", _read_part, _sources, TEXT_PREFIXES, f"{BUFFERS}|{IMAGES}"),
 )

@@ -72,6 +72,7 @@ _GPT2: Final = {
 
 ARCHITECTURES: Final = {
     "llama": Architecture("LlamaForCausalLM", _RMS, interleaved=True),
+    "mistral3": Architecture("Ministral3ForCausalLM", _RMS, interleaved=True),
     "qwen2": Architecture("Qwen2ForCausalLM", _RMS),
     "qwen3": Architecture("Qwen3ForCausalLM", _RMS),
     "qwen3moe": Architecture(
@@ -247,11 +248,20 @@ def _rotation(model: Gguf, kind: Architecture, values: dict[str, Any], factors: 
         if scaling == "yarn":
             given["original_max_position_embeddings"] = original
             given["truncate"] = kind.name != "GptOssForCausalLM"  # no field says so
+            if kind.name == "Ministral3ForCausalLM":
+                _ministral3(model, given)
             for name in ("beta_fast", "beta_slow", "attn_factor"):
                 given["attention_factor" if name == "attn_factor" else name] = fields.get(f"{prefix}.rope.scaling.yarn_{name}")
         values["rope_scaling"] = given
     elif scaling != "none":
         model.refuse(f"has the rope type {scaling!r:.40}, which is not supported; supported: linear, yarn, longrope with its factors")
+
+
+def _ministral3(model: Gguf, rope: dict[str, Any]) -> None:
+    """Rotations have no magnitude where both of YaRN's are the same, of which llama.cpp has one; queries are scaled, or are not."""
+    if heads := model.fields.get("mistral3.rope.scaling.yarn_log_multiplier"):
+        rope["mscale"], rope["mscale_all_dim"] = 1.0, heads
+    rope["llama_4_scaling_beta"] = model.fields.get("mistral3.attention.temperature_scale")
 
 
 def as_converted(spec: TransformerSpec, factors: Factors, model: Gguf) -> TransformerSpec:

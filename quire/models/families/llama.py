@@ -29,20 +29,23 @@ LAYER = {
 }
 BUFFERS = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
+_MAGNITUDES = ("mscale", "mscale_all_dim")
 _ROPE_KEYS = {
     "none": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings", "attention_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings", "attention_factor", *_MAGNITUDES),
     "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"),
 }
 
 
-def read_rope(config: Config, head_dim: int, *, theta: float = 10000.0, partial: float | None = None, longrope: bool = False) -> RopeSpec:
+def read_rope(
+    config: Config, head_dim: int, *, theta: float = 10000.0, partial: float | None = None, longrope: bool = False, scales: bool = False
+) -> RopeSpec:
     """Rotary parameters as transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``) write them.
 
     theta, partial: where config.json does not say; None: an architecture that rotates all dimensions of a head. longrope: one that
-    may have this type.
+    may have this type. scales: one that may scale queries beyond the original context, with yarn.
     """
     old, new = config.values.get("rope_scaling"), config.values.get("rope_parameters")
     if old and new and old != new:
@@ -68,6 +71,8 @@ def read_rope(config: Config, head_dim: int, *, theta: float = 10000.0, partial:
     if scaling not in ("yarn", "longrope"):
         rope.unsupported(attention_factor=1.0)
     read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "attention_factor", *_ROPE_KEYS[scaling]}
+    if scales and scaling == "yarn":
+        read |= {"llama_4_scaling_beta", "max_position_embeddings"}
     if unread := sorted(name for name, value in values.items() if value is not None and name not in read):
         # Such a field belongs to a variant that we don't compute; some of them hide behind the type "default" (mrope_section).
         rope.refuse(f"{unread[0]!r} is not supported with rope type {kind!r}")
@@ -81,7 +86,8 @@ def read_rope(config: Config, head_dim: int, *, theta: float = 10000.0, partial:
         return RopeSpec(theta, rotary_dim, "linear", factor)
     _agree(config, rope)
     if scaling == "yarn":
-        return _yarn(config, rope, theta, rotary_dim, factor)
+        found = _yarn(config, rope, theta, rotary_dim, factor)
+        return replace(found, query_beta=rope.number("llama_4_scaling_beta", 0.0, high=1e3)) if scales else found
     low, high = rope.number("low_freq_factor", high=1e6), rope.number("high_freq_factor", high=1e6)
     if low >= high:
         rope.refuse(f"'low_freq_factor' {low:g} must be below 'high_freq_factor' {high:g}")
@@ -101,11 +107,20 @@ def _yarn(config: Config, rope: Config, theta: float, rotary_dim: int, factor: f
     original = rope.integer(
         "original_max_position_embeddings", config.integer("max_position_embeddings", high=MAX_POSITIONS), high=MAX_POSITIONS
     )
-    magnitude = rope.number("attention_factor", 1.0 if factor <= 1 else 0.1 * log(factor) + 1, high=1e3)
+    given = [rope.values[name] for name in _MAGNITUDES if rope.values.get(name) is not None]
+    if len(given) == 1:
+        rope.refuse(f"'mscale' and 'mscale_all_dim' are supported together only, got {given[0]!r} for one of them")
+    whole, heads = (rope.number(name, 1.0, high=1e3) for name in _MAGNITUDES)
+    usual = _yarn_magnitude(factor, whole) / (_yarn_magnitude(factor, heads) if given else 1.0)
+    magnitude = rope.number("attention_factor", usual, high=1e3)
     return RopeSpec(
         theta, rotary_dim, "yarn", factor, original_max_positions=original, beta_fast=fast, beta_slow=slow,
         truncate=rope.flag("truncate", True), magnitude=magnitude,
     )  # fmt: skip
+
+
+def _yarn_magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * log(factor) + 1
 
 
 def _longrope(config: Config, rope: Config, theta: float, rotary_dim: int) -> RopeSpec:
@@ -142,10 +157,11 @@ def read_decoder(
     theta: float = 10000.0,
     partial: float | None = None,
     longrope: bool = False,
+    scales: bool = False,
     eps: float = 1e-6,
 ) -> TransformerSpec:
     """The fields that Llama and its relatives share. kv_heads, head_dim, max_positions, eps: where config.json does not say. inner: the
-    field that says intermediate_size. theta, partial, longrope: see read_rope."""
+    field that says intermediate_size. theta, partial, longrope, scales: see read_rope."""
     hidden = config.integer("hidden_size")
     heads = config.integer("num_attention_heads")
     if "num_key_value_heads" in config.values:
@@ -159,7 +175,7 @@ def read_decoder(
         if hidden % heads:
             config.refuse(f"'hidden_size' {hidden} is not a multiple of 'num_attention_heads' {heads}, and there is no 'head_dim'")
         head_dim = hidden // heads
-    rope = read_rope(config, head_dim, theta=theta, partial=partial, longrope=longrope)
+    rope = read_rope(config, head_dim, theta=theta, partial=partial, longrope=longrope, scales=scales)
     positions = config.integer("max_position_embeddings", max_positions, high=MAX_POSITIONS)
     if rope.scaling == "yarn":  # Qwen's files name the original context; the stretched one is what they are made for
         positions = max(positions, min(MAX_POSITIONS, round(rope.factor * rope.original_max_positions)))

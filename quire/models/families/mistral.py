@@ -1,8 +1,11 @@
-"""Mistral 7B, NeMo and their relatives: Llama with a sliding window in every layer, or in none. Mixtral, with experts."""
+"""Mistral 7B, NeMo and their relatives: Llama with a sliding window in every layer, or in none. Mixtral, with experts. Ministral 3, whose
+queries are scaled beyond its original context. Of models that see images (``Mistral3ForConditionalGeneration``) the part that reads and
+writes text is served.
+"""
 
 from __future__ import annotations
 
-from quire.models.families.base import MAX_LAYERS, MAX_POSITIONS, Config, Family, Source, renamed
+from quire.models.families.base import IMAGES, MAX_LAYERS, MAX_POSITIONS, TEXT_PREFIXES, Config, Family, Source, renamed, text_part
 from quire.models.families.llama import BUFFERS, LAYER, TOP, decoder_sources, read_decoder, with_experts
 from quire.models.spec import TransformerSpec
 
@@ -37,11 +40,29 @@ def _read_mixtral(config: Config) -> TransformerSpec:
     return with_experts(spec, config, count=8, per_token=2)
 
 
+def _read_ministral3(config: Config) -> TransformerSpec:
+    windows = _windows(config, 0)
+    return read_decoder(
+        config, "Ministral3ForCausalLM", kv_heads=8, head_dim=128, max_positions=262144, windows=windows, scales=True, eps=1e-5
+    )  # fmt: skip
+
+
+def _read_mistral3(config: Config) -> TransformerSpec:
+    text = text_part(config)
+    readers = {"mistral": _read, "ministral3": _read_ministral3}
+    kind = text.values.get("model_type", "mistral")
+    if not isinstance(kind, str) or kind not in readers:
+        text.refuse(f"model_type {kind!r:.40} is not supported; supported: {', '.join(readers)}")
+    return readers[kind](text)
+
+
 def _mixtral_sources(spec: TransformerSpec) -> dict[str, Source]:
     return renamed(spec, TOP, _MIXTRAL, "layers")
 
 
 FAMILIES = (
     Family("MistralForCausalLM", "mistral", _read, decoder_sources, ("model.",), BUFFERS),
+    Family("Ministral3ForCausalLM", "ministral3", _read_ministral3, decoder_sources, ("model.",), BUFFERS),
+    Family("Mistral3ForConditionalGeneration", "mistral3", _read_mistral3, decoder_sources, TEXT_PREFIXES, f"{BUFFERS}|{IMAGES}"),
     Family("MixtralForCausalLM", "mixtral", _read_mixtral, _mixtral_sources, ("model.",), BUFFERS),
 )

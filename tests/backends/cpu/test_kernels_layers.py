@@ -85,8 +85,15 @@ def test_rotary(head_dim, rotary_dim):
     alone = whole.reshape(tokens, 5, head_dim)[4:5, 1 : 1 + heads].copy()
     native.rotary(alone, positions[4:5], cos, sin)
     assert np.array_equal(alone[0], x[4])
+    scale = normal(8, 50)
+    scaled = whole.reshape(tokens, 5, head_dim)[4:5, 1 : 1 + heads].copy()
+    native.rotary(scaled, positions[4:5], cos, sin, scale)
+    np.testing.assert_allclose(scaled[..., :rotary_dim], x[4:5, :, :rotary_dim] * scale[17], rtol=1e-5, atol=1e-6)
+    assert np.array_equal(scaled[..., rotary_dim:], x[4:5, :, rotary_dim:])
     with pytest.raises(ValueError, match="positions"):
         native.rotary(x, positions + np.int32(1), cos, sin)
+    with pytest.raises(ValueError, match="scale"):
+        native.rotary(x, positions, cos, sin, scale[:-1])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

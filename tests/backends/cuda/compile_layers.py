@@ -17,6 +17,7 @@ from quire.backends.cuda.kernels import linear as products
 from quire.backends.cuda.kernels.copies import copy_blocks
 from quire.backends.cuda.kernels.kv_write import write_kv
 from quire.backends.cuda.kernels.layers import activate, layer_norm, rms_norm, softcap
+from quire.backends.cuda.turns import Turns
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -33,10 +34,12 @@ def layer(width: int, dtype: torch.dtype) -> None:
     layer_norm(empty(4, width, dtype=dtype), empty(width), empty(width), 1e-5, empty(4, width, dtype=dtype))
 
 
-def write(heads: int, kv_heads: int, head_dim: int, rotary_dim: int, kv_dtype: str, norm: bool = False, dtype: torch.dtype = BF16) -> None:
+def write(heads: int, kv_heads: int, head_dim: int, rotary_dim: int, kv_dtype: str, norm: bool = False, dtype: torch.dtype = BF16,
+          scaled: bool = False) -> None:  # fmt: skip
     qkv = empty(4, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     pool = KVPool(1, 2, kv_heads, 64, head_dim, kv_dtype, torch.device("cpu"))
-    rope = (empty(64, rotary_dim // 2, dtype=F32), empty(64, rotary_dim // 2, dtype=F32)) if rotary_dim else None
+    angles = empty(64, rotary_dim // 2, dtype=F32)
+    rope = Turns(angles, angles, empty(64, dtype=F32) if scaled else None) if rotary_dim else None
     weight = empty(head_dim, dtype=dtype) if norm else None
     ids = empty(4, dtype=torch.int32)
     write_kv(qkv, pool.layer(0), ids, ids, heads, rope, weight, weight)
@@ -74,6 +77,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "write 32/8/128 fp8": partial(write, 32, 8, 128, 128, "fp8"),
     "write 16/8/128 bf16 norms": partial(write, 16, 8, 128, 128, "bfloat16", True),
     "write 16/8/128 int8 norms": partial(write, 16, 8, 128, 128, "int8", True),
+    "write 32/8/128 bf16 scaled": partial(write, 32, 8, 128, 128, "bfloat16", scaled=True),
     "write 14/2/64 bf16": partial(write, 14, 2, 64, 64, "bfloat16"),
     "write 12/12/64 fp16 no rotary": partial(write, 12, 12, 64, 0, "float16", dtype=FP16),
     "write 32/32/80 bf16 rotary 32": partial(write, 32, 32, 80, 32, "bfloat16"),

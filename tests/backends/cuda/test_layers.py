@@ -22,6 +22,7 @@ from quire.backends.cuda.reference import copies as reference_copies
 from quire.backends.cuda.reference import kv_write as reference_kv_write
 from quire.backends.cuda.reference import layers as reference_layers
 from quire.backends.cuda.reference import linear as reference_linear
+from quire.backends.cuda.turns import Turns
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 """numpy's, of NaN and infinities in the interpreter."""
@@ -173,22 +174,23 @@ def test_limits_of_a_gate_and_of_what_it_gates(ops, dtype):
 # ---- write_kv
 
 
-def rope_tables(rotary_dim, length=64):
+def rope_tables(rotary_dim, length=64, query_scales=None):
     angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(rotary_dim // 2) / (rotary_dim // 2))
-    return torch.from_numpy(np.cos(angles)).float(), torch.from_numpy(np.sin(angles)).float()
+    return Turns(torch.from_numpy(np.cos(angles)).float(), torch.from_numpy(np.sin(angles)).float(), query_scales)
 
 
 def heads_in_float64(qkv, positions, heads, kv_heads, head_dim, rope, q_norm, k_norm, eps):
     """Queries and keys as they should be, and values [T, heads, head_dim]."""
     x = exact(qkv).reshape(len(qkv), -1, head_dim)
     out = []
-    for part, norm in ((x[:, :heads], q_norm), (x[:, heads : heads + kv_heads], k_norm)):
+    for part, norm, scales in ((x[:, :heads], q_norm, rope and rope.query_scales), (x[:, heads : heads + kv_heads], k_norm, None)):
         y = part.copy()
         if norm is not None:
             y = y / np.sqrt((y**2).mean(-1, keepdims=True) + eps) * exact(norm)
         if rope is not None:
-            half = rope[0].shape[1]
-            turn = (exact(rope[0])[positions] + 1j * exact(rope[1])[positions])[:, None]
+            half = rope.cos.shape[1]
+            turn = (exact(rope.cos)[positions] + 1j * exact(rope.sin)[positions])[:, None]
+            turn = turn if scales is None else turn * exact(scales)[positions][:, None, None]
             turned = (y[..., :half] + 1j * y[..., half : 2 * half]) * turn
             y[..., :half], y[..., half : 2 * half] = turned.real, turned.imag
         out.append(y)
@@ -239,6 +241,19 @@ def test_write_kv(write_kv, dtype, heads, kv_heads, head_dim, rotary_dim, norm):
     assert (pool.data[0] == 7).all()  # the other layer
     if rope is None and not norm:
         assert same(qkv, before)
+
+
+@both_writes
+@every_dtype
+def test_write_kv_scales_queries(write_kv, dtype):
+    """By their position, and no keys."""
+    qkv = normal(1, 5, 8 * 16, dtype=dtype)
+    before, rope = qkv.clone(), rope_tables(16, query_scales=torch.linspace(1.0, 2.0, 64))
+    _, kv = pool_of(2, 16, str(dtype).removeprefix("torch."))
+    write_kv(qkv, kv, POSITIONS, SLOTS, 4, rope)
+    q, k, _ = heads_in_float64(before, POSITIONS, 4, 2, 16, rope, None, None, 1e-6)
+    assert_close(qkv[:, :64], q.reshape(5, -1), dtype)
+    assert_close(torch.from_numpy(gathered(kv.keys, None, SLOTS[SLOTS >= 0])), k[SLOTS >= 0], dtype)
 
 
 @both_writes

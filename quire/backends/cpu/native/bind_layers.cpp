@@ -293,7 +293,7 @@ void norm(const Array& x_, const Array& weight, const MaybeArray& bias, float ep
     run_kernel([args, kernel = active_kernels().norm] { kernel(args); }, x_, weight, bias, out_);
 }
 
-void rotary(const OutArray& x_, const Array& positions_, const Array& cos_, const Array& sin_) {
+void rotary(const OutArray& x_, const Array& positions_, const Array& cos_, const Array& sin_, const MaybeArray& scale_) {
     const Heads x = heads(x_, "x");
     require_ndim(x_, 3, "x");
     const Matrix2 cos = matrix(cos_, "cos"), sin = matrix(sin_, "sin");
@@ -304,11 +304,12 @@ void rotary(const OutArray& x_, const Array& positions_, const Array& cos_, cons
     require(2 * cos.cols <= x.dim, "cos has " + std::to_string(cos.cols) + " columns: at most half of head_dim " +
                                        std::to_string(x.dim) + " can be rotated");
     const int32_t* positions = vector<int32_t>(positions_, "positions", "int32", x.rows);
-    const RotaryArgs args{x.data, positions, cos.data, sin.data, x.rows, x.heads, cos.cols, x.stride, x.head_stride};
+    const float* scale = scale_ ? vector<float>(*scale_, "scale", "float32", cos.rows) : nullptr;
+    const RotaryArgs args{x.data, positions, cos.data, sin.data, x.rows, x.heads, cos.cols, x.stride, x.head_stride, scale};
     run_kernel([args, limit = cos.rows, kernel = active_kernels().rotary] {
         require_ids(args.positions, args.m, limit, "positions", "rows of cos");
         kernel(args);
-    }, x_, positions_, cos_, sin_);
+    }, x_, positions_, cos_, sin_, scale_);
 }
 
 void embed(const Array& ids_, const Array& table, const OutArray& out_, float scale, bool add) {
@@ -386,7 +387,7 @@ void bind_layers(nb::module_& m) {
               norm(x, weight, bias, eps, out, true, false);
           },
           nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("eps"), nb::arg("out"));
-    m.def("rotary", rotary, nb::arg("x"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"));
+    m.def("rotary", rotary, nb::arg("x"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"), nb::arg("scale") = nb::none());
     m.def("embed",
           [](const Array& ids, const Array& table, const OutArray& out, float scale) { embed(ids, table, out, scale, false); },
           nb::arg("ids"), nb::arg("table"), nb::arg("out"), nb::arg("scale") = 1.0f);

@@ -121,6 +121,7 @@ struct RotaryArgs {
     const float* cos;    // [max_pos][half]
     const float* sin;
     int64_t m, heads, half, x_stride, x_head_stride;
+    const float* scale;  // [max_pos], on what was rotated; or null
 };
 
 struct EmbedArgs {

@@ -65,12 +65,13 @@ void rotary_task(const void* context, int64_t task, int64_t) {
     for (int64_t row = task * step; row < end; ++row) {
         const float* cos = a.cos + a.positions[row] * a.half;
         const float* sin = a.sin + a.positions[row] * a.half;
+        const vf scale = set1(a.scale ? a.scale[a.positions[row]] : 1.0f);
         for (int64_t head = 0; head < a.heads; ++head) {
             float* x1 = a.x + row * a.x_stride + head * a.x_head_stride;
             float* x2 = x1 + a.half;
             for (int64_t i = 0; i < a.half; i += kWidth) {
                 const int left = static_cast<int>(a.half - i < kWidth ? a.half - i : kWidth);
-                const vf c = load_n(cos + i, left), s = load_n(sin + i, left);
+                const vf c = mul(load_n(cos + i, left), scale), s = mul(load_n(sin + i, left), scale);
                 const vf u = load_n(x1 + i, left), v = load_n(x2 + i, left);
                 store_n(x1 + i, fma(u, c, neg(mul(v, s))), left);
                 store_n(x2 + i, fma(v, c, mul(u, s)), left);

@@ -10,6 +10,7 @@ from quire.backends.cuda.cache import LARGEST, LayerKV
 from quire.backends.cuda.kernels.launching import Kernel
 from quire.backends.cuda.kernels.programmatic import start_next, wait
 from quire.backends.cuda.kernels.rounding import narrow
+from quire.backends.cuda.turns import Turns
 
 
 def write_kv(
@@ -18,20 +19,21 @@ def write_kv(
     positions: Tensor,
     slots: Tensor,
     num_heads: int,
-    rope: tuple[Tensor, Tensor] | None = None,
+    rope: Turns | None = None,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> None:
     """As in reference/. Rows of qkv are contiguous; they may be apart. The layer's keys, and values, are contiguous."""
     _, kv_heads, block_size, head_dim = kv.keys.shape
-    cos, sin = rope or (None, None)
+    cos, sin, query_scales = (None, None, None) if rope is None else (rope.cos, rope.sin, rope.query_scales)
     half = 0 if cos is None else cos.shape[1]
     group = num_heads // kv_heads
     # 128 bits of queries a thread, about. More warps would mostly wait for each other, in sums over a head.
     warps = 1 << max(0, min(3, (group * head_dim // 384).bit_length() - 1))
     arguments = (
-        qkv, kv.keys, kv.values, kv.key_scales, kv.value_scales, positions, slots, cos, sin, q_norm, k_norm, qkv.stride(0), eps,
+        qkv, kv.keys, kv.values, kv.key_scales, kv.value_scales, positions, slots, cos, sin, query_scales, q_norm, k_norm, qkv.stride(0),
+        eps,
     )  # fmt: skip
     constants = kv_heads, group, head_dim, half, block_size, LARGEST.get(kv.keys.dtype, 0.0)
     _write.launch((qkv.shape[0], kv_heads), arguments, constants, warps=warps)
@@ -40,9 +42,9 @@ def write_kv(
 @Kernel
 @triton.jit
 def _write(
-    qkv, keys, values, key_scales, value_scales, positions, slots, cos, sin, q_norm, k_norm, qkv_stride, eps, KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, LARGEST: tl.constexpr,
-    PDL: tl.constexpr,
+    qkv, keys, values, key_scales, value_scales, positions, slots, cos, sin, query_scales, q_norm, k_norm, qkv_stride, eps,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    LARGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     row = qkv + token.to(tl.int64) * qkv_stride
@@ -57,6 +59,9 @@ def _write(
     if cos is not None or q_norm is not None:  # stored when all is loaded: no load goes past a store
         g = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
         at = row + (head * GROUP + g) * HEAD_DIM
+        if query_scales is not None:
+            scale_of_query = tl.load(query_scales + tl.load(positions + token))
+            c, s = c * scale_of_query, s * scale_of_query
         q_first, q_second, q_rest = _head(at, g < GROUP, q_norm, c, s, eps, HEAD_DIM, HALF)
         _store(at, g < GROUP, q_first, q_second, q_rest, HEAD_DIM, HALF)
 

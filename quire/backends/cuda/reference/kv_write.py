@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quire.backends.cuda.cache import LARGEST, LayerKV
+from quire.backends.cuda.turns import Turns
 
 
 def write_kv(
@@ -14,7 +15,7 @@ def write_kv(
     positions: Tensor,
     slots: Tensor,
     num_heads: int,
-    rope: tuple[Tensor, Tensor] | None = None,
+    rope: Turns | None = None,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
@@ -23,8 +24,8 @@ def write_kv(
 
     qkv [T, (num_heads + 2 * kv_heads) * head_dim]: queries, keys and values side by side; its keys and values stay as they are.
     positions [T] int32. slots [T] int32: block * block_size + position in the block; -1: its KV is in a block already, and is not
-    written. rope: (cos, sin) float32 [max_len, rotary_dim / 2], half-split (see RopeSpec); the leading rotary_dim dimensions are
-    rotated. q_norm, k_norm [head_dim]: weights of the RMS norm of a head. All in float32, rounded once, when it is stored.
+    written. rope: half-split (see RopeSpec); the leading rotary_dim dimensions are rotated, and those of queries multiplied by their
+    scale. q_norm, k_norm [head_dim]: weights of the RMS norm of a head. All in float32, rounded once, when it is stored.
 
     int8 and fp8: each head's key, and value, is divided by its scale, its largest element by LARGEST rounded up to float16 (1 where
     all are 0), and rounded. Where an element is not finite nor is the scale, so that it is not hidden.
@@ -33,7 +34,7 @@ def write_kv(
     heads = qkv.unflatten(-1, (-1, head_dim))
     queries, keys, values = heads.split([num_heads, kv_heads, kv_heads], 1)
     if rope is not None or q_norm is not None:
-        queries.copy_(_rotate(_norm(queries, q_norm, eps), positions, rope))
+        queries.copy_(_rotate(_norm(queries, q_norm, eps), positions, rope, rope and rope.query_scales))
     there = slots >= 0
     slots = slots[there].long()
     blocks, offsets = slots // block_size, slots % block_size
@@ -50,11 +51,14 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def _rotate(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+def _rotate(x: Tensor, positions: Tensor, rope: Turns | None, scales: Tensor | None = None) -> Tensor:
     """x [T, heads, head_dim] float32"""
     if rope is None:
         return x
-    cos, sin = (table[positions.long()][:, None] for table in rope)
+    cos, sin = (table[positions.long()][:, None] for table in (rope.cos, rope.sin))
+    if scales is not None:
+        scale = scales[positions.long()][:, None, None]
+        cos, sin = cos * scale, sin * scale
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
