@@ -49,7 +49,7 @@ SMOLLM3 = {**LLAMA, "architectures": ["SmolLM3ForCausalLM"], "model_type": "smol
            "no_rope_layer_interval": 4, "layer_types": ["full_attention"] * 4, "use_sliding_window": False, "sliding_window": None,
            "tie_word_embeddings": True}  # fmt: skip
 GEMMA = {**LLAMA, "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "head_dim": 32, "hidden_act": "gelu",
-         "hidden_activation": None}  # fmt: skip
+         "hidden_activation": None, "tie_word_embeddings": True}  # fmt: skip
 GEMMA2 = {
     **GEMMA,
     "architectures": ["Gemma2ForCausalLM"],
@@ -85,6 +85,17 @@ STARCODER2 = {**LLAMA, "architectures": ["Starcoder2ForCausalLM"], "model_type":
               "use_bias": True, "norm_epsilon": 1e-5, "sliding_window": 4096, "tie_word_embeddings": True}  # fmt: skip
 STABLELM = {**LLAMA, "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "layer_norm_eps": 1e-5, "use_qkv_bias": True,
             "partial_rotary_factor": 0.25, "rope_theta": 10000, "use_parallel_residual": False, "qk_layernorm": False}  # fmt: skip
+ERNIE = {**LLAMA, "architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "head_dim": 32, "use_bias": False,
+         "tie_word_embeddings": True}  # fmt: skip
+GLM = {**LLAMA, "architectures": ["GlmForCausalLM"], "model_type": "glm", "head_dim": 32, "attention_bias": True, "rms_norm_eps": 1.5625e-7,
+       "partial_rotary_factor": 0.5, "rope_theta": 10000.0}  # fmt: skip
+GLM4 = {**GLM, "architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}
+SEED_OSS = {**LLAMA, "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "head_dim": 32, "attention_bias": True,
+            "attention_out_bias": False, "rope_theta": 10000000.0, "rope_scaling": {"rope_type": "default"}}  # fmt: skip
+HELIUM = {**LLAMA, "architectures": ["HeliumForCausalLM"], "model_type": "helium", "head_dim": 16, "rms_norm_eps": 1e-8,
+          "rope_theta": 100000.0}  # fmt: skip
+MINISTRAL = {**LLAMA, "architectures": ["MinistralForCausalLM"], "model_type": "ministral", "head_dim": 32, "sliding_window": 1024,
+             "layer_types": ["full_attention", *["sliding_attention"] * 3]}  # fmt: skip
 GPT2: dict[str, Any] = {
     "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 1000, "n_embd": 96, "n_head": 6, "n_layer": 4,
     "n_positions": 512, "n_ctx": 512, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,

@@ -137,7 +137,7 @@ def test_the_planner(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_gguf(tmp_path / "a.gguf", tiny_fields("mamba"), {})
-    with pytest.raises(ModelLoadError, match="the architecture 'mamba'; supported: exaone4, "):
+    with pytest.raises(ModelLoadError, match=r"the architecture 'mamba'; supported: .*gemma3"):
         LLM(file)
     assert main(["run", str(file), "-p", "x"]) != 0
     assert "the architecture 'mamba'" in capsys.readouterr().err

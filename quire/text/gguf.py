@@ -50,6 +50,7 @@ _WORDS: Final[dict[str, _Words]] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
                     _Words((_LLAMA3,), ignore_merges=True, bos=True)),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _Words((_LLAMA3,))),
+    "glm4": _Words((_LLAMA3,), ignore_merges=True),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "grok-2", "kormo"), _Words((_QWEN2,))),
     "tekken": _Words((f"{_TEKKEN}|{_REST_OF_CASED}",), ignore_merges=True, bos=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _Words((f"{_O200K}|{_REST_OF_CASED}",))),

@@ -13,16 +13,21 @@ from quire.errors import ModelLoadError
 from quire.models.families import FAMILIES, find_family, spec_from_config
 from quire.models.spec import RopeSpec, TransformerSpec
 from sample_models import (
+    ERNIE,
     EXAONE4,
     GEMMA,
     GEMMA2,
     GEMMA3,
     GEMMA3_VISION,
+    GLM,
+    GLM4,
     GPT2,
     GPT_OSS,
     GRANITE,
     GRANITE_MOE,
+    HELIUM,
     LLAMA,
+    MINISTRAL,
     MISTRAL,
     MIXTRAL,
     OLMO2,
@@ -33,13 +38,15 @@ from sample_models import (
     QWEN2,
     QWEN3,
     QWEN3_MOE,
+    SEED_OSS,
     SMOLLM3,
     STABLELM,
     STARCODER2,
     YARN,
 )
 
-ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT_OSS, OLMO2, OLMOE, EXAONE4, GEMMA, GEMMA2, GPT2, OPT]
+ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT_OSS, OLMO2, OLMOE, EXAONE4, GEMMA, GEMMA2, GPT2, OPT,
+       ERNIE, GLM, GLM4, SEED_OSS, HELIUM, MINISTRAL]  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -316,6 +323,74 @@ def test_starcoder2_and_stablelm() -> None:
     assert not spec.o_bias
 
 
+def test_ernie() -> None:
+    """Names and values as in ERNIE-4.5-0.3B's config.json, whose parameters are counted."""
+    spec = spec_from_config(ERNIE)
+    assert spec.tied
+    assert (spec.head_dim, spec.rope) == (32, RopeSpec(500000.0, 32))
+    assert not any((spec.qkv_bias, spec.o_bias, spec.mlp_bias))
+    biased = spec_from_config({**ERNIE, "use_bias": True})
+    assert all((biased.qkv_bias, biased.o_bias, biased.mlp_bias))
+    sources = find_family(ERNIE).sources(biased)
+    assert (sources["layers.0.q.bias"].interleaved, sources["layers.0.k.weight"].interleaved) == ((6, 32), (2, 32))
+    assert {name.split(".")[2] for name, source in sources.items() if source.interleaved} == {"q", "k"}
+    # What config.json does not say is as in transformers, where null is a head's usual size.
+    bare = {name: value for name, value in ERNIE.items() if name not in ("head_dim", "tie_word_embeddings", "rope_theta", "rms_norm_eps")}
+    assert spec_from_config(bare) == spec_from_config({**ERNIE, "head_dim": 128})
+    assert spec_from_config({**ERNIE, "head_dim": None}).head_dim == 16
+    small = {"vocab_size": 103424, "hidden_size": 1024, "num_hidden_layers": 18, "num_attention_heads": 16, "num_key_value_heads": 2,
+             "head_dim": 128, "intermediate_size": 3072}  # fmt: skip
+    assert spec_from_config({**ERNIE, **small}).num_parameters() == 360_748_032, "ERNIE-4.5-0.3B"
+
+
+def test_glm() -> None:
+    spec, behind = spec_from_config(GLM), spec_from_config(GLM4)
+    assert spec.rope == behind.rope == RopeSpec(10000.0, 16), "half of each head"
+    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.tied) == (True, False, False, False)
+    assert (spec.norms_behind, behind.norms_behind) == (False, True)
+    assert not spec_from_config({**GLM, "attention_bias": False}).qkv_bias  # GLM-4-32B
+    bare = {
+        name: value for name, value in GLM4.items() if name not in ("attention_bias", "head_dim", "rms_norm_eps", "partial_rotary_factor")
+    }
+    assert spec_from_config(bare) == spec_from_config({**GLM4, "head_dim": 128})
+    sources = find_family(GLM4).sources(behind)
+    assert sources["layers.1.mlp_norm.weight"].name == "layers.1.post_attention_layernorm.weight"
+    assert sources["layers.1.attn_out_norm.weight"].name == "layers.1.post_self_attn_layernorm.weight"
+    assert sources["layers.1.mlp_out_norm.weight"].name == "layers.1.post_mlp_layernorm.weight"
+    up = sources["layers.1.up.weight"]
+    assert (up.name, up.rows, up.stored_shape((200, 96))) == ("layers.1.mlp.gate_up_proj.weight", (200, 400), (400, 96))
+    assert (sources["layers.1.q.bias"].interleaved, sources["layers.1.k.weight"].interleaved) == ((6, 16), (2, 16))
+    large = {"vocab_size": 151552, "hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2,
+             "head_dim": 128, "intermediate_size": 13696}  # fmt: skip
+    assert spec_from_config({**GLM, **large}).num_parameters() == 9_399_951_360, "glm-4-9b"
+    assert spec_from_config({**GLM4, **large}).num_parameters() == 9_400_279_040, "GLM-4-9B-0414"
+
+
+def test_seed_oss() -> None:
+    spec = spec_from_config(SEED_OSS)
+    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.head_dim) == (True, False, False, 32)
+    other = spec_from_config({**SEED_OSS, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "head_dim": None})
+    assert (other.qkv_bias, other.o_bias, other.mlp_bias, other.head_dim) == (False, True, True, 16)
+    large = {"vocab_size": 155136, "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 80, "num_key_value_heads": 8,
+             "head_dim": 128, "intermediate_size": 27648}  # fmt: skip
+    assert spec_from_config({**SEED_OSS, **large}).num_parameters() == 36_151_104_512, "Seed-OSS-36B"
+
+
+def test_helium_ministral_and_gemma() -> None:
+    spec = spec_from_config(HELIUM)
+    assert (spec.rope, spec.norm_eps) == (RopeSpec(100000.0, 16), 1e-8)
+    assert find_family(HELIUM).sources(spec)["layers.0.q.weight"].interleaved == (6, 16)
+    assert spec_from_config(MINISTRAL).windows == (0, 1024, 1024, 1024)
+    assert spec_from_config({**MINISTRAL, "layer_types": None}).windows == (1024,) * 4
+    assert spec_from_config({**MINISTRAL, "layer_types": None, "sliding_window": None}).windows == ()
+    spec = spec_from_config(GEMMA)
+    assert (spec.norm_offset, spec.norms_behind, spec.tied) == (1.0, False, True)
+    assert (spec.activation, spec.embed_scale, spec.scale) == ("gelu_tanh", 96**0.5, 32**-0.5), "gelu stands for this one"
+    small = {"vocab_size": 256000, "hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1,
+             "head_dim": 256, "intermediate_size": 16384}  # fmt: skip
+    assert spec_from_config({**GEMMA, **small}).num_parameters() == 2_506_172_416, "gemma-2b"
+
+
 def test_yarn() -> None:
     """As Qwen's model cards say it: the stretched context is the model's."""
     spec = spec_from_config({**QWEN3, "max_position_embeddings": 4096, "rope_scaling": YARN})
@@ -460,7 +535,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         LLAMA,
         {"architectures": ["MambaForCausalLM"]},
-        "architecture 'MambaForCausalLM' is not supported; supported: Exaone4ForCausalLM, ",
+        "architecture 'MambaForCausalLM' is not supported; supported: .*GPT2LMHeadModel, Gemma2",
     ),
     (LLAMA, {"architectures": None, "model_type": "mamba"}, "model_type 'mamba' is not supported"),
     (LLAMA, {"architectures": [3]}, "architecture 3 is not supported"),
@@ -585,6 +660,16 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GPT2, {"n_head": 7}, "not a multiple"),
     (OPT, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False is not supported"),
     (OPT, {"num_attention_heads": 7}, "not a multiple"),
+    (ERNIE, {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic' is not supported"),
+    (ERNIE, {"rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4]}}, "'mrope_section' is not supported"),
+    (ERNIE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    (ERNIE, {"use_bias": "no"}, "'use_bias' must be true or false"),
+    (GLM, {"partial_rotary_factor": 0.1}, "even head size, got 3"),
+    (GLM4, {"rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4]}}, "'mrope_section' is not supported"),
+    (HELIUM, {"head_dim": 32}, "6 attention heads of 32 do not make up the 'hidden_size' 96"),
+    (MINISTRAL, {"sliding_window": None}, "'layer_types' names sliding_attention, but there is no 'sliding_window'"),
+    (MINISTRAL, {"layer_types": ["chunked_attention"] * 4}, "layer type 'chunked_attention'"),
+    (GEMMA, {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
 ]
 
 

@@ -17,7 +17,7 @@ from quire.errors import ModelLoadError
 from quire.models.families import spec_from_config
 from quire.models.weights import load_model, load_spec, read_headers, resolve_model
 from quire.models.weights.packed import _E4M3
-from sample_models import LLAMA, PHI3, write_model
+from sample_models import ERNIE, GLM4, LLAMA, PHI3, checkpoint, write_model
 from sample_packed import ORDER, floats_of, packed_folder, parts_of, round_to, words
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -110,6 +110,38 @@ def test_parts_of_a_fused_tensor(tmp_path: Path) -> None:
             kept = model.blocks(name)
             assert kept is not None
             assert len(kept[1]()) == len(weight)
+
+
+@pytest.mark.parametrize(
+    "config", [ERNIE | {"head_dim": 16, "use_bias": True}, GLM4 | {"head_dim": 16}], ids=lambda config: config["model_type"]
+)
+@pytest.mark.parametrize(("method", "options"), [
+    ("awq", {}), ("gptq", {}), ("gptq", {"desc_act": True}), ("pack-quantized", {}), ("int-quantized", {"bits": 8, "group": 0}),
+    ("fp8", {}),
+])  # fmt: skip
+def test_another_order_of_rotated_dimensions(tmp_path: Path, config: dict[str, Any], method: str, options: dict[str, Any]) -> None:
+    """Floats and blocks of q and k get the order that the kernels rotate in, as weights that are not quantized do."""
+    config = config | SIZES
+    source = write_model(tmp_path / "m", config, checkpoint(config, np.float16))
+    model, plain = load_model(packed_folder(source, tmp_path / method, method, **options)), load_model(source)
+    half = (16 if config["model_type"] == "ernie4_5" else 8) // 2
+    stored = floats_of(source)
+    for part in ("q", "k"):
+        name = f"layers.1.{part}.weight"
+        weight, found = plain.tensors[name].astype(np.float32), model.tensors[name].astype(np.float32)
+        first = stored[f"model.layers.1.self_attn.{part}_proj.weight"]
+        for i in range(half):  # of the second head: neighbours become halves
+            assert np.array_equal(weight[16 + i], first[16 + 2 * i])
+            assert np.array_equal(weight[16 + half + i], first[16 + 2 * i + 1])
+        assert np.array_equal(weight[16 + 2 * half : 32], first[16 + 2 * half : 32])
+        assert np.linalg.norm(found - weight) < 0.15 * np.linalg.norm(weight)
+        bias = f"layers.1.{part}.bias"
+        assert np.array_equal(model.tensors[bias], plain.tensors[bias])
+        if (kept := model.blocks(name)) is not None:
+            packed = native.pack_blocks(kept[1](), kept[0])
+            x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+            native.linear(packed, x, out := np.empty((5, len(weight)), np.float32))
+            assert np.linalg.norm(out - x @ found.T) < 0.015 * np.linalg.norm(out)
 
 
 def test_small_floats() -> None:

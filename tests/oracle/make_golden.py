@@ -60,6 +60,14 @@ GOLDEN = [
     (Case("opt", "opt", {"num_attention_heads": 2, "hidden_size": 24, "ffn_dim": 40}), torch.float16),
     (Case("opt-post-norm", "opt", {"num_attention_heads": 3, "hidden_size": 24, "ffn_dim": 40, "do_layer_norm_before": False,
           "word_embed_proj_dim": 10}), torch.float32),
+    (Case("ernie", "ernie4_5", heads(3, 1, head_dim=12, use_bias=True, **_SMALL)), torch.bfloat16),
+    (Case("glm", "glm", heads(3, 3, head_dim=8, rms_norm_eps=1e-5, **_SMALL)), torch.float16),
+    (Case("glm4", "glm4", heads(4, 2, head_dim=16, **_SMALL)), torch.float32),
+    (Case("seed-oss", "seed_oss", heads(4, 1, head_dim=10, **_SMALL)), torch.bfloat16),
+    (Case("helium", "helium", heads(3, 3, head_dim=8, **_SMALL)), torch.bfloat16),
+    (Case("ministral-types", "ministral", heads(4, 2, head_dim=8, sliding_window=9, layer_types=["full_attention", "sliding_attention"],
+          **_SMALL)), torch.float16),
+    (Case("gemma", "gemma", heads(4, 2, head_dim=16, **_SMALL)), torch.bfloat16),
 ]  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
     Exaone4Config,
     Exaone4ForCausalLM,
     Gemma2Config,
@@ -20,6 +22,10 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -28,10 +34,14 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Ministral3Config,
     Ministral3ForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -53,6 +63,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     StableLmConfig,
@@ -101,6 +113,12 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "stablelm": (StableLmConfig, StableLmForCausalLM),
     "gpt2": (GPT2Config, GPT2LMHeadModel),
     "opt": (OPTConfig, OPTForCausalLM),
+    "ernie4_5": (Ernie4_5Config, Ernie4_5ForCausalLM),
+    "glm": (GlmConfig, GlmForCausalLM),
+    "glm4": (Glm4Config, Glm4ForCausalLM),
+    "seed_oss": (SeedOssConfig, SeedOssForCausalLM),
+    "helium": (HeliumConfig, HeliumForCausalLM),
+    "ministral": (MinistralConfig, MinistralForCausalLM),
 }
 _SHARED = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 56, "max_position_embeddings": 256}
 _BASE: dict[str, dict[str, Any]] = {
@@ -135,6 +153,12 @@ _BASE: dict[str, dict[str, Any]] = {
     "stablelm": _SHARED,
     "gpt2": {"n_layer": 2, "n_embd": 48, "n_positions": 256},
     "opt": {"num_hidden_layers": 2, "hidden_size": 48, "ffn_dim": 56, "max_position_embeddings": 256},
+    "ernie4_5": {**_SHARED, "head_dim": 16},
+    "glm": {**_SHARED, "head_dim": 16},
+    "glm4": {**_SHARED, "head_dim": 16},
+    "seed_oss": {**_SHARED, "head_dim": 16},
+    "helium": _SHARED,
+    "ministral": {**_SHARED, "head_dim": 16},
 }
 
 
@@ -235,6 +259,24 @@ CASES = [
     Case("opt-no-bias-untied-gelu", "opt", {"num_attention_heads": 6, "enable_bias": False, "tie_word_embeddings": False,
          "activation_function": "gelu"}),
     Case("opt-no-final-norm", "opt", {"num_attention_heads": 2, "_remove_final_layer_norm": True}),
+    Case("ernie-tied", "ernie4_5", heads(6, 2)),
+    Case("ernie-biases-linear-untied", "ernie4_5", heads(3, 3, head_dim=20, use_bias=True, tie_word_embeddings=False, rms_norm_eps=0.01,
+         rope_parameters=_LINEAR)),
+    Case("ernie-head-dim-of-hidden", "ernie4_5", heads(4, 1, head_dim=None)),
+    Case("glm-half", "glm", heads(6, 2)),
+    Case("glm-quarter-no-biases-tied", "glm", heads(3, 1, head_dim=24, attention_bias=False, tie_word_embeddings=True,
+         partial_rotary_factor=0.25)),
+    Case("glm-whole", "glm", heads(2, 2, rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0})),
+    Case("glm4-half", "glm4", heads(4, 2)),
+    Case("glm4-yarn-no-biases-tied", "glm4", heads(3, 3, head_dim=32, attention_bias=False, tie_word_embeddings=True,
+         rope_parameters={**YARN, "partial_rotary_factor": 0.5})),
+    Case("seed-oss", "seed_oss", heads(6, 2)),
+    Case("seed-oss-other-biases-tied", "seed_oss", heads(3, 1, head_dim=20, attention_bias=False, attention_out_bias=True, mlp_bias=True,
+         tie_word_embeddings=True)),
+    Case("helium", "helium", heads(6, 3, head_dim=8)),
+    Case("helium-biases-tied", "helium", heads(3, 3, head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    Case("ministral-types", "ministral", heads(4, 2, sliding_window=7, layer_types=["sliding_attention", "full_attention"])),
+    Case("ministral-windows-tied", "ministral", heads(3, 1, sliding_window=9, tie_word_embeddings=True)),
 ]  # fmt: skip
 
 

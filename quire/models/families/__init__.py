@@ -12,18 +12,22 @@ from typing import Any
 
 from quire.errors import InvalidRequestError, ModelLoadError
 from quire.models.families import (
+    ernie,
     exaone4,
     gemma,
     gemma3,
+    glm,
     gpt2,
     gpt_oss,
     granite,
+    helium,
     llama,
     mistral,
     olmo,
     opt,
     phi3,
     qwen,
+    seed_oss,
     smollm3,
     stablelm,
     starcoder2,
@@ -37,7 +41,8 @@ __all__ = ["FAMILIES", "Config", "Family", "Packing", "Source", "find_family", "
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (llama, mistral, qwen, gemma, gemma3, gpt_oss, granite, phi3, smollm3, olmo, exaone4, starcoder2, stablelm, gpt2, opt)
+    for module in (llama, mistral, qwen, gemma, gemma3, gpt_oss, granite, olmo, exaone4, glm, ernie, seed_oss, phi3, smollm3, helium,
+                   starcoder2, stablelm, gpt2, opt)
     for family in module.FAMILIES
 }  # fmt: skip
 """Architecture name → family."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn
 
 from quire.errors import ModelLoadError
@@ -113,9 +113,9 @@ class Source:
     """Rows of the fused tensor."""
     expert: tuple[int, int] | None = None
     """Which of how many, where the linears of all experts are one tensor of three axes."""
-    interleaved: int = 0
-    """Heads whose rows (of a linear's outputs) are stored in the order of the original rotary code: the two dimensions that are turned
-    together are neighbours, and not half a head apart. 0: they are not."""
+    interleaved: tuple[int, int] | None = None
+    """Heads, and how many leading dimensions of each, whose rows (of a linear's outputs) are stored in the order of the original rotary
+    code: the two dimensions that are turned together are neighbours, and not half of what is turned apart."""
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that the checkpoint must have for the canonical tensor to have ``shape``."""
@@ -184,3 +184,12 @@ def renamed(spec: TransformerSpec, top: Mapping[str, str], layer: Mapping[str, s
         else:
             sources[name] = Source(f"{top[module]}.{parameter}")
     return sources
+
+
+def interleaved(spec: TransformerSpec, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The sources of a checkpoint whose q and k have the order of the original rotary code (see Source)."""
+    assert spec.rope is not None
+    turned = spec.rope.rotary_dim
+    order = {"q": (spec.num_heads, turned), "k": (spec.num_kv_heads, turned)}
+    parts = {name: name.split(".")[-2] for name in sources}
+    return {name: replace(source, interleaved=order[parts[name]]) if parts[name] in order else source for name, source in sources.items()}

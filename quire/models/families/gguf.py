@@ -1,7 +1,8 @@
 """GGUF's names for what the families know: metadata → config.json's fields, tensor names → canonical names.
 
 What converters write: conversion/*.py and gguf-py/gguf/constants.py of llama.cpp. Llama, Granite and SmolLM3 have the rows of their q
-and k in the order of the original rotary code, in which the two dimensions that are turned together are neighbours.
+and k in the order of the original rotary code, in which the two dimensions that are turned together are neighbours; ERNIE and GLM-4 have
+them so in their checkpoints, too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from quire.gguf import Gguf
-from quire.models.families.base import Source, renamed
+from quire.models.families.base import Source, interleaved, renamed
 from quire.models.families.rotations import GLOBAL, LOCAL
 from quire.models.spec import RopeSpec, TransformerSpec
 
@@ -100,6 +101,10 @@ ARCHITECTURES: Final = {
     "starcoder2": Architecture("Starcoder2ForCausalLM", _SHARED | {"norm_epsilon": ".attention.layer_norm_epsilon"}),
     "stablelm": Architecture("StableLmForCausalLM", _SHARED | {"layer_norm_eps": ".attention.layer_norm_epsilon"}),
     "gpt2": Architecture("GPT2LMHeadModel", _GPT2),
+    "ernie4_5": Architecture("Ernie4_5ForCausalLM", _RMS, interleaved=True),
+    "chatglm": Architecture("GlmForCausalLM", _RMS, interleaved=True, fused_gate=True),
+    "glm4": Architecture("Glm4ForCausalLM", _RMS, interleaved=True, fused_gate=True),
+    "seed_oss": Architecture("SeedOssForCausalLM", _RMS, mlp_norm="post_attention_norm"),
 }  # fmt: skip
 """``general.architecture`` → what it is here."""
 
@@ -108,6 +113,12 @@ _MIXTRAL: Final = Architecture("MixtralForCausalLM", _RMS | _EXPERTS, interleave
 _OLMO3: Final = replace(ARCHITECTURES["olmo2"], name="Olmo3ForCausalLM", fields=_RMS | {"sliding_window": ".attention.sliding_window"})
 """Which files call ``olmo2`` as well."""
 
+_BIASES: Final = {
+    "attention_bias": "attn_q", "use_qkv_bias": "attn_q", "use_bias": "attn_q", "attention_out_bias": "attn_output", "mlp_bias": "ffn_up",
+}  # fmt: skip
+"""config.json's fields → where there is a bias if they are true."""
+_PARTIAL: Final = ("Phi3ForCausalLM", "StableLmForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM")
+"""What may rotate a part of each head."""
 _SAMPLING: Final = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
 
 
@@ -145,7 +156,7 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
         elif name not in _OPTIONAL and name not in _SCALES:
             model.refuse(f"has no field {prefix}{field}")
     values["tie_word_embeddings"] = "output.weight" not in model.tensors
-    for name, tensor in (("attention_bias", "attn_q"), ("use_qkv_bias", "attn_q"), ("use_bias", "attn_q"), ("mlp_bias", "ffn_up")):
+    for name, tensor in _BIASES.items():
         values[name] = any(f"blk.0.{each}.bias" in model.tensors for each in (tensor, "attn_qkv" if tensor == "attn_q" else tensor))
     if kind.name != "GPT2LMHeadModel":
         _rotation(model, kind, values, factors)
@@ -224,9 +235,11 @@ def _rotation(model: Gguf, kind: Architecture, values: dict[str, Any], factors: 
     prefix, fields = model.architecture, model.fields
     if (width := fields.get(f"{prefix}.attention.value_length")) is not None and width != values.get("head_dim", width):
         model.refuse(f"has keys of {values['head_dim']} and values of {width} dimensions, which is not supported")
-    head_dim = _head_dim(values)
+    head_dim = values["head_dim"] = _head_dim(values)  # whatever an architecture has where config.json does not say
     rotated = fields.get(f"{prefix}.rope.dimension_count", head_dim)
-    if kind.name in ("Phi3ForCausalLM", "StableLmForCausalLM") and type(rotated) is int and head_dim:
+    if (sections := fields.get(f"{prefix}.rope.dimension_sections")) not in (None, [0] * 4):
+        model.refuse(f"rotates by positions in a picture ({prefix}.rope.dimension_sections {sections!s:.60}), which is not supported")
+    if kind.name in _PARTIAL and type(rotated) is int and head_dim:
         values["partial_rotary_factor"] = rotated / head_dim
     elif head_dim and rotated != head_dim:
         model.refuse(f"rotates {rotated} of {head_dim} dimensions of a head, which is not supported for {prefix}")
@@ -296,16 +309,12 @@ def sources_of(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
             fused = f"blk.{i}.attn_qkv.{parameter}"
             for part, rows in parts.items():
                 name = f"layers.{i}.{part}.{parameter}"
-                if name not in sources:
-                    continue
-                if fused in model.tensors:
+                if name in sources and fused in model.tensors:
                     sources[name] = Source(fused, rows=rows, rows_total=q + 2 * kv)
-                if kind.interleaved and part in "qk":
-                    sources[name] = replace(sources[name], interleaved=spec.num_heads if part == "q" else spec.num_kv_heads)
         if kind.fused_gate:
             for part, rows in (("gate", (0, f)), ("up", (f, 2 * f))):
                 sources[f"layers.{i}.{part}.weight"] = Source(f"blk.{i}.ffn_up.weight", rows=rows, rows_total=2 * f)
-    return sources
+    return interleaved(spec, sources) if kind.interleaved else sources
 
 
 def _generation(model: Gguf) -> dict[str, Any]:

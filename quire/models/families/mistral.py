@@ -1,12 +1,12 @@
-"""Mistral 7B, NeMo and their relatives: Llama with a sliding window in every layer, or in none. Mixtral, with experts. Ministral 3, whose
-queries are scaled beyond its original context. Of models that see images (``Mistral3ForConditionalGeneration``) the part that reads and
-writes text is served.
+"""Mistral 7B, NeMo and their relatives: Llama with a sliding window in every layer, or in none. Mixtral, with experts. Ministral 8B, with a
+window in some layers. Ministral 3, whose queries are scaled beyond its original context. Of models that see images
+(``Mistral3ForConditionalGeneration``) the part that reads and writes text is served.
 """
 
 from __future__ import annotations
 
 from quire.models.families.base import IMAGES, MAX_LAYERS, MAX_POSITIONS, TEXT_PREFIXES, Config, Family, Source, renamed, text_part
-from quire.models.families.llama import BUFFERS, LAYER, TOP, decoder_sources, read_decoder, with_experts
+from quire.models.families.llama import BUFFERS, LAYER, TOP, decoder_sources, read_decoder, read_layer_types, with_experts
 from quire.models.spec import TransformerSpec
 
 _MIXTRAL = LAYER | {
@@ -32,6 +32,16 @@ def _read(config: Config) -> TransformerSpec:
     if (types := config.values.get("layer_types")) is not None and types != [kind] * layers:
         config.refuse("'layer_types' that differ between layers or contradict 'sliding_window' are not supported for MistralForCausalLM")
     return read_decoder(config, "MistralForCausalLM", kv_heads=8, max_positions=131072, windows=windows)
+
+
+def _read_ministral(config: Config) -> TransformerSpec:
+    windows = _windows(config, 4096)
+    types = read_layer_types(config, len(windows))
+    if types is not None:
+        if "sliding_attention" in types and not windows[0]:
+            config.refuse("'layer_types' names sliding_attention, but there is no 'sliding_window'")
+        windows = tuple(window if kind == "sliding_attention" else 0 for window, kind in zip(windows, types, strict=True))
+    return read_decoder(config, "MinistralForCausalLM", kv_heads=8, max_positions=131072, windows=windows)
 
 
 def _read_mixtral(config: Config) -> TransformerSpec:
@@ -64,5 +74,6 @@ FAMILIES = (
     Family("MistralForCausalLM", "mistral", _read, decoder_sources, ("model.",), BUFFERS),
     Family("Ministral3ForCausalLM", "ministral3", _read_ministral3, decoder_sources, ("model.",), BUFFERS),
     Family("Mistral3ForConditionalGeneration", "mistral3", _read_mistral3, decoder_sources, TEXT_PREFIXES, f"{BUFFERS}|{IMAGES}"),
+    Family("MinistralForCausalLM", "ministral", _read_ministral, decoder_sources, ("model.",), BUFFERS),
     Family("MixtralForCausalLM", "mixtral", _read_mixtral, _mixtral_sources, ("model.",), BUFFERS),
 )

@@ -26,6 +26,7 @@ from quire.models.weights.hub import fetch, is_name
 from quire.models.weights.messages import SHOWN, some
 from quire.models.weights.model import Made, Model
 from quire.models.weights.mxfp4 import Mxfp4Tensor, Mxfp4Weight, find_mxfp4
+from quire.models.weights.order import in_halves
 from quire.models.weights.packed import PackedTensor, find_packed
 from quire.models.weights.safetensors import SUPPORTED, TensorInfo, map_file, read_header, view
 
@@ -140,8 +141,10 @@ def load_model(folder: str | Path, widen: Widen | None = None) -> Model:
         _check_tied(folder, _view(sources["embed.weight"], infos, maps), _view(Source("lm_head.weight"), infos, maps))
     if packed:
         return _load_packed(folder, spec, infos, sources, packed, maps, repr(config.packing))
-    tensors = {name: _view(source, infos, maps) for name, source in sources.items()}
-    return Model(spec, folder, tensors, list(maps.values()), sum(array.nbytes for array in tensors.values()))
+    shapes = spec.tensor_shapes()
+    nbytes = sum(prod(shapes[name]) * DTYPE_BYTES[SUPPORTED[infos[source.name].dtype]] for name, source in sources.items())
+    made = Made({name: partial(_view, source, infos, maps) for name, source in sources.items()})
+    return Model(spec, folder, made, list(maps.values()), nbytes)
 
 
 def _load_packed(
@@ -168,10 +171,10 @@ def _load_packed(
         elif source.transpose or source.expert is not None:
             raise ModelLoadError(f"{folder}: {spec.architecture} with quantized linears ({source.name}) is not supported")
         rows = slice(*(source.rows or (0, shapes[name][0])))
-        makers[name] = partial(weight.floats, rows)
+        makers[name] = partial(_of_packed, weight.floats, rows, source)
         stored[name.removesuffix(".weight")] = weight.kind
         if weight.kind != "int8":
-            kept[name] = (weight.kind, partial(weight.blocks, rows))
+            kept[name] = (weight.kind, partial(_of_packed, weight.blocks, rows, source))
     spec = replace(spec, stored=tuple((name, stored.get(name, "int8")) for name, _ in spec.stored))
     return Model(spec, folder, Made(makers), list(maps.values()), nbytes, kept.get, reading)
 
@@ -182,7 +185,11 @@ def _view(source: Source, infos: Mapping[str, TensorInfo], maps: Mapping[Path, m
         array = array[source.expert[0]]
     if source.transpose:
         array = array.T
-    return array if source.rows is None else array[slice(*source.rows)]
+    return in_halves(array if source.rows is None else array[slice(*source.rows)], source)
+
+
+def _of_packed(make: Callable[[slice], npt.NDArray[Any]], rows: slice, source: Source) -> npt.NDArray[Any]:
+    return in_halves(make(rows), source)
 
 
 def _named(folder: Path, config: ModelConfig, headers: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], Packed]:

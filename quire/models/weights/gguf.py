@@ -25,6 +25,7 @@ from quire.models.families.gguf import FACTORS, as_converted, config_of, sources
 from quire.models.spec import TransformerSpec
 from quire.models.weights.messages import some
 from quire.models.weights.model import Made, Model
+from quire.models.weights.order import in_halves
 from quire.models.weights.safetensors import array_dtype, map_file
 
 _FLOATS: Final = ("F32", "F16", "BF16")
@@ -135,9 +136,7 @@ class _Tensors:
             rows = rows.reshape(tensor.shape[0], tensor.shape[1], -1)[source.expert[0]]
         if source.rows is not None:
             rows = rows[slice(*source.rows)]
-        if heads := source.interleaved:
-            rows = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-        return rows, tensor
+        return in_halves(rows, source), tensor
 
     def _dequantized(self, rows: npt.NDArray[np.uint8], tensor: GgufTensor) -> npt.NDArray[np.float16]:
         _, values, nbytes = TYPES[tensor.kind]

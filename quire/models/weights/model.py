@@ -49,7 +49,7 @@ class Model:
     folder: Path
     tensors: Mapping[str, npt.NDArray[Any]]
     """Canonical name → array, in the dtype that is stored (float32, float16, ml_dtypes.bfloat16), read-only, not always
-    contiguous (GPT-2's linears are transposed views)."""
+    contiguous (GPT-2's linears are transposed views); a copy, made anew each time, where rows have another order in the file."""
     files: list[mmap.mmap]
     nbytes: int
     """Of all tensors, as ``tensors`` gives them."""

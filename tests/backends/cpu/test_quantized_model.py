@@ -28,6 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": sample_models.MIXTRAL,
     "qwen3-moe": sample_models.QWEN3_MOE,
     "granitemoe": sample_models.GRANITE_MOE,
+    "ernie, with biases": {**sample_models.ERNIE, **GATED, "use_bias": True},
+    "glm4": {**sample_models.GLM4, **GATED},
     "gpt2": sample_models.GPT2,
     "opt": {**sample_models.OPT, "ffn_dim": 192},
     "opt, post-norm, a narrower embedding": {

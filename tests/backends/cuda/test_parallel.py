@@ -69,7 +69,7 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Popen[st
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("embedded", (1, 2, 4)), ("opt", (1, 2)), ("gpt2", (1, 3))])
+@pytest.mark.parametrize(("name", "sizes"), [("embedded", (1, 2, 4)), ("opt", (1, 2)), ("gpt2", (1, 3)), ("glm4", (1, 2))])
 def test_the_tokens_of_one_device(name: str, sizes: tuple[int, ...]) -> None:
     compare(name if name == "embedded" else str(FIXTURES / name), sizes)
 
