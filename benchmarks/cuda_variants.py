@@ -47,7 +47,9 @@ def changes(ops: ModuleType, decoder: Decoder, on_gpu: bool) -> dict[str, list[A
         found["products of the library"] = [patch.object(linear, "FEW", 0)]
     linears = [each for layer in decoder.layers for each in (layer.qkv, layer.o)]
     for mlp in (layer.mlp for layer in decoder.layers):
-        linears += [mlp.router] if isinstance(mlp, Experts) else [mlp.up, mlp.down]
+        plain = mlp.shared if isinstance(mlp, Experts) else mlp
+        linears += [mlp.router] if isinstance(mlp, Experts) else []
+        linears += [plain.up, plain.down] if plain is not None else []
     found["--deterministic"] = [patch.object(each, "same", True) for each in [*linears, decoder.lm_head]]
     return found
 

@@ -38,13 +38,13 @@ class ReferenceModel:
             at = f"layers.{i}"
             if spec.norm_place == "before":
                 x = x + self._behind(f"{at}.attn_out_norm", self._attention(i, self._norm(f"{at}.attn_norm", x)))
-                x = x + self._behind(f"{at}.mlp_out_norm", self._mlp(at, self._norm(f"{at}.mlp_norm", x)))
+                x = x + self._behind(f"{at}.mlp_out_norm", self._mlp(i, self._norm(f"{at}.mlp_norm", x)))
             elif spec.norm_place == "after":
                 x = self._norm(f"{at}.attn_norm", x + self._attention(i, x))
-                x = self._norm(f"{at}.mlp_norm", x + self._mlp(at, x))
+                x = self._norm(f"{at}.mlp_norm", x + self._mlp(i, x))
             else:
                 x = x + self._norm(f"{at}.attn_norm", self._attention(i, x))
-                x = x + self._norm(f"{at}.mlp_norm", self._mlp(at, x))
+                x = x + self._norm(f"{at}.mlp_norm", self._mlp(i, x))
         if spec.final_norm:
             x = self._norm("final_norm", x) * spec.logit_scale
         if "embed_out.weight" in t:
@@ -103,18 +103,27 @@ class ReferenceModel:
         weights /= weights.sum(-1, keepdims=True) + (np.exp(sinks - most) if spec.attention_sinks else 0.0)
         return self._linear(f"{at}.o", np.einsum("hqk,khd->qhd", weights, v).reshape(n, -1))
 
-    def _mlp(self, at: str, x: Array) -> Array:
-        return self._experts(at, x) if self.spec.num_experts else self._feed_forward(at, x)
+    def _mlp(self, layer: int, x: Array) -> Array:
+        at = f"layers.{layer}"
+        if not self.spec.has_experts(layer):
+            return self._feed_forward(at, x)
+        beside = self._feed_forward(f"{at}.shared", x) if self.spec.shared_size else 0.0
+        return self._experts(at, x) + beside
 
     def _experts(self, at: str, x: Array) -> Array:
         spec, out = self.spec, np.zeros_like(x)
         scores = self._linear(f"{at}.router", x)
-        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        if spec.expert_shares == "sigmoid":
+            shares = 1.0 / (1.0 + np.exp(-scores))
+        else:
+            shares = np.exp(scores - scores.max(-1, keepdims=True))
+            shares /= shares.sum(-1, keepdims=True)
+        by = shares + self.tensors[f"{at}.correction.bias"] if spec.expert_correction else scores
         for row in range(len(x)):
-            chosen = np.argsort(-scores[row], kind="stable")[: spec.experts_per_token]
-            total = shares[row, chosen].sum() if spec.experts_sum_to_one else shares[row].sum()
+            chosen = np.argsort(-by[row], kind="stable")[: spec.experts_per_token]
+            total = shares[row, chosen].sum() if spec.experts_sum_to_one else 1.0
             for j in chosen:
-                out[row] += shares[row, j] / total * self._feed_forward(f"{at}.experts.{j}", x[row])
+                out[row] += spec.experts_scale * shares[row, j] / total * self._feed_forward(f"{at}.experts.{j}", x[row])
         return out
 
     def _feed_forward(self, at: str, x: Array) -> Array:

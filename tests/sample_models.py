@@ -26,6 +26,27 @@ MIXTRAL = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixt
            "sliding_window": None, "intermediate_size": 192}  # fmt: skip
 QWEN3_MOE = {**QWEN3, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3,
              "moe_intermediate_size": 64, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}  # fmt: skip
+QWEN3_MIXED = {**QWEN3_MOE, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+GLM4_MOE: dict[str, Any] = {
+    "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "vocab_size": 1000, "hidden_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 200, "max_position_embeddings": 4096,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1000000, "rope_scaling": None, "partial_rotary_factor": 0.5,
+    "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1,
+    "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "eos_token_id": [2, 3],
+}  # fmt: skip
+DOTS1 = {**LLAMA, "architectures": ["Dots1ForCausalLM"], "model_type": "dots1", "moe_intermediate_size": 64, "n_routed_experts": 8,
+         "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+         "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "moe_layer_freq": 1, "sliding_window": None,
+         "max_window_layers": 62}  # fmt: skip
+ERNIE_MOE: dict[str, Any] = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe", "vocab_size": 1000, "hidden_size": 96,
+    "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 256, "max_position_embeddings": 4096,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000, "rope_scaling": None, "use_bias": False, "moe_num_experts": 8,
+    "moe_k": 3, "moe_num_shared_experts": 2, "moe_intermediate_size": 64, "moe_layer_start_index": 1, "moe_layer_end_index": 2,
+    "moe_layer_interval": 1, "moe_use_aux_free": True, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "eos_token_id": 2,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 GRANITE = {**LLAMA, "architectures": ["GraniteForCausalLM"], "model_type": "granite", "embedding_multiplier": 12.0, "logits_scaling": 8.0,
            "residual_multiplier": 0.22, "attention_multiplier": 0.015625}  # fmt: skip

@@ -131,9 +131,8 @@ def packed_folder(
             else:
                 tensors[name] = array.astype(ml_dtypes.bfloat16)
             continue
-        if (
-            ".layers." not in name or array.ndim != 2 or name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))
-        ):  # routers are not
+        routers = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "correction_bias")
+        if ".layers." not in name or array.ndim != 2 or name.endswith(routers):
             tensors[name] = array.astype(np.float16)
             continue
         groups = rng.permutation(np.arange(array.shape[1]) // group) if shuffles else None

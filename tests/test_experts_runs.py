@@ -14,6 +14,7 @@ from quire.backends.cpu.backend import CpuBackend
 from quire.backends.memory import step_buffer_bytes
 from quire.config import EngineConfig
 from quire.core.plan import RowStart, RowWork, StepPlan
+from quire.errors import ModelLoadError
 from quire.models.quantization import planned_cost
 from quire.models.spec import ModelCost
 from quire.models.weights import load_model, load_spec
@@ -22,14 +23,26 @@ from sample_gguf import TOKENS, tokenizer_fields, write_gguf
 from sample_packed import packed_folder
 
 MIXTRAL = {**sample_models.MIXTRAL, "hidden_size": 192, "num_attention_heads": 6}
+GLM4_MOE = {**sample_models.GLM4_MOE, "hidden_size": 192, "intermediate_size": 384, "moe_intermediate_size": 192, "n_shared_experts": 2}
+ERNIE_MOE = {**sample_models.ERNIE_MOE, "hidden_size": 192, "intermediate_size": 384, "moe_intermediate_size": 192}
 PROMPT = np.random.default_rng(1).integers(3, 30, 25).tolist()
+
+
+def written(folder: Path, config: dict[str, Any]) -> Path:
+    rng = np.random.default_rng(3)
+    tensors = {name: (0.2 * rng.standard_normal(t.shape)).astype(np.float32) for name, t in sample_models.checkpoint(config).items()}
+    return sample_models.write_model(folder, config, tensors)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = np.random.default_rng(3)
-    tensors = {name: (0.2 * rng.standard_normal(t.shape)).astype(np.float32) for name, t in sample_models.checkpoint(MIXTRAL).items()}
-    return sample_models.write_model(tmp_path_factory.mktemp("experts") / "mixtral", MIXTRAL, tensors)
+    return written(tmp_path_factory.mktemp("experts") / "mixtral", MIXTRAL)
+
+
+@pytest.fixture(scope="module", params=[MIXTRAL, GLM4_MOE, ERNIE_MOE], ids=lambda config: config["model_type"])
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Also with experts that all positions take, and layers without any."""
+    return written(tmp_path_factory.mktemp("each") / "model", request.param)
 
 
 def opened(model: Path, **options: Any) -> CpuBackend:
@@ -64,6 +77,33 @@ def test_checkpoints_that_are_quantized(folder: Path, tmp_path: Path, method: st
     assert {part.dtype for layer in backend.decoder.layers for part in layer.mlp.router.parts} == {"float16"}
     floats = tokens(opened(packed, quantize="none", dtype="float32"))  # of the same numbers; rounded activations differ
     assert sum(a == b for a, b in zip(tokens(backend), floats, strict=True)) >= 2
+
+
+@pytest.mark.parametrize(("method", "options"), [("awq", {"group": 64}), ("fp8", {"bits": 8})])
+def test_rows_that_are_put_into_order(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    """Of a checkpoint that is quantized as well: numbers, and blocks of 4 bits."""
+    plain = written(tmp_path / "plain", ERNIE_MOE)
+    packed = packed_folder(plain, tmp_path / method, method, **options)
+    expected, model = load_model(plain), load_model(packed)
+    for name in ("layers.0.q.weight", "layers.2.k.weight", "layers.2.shared.up.weight"):
+        wanted = expected.tensors[name]
+        assert np.abs(model.tensors[name].astype(np.float32) - wanted).max() < 0.1 * np.abs(wanted).max(), name
+    backend = opened(packed)
+    assert {part.dtype for layer in backend.decoder.layers for part in layer.qkv.parts} == {"int4" if method == "awq" else "int8"}
+    floats = tokens(opened(packed, quantize="none", dtype="float32"))
+    assert sum(a == b for a, b in zip(tokens(backend), floats, strict=True)) >= 2
+
+
+def test_layers_that_guess_further_tokens_are_left_out(tmp_path: Path) -> None:
+    plain = written(tmp_path / "plain", GLM4_MOE)
+    tensors = {name: t.astype(np.float32) for name, t in sample_models.checkpoint(GLM4_MOE).items()}
+    more = {name.replace(".3.", ".4."): t for name, t in tensors.items() if ".layers.3." in name}
+    more |= {f"model.layers.4.{name}": np.zeros(3, np.float32) for name in ("enorm.weight", "shared_head.norm.weight")}
+    folder = sample_models.write_model(tmp_path / "more", GLM4_MOE, tensors | more)
+    with pytest.raises(ModelLoadError, match=r"tensors .*layers\.4\..* that Glm4MoeForCausalLM with"):
+        load_model(folder)  # it might be a layer that config.json has forgotten
+    folder = sample_models.write_model(tmp_path / "more", GLM4_MOE, tensors | more | {"model.layers.4.eh_proj.weight": np.zeros((2, 4))})
+    assert load_model(folder).tensors.keys() == load_model(plain).tensors.keys()
 
 
 def test_formats_of_the_same_numbers(folder: Path, tmp_path: Path) -> None:
@@ -139,28 +179,30 @@ def step(rows: int, each: int = 1) -> StepPlan:
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
-def test_what_is_planned_is_what_is_read(folder: Path, options: dict[str, Any]) -> None:
+def test_what_is_planned_is_what_is_read(each: Path, options: dict[str, Any]) -> None:
     """The bytes of a step, experts apart. No panel is padded at these widths, but for that of a router's few outputs."""
-    backend = opened(folder, dtype="float32", **options)
-    config = EngineConfig(model=str(folder), dtype="float32", **options)
+    backend = opened(each, dtype="float32", **options)
+    config = EngineConfig(model=str(each), dtype="float32", **options)
     cost = planned_cost(config, backend.spec)
     assert cost.expert_bytes == backend.expert_bytes()
     spec = backend.spec
-    padding = spec.num_layers * 4 * spec.hidden_size * (native.panel() - spec.num_experts)
+    padding = spec.expert_layers * 4 * spec.hidden_size * (native.panel() - spec.num_experts)
     head = -spec.vocab_size % native.panel() * (spec.hidden_size * (1 if options else 4) + (2 if options else 0))
     assert cost.weight_bytes == backend.weight_bytes() - padding - head
     assert "of the " in backend.weight_note if options else not backend.weight_note
     whole = ModelCost(spec, backend.weight_bytes(), backend.head_bytes(), "float16", backend.expert_bytes())
     one, many = (whole.of(step(rows).extent()) for rows in (1, 1000))
-    assert one.weight_bytes == pytest.approx(backend.weight_bytes() - backend.expert_bytes() / 2, abs=1)  # two of four
+    left_out = backend.expert_bytes() * (1 - spec.experts_per_token / spec.num_experts)
+    assert one.weight_bytes == pytest.approx(backend.weight_bytes() - left_out, abs=1)
     assert many.weight_bytes == pytest.approx(backend.weight_bytes(), rel=1e-6)
     assert many.linear_flops == 1000 * one.linear_flops
 
 
-def test_buffers_are_counted(folder: Path) -> None:
-    backend = opened(folder)
-    decoder, config = backend.decoder, EngineConfig(model=str(folder), max_num_batched_tokens=1024)
-    used = [decoder._x, decoder._normed, decoder._qkv, decoder._attended, decoder._up, decoder._scores, decoder._rows]
-    per_position = sum(array.shape[1] * (2 if array is decoder._up or array is decoder._rows else 1) for array in used)
+def test_buffers_are_counted(each: Path) -> None:
+    backend = opened(each)
+    decoder, config = backend.decoder, EngineConfig(model=str(each), max_num_batched_tokens=1024)
+    used = [decoder._x, decoder._normed, decoder._qkv, decoder._attended, decoder._up, decoder._scores, decoder._rows, decoder._inner]
+    taken = backend.spec.experts_per_token
+    per_position = sum(array.shape[1] * (taken if array is decoder._inner or array is decoder._rows else 1) for array in used)
     without_logits = step_buffer_bytes(config, backend.spec) - 4 * config.num_seqs(1 << 30) * backend.spec.vocab_size
     assert without_logits == 4 * 1024 * per_position

@@ -24,8 +24,9 @@ from quire.sampling_params import SamplingParams
 from sample_gguf import embedded_gguf
 
 FIXTURES = Path(__file__).parent / "fixtures" / "golden"
-MODELS = ["embedded", "mistral", "qwen3", "mixtral", "gpt-oss", "gpt2", "opt"]
-"""The embedded model, and tiny ones with a sliding window, head norms, experts, attention sinks, learned positions and biases."""
+MODELS = ["embedded", "mistral", "qwen3", "mixtral", "glm4-moe", "ernie4-5-moe", "gpt-oss", "gpt2", "opt"]
+"""The embedded model, and tiny ones with a sliding window, head norms, experts (also with shared ones, and with a layer without),
+attention sinks, learned positions and biases."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all together": {},

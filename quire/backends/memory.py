@@ -209,9 +209,9 @@ def context_length(config: EngineConfig, spec: TransformerSpec) -> int:
 def step_buffer_bytes(config: EngineConfig, spec: TransformerSpec) -> int:
     """Bytes of the float32 arrays that a step works in (see Decoder), for the most positions and rows of a step."""
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    position = 2 * spec.hidden_size + heads + max(1, spec.experts_per_token) * spec.intermediate_size
+    position = 2 * spec.hidden_size + heads + spec.plain_size
     if spec.num_experts:
-        position += spec.num_experts + spec.experts_per_token * spec.hidden_size
+        position += spec.num_experts + spec.experts_per_token * (spec.intermediate_size + spec.hidden_size)
     return 4 * (config.max_num_batched_tokens * position + config.num_seqs(1 << 30) * spec.vocab_size)
 
 
@@ -220,8 +220,8 @@ def gpu_buffer_bytes(config: EngineConfig, spec: TransformerSpec) -> int:
     weights, logits in float32 and what sampling makes of them, and once more of the largest decode step for captured steps."""
     width, rows = DTYPE_BYTES[config.weight_width(spec.dtype)], config.num_seqs(1 << 30)
     heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    taken = max(1, spec.experts_per_token)
-    position = width * (4 * spec.hidden_size + heads + 3 * taken * spec.intermediate_size)
+    taken = spec.experts_per_token
+    position = width * (4 * spec.hidden_size + heads + 3 * max(spec.plain_size, taken * spec.intermediate_size))
     if spec.num_experts:
         position += taken * (width * spec.hidden_size + 16) + 8 * spec.num_experts  # with what routing sorts
     return config.max_num_batched_tokens * position + 2 * rows * (position + 4 * 4 * spec.vocab_size)

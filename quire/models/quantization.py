@@ -138,9 +138,9 @@ def planned_cost(config: EngineConfig, whole: TransformerSpec) -> ModelCost:
     if quantization is None:
         tables = 2 * spec.hidden_size * spec.embedding_size if spec.embedding_size != spec.hidden_size else 0
         linears = (spec.linear_parameters() + tables) * DTYPE_BYTES[width]
-        experts = spec.num_layers * spec.num_experts * spec.feed_forward_parameters() * DTYPE_BYTES[width]
+        experts = spec.expert_layers * spec.num_experts * spec.feed_forward_parameters() * DTYPE_BYTES[width]
     else:
-        routers = spec.num_layers * spec.num_experts * spec.hidden_size * DTYPE_BYTES[width]
+        routers = spec.expert_layers * spec.num_experts * spec.hidden_size * DTYPE_BYTES[width]
         linears, experts = quantization.linear_bytes(spec) + routers, quantization.expert_bytes(spec)
     rows = 0 if spec is whole else head_rows(whole, config.tensor_parallel)
     return ModelCost(spec, linears + head, head, config.kv_width(spec.dtype), experts, rows)

@@ -13,6 +13,8 @@ Canonical tensor names (``{i}`` counts layers from 0; linears are [out, in], as 
     layers.{i}.sinks.weight [heads]                                                              (attention_sinks only)
     layers.{i}.gate|up|down.weight|bias     (gate only where gated)
     layers.{i}.router.weight|bias           layers.{i}.experts.{j}.gate|up|down.weight|bias      (instead of these, in a mixture of experts)
+    layers.{i}.correction.bias [experts]                                                         (expert_correction only)
+    layers.{i}.shared.gate|up|down.weight|bias                                                   (shared_size only)
     final_norm.weight|bias                  lm_head.weight [vocab, embed_size]                           (untied only)
 """
 
@@ -148,10 +150,21 @@ class TransformerSpec:
     gated: bool = True
     num_experts: int = 0
     """Feed-forwards of each layer, of which a position takes the ``experts_per_token`` that its router scores highest, and adds them up by
-    the softmax of the scores (Shazeer et al., arXiv 1701.06538; Mixtral, arXiv 2401.04088). 0: there is one, without a router."""
+    their shares (Shazeer et al., arXiv 1701.06538; Mixtral, arXiv 2401.04088). 0: there is one, without a router."""
     experts_per_token: int = 0
+    expert_shares: Literal["softmax", "sigmoid"] = "softmax"
+    """An expert's share: of the softmax of all scores, or the sigmoid of its own."""
+    expert_correction: bool = False
+    """Whether those are taken whose share is highest with a learned number of each expert added, that balances how often experts are taken
+    and is no part of what they are weighed by (Wang et al., arXiv 2408.15664)."""
     experts_sum_to_one: bool = True
-    """Whether it is the softmax of the scores of those that are taken, or of all."""
+    """Whether shares are divided by the sum of those that are taken."""
+    experts_scale: float = 1.0
+    """Factor on all of them."""
+    shared_size: int = 0
+    """Inner units of a feed-forward that every position takes beside its experts; 0: there is none (DeepSeekMoE, arXiv 2401.06066)."""
+    dense_sizes: tuple[int, ...] = ()
+    """Of each layer, inner units of the one feed-forward that it has instead of experts, 0 where it has experts; empty: all have them."""
     qkv_bias: bool = False
     o_bias: bool = False
     attention_sinks: bool = False
@@ -217,9 +230,22 @@ class TransformerSpec:
     def layer_rope(self, layer: int) -> RopeSpec | None:
         return self.ropes[layer] if self.ropes else self.rope
 
+    def has_experts(self, layer: int) -> bool:
+        return self.num_experts > 0 and not (self.dense_sizes and self.dense_sizes[layer])
+
+    @property
+    def expert_layers(self) -> int:
+        """How many layers have experts."""
+        return self.num_layers - sum(size > 0 for size in self.dense_sizes) if self.num_experts else 0
+
+    @property
+    def plain_size(self) -> int:
+        """Inner units of the widest feed-forward that is no expert; 0 where there is none."""
+        return max(self.shared_size, *self.dense_sizes, 0) if self.num_experts else self.intermediate_size
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name → shape, for every tensor that the model has."""
-        h, e, f, d = self.hidden_size, self.embedding_size, self.intermediate_size, self.head_dim
+        h, e, d = self.hidden_size, self.embedding_size, self.head_dim
         q, kv = self.num_heads * d, self.num_kv_heads * d
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, e)}
 
@@ -251,9 +277,11 @@ class TransformerSpec:
             norm(f"{at}.mlp_norm")
             if self.norms_behind:
                 shapes[f"{at}.attn_out_norm.weight"] = shapes[f"{at}.mlp_out_norm.weight"] = (h,)
-            if self.num_experts:
+            if self.has_experts(i):
                 linear(f"{at}.router", self.num_experts, h, self.mlp_bias)
-            for place in self.feed_forwards(at):
+                if self.expert_correction:
+                    shapes[f"{at}.correction.bias"] = (self.num_experts,)
+            for place, f in self.feed_forwards(i).items():
                 if self.gated:
                     linear(f"{place}.gate", f, h, self.mlp_bias)
                 linear(f"{place}.up", f, h, self.mlp_bias)
@@ -271,9 +299,13 @@ class TransformerSpec:
         shapes = {full.removesuffix(".weight"): shape for full, shape in self.tensor_shapes().items() if len(shape) == 2}
         return {name: (n, k) for name, (n, k) in shapes.items() if name not in tables and not name.endswith(".router")}
 
-    def feed_forwards(self, layer: str) -> list[str]:
-        """Where the linears of a layer's feed-forward are, or of its experts."""
-        return [f"{layer}.experts.{j}" for j in range(self.num_experts)] or [layer]
+    def feed_forwards(self, layer: int) -> dict[str, int]:
+        """Where the linears of a layer's feed-forward are, or of its experts and of what it has beside them → inner units."""
+        at = f"layers.{layer}"
+        if not self.has_experts(layer):
+            return {at: self.dense_sizes[layer] if self.num_experts else self.intermediate_size}
+        beside = {f"{at}.shared": self.shared_size} if self.shared_size else {}
+        return {f"{at}.experts.{j}": self.intermediate_size for j in range(self.num_experts)} | beside
 
     def num_parameters(self) -> int:
         """Parameters, a tied lm_head counted once."""
@@ -300,17 +332,34 @@ class TransformerSpec:
 
     def matmul_parameters(self) -> int:
         """Parameters that one computed position multiplies by, without lm_head."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        mlp = max(1, self.experts_per_token) * self.feed_forward_parameters() + self.num_experts * self.hidden_size
-        return self.num_layers * (self.hidden_size * (2 * q + 2 * kv) + mlp)
+        plain = sum(self.dense_sizes) if self.num_experts else self.num_layers * self.intermediate_size
+        mixtures = self.expert_layers * self._mixture_parameters()
+        return self.num_layers * self._attention_parameters() + self._inner_parameters(plain) + mixtures
+
+    def layer_matmul_parameters(self, layer: int) -> int:
+        """Of one layer."""
+        mixed = self.has_experts(layer)
+        mlp = self._mixture_parameters() if mixed else self._inner_parameters(sum(self.feed_forwards(layer).values()))
+        return self._attention_parameters() + mlp
 
     def linear_parameters(self) -> int:
         """Of all linears of all layers, those of experts that a position does not take included."""
-        return self.matmul_parameters() + self.num_layers * (self.num_experts - self.experts_per_token) * self.feed_forward_parameters()
+        return self.matmul_parameters() + self.expert_layers * (self.num_experts - self.experts_per_token) * self.feed_forward_parameters()
 
     def feed_forward_parameters(self) -> int:
         """Of the linears of one feed-forward, or of one expert."""
-        return (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
+        return self._inner_parameters(self.intermediate_size)
+
+    def _inner_parameters(self, inner: int) -> int:
+        return (3 if self.gated else 2) * self.hidden_size * inner
+
+    def _attention_parameters(self) -> int:
+        return 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
+
+    def _mixture_parameters(self) -> int:
+        """Of a layer's experts, as many as a position takes, with the router and what is beside them."""
+        units = self.experts_per_token * self.intermediate_size + self.shared_size
+        return self._inner_parameters(units) + self.num_experts * self.hidden_size
 
     def experts_met(self, positions: float) -> float:
         """Experts of a layer that some of so many positions take, if each takes any of them as often as the others; 0 without experts."""
@@ -358,22 +407,23 @@ class ModelCost:
         positions without a row of logits need keys and values only.
         """
         spec = self.spec
-        per_layer = spec.matmul_parameters() // spec.num_layers
+        ends = spec.num_layers - 1
+        in_last = spec.layer_matmul_parameters(ends)
         kv = spec.hidden_size * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim  # with the queries, a part of one product
-        last = extent.positions * kv + extent.rows * (per_layer - kv)
+        last = extent.positions * kv + extent.rows * (in_last - kv)
         head = extent.rows * (self.head_rows or spec.vocab_size) * spec.embedding_size
         weights = extent.steps * (self.weight_bytes - self.head_bytes) + extent.sampling_steps * self.head_bytes
         if self.expert_bytes and extent.steps:
             most, least = (spec.experts_met(each / extent.steps) / spec.num_experts for each in (extent.positions, extent.rows))
-            met = (most * (spec.num_layers - 1) + least) / spec.num_layers
+            met = (most * (spec.expert_layers - 1) + (least if spec.has_experts(ends) else most)) / spec.expert_layers
             weights -= round(extent.steps * self.expert_bytes * (1 - met))
         windowed = sum(window > 0 for window in spec.windows)
-        ends_near = spec.window(spec.num_layers - 1) > 0  # the last layer, which has queries for rows of logits alone
+        ends_near = spec.window(ends) > 0  # the last layer, which has queries for rows of logits alone
         near, far = windowed - ends_near, spec.num_layers - windowed - (not ends_near)
         context = near * extent.near_context + far * extent.context + (extent.near_rows_context if ends_near else extent.rows_context)
         keys = windowed * extent.near_keys + (spec.num_layers - windowed) * extent.keys
         return StepCost(
-            linear_flops=2 * (extent.positions * (spec.num_layers - 1) * per_layer + last + head),
+            linear_flops=2 * (extent.positions * (spec.matmul_parameters() - in_last) + last + head),
             weight_bytes=weights,
             attention_flops=4 * spec.num_heads * spec.head_dim * context,
             kv_bytes=keys * spec.layer_kv_bytes(self.kv_dtype),

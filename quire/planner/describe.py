@@ -36,7 +36,9 @@ def table(named: Sequence[tuple[str, Plan]], first: str) -> str:
 def _lines(p: Plan, config: EngineConfig, spec: TransformerSpec, machine: Machine, demand: Demand, price: float | None) -> Iterator[str]:
     width, kv = config.weight_width(spec.dtype), config.kv_width(spec.dtype)
     share = f", of which each of {config.tensor_parallel} devices has a part" if config.tensor_parallel > 1 else ""
-    experts = f" ({spec.experts_per_token} of {spec.num_experts} experts for a token)" if spec.num_experts else ""
+    beside = " and a shared feed-forward" if spec.shared_size else ""
+    where = f" in {spec.expert_layers} of {spec.num_layers} layers" if spec.dense_sizes else ""
+    experts = f" ({spec.experts_per_token} of {spec.num_experts} experts{beside} for a token{where})" if spec.num_experts else ""
     size = f"{p.parameters / 1e6:,.0f} million parameters{experts}"
     yield f"model        {spec.architecture}, {size}, context of {spec.max_positions:,} tokens{share}"
     yield f"machine      {machine.name}, {gb(p.available)} free: {machine.source}"

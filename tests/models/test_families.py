@@ -11,9 +11,12 @@ import pytest
 
 from quire.errors import ModelLoadError
 from quire.models.families import FAMILIES, find_family, spec_from_config
+from quire.models.parallel import part_of
 from quire.models.spec import RopeSpec, TransformerSpec
 from sample_models import (
+    DOTS1,
     ERNIE,
+    ERNIE_MOE,
     EXAONE4,
     GEMMA,
     GEMMA2,
@@ -21,6 +24,7 @@ from sample_models import (
     GEMMA3_VISION,
     GLM,
     GLM4,
+    GLM4_MOE,
     GPT2,
     GPT_OSS,
     GRANITE,
@@ -37,6 +41,7 @@ from sample_models import (
     PHI3,
     QWEN2,
     QWEN3,
+    QWEN3_MIXED,
     QWEN3_MOE,
     SEED_OSS,
     SMOLLM3,
@@ -45,8 +50,9 @@ from sample_models import (
     YARN,
 )
 
+MIXED = [QWEN3_MIXED, GLM4_MOE, DOTS1, ERNIE_MOE]
 ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GRANITE_MOE, GPT_OSS, OLMO2, OLMOE, EXAONE4, GEMMA, GEMMA2, GPT2, OPT,
-       ERNIE, GLM, GLM4, SEED_OSS, HELIUM, MINISTRAL]  # fmt: skip
+       ERNIE, GLM, GLM4, SEED_OSS, HELIUM, MINISTRAL, *MIXED]  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -500,6 +506,66 @@ def test_experts() -> None:
     assert granite.embed_scale == spec_from_config(GRANITE).embed_scale
 
 
+def test_layers_with_and_without_experts() -> None:
+    spec = spec_from_config(QWEN3_MIXED)
+    assert spec.dense_sizes == (200, 0, 200, 200)
+    assert [spec.has_experts(i) for i in range(4)] == [False, True, False, False]
+    assert (spec.expert_layers, spec.plain_size) == (1, 200)
+    assert spec.tensor_shapes()["layers.3.down.weight"] == (96, 200)
+    assert spec_from_config({**QWEN3_MOE, "mlp_only_layers": [2]}).dense_sizes == (0, 0, 200, 0)
+    part = part_of(spec_from_config(GLM4_MOE), 2)
+    assert (part.intermediate_size, part.shared_size, part.dense_sizes) == (32, 32, (100, 0, 0, 0))
+    for values in MIXED:
+        spec = spec_from_config(values)
+        assert spec.linear_parameters() == sum(n * k for name, (n, k) in _matrices(spec).items() if name.startswith("layers."))
+        assert spec.matmul_parameters() == sum(map(spec.layer_matmul_parameters, range(4)))
+        assert sum(spec.layer_matmul_parameters(i) for i in range(4) if spec.has_experts(i)) == sum(
+            n * k * (3 / 8 if ".experts." in name else 1)
+            for name, (n, k) in _matrices(spec).items()
+            if name.startswith("layers.") and spec.has_experts(int(name.split(".")[1]))
+        )
+
+
+def test_experts_that_are_chosen_by_corrected_shares() -> None:
+    spec = spec_from_config(GLM4_MOE)
+    assert (spec.expert_shares, spec.expert_correction, spec.experts_scale, spec.experts_sum_to_one) == ("sigmoid", True, 2.5, True)
+    assert (spec.shared_size, spec.dense_sizes, spec.head_norm, spec.qkv_bias, spec.o_bias) == (64, (200, 0, 0, 0), True, True, False)
+    assert spec.rope == RopeSpec(1e6, 16)
+    assert not any("correction" in name or "router" in name for name in spec.quantizable())
+    assert spec.quantizable()["layers.3.shared.down"] == (96, 64)
+    sources = find_family(GLM4_MOE).sources(spec)
+    assert sources["layers.2.correction.bias"].name == "layers.2.mlp.gate.e_score_correction_bias"
+    assert sources["layers.2.shared.up.weight"].name == "layers.2.mlp.shared_experts.up_proj.weight"
+    bare = ("partial_rotary_factor", "n_shared_experts", "first_k_dense_replace", "norm_topk_prob", "rms_norm_eps", "n_group", "topk_group")
+    assert spec_from_config({name: value for name, value in GLM4_MOE.items() if name not in bare}) == spec
+    dots = spec_from_config(DOTS1)
+    assert (dots.expert_shares, dots.shared_size, dots.windows, dots.head_norm) == ("sigmoid", 128, (), True)
+    assert spec_from_config({**DOTS1, "sliding_window": 512, "max_window_layers": 3}).windows == (0, 0, 0, 512)
+    ernie = spec_from_config(ERNIE_MOE)
+    assert (ernie.expert_shares, ernie.expert_correction, ernie.experts_sum_to_one, ernie.tied) == ("softmax", True, True, True)
+    assert (ernie.shared_size, ernie.dense_sizes) == (128, (256, 0, 0, 256))
+    assert spec_from_config({**ERNIE_MOE, "moe_layer_end_index": -1, "moe_layer_interval": 2}).dense_sizes == (256, 0, 256, 0)
+    bias = find_family(ERNIE_MOE).sources(ernie)["layers.1.correction.bias"]
+    assert (bias.name, bias.stored_shape((8,))) == ("layers.1.mlp.moe_statics.e_score_correction_bias", (1, 8))
+
+
+def test_sizes_of_published_mixtures() -> None:
+    """As their authors round them: of all parameters, and of those that a token meets."""
+    air = GLM4_MOE | {"hidden_size": 4096, "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
+                      "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 128, "num_experts_per_tok": 8,
+                      "vocab_size": 151552, "use_qk_norm": False}  # fmt: skip
+    dots = DOTS1 | {"hidden_size": 4096, "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 32,
+                    "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 128, "num_experts_per_tok": 6,
+                    "vocab_size": 152064}  # fmt: skip
+    ernie = ERNIE_MOE | {"hidden_size": 2560, "num_hidden_layers": 28, "num_attention_heads": 20, "num_key_value_heads": 4,
+                         "intermediate_size": 12288, "moe_intermediate_size": 1536, "moe_num_experts": 64, "moe_k": 6,
+                         "vocab_size": 103424, "moe_layer_end_index": 27}  # fmt: skip
+    for values, total, active in ((air, 106e9, 12e9), (dots, 142e9, 14e9), (ernie, 21e9, 3e9)):
+        spec = spec_from_config(values)
+        assert spec.num_parameters() == pytest.approx(total, rel=0.05)
+        assert spec.matmul_parameters() == pytest.approx(active, rel=0.1)
+
+
 def test_gpt_oss() -> None:
     spec = spec_from_config(GPT_OSS)
     assert (spec.activation, spec.gated, spec.attention_sinks) == ("swiglu_oai", True, True)
@@ -628,8 +694,22 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GPT_OSS, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     (GPT_OSS, {"layer_types": ["full_attention"]}, "one type for each of the 4 layers"),
     (GPT_OSS, {"layer_types": ["chunked_attention"] * 4}, "layer type 'chunked_attention'"),
-    (QWEN3_MOE, {"mlp_only_layers": [2]}, "mlp_only_layers .2. is not supported"),
-    (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
+    (QWEN3_MOE, {"mlp_only_layers": [2.5]}, "'mlp_only_layers' must list numbers of layers"),
+    (QWEN3_MOE, {"mlp_only_layers": [0, 1, 2, 3]}, "none of the 4 layers has experts"),
+    (QWEN3_MOE, {"decoder_sparse_step": 0}, "'decoder_sparse_step' must be an integer from 1"),
+    (GLM4_MOE, {"n_group": 2}, "n_group 2 is not supported .only 1."),
+    (GLM4_MOE, {"topk_group": 4}, "topk_group 4 is not supported .only 1."),
+    (GLM4_MOE, {"first_k_dense_replace": 4}, "none of the 4 layers has experts"),
+    (GLM4_MOE, {"num_experts_per_tok": 9}, "'num_experts_per_tok' 9 is more than the 8 experts"),
+    (GLM4_MOE, {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported"),
+    (GLM4_MOE, {"routed_scaling_factor": 0}, "'routed_scaling_factor' must be a number above 0"),
+    (DOTS1, {"n_routed_experts": None}, "'n_routed_experts' is missing"),
+    (DOTS1, {"n_shared_experts": None}, "'n_shared_experts' is missing"),
+    (DOTS1, {"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported"),
+    (ERNIE_MOE, {"use_bias": True}, "use_bias True is not supported"),
+    (ERNIE_MOE, {"moe_k": 9}, "'moe_k' 9 is more than the 8 experts"),
+    (ERNIE_MOE, {"moe_norm_min": 0.1}, "'moe_norm_min' must be a number"),
+    (ERNIE_MOE, {"moe_layer_end_index": -2}, "'moe_layer_end_index' must be an integer from -1"),
     (QWEN3_MOE, {"moe_intermediate_size": None}, "'moe_intermediate_size' is missing"),
     (QWEN3_MOE, {"norm_topk_prob": 1}, "'norm_topk_prob' must be true or false"),
     (LLAMA, {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; supported: silu"),

@@ -244,12 +244,55 @@ def test_q_k_and_v_as_one(tmp_path: Path, name: str) -> None:
     ({"llama__expert_count": 8, "llama__expert_used_count": 2, "llama__expert_shared_count": 1}, ["llama.expert_shared_count 1, which"]),
     ({"general__architecture": "qwen3", "qwen3__expert_count": 8}, ["is a mixture of 8 experts, which is not supported for qwen3"]),
     ({"llama__rope__dimension_sections": [4, 2, 2, 0]}, ["rotates by positions in a picture (llama.rope.dimension_sections [4, 2, 2, 0])"]),
+    ({"general__architecture": "qwen3moe", "qwen3moe__expert_count": 8, "qwen3moe__expert_group_count": 4}, ["group_count 4, which"]),
     ({"llama__attention__causal": False}, ["sees what comes after a token"]),
     ({"llama__attention__value_length": 8, "llama__attention__key_length": 16}, ["keys of 16 and values of 8"]),
     ({"general__sampling__temp": -1.0}, ["temperature"]),
 ])  # fmt: skip
 def test_wrong_fields(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
     fails(write_gguf(tmp_path / "a.gguf", tiny_fields(**changes), tiny_tensors()), *parts)
+
+
+@pytest.mark.parametrize(("name", "changes", "part"), [
+    ("glm4moe", {"expert_gating_func": 1}, "expert_gating_func 1, which is not supported"),
+    ("glm4moe", {"expert_group_count": 2}, "expert_group_count 2, which is not supported"),
+    ("glm4moe", {"nextn_predict_layers": 2}, "has 2 layers that guess further tokens, where 0 or 1 are supported"),
+    ("glm4moe", {"rope.dimension_sections": [8, 8, 8, 0]}, "rotates by positions in a picture"),
+    ("glm4moe", {"expert_shared_count": 0}, "'n_shared_experts' must be an integer from 1"),
+    ("glm4moe", {"expert_shared_count": 2}, "blk.1.ffn_gate_shexp.weight of the shape [16, 24], and its fields ask for [32, 24]"),
+    ("glm4moe", {"leading_dense_block_count": 2}, "lacks 3 tensors (blk.1.ffn_gate.weight"),
+    ("dots1", {"expert_gating_func": 1}, "expert_gating_func 1, which is not supported"),
+    ("ernie4_5-moe", {"expert_gating_func": 2}, "expert_gating_func 2, which is not supported"),
+    ("ernie4_5-moe", {"expert_weights_scale": 2.0}, "expert_weights_scale 2.0, which is not supported"),
+    ("ernie4_5-moe", {"interleave_moe_layer_step": 0}, "'moe_layer_interval' must be an integer from 1"),
+])  # fmt: skip
+def test_mixtures_that_are_refused(tmp_path: Path, name: str, changes: dict[str, Any], part: str) -> None:
+    fields, tensors = converted(name)
+    fails(write_gguf(tmp_path / "a.gguf", fields | {f"{name}.{field}": value for field, value in changes.items()}, tensors), part)
+
+
+def test_what_is_left_out_of_mixtures(tmp_path: Path) -> None:
+    """A layer that guesses further tokens; and a correction may have lost an axis of one, as llama.cpp's tools write it."""
+    fields, tensors = converted("glm4moe")
+    assert fields["glm4moe.block_count"] == 4
+    expected = load_model(write_gguf(tmp_path / "a.gguf", fields, tensors))
+    more = {f"blk.3.{part}.weight": np.zeros((4, 4), np.float32) for part in ("nextn.eh_proj", "attn_q")}
+    assert load_model(write_gguf(tmp_path / "b.gguf", fields, tensors | more)).spec == expected.spec
+    fails(write_gguf(tmp_path / "c.gguf", fields | {"glm4moe.nextn_predict_layers": 0}, tensors | more), "blk.3.attn_norm.weight")
+    fields, tensors = converted("ernie4_5-moe")
+    flat = {name: tensor[0] if "exp_probs_b" in name else tensor for name, tensor in tensors.items()}
+    assert [flat[name].shape for name in flat if "exp_probs_b" in name] == [(5,), (5,)]
+    found = [load_model(write_gguf(tmp_path / f"{i}.gguf", fields, each)).tensors for i, each in enumerate((tensors, flat))]
+    for name in ("layers.1.correction.bias", "layers.2.correction.bias"):
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+
+
+def converted(architecture: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Fields and tensors of a fixture, in float32."""
+    path = next(path for path in CONVERTED if read_gguf(path).architecture == architecture)
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return fields, {each.name: gguf.quants.dequantize(each.data, each.tensor_type) for each in reader.tensors}
 
 
 def test_wrong_tensors(tmp_path: Path) -> None:

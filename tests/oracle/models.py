@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    Dots1Config,
+    Dots1ForCausalLM,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
     Ernie4_5Config,
     Ernie4_5ForCausalLM,
     Exaone4Config,
@@ -24,6 +28,8 @@ from transformers import (
     GemmaForCausalLM,
     Glm4Config,
     Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GlmConfig,
     GlmForCausalLM,
     GPT2Config,
@@ -101,6 +107,9 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "gpt_oss": (GptOssConfig, GptOssForCausalLM),
     "gemma": (GemmaConfig, GemmaForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
+    "dots1": (Dots1Config, Dots1ForCausalLM),
+    "ernie4_5_moe": (Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
@@ -121,6 +130,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "ministral": (MinistralConfig, MinistralForCausalLM),
 }
 _SHARED = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 56, "max_position_embeddings": 256}
+_ROUTED = {**_SHARED, "num_hidden_layers": 3, "n_routed_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 _BASE: dict[str, dict[str, Any]] = {
     "llama": _SHARED,
     "mistral": _SHARED,
@@ -141,6 +151,9 @@ _BASE: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 5.0,
     },
+    "glm4_moe": _ROUTED,
+    "dots1": {**_ROUTED, "n_shared_experts": 2, "first_k_dense_replace": 1, "sliding_window": None},
+    "ernie4_5_moe": {**_SHARED, "num_hidden_layers": 3, "moe_num_experts": 7, "moe_k": 3, "moe_intermediate_size": 20},
     "gemma3": {**_SHARED, "head_dim": 16, "sliding_window": 9, "num_hidden_layers": 3, "query_pre_attn_scalar": 20},
     "granite": _SHARED,
     "phi3": _SHARED,
@@ -199,6 +212,17 @@ CASES = [
     Case("qwen3-moe", "qwen3_moe", heads(4, 2, head_dim=16, norm_topk_prob=True)),
     Case("qwen3-moe-sum-of-all", "qwen3_moe", heads(3, 3, norm_topk_prob=False, tie_word_embeddings=True, attention_bias=True)),
     Case("qwen3-moe-all-taken", "qwen3_moe", heads(2, 1, num_experts=4, num_experts_per_tok=4)),
+    Case("qwen3-moe-mixed", "qwen3_moe", heads(3, 1, num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[3])),
+    Case("glm4-moe", "glm4_moe", heads(3, 1, head_dim=16, use_qk_norm=True, attention_bias=True, routed_scaling_factor=2.5)),
+    Case("glm4-moe-not-to-one-tied", "glm4_moe", heads(4, 2, norm_topk_prob=False, first_k_dense_replace=2, n_shared_experts=2,
+         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+         head_dim=24)),
+    Case("glm4-moe-no-dense", "glm4_moe", heads(2, 2, first_k_dense_replace=0, num_experts_per_tok=7)),
+    Case("dots1", "dots1", heads(3, 3, norm_topk_prob=True, routed_scaling_factor=2.5, attention_bias=True)),
+    Case("dots1-windows", "dots1", heads(4, 2, sliding_window=9, max_window_layers=1, norm_topk_prob=False, head_dim=16)),
+    Case("ernie4-5-moe", "ernie4_5_moe", heads(6, 2)),
+    Case("ernie4-5-moe-untied-interval", "ernie4_5_moe", heads(3, 3, num_hidden_layers=5, moe_layer_start_index=1, moe_layer_end_index=3,
+         moe_layer_interval=2, moe_num_shared_experts=0, tie_word_embeddings=False)),
     Case("granitemoe", "granitemoe", heads(3, 1, embedding_multiplier=6.0, residual_multiplier=0.3, logits_scaling=4.0,
          attention_multiplier=0.3)),
     Case("gpt-oss", "gpt_oss", heads(6, 2, rope_parameters={**YARN, "truncate": False}, **_THREE)),
@@ -293,7 +317,7 @@ def build(case: Case) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("bias"):
-                parameter.copy_(0.3 * noise)
+                parameter.copy_((0.1 if "correction" in name else 0.3) * noise)
             elif name.endswith("sinks"):
                 parameter.copy_(1.5 * noise)
             elif parameter.ndim == 1:  # a norm
@@ -306,6 +330,9 @@ def build(case: Case) -> PreTrainedModel:
                 fan_in = parameter.shape[0] if case.kind == "gpt2" else parameter.shape[-1]
                 limited = case.kind == "gpt_oss" and "gate_up" in name  # some of what they give is beyond the limit
                 parameter.copy_((6.0 if limited else 1.5) * noise / fan_in**0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, [2, 3]
     return model
 

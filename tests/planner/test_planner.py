@@ -24,6 +24,10 @@ from quire.simulator.simulate import Load, Server, simulate
 from quire.workload import TraceRequest
 
 LLAMA_8B = TransformerSpec("Llama", 128256, 4096, 32, 32, 8, 128, 14336, 131072, rope=RopeSpec(rotary_dim=128), dtype="bfloat16")
+MIXTURE = replace(
+    LLAMA_8B, intermediate_size=1024, num_experts=16, experts_per_token=2, expert_correction=True, shared_size=2048,
+    dense_sizes=(8192, *[0] * 31),
+)  # fmt: skip
 SMALL = TransformerSpec("Llama", 32000, 768, 12, 12, 12, 64, 2048, 2048, rope=RopeSpec(rotary_dim=64))
 CPU = Machine("a CPU", 30e9, 400e9, ((0.5, 0.9), (13.0, 0.7), (100.0, 0.8)), 20e9, 200e9, step_s=3e-4, memory=16 << 30, spread=0.2)
 DEMAND = Demand(512, 256)
@@ -165,11 +169,18 @@ def test_other_widths() -> None:
         plan(EngineConfig(quantize="int4"), uneven, CPU, DEMAND)
 
 
+def test_a_mixture_is_described() -> None:
+    config = EngineConfig(max_model_len=2048)
+    shown = describe(plan(config, MIXTURE, CPU, DEMAND), config, MIXTURE, CPU, DEMAND, None)
+    assert "(2 of 16 experts and a shared feed-forward for a token in 31 of 32 layers)" in shown
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_a_part_of_a_model_is_what_it_is_divided_into(size: int, tied: bool) -> None:
+@pytest.mark.parametrize("whole", [LLAMA_8B, MIXTURE], ids=["", "mixture"])
+def test_a_part_of_a_model_is_what_it_is_divided_into(whole: TransformerSpec, size: int, tied: bool) -> None:
     parallel = pytest.importorskip("quire.backends.cuda.parallel")
-    spec = replace(LLAMA_8B, tied=tied)
+    spec = replace(whole, tied=tied)
     nothing = np.zeros(1, np.float16)
     tensors = {name: np.lib.stride_tricks.as_strided(nothing, shape, (0,) * len(shape)) for name, shape in spec.tensor_shapes().items()}
     _, kept = parallel.shard(spec, tensors, 0, size)

@@ -175,10 +175,14 @@ class Experts:
         sum_to_one: bool,
         up_bias: F32 | None = None,
         down_bias: F32 | None = None,
+        correction: F32 | None = None,
+        sigmoid: bool = False,
+        scale: float = 1.0,
     ) -> None:
         """up [n, k], gated or not, and down [k, n] of each expert; those of one list are of one kind. taken: experts of a row, those with
-        the highest scores; of equal ones the first. sum_to_one: their weights are the softmax of these scores; else of all.
-        up_bias [experts, n] (gated: 2 n, the gates' first) and down_bias [experts, k] are copied."""
+        the highest scores; of equal ones the first. Their weights are their shares of the softmax of all scores, or the sigmoids of their
+        own (sigmoid), divided by their sum (sum_to_one), times scale. correction [experts]: those are taken whose share with it added is
+        the highest. up_bias [experts, n] (gated: 2 n, the gates' first) and down_bias [experts, k]; all three are copied."""
     @property
     def count(self) -> int: ...
     @property

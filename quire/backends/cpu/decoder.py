@@ -79,6 +79,12 @@ class FeedForward:
     """With the activation; gate and up where gated."""
     down: Linear
 
+    def widen(self, x: F32, memory: F32) -> F32:
+        """up(x) [T, inner], in the first columns of ``memory``."""
+        inner = memory[: len(x), : self.down.parts[0].k]
+        self.up(x, inner)
+        return inner
+
 
 @dataclass(slots=True)
 class Experts:
@@ -87,11 +93,16 @@ class Experts:
     router: Linear
     experts: native.Experts
     activation: str
+    shared: FeedForward | None
+    """What every position takes beside them."""
 
-    def __call__(self, scores: F32, rows: F32, inner: F32, x: F32, out: F32, *, accumulate: bool = False) -> None:
-        """x, out [T, hidden], maybe the same. The rest is memory to work in: see native.experts."""
+    def __call__(self, scores: F32, rows: F32, inner: F32, memory: F32, x: F32, out: F32, *, accumulate: bool = False) -> None:
+        """x, out [T, hidden], maybe the same. The rest is memory to work in: see native.experts, and FeedForward."""
+        shared = None if self.shared is None else self.shared.widen(x, memory)
         self.router(x, scores)
         native.experts(self.experts, x, scores, out, rows, inner, accumulate, self.activation)
+        if self.shared is not None and shared is not None:
+            self.shared.down(shared, out, accumulate=True)
 
 
 @dataclass(slots=True)
@@ -205,7 +216,7 @@ class Decoder:
                 sinks=self._vector(f"{at}.sinks.weight") if spec.attention_sinks else None,
                 o=self._linear(f"{at}.o"),
                 mlp_norm=self._norm(f"{at}.mlp_norm"),
-                mlp=self._experts(at) if spec.num_experts else self._feed_forward_of(at),
+                mlp=self._experts(at) if spec.has_experts(i) else self._feed_forward_of(at),
                 attn_out_norm=self._norm(f"{at}.attn_out_norm") if spec.norms_behind else None,
                 mlp_out_norm=self._norm(f"{at}.mlp_out_norm") if spec.norms_behind else None,
                 window=spec.window(i),
@@ -231,11 +242,12 @@ class Decoder:
         self._normed = buffer(max_tokens, spec.hidden_size)
         self._qkv = buffer(max_tokens, q + 2 * kv)
         self._attended = buffer(max_tokens, q)
-        taken = max(1, spec.experts_per_token)
-        self._up = buffer(max_tokens * taken, spec.intermediate_size)
+        self._up = buffer(max_tokens, spec.plain_size)
         if spec.num_experts:
+            taken = spec.experts_per_token
             self._scores = buffer(max_tokens, spec.num_experts)
             self._rows = buffer(max_tokens * taken, spec.hidden_size)
+            self._inner = buffer(max_tokens * taken, spec.intermediate_size)
         self._embedded = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._x
         self._last = buffer(max_tokens, spec.hidden_size)
         self._projected = buffer(max_tokens, spec.embedding_size) if spec.embedding_size != spec.hidden_size else self._last
@@ -329,10 +341,11 @@ class Decoder:
         found: list[native.PackedLinear | native.Experts] = []
         for layer in self.layers:
             found += [*layer.qkv.parts, *layer.o.parts]
-            if isinstance(layer.mlp, Experts):
-                found += [*layer.mlp.router.parts, layer.mlp.experts]
-            else:
-                found += [*layer.mlp.up.parts, *layer.mlp.down.parts]
+            mlp = layer.mlp
+            plain = mlp.shared if isinstance(mlp, Experts) else mlp
+            found += plain.up.parts if plain is not None else []
+            found += [*mlp.router.parts, mlp.experts] if isinstance(mlp, Experts) else []
+            found += plain.down.parts if plain is not None else []
         return found + self.lm_head.parts
 
     def _embed(self, batch: Batch) -> F32:
@@ -384,12 +397,11 @@ class Decoder:
         """residual += norm(mlp(x))"""
         mlp = layer.mlp
         if isinstance(mlp, FeedForward):
-            up = self._up[: len(x)]
-            mlp.up(x, up)
-            self._add(mlp.down, up, norm, residual)
+            self._add(mlp.down, mlp.widen(x, self._up), norm, residual)
             return
         taken = len(x) * self.spec.experts_per_token
-        self._add(partial(mlp, self._scores[: len(x)], self._rows[:taken], self._up[:taken]), x, norm, residual)
+        memory = self._scores[: len(x)], self._rows[:taken], self._inner[:taken], self._up
+        self._add(partial(mlp, *memory), x, norm, residual)
 
     def _add(self, linear: Sum, x: F32, norm: Norm | None, residual: F32) -> None:
         """residual += norm(linear(x)). What was normed to begin with has been read by then: its buffer is used again."""
@@ -410,13 +422,19 @@ class Decoder:
     def _experts(self, at: str) -> Experts:
         spec = self.spec
         router = Linear([self._packer.floats(self._tensors, self._shapes_of(f"{at}.router"))], self._bias(f"{at}.router"))
-        each = spec.feed_forwards(at)
+        each = [f"{at}.experts.{j}" for j in range(spec.num_experts)]
         ups, downs = [self._shapes_of(*self._ups(one)) for one in each], [self._shapes_of(f"{one}.down") for one in each]
         up = self._packer.experts(self._tensors, ups, gated=spec.gated)
         down = self._packer.experts(self._tensors, downs)
         biases = [[self._bias(*self._ups(one)) for one in each], [self._bias(f"{one}.down") for one in each]] if spec.mlp_bias else []
-        experts = native.Experts(up, down, spec.experts_per_token, spec.experts_sum_to_one, *map(np.array, biases))
-        return Experts(router, experts, spec.activation)
+        up_bias, down_bias = map(np.array, biases) if biases else (None, None)
+        correction = self._vector(f"{at}.correction.bias") if spec.expert_correction else None
+        experts = native.Experts(
+            up, down, spec.experts_per_token, spec.experts_sum_to_one, up_bias, down_bias, correction, spec.expert_shares == "sigmoid",
+            spec.experts_scale,
+        )  # fmt: skip
+        shared = self._feed_forward_of(f"{at}.shared") if spec.shared_size else None
+        return Experts(router, experts, spec.activation, shared)
 
     def _ups(self, at: str) -> tuple[str, ...]:
         return (f"{at}.gate", f"{at}.up") if self.spec.gated else (f"{at}.up",)

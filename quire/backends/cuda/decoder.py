@@ -17,9 +17,9 @@ from quire.backends.cuda.cache import KVPool, LayerKV
 from quire.backends.cuda.group import Group
 from quire.backends.cuda.tiles import DecodeTiles
 from quire.backends.cuda.turns import Turns, turns
-from quire.backends.cuda.weights import Experts, Linear, Loader
+from quire.backends.cuda.weights import Choice, Experts, FeedForward, Linear, Loader
 from quire.backends.memory import KVLayout
-from quire.models.spec import Activation, TransformerSpec
+from quire.models.spec import TransformerSpec
 
 
 @dataclass(slots=True)
@@ -77,27 +77,6 @@ class Norm:
 
 
 NO_KV = LayerKV(torch.empty(0), torch.empty(0), None, None)
-
-
-@dataclass(slots=True)
-class FeedForward:
-    """down(act(up(x)))"""
-
-    up: Linear
-    """Gate beside up where gated."""
-    down: Linear
-    gated: bool
-    activation: Activation
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, hidden] → [T, hidden]"""
-        if self.gated:
-            return self.down(self.up.gated(x, self.activation))
-        return self.down(self.up.ops.activate(self.up(x), self.activation, False))
-
-    @property
-    def nbytes(self) -> int:
-        return self.up.nbytes + self.down.nbytes
 
 
 @dataclass(slots=True)
@@ -167,20 +146,30 @@ class Decoder:
         def ups(place: str) -> tuple[str, ...]:
             return (f"{place}.gate", f"{place}.up") if spec.gated else (f"{place}.up",)
 
-        def mlp(at: str) -> FeedForward | Experts:
-            if not spec.num_experts:
-                return FeedForward(loader.linear(*ups(at)), loader.linear(f"{at}.down"), spec.gated, spec.activation)
-            places = spec.feed_forwards(at)
+        def feed_forward(at: str) -> FeedForward:
+            return FeedForward(loader.linear(*ups(at)), loader.linear(f"{at}.down"), spec.gated, spec.activation)
+
+        def experts(at: str) -> Experts:
+            places = [f"{at}.experts.{j}" for j in range(spec.num_experts)]
             up, down = loader.stacked([ups(place) for place in places]), loader.stacked([(f"{place}.down",) for place in places])
-            router = loader.linear(f"{at}.router", exact=True)
-            return Experts(router, *up, *down, spec.activation, spec.experts_per_token, spec.experts_sum_to_one)
+            # Shares are compared after small corrections: scores are not rounded to 16 bits before.
+            wide = spec.expert_correction or spec.expert_shares == "sigmoid"
+            router = loader.linear(f"{at}.router", exact=True, wide=wide)
+            correction = loader.tensor(f"{at}.correction.bias", wide=True) if spec.expert_correction else None
+            choice = Choice(
+                spec.experts_per_token, spec.experts_sum_to_one, spec.expert_shares == "sigmoid", correction, spec.experts_scale
+            )  # fmt: skip
+            return Experts(router, choice, *up, *down, spec.activation, feed_forward(f"{at}.shared") if spec.shared_size else None)
+
+        def mlp(layer: int) -> FeedForward | Experts:
+            return experts(f"layers.{layer}") if spec.has_experts(layer) else feed_forward(f"layers.{layer}")
 
         self.layers = []
         for i in range(spec.num_layers):
             at = f"layers.{i}"
             self.layers.append(Layer(
                 norm(f"{at}.attn_norm"), loader.linear(f"{at}.q", f"{at}.k", f"{at}.v"), head_norm(f"{at}.q_norm"),
-                head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"), mlp(at),
+                head_norm(f"{at}.k_norm"), loader.linear(f"{at}.o"), norm(f"{at}.mlp_norm"), mlp(i),
                 norm_behind(f"{at}.attn_out_norm"), norm_behind(f"{at}.mlp_out_norm"),
                 sinks(f"{at}.sinks"), spec.window(i), None if (rope := layer_ropes[i]) is None else tables[rope], 0, NO_KV,
             ))  # fmt: skip
@@ -224,9 +213,11 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Bytes of all linears, lm_head included: what a step reads."""
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o)]
-        linears += [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, Experts)]
+        mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts)]
+        linears += [mixture.router for mixture in mixtures]
         linears += [linear for linear in (self._embed_in, self._embed_out, self.lm_head) if linear is not None]
-        return sum(linear.nbytes for linear in linears) + sum(layer.mlp.nbytes for layer in self.layers)
+        shared = sum(mixture.shared.nbytes for mixture in mixtures if mixture.shared is not None)
+        return sum(linear.nbytes for linear in linears) + sum(layer.mlp.nbytes for layer in self.layers) + shared
 
     def expert_bytes(self) -> int:
         """Of which experts: a step reads those that its positions take."""

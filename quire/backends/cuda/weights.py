@@ -49,10 +49,44 @@ class Linear:
 
 
 @dataclass(slots=True)
+class FeedForward:
+    """down(act(up(x)))"""
+
+    up: Linear
+    """Gate beside up where gated."""
+    down: Linear
+    gated: bool
+    activation: Activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] → [T, hidden]"""
+        if self.gated:
+            return self.down(self.up.gated(x, self.activation))
+        return self.down(self.up.ops.activate(self.up(x), self.activation, False))
+
+    @property
+    def nbytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
+
+
+@dataclass(slots=True)
+class Choice:
+    """How scores choose experts, and weigh them: what ``route`` of the operations takes."""
+
+    taken: int
+    sum_to_one: bool
+    sigmoid: bool
+    correction: Tensor | None
+    """[experts] float32"""
+    scale: float
+
+
+@dataclass(slots=True)
 class Experts:
     """As many feed-forwards as the router has outputs, of which each row takes a few, and how they are weighed."""
 
     router: Linear
+    choice: Choice
     up: Tensor
     """[experts, 2 * inner, hidden], gate beside up; or [experts, inner, hidden] where there is no gate."""
     up_bias: Tensor | None
@@ -66,22 +100,23 @@ class Experts:
     down_scales: Tensor | None
     """[experts, hidden]"""
     activation: Activation
-    taken: int
-    sum_to_one: bool
+    shared: FeedForward | None
+    """What every row takes beside them."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden]"""
-        ops = self.router.ops
-        chosen, weights = ops.route(self.router(x), self.taken, self.sum_to_one)
+        ops, choice = self.router.ops, self.choice
+        scores = self.router(x.to(self.router.weight.dtype))
+        chosen, weights = ops.route(scores, choice.taken, choice.sum_to_one, choice.sigmoid, choice.correction, choice.scale)
         summed: Tensor = ops.experts(
             x, self.up, self.up_bias, self.up_scales, self.down, self.down_bias, self.down_scales, chosen, weights, self.activation,
             self.router.same,
         )  # fmt: skip
-        return summed
+        return summed if self.shared is None else summed.add_(self.shared(x))
 
     @property
     def nbytes(self) -> int:
-        """Of all experts, without the router."""
+        """Of all experts, without the router and what is beside them."""
         tensors = self.up, self.up_bias, self.up_scales, self.down, self.down_bias, self.down_scales
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -101,20 +136,20 @@ class Loader:
     def has(self, name: str) -> bool:
         return name in self._tensors
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, in the dtype of the activations."""
+    def tensor(self, name: str, wide: bool = False) -> Tensor:
+        """One tensor, in the dtype of the activations, or in float32 (wide)."""
         array = self._tensors[name]
-        there = torch.empty(array.shape, dtype=self._dtype, device=self._device)
+        there = torch.empty(array.shape, dtype=torch.float32 if wide else self._dtype, device=self._device)
         self._copy(name, array, there)
         return there
 
-    def linear(self, *names: str, share: Tensor | None = None, exact: bool = False) -> Linear:
+    def linear(self, *names: str, share: Tensor | None = None, exact: bool = False, wide: bool = False) -> Linear:
         """The linears ``names`` side by side, which share an input. share: a tensor that is the weight already (a tied lm_head). exact:
-        it is not quantized (a router)."""
-        weight, scales = self._weight(*names) if share is None else share, None
+        it is not quantized (a router). wide: it is in float32, and so must be what it multiplies."""
+        weight, scales = self._weight(*names, wide=wide) if share is None else share, None
         if self._quantize is not None and not exact:
             weight, scales = quantize_weight(weight, self._quantize)
-        return Linear(weight, self._bias(*names), scales, self._ops, self._same)
+        return Linear(weight, self._bias(*names, wide=wide), scales, self._ops, self._same)
 
     def stacked(self, each: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The linears of one shape, some of them side by side in ``each``: weights [len(each), out, in]; biases [len(each), out] where
@@ -135,21 +170,21 @@ class Loader:
             stack[i], scales[i] = quantize_weight(self._weight(*names), self._quantize)
         return stack, bias, scales
 
-    def _weight(self, *names: str, into: Tensor | None = None) -> Tensor:
-        """Of the linears ``names`` side by side, in the dtype of the activations."""
+    def _weight(self, *names: str, into: Tensor | None = None, wide: bool = False) -> Tensor:
+        """Of the linears ``names`` side by side, in the dtype of the activations, or in float32 (wide)."""
         arrays = [self._tensors[f"{name}.weight"] for name in names]
-        sizes = [len(array) for array in arrays]
-        weight = torch.empty((sum(sizes), arrays[0].shape[1]), dtype=self._dtype, device=self._device) if into is None else into
+        sizes, dtype = [len(array) for array in arrays], torch.float32 if wide else self._dtype
+        weight = torch.empty((sum(sizes), arrays[0].shape[1]), dtype=dtype, device=self._device) if into is None else into
         for name, array, part in zip(names, arrays, weight.split(sizes), strict=True):
             self._copy(f"{name}.weight", array, part)
         return weight
 
-    def _bias(self, *names: str) -> Tensor | None:
-        """Of the linears ``names`` side by side, 0 of those that have none; None where none has."""
+    def _bias(self, *names: str, wide: bool = False) -> Tensor | None:
+        """Of the linears ``names`` side by side, 0 of those that have none; None where none has. wide: in float32."""
         if not any(self.has(f"{name}.bias") for name in names):
             return None
         sizes = [len(self._tensors[f"{name}.weight"]) for name in names]
-        bias = torch.zeros(sum(sizes), dtype=self._dtype, device=self._device)
+        bias = torch.zeros(sum(sizes), dtype=torch.float32 if wide else self._dtype, device=self._device)
         for name, part in zip(names, bias.split(sizes), strict=True):
             if self.has(f"{name}.bias"):
                 self._copy(f"{name}.bias", self._tensors[f"{name}.bias"], part)

@@ -13,10 +13,12 @@ from typing import Any
 from quire.errors import InvalidRequestError, ModelLoadError
 from quire.models.families import (
     ernie,
+    ernie_moe,
     exaone4,
     gemma,
     gemma3,
     glm,
+    glm_moe,
     gpt2,
     gpt_oss,
     granite,
@@ -41,8 +43,8 @@ __all__ = ["FAMILIES", "Config", "Family", "Packing", "Source", "find_family", "
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (llama, mistral, qwen, gemma, gemma3, gpt_oss, granite, olmo, exaone4, glm, ernie, seed_oss, phi3, smollm3, helium,
-                   starcoder2, stablelm, gpt2, opt)
+    for module in (llama, mistral, qwen, gemma, gemma3, gpt_oss, granite, olmo, exaone4, glm, glm_moe, ernie, ernie_moe, seed_oss, phi3,
+                   smollm3, helium, starcoder2, stablelm, gpt2, opt)
     for family in module.FAMILIES
 }  # fmt: skip
 """Architecture name → family."""

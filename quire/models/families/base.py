@@ -140,7 +140,11 @@ class Family:
     prefixes: tuple[str, ...]
     """A checkpoint's names start with one of these, or with none; the first that fits is cut off."""
     buffers: str = r"(?!)"
-    """Regular expression (full match, prefix cut off) of tensors that old checkpoints hold and that carry no information."""
+    """Regular expression (full match, prefix cut off) of tensors that old checkpoints hold and that carry no information, or that belong to
+    what is not served (layers that guess further tokens)."""
+    guesses: str = ""
+    """A tensor by which a checkpoint's layer is known to be no layer of the model: one behind them that guesses a further token, which is
+    left out (GLM-4.5)."""
 
     def strip(self, name: str) -> str:
         for prefix in self.prefixes:
@@ -169,7 +173,7 @@ def renamed(spec: TransformerSpec, top: Mapping[str, str], layer: Mapping[str, s
     """Sources that differ from the canonical names by a table only.
 
     top: module → checkpoint module; layer: the same within a layer, with ``experts`` for the list of experts and ``experts.gate`` and so on
-    for what each of them has; layers: name of the list of layers.
+    for what each of them has, ``shared.gate`` and so on for what is beside them; layers: name of the list of layers.
     """
     sources = {}
     for name in spec.tensor_shapes():

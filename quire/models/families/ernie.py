@@ -21,8 +21,9 @@ def _read(config: Config) -> TransformerSpec:
         o_bias=bias,
         mlp_bias=bias,
         theta=500000.0,
+        eps=1e-5,
     )
-    return replace(spec, norm_eps=config.number("rms_norm_eps", 1e-5, high=1.0), tied=config.flag("tie_word_embeddings", True))
+    return replace(spec, tied=config.flag("tie_word_embeddings", True))
 
 
 def _sources(spec: TransformerSpec) -> dict[str, Source]:

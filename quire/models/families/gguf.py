@@ -22,6 +22,7 @@ _LAYER: Final = {
     "k_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "router": "ffn_gate_inp",
     "sinks": "attn_sinks", "attn_out_norm": "post_attention_norm", "mlp_out_norm": "post_ffw_norm",
     "experts": "", "experts.gate": "ffn_gate_exps", "experts.up": "ffn_up_exps", "experts.down": "ffn_down_exps",
+    "correction": "exp_probs_b", "shared.gate": "ffn_gate_shexp", "shared.up": "ffn_up_shexp", "shared.down": "ffn_down_shexp",
 }  # fmt: skip
 FACTORS: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that belong to the configuration: what each frequency of a rotation is divided by."""
@@ -45,6 +46,8 @@ class Architecture:
     attn_norm: str = "attn_norm"
     mlp_norm: str = "ffn_norm"
     """The norms of attention and feed-forward."""
+    gating: int = 1
+    """How scores of experts become shares (LLAMA_EXPERT_GATING_FUNC_TYPE of llama.cpp): 1 by a softmax, 2 each by its sigmoid."""
 
 
 _OPTIONAL: Final = {"num_key_value_heads", "head_dim", "rope_theta", "sliding_window", "n_inner"}
@@ -66,6 +69,23 @@ _SCALES: Final = {
     "logits_scaling": ".logit_scale",
 }
 _EXPERTS: Final = {"num_experts": ".expert_count", "num_experts_per_tok": ".expert_used_count"}
+_MIXED: Final = _RMS | {
+    "moe_intermediate_size": ".expert_feed_forward_length",
+    "n_routed_experts": ".expert_count",
+    "num_experts_per_tok": ".expert_used_count",
+    "n_shared_experts": ".expert_shared_count",
+    "first_k_dense_replace": ".leading_dense_block_count",
+    "norm_topk_prob": ".expert_weights_norm",
+    "routed_scaling_factor": ".expert_weights_scale",
+}
+_ERNIE: Final = _RMS | {
+    "moe_intermediate_size": ".expert_feed_forward_length",
+    "moe_num_experts": ".expert_count",
+    "moe_k": ".expert_used_count",
+    "moe_num_shared_experts": ".expert_shared_count",
+    "moe_layer_start_index": ".leading_dense_block_count",
+    "moe_layer_interval": ".interleave_moe_layer_step",
+}
 _GPT2: Final = {
     "n_embd": ".embedding_length", "n_layer": ".block_count", "n_head": ".attention.head_count", "n_inner": ".feed_forward_length",
     "n_positions": ".context_length", "layer_norm_epsilon": ".attention.layer_norm_epsilon",
@@ -85,6 +105,9 @@ ARCHITECTURES: Final = {
     "gpt-oss": Architecture(
         "GptOssForCausalLM", _RMS | _EXPERTS | {"sliding_window": ".attention.sliding_window"}, mlp_norm="post_attention_norm"
     ),
+    "glm4moe": Architecture("Glm4MoeForCausalLM", _MIXED, mlp_norm="post_attention_norm", gating=2),
+    "dots1": Architecture("Dots1ForCausalLM", _MIXED | {"sliding_window": None}, gating=2),
+    "ernie4_5-moe": Architecture("Ernie4_5_MoeForCausalLM", _ERNIE, interleaved=True),
     "smollm3": Architecture("SmolLM3ForCausalLM", _RMS, interleaved=True),
     "olmo2": Architecture("Olmo2ForCausalLM", _RMS, attn_norm="post_attention_norm", mlp_norm="post_ffw_norm"),
     "olmoe": Architecture("OlmoeForCausalLM", _RMS | _EXPERTS | {"norm_topk_prob": False}),
@@ -117,7 +140,7 @@ _BIASES: Final = {
     "attention_bias": "attn_q", "use_qkv_bias": "attn_q", "use_bias": "attn_q", "attention_out_bias": "attn_output", "mlp_bias": "ffn_up",
 }  # fmt: skip
 """config.json's fields → where there is a bias if they are true."""
-_PARTIAL: Final = ("Phi3ForCausalLM", "StableLmForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM")
+_PARTIAL: Final = ("Phi3ForCausalLM", "StableLmForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM")
 """What may rotate a part of each head."""
 _SAMPLING: Final = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
 
@@ -140,11 +163,12 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
     embed = model.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         model.refuse("has no token_embd.weight: it holds a tokenizer, or another part of a model, but not its weights")
-    if (experts := model.fields.get(f"{prefix}.expert_count")) and "num_experts" not in kind.fields:
+    if (experts := model.fields.get(f"{prefix}.expert_count")) and ".expert_count" not in kind.fields.values():
         model.refuse(f"is a mixture of {experts} experts, which is not supported for {prefix}")
-    for field, only in (("shared_count", 0), ("gating_func", 1), ("weights_scale", 1.0), ("group_count", 0)):
-        if model.fields.get(f"{prefix}.expert_{field}", only) != only:
-            model.refuse(f"has {prefix}.expert_{field} {model.fields[f'{prefix}.expert_{field}']!r:.40}, which is not supported")
+    for field, *only in (("shared_count", 0), ("gating_func", kind.gating), ("weights_scale", 1.0), ("group_count", 0, 1)):
+        found = model.fields.get(f"{prefix}.expert_{field}", only[0])
+        if f".expert_{field}" not in kind.fields.values() and found not in only:
+            model.refuse(f"has {prefix}.expert_{field} {found!r:.40}, which is not supported")
     if model.fields.get(f"{prefix}.attention.causal") is False:
         model.refuse("sees what comes after a token, too: it makes vectors of texts, and can't generate any")
     values: dict[str, Any] = {"architectures": [kind.name], "vocab_size": embed.shape[0]}
@@ -170,10 +194,22 @@ def config_of(model: Gguf, factors: Factors) -> tuple[dict[str, Any], dict[str, 
         _windows(model, values)
     if kind.name == "GraniteForCausalLM" and "attention_multiplier" not in values and (head_dim := _head_dim(values)):
         values["attention_multiplier"] = head_dim**-0.5
+    if kind.name == "Glm4MoeForCausalLM":
+        values["use_qk_norm"] = "blk.0.attn_q_norm.weight" in model.tensors
+        if type(values["num_hidden_layers"]) is int:
+            values["num_hidden_layers"] -= guessing_layers(model)
     if kind.name == "StableLmForCausalLM":
         values["qk_layernorm"] = "blk.0.attn_q_norm.weight" in model.tensors
         values["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in model.tensors
     return values, _generation(model)
+
+
+def guessing_layers(model: Gguf) -> int:
+    """Of all layers the last ones, that guess further tokens."""
+    found = model.fields.get(f"{model.architecture}.nextn_predict_layers", 0)
+    if type(found) is not int or not 0 <= found <= 1:
+        model.refuse(f"has {found!r:.40} layers that guess further tokens, where 0 or 1 are supported")
+    return found
 
 
 def _one(model: Gguf, field: str, value: Any) -> Any:
@@ -299,7 +335,11 @@ def sources_of(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
     q, kv, f = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
     parts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
     for i in range(spec.num_layers):
-        for j in range(spec.num_experts):
+        if f"layers.{i}.correction.bias" in sources:  # [experts], or [1, experts], as it was in the checkpoint
+            source = sources[f"layers.{i}.correction.bias"]
+            if (tensor := model.tensors.get(source.name)) is not None and len(tensor.shape) > 1:
+                sources[f"layers.{i}.correction.bias"] = replace(source, expert=(0, 1))
+        for j in range(spec.num_experts if spec.has_experts(i) else 0):
             for part in ("gate", "up", "down"):
                 stacked = f"blk.{i}.{_LAYER[f'experts.{part}']}"
                 for parameter in ("weight", "bias") if spec.mlp_bias else ("weight",):

@@ -17,8 +17,8 @@ _LAYER = LAYER | {"attn_out_norm": "post_self_attn_layernorm", "mlp_out_norm": "
 
 def _read(config: Config, *, architecture: str, norms_behind: bool) -> TransformerSpec:
     bias = config.flag("attention_bias", True)
-    spec = read_decoder(config, architecture, kv_heads=2, head_dim=128, max_positions=131072, qkv_bias=bias, partial=0.5)
-    return replace(spec, norm_eps=config.number("rms_norm_eps", 1.5625e-7, high=1.0), norms_behind=norms_behind)
+    spec = read_decoder(config, architecture, kv_heads=2, head_dim=128, max_positions=131072, qkv_bias=bias, partial=0.5, eps=1.5625e-7)
+    return replace(spec, norms_behind=norms_behind)
 
 
 def _sources(spec: TransformerSpec) -> dict[str, Source]:

@@ -26,9 +26,9 @@ def _read(config: Config) -> TransformerSpec:
     bias = config.flag("attention_bias", True)
     spec = read_decoder(
         config, "GptOssForCausalLM", kv_heads=8, head_dim=64, max_positions=131072, qkv_bias=bias, o_bias=bias, mlp_bias=True,
-        windows=_windows(config), theta=150000.0,
+        windows=_windows(config), theta=150000.0, eps=1e-5,
     )  # fmt: skip
-    spec = replace(spec, attention_sinks=True, activation="swiglu_oai", norm_eps=config.number("rms_norm_eps", 1e-5, high=1.0))
+    spec = replace(spec, attention_sinks=True, activation="swiglu_oai")
     return with_experts(spec, config, count=128, per_token=4)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from quire.models.families.base import Config, Family, Source, interleaved
 from quire.models.families.llama import BUFFERS, decoder_sources, read_decoder
 from quire.models.spec import TransformerSpec
@@ -12,11 +10,12 @@ from quire.models.spec import TransformerSpec
 def _read(config: Config) -> TransformerSpec:
     bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
     spec = read_decoder(
-        config, "HeliumForCausalLM", kv_heads=20, head_dim=128, max_positions=4096, qkv_bias=bias, mlp_bias=mlp_bias, theta=100000.0
-    )
+        config, "HeliumForCausalLM", kv_heads=20, head_dim=128, max_positions=4096, qkv_bias=bias, mlp_bias=mlp_bias, theta=100000.0,
+        eps=1e-8,
+    )  # fmt: skip
     if spec.num_heads * spec.head_dim != spec.hidden_size:  # transformers' o_proj is square
         config.refuse(f"{spec.num_heads} attention heads of {spec.head_dim} do not make up the 'hidden_size' {spec.hidden_size}")
-    return replace(spec, norm_eps=config.number("rms_norm_eps", 1e-8, high=1.0))
+    return spec
 
 
 def _sources(spec: TransformerSpec) -> dict[str, Source]:

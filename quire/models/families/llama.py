@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import log
 
@@ -26,6 +27,10 @@ LAYER = {
     "experts.gate": "gate_proj",
     "experts.up": "up_proj",
     "experts.down": "down_proj",
+    "correction": "mlp.gate",
+    "shared.gate": "mlp.shared_experts.gate_proj",
+    "shared.up": "mlp.shared_experts.up_proj",
+    "shared.down": "mlp.shared_experts.down_proj",
 }
 BUFFERS = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
@@ -218,16 +223,32 @@ def read_layer_types(config: Config, layers: int) -> list[str] | None:
     return types
 
 
-def with_experts(spec: TransformerSpec, config: Config, *, count: int, per_token: int, sum_to_one: bool = True) -> TransformerSpec:
-    """A mixture of experts. count, per_token: where config.json does not say."""
-    name = "num_experts" if "num_experts" in config.values else "num_local_experts"  # both names are written
+def with_experts(
+    spec: TransformerSpec,
+    config: Config,
+    *,
+    count: int | None,
+    per_token: int | None,
+    sum_to_one: bool = True,
+    named: tuple[str, ...] = ("num_experts", "num_local_experts"),
+    taken_named: str = "num_experts_per_tok",
+    dense: Sequence[bool] = (),
+) -> TransformerSpec:
+    """A mixture of experts. count, per_token: where config.json does not say. named: fields that may say how many there are; taken_named:
+    the one that says how many of them a position takes. dense: of each layer, whether it has a feed-forward of ``intermediate_size``
+    instead."""
+    name = next((each for each in named if each in config.values), named[-1])
     experts = config.integer(name, count, high=MAX_EXPERTS)
-    taken = config.integer("num_experts_per_tok", per_token, high=MAX_EXPERTS)
+    taken = config.integer(taken_named, per_token, high=MAX_EXPERTS)
     if taken > experts:
-        config.refuse(f"'num_experts_per_tok' {taken} is more than the {experts} experts that there are")
+        config.refuse(f"{taken_named!r} {taken} is more than the {experts} experts that there are")
     if spec.num_layers * experts > MAX_ALL_EXPERTS:
         config.refuse(f"{spec.num_layers} layers of {experts} experts are more than {MAX_ALL_EXPERTS:,} experts, which is not supported")
-    return replace(spec, num_experts=experts, experts_per_token=taken, experts_sum_to_one=sum_to_one)
+    if all(dense) and dense:
+        config.refuse(f"none of the {spec.num_layers} layers has experts, which is not supported")
+    inner = config.integer("intermediate_size") if any(dense) else 0
+    sizes = tuple(inner if plain else 0 for plain in dense) if any(dense) else ()
+    return replace(spec, num_experts=experts, experts_per_token=taken, experts_sum_to_one=sum_to_one, dense_sizes=sizes)
 
 
 def decoder_sources(spec: TransformerSpec) -> dict[str, Source]:

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 (biases on q, k and v) and Qwen3 (RMS norms on query and key heads; also with experts)."""
+"""Qwen2, Qwen2.5 (biases on q, k and v) and Qwen3 (RMS norms on query and key heads; also with experts, in all layers or in some)."""
 
 from __future__ import annotations
 
@@ -34,11 +34,22 @@ def _read_qwen3(config: Config) -> TransformerSpec:
 
 
 def _read_qwen3_moe(config: Config) -> TransformerSpec:
-    config.unsupported(dual_chunk_attention_config=None, mlp_only_layers=[], decoder_sparse_step=1)
+    config.unsupported(dual_chunk_attention_config=None)
     layers = config.integer("num_hidden_layers", high=MAX_LAYERS)
     window = config.integer("sliding_window", 0, high=MAX_POSITIONS) if config.flag("use_sliding_window", False) else 0
     spec = _qwen3(config, "Qwen3MoeForCausalLM", 4, None, "moe_intermediate_size", (window,) * layers)
-    return with_experts(spec, config, count=128, per_token=8, sum_to_one=config.flag("norm_topk_prob", False))
+    sum_to_one = config.flag("norm_topk_prob", False)
+    return with_experts(spec, config, count=128, per_token=8, sum_to_one=sum_to_one, dense=_dense(config, layers))
+
+
+def _dense(config: Config, layers: int) -> list[bool]:
+    """Whether a layer has one feed-forward: all but each ``decoder_sparse_step``-th, and those that are listed."""
+    step = config.integer("decoder_sparse_step", 1, high=MAX_LAYERS)
+    listed = config.values.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or any(type(i) is not int for i in listed):
+        config.refuse(f"'mlp_only_layers' must list numbers of layers, got {listed!r:.80}")
+    named = set(listed)
+    return [i in named or (i + 1) % step != 0 for i in range(layers)]
 
 
 def _qwen3(config: Config, name: str, kv_heads: int, head_dim: int | None, inner: str, windows: tuple[int, ...]) -> TransformerSpec:

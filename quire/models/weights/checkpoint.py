@@ -195,9 +195,11 @@ def _of_packed(make: Callable[[slice], npt.NDArray[Any]], rows: slice, source: S
 def _named(folder: Path, config: ModelConfig, headers: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], Packed]:
     """The checkpoint's tensors by their names without the family's prefix, and those of them that are packed linears."""
     infos: dict[str, TensorInfo] = {}
+    guesses = f"layers.{config.spec.num_layers}."
+    guessing = any(config.family.strip(full) == guesses + config.family.guesses for full in headers)
     for full, info in headers.items():
         name = config.family.strip(full)
-        if re.fullmatch(config.family.buffers, name):
+        if re.fullmatch(config.family.buffers, name) or (guessing and name.startswith(guesses)):
             continue
         if name in infos:
             raise ModelLoadError(f"{folder}: the tensor {name!r} is there twice, with and without the prefix of {full!r}")

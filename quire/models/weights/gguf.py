@@ -21,7 +21,7 @@ import numpy.typing as npt
 from quire.errors import ModelLoadError
 from quire.gguf import TYPES, Gguf, GgufTensor, read_gguf
 from quire.models.families import Source, spec_from_config
-from quire.models.families.gguf import FACTORS, as_converted, config_of, sources_of
+from quire.models.families.gguf import FACTORS, as_converted, config_of, guessing_layers, sources_of
 from quire.models.spec import TransformerSpec
 from quire.models.weights.messages import some
 from quire.models.weights.model import Made, Model
@@ -99,7 +99,9 @@ def _match(model: Gguf, spec: TransformerSpec) -> dict[str, Source]:
     wanted = {source.name: source.stored_shape(shapes[name]) for name, source in sources.items()}
     if missing := [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in model.tensors]:
         model.refuse(f"lacks {some(missing, 'tensor')} that its architecture, {model.architecture}, has")
-    if extra := [f"{name} {list(t.shape)}" for name, t in model.tensors.items() if name not in wanted and name not in FACTORS]:
+    left_out = (f"blk.{spec.num_layers}.",) if guessing_layers(model) else ()
+    known = {*wanted, *FACTORS}
+    if extra := [f"{name} {list(t.shape)}" for name, t in model.tensors.items() if name not in known and not name.startswith(left_out)]:
         model.refuse(f"has {some(extra, 'tensor')} that the architecture {model.architecture} does not have here")
     for name, shape in wanted.items():
         tensor = model.tensors[name]

@@ -21,11 +21,11 @@ def packed(rng, count, n, k, kind=KINDS[0], gated=False):
     return tuple(native.pack_linear(list(each), quantize, group, gated) for each in stored), weights
 
 
-def make(count, taken, kind=KINDS[0], sum_to_one=True, gated=True, hidden=HIDDEN, inner=INNER, seed=0):
+def make(count, taken, kind=KINDS[0], sum_to_one=True, gated=True, hidden=HIDDEN, inner=INNER, seed=0, **choice):
     rng = np.random.default_rng(seed)
     up, wide_up = packed(rng, count, inner, hidden, kind, gated)
     down, wide_down = packed(rng, count, hidden, inner, kind)
-    return native.Experts(up, down, taken, sum_to_one), (up, down), (wide_up, wide_down)
+    return native.Experts(up, down, taken, sum_to_one, **choice), (up, down), (wide_up, wide_down)
 
 
 def inputs(m, count, hidden=HIDDEN, seed=1):
@@ -40,14 +40,14 @@ def run(experts, x, scores, taken, inner=INNER, out=None, accumulate=False, acti
     return out
 
 
-def expected(weights, x, scores, taken, sum_to_one=True):
+def expected(weights, x, scores, taken, sum_to_one=True, correction=None, sigmoid=False, scale=1.0):
     """In float64."""
     ups, downs = (each.astype(np.float64) for each in weights)
     out = np.zeros(x.shape)
     for row, score in enumerate(scores.astype(np.float64)):
-        shares = np.exp(score - score.max())
-        chosen = np.argsort(-score, kind="stable")[:taken]
-        total = shares[chosen].sum() if sum_to_one else shares.sum()
+        shares = 1 / (1 + np.exp(-score)) if sigmoid else np.exp(score - score.max()) / np.exp(score - score.max()).sum()
+        chosen = np.argsort(-(shares if correction is None else shares + correction), kind="stable")[:taken]
+        total = (shares[chosen].sum() if sum_to_one else 1) / scale
         for e in chosen:
             gate, up = (ups[e] @ x[row].astype(np.float64)) if len(ups[e]) == 2 else (None, ups[e][0] @ x[row])
             inner = up * gate / (1 + np.exp(-gate)) if gate is not None else up / (1 + np.exp(-up))
@@ -66,6 +66,38 @@ def test_matches_float64(count, taken, gated, sum_to_one):
         residual = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
         added = run(experts, x, scores, taken, out=residual.copy(), accumulate=True)
         assert np.array_equal(added, residual + run(experts, x, scores, taken))
+
+
+@pytest.mark.parametrize("sum_to_one", [True, False])
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("sigmoid", [True, False])
+@pytest.mark.parametrize(("count", "taken"), [(1, 1), (8, 3), (130, 7)])
+def test_choices_by_shares(count, taken, sigmoid, corrected, sum_to_one):
+    """Of sigmoids, or of a softmax; what is chosen by is not what is weighed by; alone, and among so many that threads divide them."""
+    correction = (np.random.default_rng(5).standard_normal(count) / 4).astype(np.float32) if corrected else None
+    choice = {"sum_to_one": sum_to_one, "correction": correction, "sigmoid": sigmoid, "scale": 2.5}
+    experts, _, weights = make(count, taken, **choice)
+    for m in [1, 3, 40, 300]:
+        x, scores = inputs(m, count)
+        found = run(experts, x, scores, taken)
+        part = slice(0, 40)
+        assert np.abs(found[part] - expected(weights, x[part], scores[part], taken, **choice)).max() < 2e-5
+        for row in (0, m // 2, m - 1):
+            assert np.array_equal(run(experts, x[row : row + 1], scores[row : row + 1], taken)[0], found[row])
+
+
+def test_shares_that_vanish():
+    """All of them: nothing is added, and nothing is NaN; infinite scores are sigmoids of 0 and 1."""
+    experts, _, _ = make(4, 2, sigmoid=True, correction=np.zeros(4, np.float32))
+    x, _ = inputs(3, 4)
+    found = run(experts, x, np.array([[-200] * 4, [-np.inf, np.inf, 0, -np.inf], [0, np.nan, 0, 0]], np.float32), 2)
+    assert not found[0].any()
+    assert np.isfinite(found[1]).all()
+    assert np.isnan(found[2]).all()
+    experts, _, _ = make(4, 2, correction=np.array([0, 0, 2, 2], np.float32))
+    found = run(experts, x, np.array([[200, 200, 0, 0], [np.inf, 0, 0, 0], [-np.inf] * 4], np.float32), 2)
+    assert not found[0].any()
+    assert np.isnan(found[1:]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -163,8 +195,9 @@ def test_out_may_be_x():
     assert np.array_equal(run(experts, x, scores, 2, out=x), clean)
 
 
-def test_a_recording_chooses_anew():
-    experts, _, _ = make(8, 2)
+@pytest.mark.parametrize("choice", [{}, {"sigmoid": True, "correction": np.linspace(0, 0.3, 8, dtype=np.float32)}], ids=["", "shares"])
+def test_a_recording_chooses_anew(choice):
+    experts, _, _ = make(8, 2, **choice)
     x, scores = inputs(4, 8)
     out, rows, inner = np.empty_like(x), np.empty((8, HIDDEN), np.float32), np.empty((8, INNER), np.float32)
     calls = native.Recording()
@@ -197,6 +230,7 @@ def test_wrong_use():
         ((up, down, 4, True), "taken is 4"),
         ((up, down, 1, True, np.zeros((3, INNER), np.float32)), r"up_bias must be \[3, 320\], not \[3, 160\]"),
         ((up, down, 1, True, None, np.zeros((2, HIDDEN), np.float32)), r"down_bias must be \[3, 96\], not \[2, 96\]"),
+        ((up, down, 1, True, None, None, np.zeros(4, np.float32)), "correction must"),
     ]:
         with pytest.raises(ValueError, match=says):
             native.Experts(*args)

@@ -156,7 +156,7 @@ def batch_of(rng: np.random.Generator, tables: np.ndarray, counts: list[int]) ->
     return Batch(rows, query_start, start, positions, ids, tables, np.repeat(rows, counts), positions + 1, drafts=True)
 
 
-@pytest.mark.parametrize("name", ["llama-llama3", "gpt2", "opt-post-norm", "qwen3-tied"])
+@pytest.mark.parametrize("name", ["llama-llama3", "gpt2", "opt-post-norm", "qwen3-tied", "glm4-moe", "ernie4-5-moe"])
 def test_steps_that_are_replayed_give_the_same_bytes(name: str) -> None:
     replayed, plain = decoder_of(name), decoder_of(name)
     rng, again = np.random.default_rng(7), np.random.default_rng(7)

@@ -16,7 +16,7 @@ from quire.backends.cuda.cache import DTYPES
 from quire.backends.cuda.kernels import experts as kernels
 
 MODELS = {"qwen3-30b": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "granite-1b": (32, 8, 1024, 512),
-          "gpt-oss-20b": (32, 4, 2880, 2880)}  # fmt: skip
+          "gpt-oss-20b": (32, 4, 2880, 2880), "glm-4.5-air": (128, 8, 4096, 1408)}  # fmt: skip
 """Experts, those of a row, hidden size, inner units."""
 
 
@@ -26,7 +26,10 @@ def mixture(model: str, rows: int, kind: str = "bfloat16", dtype: torch.dtype = 
     scales = [empty(*weight.shape[:2], dtype=F32) if weight.itemsize == 1 else None for weight in (up, down)]
     biased = model.startswith("gpt-oss")
     biases = [empty(*weight.shape[:2], dtype=dtype) if biased else None for weight in (up, down)]
-    chosen, weights = kernels.route(empty(rows, experts, dtype=dtype), taken, True)
+    if model.startswith("glm"):
+        chosen, weights = kernels.route(empty(rows, experts, dtype=F32), taken, True, True, empty(experts, dtype=F32), 2.5)
+    else:
+        chosen, weights = kernels.route(empty(rows, experts, dtype=dtype), taken, True)
     kernels.experts(
         empty(rows, hidden, dtype=dtype), up, biases[0], scales[0], down, biases[1], scales[1], chosen, weights,
         "swiglu_oai" if biased else "silu", False,
@@ -37,6 +40,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     **{f"qwen3-30b bf16 T={rows}": partial(mixture, "qwen3-30b", rows) for rows in (1, 32, 256, 512, 1024, 2048, 8192)},
     **{f"mixtral bf16 T={rows}": partial(mixture, "mixtral", rows) for rows in (1, 32, 256, 2048)},
     **{f"gpt-oss-20b bf16 T={rows}": partial(mixture, "gpt-oss-20b", rows) for rows in (1, 32, 256, 2048)},
+    **{f"glm-4.5-air bf16 T={rows}": partial(mixture, "glm-4.5-air", rows) for rows in (1, 32, 2048)},
     **{f"gpt-oss-20b int8 T={rows}": partial(mixture, "gpt-oss-20b", rows, "int8") for rows in (1, 512)},
     "granite-1b fp16 T=64": partial(mixture, "granite-1b", 64, "float16", FP16),
     **{f"qwen3-30b int8 T={rows}": partial(mixture, "qwen3-30b", rows, "int8") for rows in (1, 256, 512, 2048)},

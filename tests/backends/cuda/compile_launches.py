@@ -130,6 +130,7 @@ if __name__ == "__main__":
     steps(GOLDEN / "qwen3-tied", dtype="bfloat16")
     steps(GOLDEN / "mistral-window", dtype="bfloat16", kv_dtype="int8", deterministic=True)
     steps(GOLDEN / "qwen3-moe", dtype="bfloat16", quantize="int8")
+    steps(GOLDEN / "glm4-moe", dtype="bfloat16")
     with TemporaryDirectory() as folder:
         steps(write_model(Path(folder), GPT_OSS_SHORT), dtype="bfloat16")
     others()

@@ -16,7 +16,7 @@ from quire.backends.cuda import steps
 from quire.backends.cuda.graphs import Graphs
 from quire.backends.memory import kv_layout
 from quire.core.sequence import Request
-from quire.models.weights import load_spec, resolve_model
+from quire.models.weights import load_model, load_spec, resolve_model
 from quire.sampling_params import SamplingParams
 
 GOLDEN = sorted(folder.parent for folder in (Path(__file__).parents[2] / "fixtures" / "golden").glob("*/golden.npz"))
@@ -77,7 +77,7 @@ class Counted:
 
 def test_the_last_layer_ends_for_those_who_are_asked_for() -> None:
     """A prompt of 40 in chunks of 16: one position of the last chunk, and none of the others, goes beyond its attention."""
-    engine = running.open_engine(GOLDEN[0], **{**TORCH, "max_num_batched_tokens": 16, "cuda_graphs": False})
+    engine = running.open_engine(GOLDEN[0].parent / "gemma3", **{**TORCH, "max_num_batched_tokens": 16, "cuda_graphs": False})
     first, *_, last = engine.backend.decoder.layers
     first.mlp.up, last.mlp.up = Counted(first.mlp.up), Counted(last.mlp.up)
     running.run(engine, [greedy("a", list(range(1, 41)), 1)])
@@ -218,17 +218,34 @@ def test_quantized_experts_are_close(quantize: str) -> None:
     assert torch.equal(one.layers[0].mlp.router.weight, other.layers[0].mlp.router.weight)
 
 
-def test_what_experts_take() -> None:
-    """Bytes, all experts', of what a step reads."""
-    spec = load_spec(MIXTURE)
+def test_scores_that_are_corrected_are_not_rounded() -> None:
+    """Whatever width other weights have; and corrections are what the file has."""
+    folder = MIXTURE.parent / "ernie4-5-moe"
+    engine = running.open_engine(folder, **TORCH | {"dtype": "bfloat16"})
+    first, second, _ = engine.backend.decoder.layers
+    assert first.mlp.up.weight.dtype == second.mlp.up.dtype == second.mlp.shared.up.weight.dtype == torch.bfloat16
+    tensors = load_model(folder).tensors
+    assert torch.equal(second.mlp.router.weight, torch.tensor(tensors["layers.1.router.weight"]))
+    assert torch.equal(second.mlp.choice.correction, torch.tensor(tensors["layers.1.correction.bias"]))
+    prompt, tokens = golden(folder)
+    found = running.run(engine, [greedy("a", prompt, 8)]).outputs["a", 0].token_ids
+    assert found[0] == tokens[0]
+
+
+@pytest.mark.parametrize("folder", [MIXTURE, MIXTURE.parent / "glm4-moe"], ids=lambda folder: folder.name)
+def test_what_experts_take(folder: Path) -> None:
+    """Bytes, all experts', of what a step reads; shared ones are always read."""
+    spec = load_spec(folder)
     shapes = {name: shape for name, shape in spec.tensor_shapes().items() if len(shape) == 2}
     experts = sum(n * k for name, (n, k) in shapes.items() if ".experts." in name)
-    floats = running.open_engine(MIXTURE, **TORCH).backend
+    floats = running.open_engine(folder, **TORCH).backend
     assert floats.expert_bytes() == 4 * experts
-    assert floats.weight_bytes() == 4 * sum(n * k for n, k in shapes.values())  # embed is lm_head
+    biases = sum(n for name, (n, *_) in spec.tensor_shapes().items() if name.endswith((".q.bias", ".k.bias", ".v.bias")))
+    linears = [n * k for name, (n, k) in shapes.items() if spec.tied or name != "embed.weight"]
+    assert floats.weight_bytes() == 4 * (sum(linears) + biases)
     scales = sum(n for name, (n, _) in shapes.items() if ".experts." in name)
-    assert running.open_engine(MIXTURE, **TORCH, quantize="int8").backend.expert_bytes() == experts + 4 * scales
-    assert running.open_engine(GOLDEN[0], **TORCH).backend.expert_bytes() == 0
+    assert running.open_engine(folder, **TORCH, quantize="int8").backend.expert_bytes() == experts + 4 * scales
+    assert running.open_engine("embedded", **TORCH).backend.expert_bytes() == 0
 
 
 def test_vectors_as_on_the_cpu_backend() -> None:

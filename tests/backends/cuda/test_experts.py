@@ -67,6 +67,42 @@ def test_route(ops, dtype, sum_to_one, rows, experts, taken):
 
 
 @both
+@every_dtype
+@pytest.mark.parametrize("sigmoid", [True, False])
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("sum_to_one", [True, False])
+@pytest.mark.parametrize(("rows", "experts", "taken"), [(1, 1, 1), (3, 128, 8), (7, 40, 40)])
+def test_route_by_shares(ops, dtype, sigmoid, corrected, sum_to_one, rows, experts, taken):
+    """What is chosen by is not what is weighed by."""
+    scores = normal(1, rows, experts).to(dtype)
+    correction = normal(2, experts) / 4 if corrected else None
+    chosen, weights = ops.route(scores, taken, sum_to_one, sigmoid, correction, 2.5)
+    wide = exact(scores)
+    shares = 1 / (1 + np.exp(-wide)) if sigmoid else np.exp(wide) / np.exp(wide).sum(1, keepdims=True)
+    by = shares.astype(np.float32) + (exact(correction).astype(np.float32) if corrected else 0)
+    own = np.take_along_axis(shares, chosen.numpy().astype(np.int64), 1)
+    assert np.allclose(exact(weights), 2.5 * own / (own.sum(1, keepdims=True) if sum_to_one else 1), rtol=4e-6, atol=0)
+    # Of two that differ by a rounding either may come first.
+    ranked = np.take_along_axis(by, chosen.numpy().astype(np.int64), 1)
+    assert np.allclose(ranked, -np.sort(-by, axis=1)[:, :taken], rtol=1e-5, atol=1e-6)
+    assert all(len(set(row)) == taken for row in chosen.tolist())
+
+
+@both
+def test_shares_that_vanish(ops):
+    scores = torch.tensor([[-200.0] * 4, [-math.inf, math.inf, 0.0, -math.inf], [0.0, math.nan, 0.0, 0.0]])
+    chosen, weights = ops.route(scores, 2, True, True, torch.zeros(4), 1.0)
+    assert chosen.tolist() == [[0, 1], [1, 2], [0, 1]]
+    assert weights[:2].tolist() == [[0.0, 0.0], pytest.approx([2 / 3, 1 / 3])]
+    assert weights[2].isnan().all()
+    scores = torch.tensor([[200.0, 200.0, 0.0, 0.0], [math.inf, 0.0, 0.0, 0.0], [-math.inf] * 4])
+    chosen, weights = ops.route(scores, 2, True, False, torch.tensor([0.0, 0.0, 2.0, 2.0]), 1.0)
+    assert chosen[0].tolist() == [2, 3]
+    assert not weights[0].any()
+    assert weights[1:].isnan().all()
+
+
+@both
 def test_of_equal_scores_the_first_are_taken(ops):
     scores = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [0.0, -0.0, 0.0, -0.0, -1.0], [-3.0, -0.0, -2.0, 0.0, -3.0], [7.0] * 5])
     chosen, weights = ops.route(scores, 3, True)

@@ -20,12 +20,11 @@ GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
 TORCH = {"device": "torch-cpu", "dtype": "float32", "kv_dtype": "float32", "block_size": 16, "kv_debug": True, "max_num_seqs": 4}
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen3-tied", "mistral-window", "qwen2-windows", "mixtral", "qwen3-moe", "granitemoe", "olmo3", "gemma2", "glm4"]
-)
+@pytest.mark.parametrize("name", ["qwen3-tied", "mistral-window", "qwen2-windows", "mixtral", "qwen3-moe", "granitemoe", "olmo3", "gemma2",
+                                  "glm4", "glm4-moe", "ernie4-5-moe"])  # fmt: skip
 def test_kernels_compute_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms of heads, or of all of them, and behind; a window, of all layers or of some; limits of scores and logits; experts; a rotation
-    of half a head: greedy tokens of transformers, a prompt in chunks."""
+    """Norms of heads, or of all of them, and behind; a window, of all layers or of some; limits of scores and logits; a rotation of half a
+    head; experts, also beside shared ones: greedy tokens of transformers, a prompt in chunks."""
     monkeypatch.setattr(opening, "operations", lambda device: kernels)
     with np.load(GOLDEN / name / "golden.npz") as arrays:
         prompt, tokens = arrays["prompt"].tolist(), arrays["tokens"].tolist()

@@ -18,8 +18,10 @@ from quire.backends.base import open_backend
 from quire.backends.cuda.parallel import shard
 from quire.config import EngineConfig
 from quire.errors import ConfigError
+from quire.models.families import spec_from_config
+from quire.models.parallel import check
 from quire.models.weights import load_model
-from sample_models import GPT_OSS_SHORT, LLAMA, OLMO2, write_model
+from sample_models import ERNIE_MOE, GLM4_MOE, GPT_OSS_SHORT, LLAMA, OLMO2, write_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "golden"
 DEADLINE_S = 120
@@ -74,7 +76,7 @@ def test_the_tokens_of_one_device(name: str, sizes: tuple[int, ...]) -> None:
     compare(name if name == "embedded" else str(FIXTURES / name), sizes)
 
 
-@pytest.mark.parametrize("config", [MIXTRAL, GPT_OSS_SHORT, OLMO2], ids=["mixtral", "gpt-oss", "olmo2"])
+@pytest.mark.parametrize("config", [MIXTRAL, GPT_OSS_SHORT, GLM4_MOE, ERNIE_MOE, OLMO2], ids=lambda config: config["model_type"])
 def test_the_tokens_of_one_device_of_a_random_model(config: dict[str, Any], tmp_path: Path) -> None:
     """Experts; norms of heads that several devices have. No fixture that has any can be divided."""
     folder = write_model(tmp_path / "model", config)
@@ -100,6 +102,23 @@ def test_the_part_of_one_device_with_experts(tmp_path: Path) -> None:
     assert (tensors[f"{at}.gate.weight"] == whole[f"{at}.gate.weight"][100:]).all()
     assert (tensors[f"{at}.down.weight"] == whole[f"{at}.down.weight"][:, 100:]).all()
     assert (tensors["layers.3.router.weight"] == whole["layers.3.router.weight"]).all()
+
+
+@pytest.mark.parametrize("config", [GLM4_MOE, ERNIE_MOE], ids=lambda config: config["model_type"])
+def test_the_part_of_one_device_with_shared_experts(config: dict[str, Any], tmp_path: Path) -> None:
+    """Of what all positions take, and of a layer without experts, a part; of what experts are chosen by all."""
+    model = load_model(write_model(tmp_path / "model", config))
+    whole, at = model.tensors, "layers.2"
+    for rank in range(2):
+        spec, tensors = shard(model.spec, model.tensors, rank, 2)
+        for name, shape in spec.tensor_shapes().items():
+            if name != "lm_head.weight":
+                assert tensors[name].shape == shape, name
+        shared, dense = spec.shared_size, spec.dense_sizes[0]
+        assert (tensors[f"{at}.shared.up.weight"] == whole[f"{at}.shared.up.weight"][shared * rank :][:shared]).all()
+        assert (tensors[f"{at}.shared.down.weight"] == whole[f"{at}.shared.down.weight"][:, shared * rank :][:, :shared]).all()
+        assert (tensors["layers.0.gate.weight"] == whole["layers.0.gate.weight"][dense * rank :][:dense]).all()
+        assert (tensors[f"{at}.correction.bias"] == whole[f"{at}.correction.bias"]).all()
 
 
 def test_what_is_there_once_of_a_model_with_biases_and_sinks(tmp_path: Path) -> None:
@@ -170,5 +189,10 @@ def rank_of(engine: int) -> int:
 def test_what_can_not_be_divided() -> None:
     with pytest.raises(ConfigError, match="--tensor-parallel 5 does not divide the model's 4 attention heads: choose 2"):
         open_backend(EngineConfig(model=str(FIXTURES / "qwen3-tied"), device="torch-cpu", tensor_parallel=5))
+    spec = spec_from_config({**GLM4_MOE, "intermediate_size": 201})
+    with pytest.raises(
+        ConfigError, match="--tensor-parallel 2 does not divide the model's 201 inner units of a feed-forward: leave it out"
+    ):
+        check(spec, 2)
     with pytest.raises(ConfigError, match="is for GPUs"):
         EngineConfig(tensor_parallel=2)

@@ -250,7 +250,7 @@ std::vector<float> biases_of(const MaybeArray& array, const char* name, const st
 }
 
 void make_experts(Experts* self, const nb::tuple& up_, const nb::tuple& down_, int64_t taken, bool sum_to_one, const MaybeArray& up_bias,
-                  const MaybeArray& down_bias) {
+                  const MaybeArray& down_bias, const MaybeArray& correction, bool sigmoid, float scale) {
     const std::vector<PackedLinear*> up = linears_of(up_, "up"), down = linears_of(down_, "down");
     require(up.size() == down.size(), "up and down must have as many experts: " + std::to_string(up.size()) + " and " +
                                           std::to_string(down.size()));
@@ -259,7 +259,12 @@ void make_experts(Experts* self, const nb::tuple& up_, const nb::tuple& down_, i
                 std::to_string(down[0]->panels.n) + ", " + std::to_string(down[0]->panels.k) + "]");
     require(taken >= 1 && taken <= static_cast<int64_t>(up.size()),
             "taken is " + std::to_string(taken) + ": choose from 1 to the " + std::to_string(up.size()) + " experts");
-    new (self) Experts(up, down, taken, sum_to_one, biases_of(up_bias, "up_bias", up), biases_of(down_bias, "down_bias", down));
+    Choice choice{taken, sum_to_one, sigmoid, scale, {}};
+    if (correction) {
+        const float* each = vector<float>(*correction, "correction", "float32", static_cast<int64_t>(up.size()));
+        choice.correction.assign(each, each + up.size());
+    }
+    new (self) Experts(up, down, std::move(choice), biases_of(up_bias, "up_bias", up), biases_of(down_bias, "down_bias", down));
 }
 
 void run_experts(const nb::object& self, const Array& x_, const Array& scores_, const OutArray& out_, const OutArray& rows_,
@@ -359,7 +364,8 @@ void bind_layers(nb::module_& m) {
         .def_prop_ro("isa", [](const PackedLinear& p) { return p.kernels.name; });
     nb::class_<Experts>(m, "Experts")
         .def("__init__", make_experts, nb::arg("up"), nb::arg("down"), nb::arg("taken"), nb::arg("sum_to_one"),
-             nb::arg("up_bias") = nb::none(), nb::arg("down_bias") = nb::none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+             nb::arg("up_bias") = nb::none(), nb::arg("down_bias") = nb::none(), nb::arg("correction") = nb::none(),
+             nb::arg("sigmoid") = false, nb::arg("scale") = 1.0f, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def_prop_ro("count", [](const Experts& e) { return e.count(); })
         .def_prop_ro("taken", [](const Experts& e) { return e.taken(); })
         .def_prop_ro("dtype", [](const Experts& e) { return dtype_name(e.up().panels); })

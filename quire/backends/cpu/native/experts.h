@@ -1,4 +1,4 @@
-// The feed-forward of a mixture of experts: each row of x meets the few experts that its router scores highest.
+// The feed-forward of a mixture of experts: each row of x meets the few experts that its router prefers.
 #pragma once
 #include <vector>
 
@@ -6,11 +6,20 @@
 
 namespace quire {
 
+// How scores choose experts, and weigh them.
+struct Choice {
+    int64_t taken;
+    bool sum_to_one;                 // shares are divided by the sum of those that are taken
+    bool sigmoid;                    // an expert's share is the sigmoid of its score; else that of the softmax of all
+    float scale;                     // factor on shares
+    std::vector<float> correction;   // of each expert, added to its share where it is chosen by; or none
+};
+
 class Experts {
 public:
     // up: of each expert, gate and up (or up alone); down. Those of one list are alike, but for their bytes, which are moved together.
     // Biases of all experts, one after the other, gates first; or none.
-    Experts(std::vector<PackedLinear*> up, std::vector<PackedLinear*> down, int64_t taken, bool sum_to_one, std::vector<float> up_bias,
+    Experts(std::vector<PackedLinear*> up, std::vector<PackedLinear*> down, Choice choice, std::vector<float> up_bias,
             std::vector<float> down_bias);
 
     struct Args {
@@ -27,7 +36,7 @@ public:
     void run(const Args& args) const;
 
     int64_t count() const { return static_cast<int64_t>(up_.size()); }
-    int64_t taken() const { return taken_; }
+    int64_t taken() const { return choice_.taken; }
     const PackedLinear& up() const { return *up_[0]; }
     const PackedLinear& down() const { return *down_[0]; }
     int64_t nbytes() const { return count() * (up().nbytes + down().nbytes); }
@@ -35,8 +44,7 @@ public:
 
 private:
     std::vector<PackedLinear*> up_, down_;
-    int64_t taken_;
-    bool sum_to_one_;
+    Choice choice_;
     std::vector<float> up_bias_, down_bias_;
     Readings &up_readings_, &down_readings_;
 };

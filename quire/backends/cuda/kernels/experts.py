@@ -38,18 +38,22 @@ from quire.models.spec import Activation
 LARGE = 128
 """Rows of tiles that have twice as many as an expert has on average, so that most experts are one tile. Larger ones have no more than the
 average: where computing takes the time, what an expert's last tile leaves empty counts."""
+LEAST = tl.constexpr(1e-20)
+"""Added to a sum of shares, which may all be 0."""
 SORTED = 2048
 """(row, choice) pairs that a program of ``_sort`` looks at together."""
 
 
-def route(scores: Tensor, taken: int, sum_to_one: bool) -> tuple[Tensor, Tensor]:
+def route(
+    scores: Tensor, taken: int, sum_to_one: bool, sigmoid: bool = False, correction: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As in reference/."""
     rows, experts = scores.shape
     chosen = torch.empty((rows, taken), dtype=torch.int32, device=scores.device)
     weights = torch.empty((rows, taken), dtype=torch.float32, device=scores.device)
     padded = _padded(experts)
-    constants = experts, padded, taken, _padded(taken), sum_to_one
-    _route.launch((rows,), (scores, chosen, weights), constants, warps=max(1, min(padded // 128, 8)))
+    constants = experts, padded, taken, _padded(taken), sum_to_one, sigmoid, scale
+    _route.launch((rows,), (scores, correction, chosen, weights), constants, warps=max(1, min(padded // 128, 8)))
     return chosen, weights
 
 
@@ -120,8 +124,8 @@ def _padded(number: int) -> int:
 @Kernel
 @triton.jit
 def _route(
-    scores, chosen, weights, EXPERTS: tl.constexpr, PADDED: tl.constexpr, TAKEN: tl.constexpr, PADDED_TAKEN: tl.constexpr,
-    SUM_TO_ONE: tl.constexpr, PDL: tl.constexpr,
+    scores, correction, chosen, weights, EXPERTS: tl.constexpr, PADDED: tl.constexpr, TAKEN: tl.constexpr, PADDED_TAKEN: tl.constexpr,
+    SUM_TO_ONE: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
     wait(PDL)
@@ -129,6 +133,17 @@ def _route(
     e = tl.arange(0, PADDED)
     inside = e < EXPERTS
     found = tl.load(scores + row * EXPERTS + e, mask=inside, other=0.0).to(tl.float32)
+    BY_SHARES: tl.constexpr = SIGMOID or correction is not None
+    shares = found
+    if BY_SHARES:
+        if SIGMOID:
+            shares = 1.0 / (1.0 + tl.exp(-found))
+        else:
+            shares = tl.where(inside, tl.exp(found - tl.max(tl.where(inside, found, -float("inf")), 0)), 0.0)
+            shares = shares / tl.sum(shares, 0)
+        found = shares
+        if correction is not None:
+            found += tl.load(correction + e, mask=inside, other=0.0)
     damaged = tl.max((found != found).to(tl.int32), 0) > 0
     found = tl.where(damaged | (found == 0.0), 0.0, found)  # -0.0 too, which has other bits
     # Of 64 bits that are in the order of scores and, where those are equal, of numbers, the other way round.
@@ -139,15 +154,23 @@ def _route(
     numbers, picked = tl.zeros([PADDED_TAKEN], tl.int32), tl.zeros([PADDED_TAKEN], tl.float32)
     for choice in range(TAKEN):
         best = tl.max(keys, 0)
+        if BY_SHARES:
+            score = tl.sum(tl.where(keys == best, shares, 0.0), 0)
+        else:
+            score = _in_order((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
         keys = tl.where(keys == best, NOTHING, keys)
         numbers = tl.where(i == choice, PADDED - 1 - (best & 0xFFFFFFFF).to(tl.int32), numbers)
-        picked = tl.where(i == choice, _in_order((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True), picked)
+        picked = tl.where(i == choice, score, picked)
     taken = i < TAKEN
-    most = tl.max(tl.where(inside, found, -float("inf")), 0)
-    shares = tl.where(taken, tl.exp(picked - most), 0.0)
-    total = tl.sum(shares if SUM_TO_ONE else tl.where(inside, tl.exp(found - most), 0.0), 0)
+    if BY_SHARES:
+        own = tl.where(taken, picked, 0.0)
+        total = tl.sum(own, 0) + LEAST if SUM_TO_ONE else 1.0
+    else:
+        most = tl.max(tl.where(inside, found, -float("inf")), 0)
+        own = tl.where(taken, tl.exp(picked - most), 0.0)
+        total = tl.sum(own if SUM_TO_ONE else tl.where(inside, tl.exp(found - most), 0.0), 0)
     tl.store(chosen + row * TAKEN + i, numbers, mask=taken)
-    tl.store(weights + row * TAKEN + i, tl.where(damaged, float("nan"), shares / total), mask=taken)
+    tl.store(weights + row * TAKEN + i, tl.where(damaged, float("nan"), own / total * SCALE), mask=taken)
 
 
 @triton.jit

@@ -11,10 +11,16 @@ from quire.backends.cuda.reference.layers import activate
 from quire.backends.cuda.reference.linear import linear
 from quire.models.spec import Activation
 
+LEAST = 1e-20
+"""Added to a sum of shares, which may all be 0."""
 
-def route(scores: Tensor, taken: int, sum_to_one: bool) -> tuple[Tensor, Tensor]:
+
+def route(
+    scores: Tensor, taken: int, sum_to_one: bool, sigmoid: bool = False, correction: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The ``taken`` experts with the highest scores of each row, the highest first and of equal ones the lower number, and their weights:
-    the softmax of these scores (sum_to_one), or of all of them.
+    their shares of the softmax of all scores, or the sigmoids of their own (sigmoid), divided by their sum (sum_to_one), times ``scale``.
+    correction [E] float32: those are taken whose share with it added is the highest.
 
     scores [T, E] float32, float16 or bfloat16, contiguous, E >= taken → (chosen [T, taken] int32, weights [T, taken] float32). A row with
     a NaN takes the first experts, with weights that are NaN.
@@ -22,12 +28,21 @@ def route(scores: Tensor, taken: int, sum_to_one: bool) -> tuple[Tensor, Tensor]
     wide = scores.float()
     damaged = wide.isnan().any(1, keepdim=True)
     wide = torch.where(damaged, 0.0, wide)
-    ranked, order = wide.sort(dim=1, descending=True, stable=True)
-    # In float64: see ``activate``.
-    shares = torch.exp(ranked.double() - ranked[:, :1])
-    total = shares[:, : taken if sum_to_one else None].sum(1, keepdim=True)
-    weights = (shares[:, :taken] / total).float()
-    return order[:, :taken].int(), torch.where(damaged, math.nan, weights)
+    if sigmoid or correction is not None:
+        shares = (torch.sigmoid(wide.double()) if sigmoid else torch.softmax(wide.double(), 1)).float()
+        by = shares if correction is None else shares + correction
+        damaged |= by.isnan().any(1, keepdim=True)
+        order = torch.where(damaged, 0.0, by).sort(dim=1, descending=True, stable=True).indices[:, :taken]
+        weights = shares.gather(1, order)
+        if sum_to_one:
+            weights = weights / (weights.sum(1, keepdim=True) + LEAST)
+    else:
+        ranked, order = wide.sort(dim=1, descending=True, stable=True)
+        # In float64: see ``activate``.
+        exact = torch.exp(ranked.double() - ranked[:, :1])
+        total = exact[:, : taken if sum_to_one else None].sum(1, keepdim=True)
+        order, weights = order[:, :taken], (exact[:, :taken] / total).float()
+    return order.int(), torch.where(damaged, math.nan, weights * scale)
 
 
 def experts(
