@@ -89,7 +89,9 @@ def make_backend(decoder: Decoder, device: torch.device, ops: Any, most_blocks: 
     config = EngineConfig(device="cuda" if device.type == "cuda" else "torch-cpu", dtype=spec.dtype, **options)
     length = context_length(config, spec)
     make = partial(CudaBackend, spec, Path(), decoder, ops, config, max_model_len=length, device=device)
-    memory = KVMemory(most_blocks, 0) if most_blocks else kv_memory(config, spec, length, device_room(config, decoder, device, make))
+    memory = KVMemory(most_blocks, 0)
+    if not most_blocks:
+        memory = kv_memory(config, spec, length, device_room(config, decoder, length, device, make))
     backend = make(memory=memory)
     if config.cuda_graphs:
         backend.capture()

@@ -164,8 +164,8 @@ class EngineConfig(_Checked):
     )
     max_num_seqs: int | None = option(
         None,
-        f"most sequences that run at the same time (default: {DEFAULT_NUM_SEQS['cpu']}, on a GPU {DEFAULT_NUM_SEQS['gpu']}, or one for "
-        "each KV block)",
+        f"most sequences that run at the same time (default: {DEFAULT_NUM_SEQS['cpu']}, on a GPU {DEFAULT_NUM_SEQS['gpu']}, or as many "
+        "as there are KV blocks for: one each, or one of each group of layers)",
         low=1,
         high=MAX_NUM_SEQS,
     )
@@ -262,9 +262,10 @@ class EngineConfig(_Checked):
         if self.cache_dir is not None:
             raise ConfigError(f"--cache-dir is of no use with --device {self.device}: leave it out", param="cache_dir")
 
-    def num_seqs(self, num_blocks: int) -> int:
-        """Sequences that may run at the same time in a pool of ``num_blocks`` blocks."""
-        return self.max_num_seqs or min(DEFAULT_NUM_SEQS[self.device_kind], num_blocks)
+    def num_seqs(self, num_blocks: int, width: int = 1) -> int:
+        """Sequences that may run at the same time in a pool of ``num_blocks`` blocks. width: groups of layers, of each of which a sequence
+        takes a block at least."""
+        return self.max_num_seqs or max(1, min(DEFAULT_NUM_SEQS[self.device_kind], num_blocks // width))
 
     def weight_width(self, stored: str) -> str:
         """Of a model's weights that are not quantized, where the checkpoint's are ``stored``: on a GPU, of the activations too."""

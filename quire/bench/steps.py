@@ -120,7 +120,7 @@ class _Timing:
     def __init__(self, engine: Engine, recorder: Recorder, config: EngineConfig, rounds: int) -> None:
         self._engine, self._recorder, self._rounds = engine, recorder, rounds
         self._chunk = config.max_num_batched_tokens
-        self._most = config.num_seqs(engine.backend.num_blocks)
+        self._most = engine.limits.max_num_seqs
         self._room = engine.backend.max_model_len
         self._names, self._tokens = map(str, count()), Random(0).random
         self._host: list[float] = []

@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     measured = simulate.execute(config, load(requests), goodput) if args.check else None
     if args.json != "-":
         print(f"machine      {machine.name}: {machine.source}; times of steps to about {machine.spread:.0%}")
-        print(f"server       KV pool of {num_blocks:,} blocks of {config.block_size}, {config.num_seqs(num_blocks):,} sequences at most")
+        most = config.num_seqs(num_blocks, groups.width)
+        print(f"server       KV pool of {num_blocks:,} blocks of {config.block_size}, {most:,} sequences at most")
         if config.swap_bytes:
             print("             --swap-memory is not simulated: who has to make room is computed again")
         if rate is not None:

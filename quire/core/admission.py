@@ -130,24 +130,33 @@ class Footprint(NamedTuple):
     remaining: int
     """Most tokens that it may still generate."""
     shared: int = 0
-    """Logical blocks of its table that others own too: not counted again. Where all groups have a window, those that left it as well."""
+    """Logical blocks of its table that others own too: not counted again. Where all groups have a window, those as well that have left it
+    when its positions are computed."""
 
 
-def footprint(seq: Sequence, groups: KVGroups = ONE_GROUP) -> Footprint:
+def footprint(seq: Sequence, block_size: int, groups: KVGroups = ONE_GROUP) -> Footprint:
     """Of a running sequence. What it borrowed is not counted: others may hold it when it ends."""
     generated = len(seq.tokens) - seq.num_prompt
-    others = max(seq.num_borrowed, seq.num_trimmed)
+    others = shared = seq.num_borrowed
+    if groups.windowed:
+        others = max(others, seq.num_trimmed)
+        shared = _shared(shared, seq, block_size, groups)
     if groups.full + groups.windowed == 1:
-        return Footprint(len(seq.block_table) - others, generated, len(seq.tokens), seq.max_tokens - generated, others)
+        return Footprint(len(seq.block_table) - others, generated, len(seq.tokens), seq.max_tokens - generated, shared)
     have = len(seq.block_table) // groups.width
-    shared = seq.num_borrowed if groups.full else others
     held = groups.full * (have - seq.num_borrowed) + groups.windowed * (have - others)
     return Footprint(held, generated, len(seq.tokens), seq.max_tokens - generated, shared)
 
 
-def expected_footprint(seq: Sequence, shared: int) -> Footprint:
+def expected_footprint(seq: Sequence, shared: int, block_size: int, groups: KVGroups = ONE_GROUP) -> Footprint:
     """Of a waiting sequence that would begin with ``shared`` blocks which others own."""
+    shared = _shared(shared, seq, block_size, groups)
     return Footprint(0, seq.num_generated, seq.num_tokens, seq.max_tokens - seq.num_generated, shared)
+
+
+def _shared(shared: int, seq: Sequence, block_size: int, groups: KVGroups) -> int:
+    """See Footprint. A prompt that is longer than all windows would else wait for memory that it never fills."""
+    return shared if groups.full else max(shared, groups.first_visible(len(seq.tokens)) // block_size)
 
 
 class Weights:

@@ -11,7 +11,8 @@ Each is one of these:
 Somebody else computes the prompt of its own request, or an equal prefix (holding.py): it finds the blocks a step later.
 
 One that started *early* gives blocks back one by one before anybody is preempted, and all of them when one that comes before it
-waits. It is like any other as soon as all of it fits.
+waits. It is like any other as soon as all of it fits. Where windows have left what it would see again, it can't go back block by block: it
+is preempted then, and does not start early a second time, so that nothing is computed in vain twice.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ class Newcomers:
         if self._is_crowded(seq):
             return None
         if parent is None:
-            return Newcomer(seq, None, match, lack, manager.need(seq, match), manager.shared(match))
-        return Newcomer(seq, parent, match, lack, manager.need_fork(seq), seq.num_prompt // manager.block_size)
+            return Newcomer(seq, None, match, lack, manager.needs.start(seq, match), manager.needs.shared(match))
+        return Newcomer(seq, parent, match, lack, manager.needs.fork(seq), seq.num_prompt // manager.block_size)
 
     def _is_crowded(self, seq: Sequence) -> bool:
         """It would be one prompt in chunks too many, as far as that is known."""
@@ -157,11 +158,11 @@ class Newcomers:
         """There is room for all that it has to compute, and the policy lets it in, which is not asked where nobody runs."""
         running, policy, manager = self._scheduler.running, self._scheduler.policy, self._scheduler.manager
         if running and not self._surveyed:
-            policy.survey([footprint(seq, manager.groups) for seq in running], manager.pool.num_free)
+            policy.survey([footprint(seq, manager.block_size, manager.groups) for seq in running], manager.pool.num_free)
             self._surveyed = True
         if newcomer.need > self._room:
             return False
-        return not running or policy.admits(expected_footprint(newcomer.seq, newcomer.shared))
+        return not running or policy.admits(expected_footprint(newcomer.seq, newcomer.shared, manager.block_size, manager.groups))
 
     def _start(self, newcomer: Newcomer) -> None:
         """It computes all that it has to, or as much as the budget allows. All of it must fit."""
@@ -181,18 +182,22 @@ class Newcomers:
 
     def _start_early(self, newcomer: Newcomer) -> bool:
         """The head of the queue, which does not fit, begins in memory that nobody is expected to need soon. False, with nothing
-        changed, where there is none; for one of several samples, which would share what it holds; after a swap; and under a window."""
+        changed, where there is none; for one of several samples, which would share what it holds; after a swap; and under a window after
+        a preemption."""
         scheduler, seq = self._scheduler, newcomer.seq
         manager = scheduler.manager
-        if newcomer.lack == 1 or len(seq.group.sequences) > 1 or seq.host_blocks is not None or manager.groups.windowed:
+        if newcomer.lack == 1 or len(seq.group.sequences) > 1 or seq.host_blocks is not None:
+            return False
+        if manager.groups.windowed and seq.num_lost:
             return False
         spare = min(scheduler.policy.room(), self._room) if scheduler.running else self._room
-        if spare <= newcomer.need - manager.blocks_for(newcomer.lack):
+        spare -= manager.needs.at_once(newcomer.match)
+        if spare < manager.width:
             return False
         del scheduler.waiting[0]
         self._enter(newcomer)
         scheduler.early = seq
-        self.budget = _begin(scheduler, self._plan, seq, spare - (newcomer.need - manager.lacking(seq)), self.budget)
+        self.budget = _begin(scheduler, self._plan, seq, spare, self.budget)
         return True
 
     def _enter(self, newcomer: Newcomer) -> None:
@@ -221,27 +226,29 @@ def _go_on(scheduler: Scheduler, plan: StepPlan, early: Sequence, prompts: list[
         scheduler.short = True
         return budget
     manager, policy = scheduler.manager, scheduler.policy
-    others = [footprint(seq, manager.groups) for seq in scheduler.running if seq is not early]
+    size, groups = manager.block_size, manager.groups
+    others = [footprint(seq, size, groups) for seq in scheduler.running if seq is not early]
     room = _room(scheduler, prompts)
-    need = manager.lacking(early)
+    need = manager.needs.rest(early)
     policy.survey(others, manager.pool.num_free)
-    if need <= room and (not others or policy.admits(footprint(early, manager.groups))):
+    if need <= room and (not others or policy.admits(footprint(early, size, groups))):
         scheduler.early = None
         return _begin(scheduler, plan, early, need, budget)
     scheduler.short = True
     left = _begin(scheduler, plan, early, min(policy.room(), room, need - 1), budget)
-    if left == budget:
+    if left == budget and not groups.windowed:
         scheduler.refused = early
     return left
 
 
 def _begin(scheduler: Scheduler, plan: StepPlan, seq: Sequence, blocks: int, budget: int) -> int:
-    """Compute what fits into ``blocks`` more blocks of a running sequence's prompt; returns what is left of the budget."""
+    """Compute of a running sequence's prompt what the budget allows, if it is early what fits into ``blocks`` more blocks; returns what
+    is left of the budget."""
     manager = scheduler.manager
-    end = (len(seq.block_table) + max(0, blocks)) * manager.block_size
-    count = min(seq.num_tokens, end) - seq.num_computed
+    count = seq.num_tokens - seq.num_computed
     if scheduler.early is seq:  # the last position would make it a sequence that grows
-        count = min(count, seq.num_tokens - 1 - seq.num_computed)
+        end = (len(seq.block_table) + max(0, blocks)) // manager.width * manager.block_size
+        count = min(count - 1, end - seq.num_computed)
     count = min(count, budget)
     if count > 0 and manager.grow(seq, seq.num_computed + count):
         scheduler.add_work(plan, seq, seq.num_computed, count)
@@ -253,4 +260,4 @@ def _room(scheduler: Scheduler, prompts: list[Sequence]) -> int:
     """Free blocks beside those that ``prompts`` still lack: what a newcomer has to compute must fit there whole, though blocks are
     allocated chunk by chunk."""
     manager = scheduler.manager
-    return manager.pool.num_free - sum(manager.lacking(seq) for seq in prompts)
+    return manager.pool.num_free - sum(manager.needs.rest(seq) for seq in prompts)

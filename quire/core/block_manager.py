@@ -21,15 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from quire.core import accounts
 from quire.core.block_pool import BlockPool
-from quire.core.content import Node
 from quire.core.events import BlockCopied, BlockShared, Listener
 from quire.core.groups import ONE_GROUP, KVGroups
+from quire.core.needs import Needs
 from quire.core.prefix_cache import NOTHING, Match, PrefixCache
+from quire.core.publishing import Publisher
 from quire.core.sequence import Sequence
 from quire.core.stats import KVCounters, KVStats
-
-NEVER = 1 << 62
+from quire.core.swap_pool import SwapPool
 
 
 class BlockManager:
@@ -52,15 +53,15 @@ class BlockManager:
     ) -> None:
         self.block_size = block_size
         self.caching = caching
-        self.num_host_blocks = num_host_blocks
         self.groups = groups
         self.width = groups.width
         """Blocks of the pool in a logical block."""
-        self._step = step
         self.cache = PrefixCache(num_blocks, block_size, groups, clock)
         self.pool = BlockPool(num_blocks, self.cache, clock)
+        self.needs = Needs(self.pool, block_size, groups, step)
         self.counters = KVCounters()
-        self._host_free = list(range(num_blocks + num_host_blocks - 1, num_blocks - 1, -1))
+        self.swap_pool = SwapPool(num_blocks, num_host_blocks)
+        self._publisher = Publisher(self.cache, self.pool)
         self._copies: list[tuple[int, int]] = []
         self._listener: Listener | None = None
 
@@ -82,49 +83,17 @@ class BlockManager:
         match = self.cache.match(seq.request.salt, tokens)
         if seq.host_blocks is None:
             return match
-        if match.whole_positions < self._trimmed(seq.host_blocks) * self.block_size:
+        full, trimmed = self.groups.full, self.groups.num_trimmed(seq.host_blocks)
+        if match.whole_positions < trimmed * self.block_size:
             return NOTHING  # there would be a hole between what is found and what was swapped out
-        return Match(match.node, match.blocks, None, match.whole_positions)
-
-    def need(self, seq: Sequence, match: Match) -> int:
-        """Free blocks that ``seq`` takes until all its known tokens are computed, if it starts with ``match``."""
-        counts = self.pool.ref_counts
-        revived = sum(block >= 0 and counts[block] == 0 for block in match.blocks)
-        return self._to_come(seq.num_tokens, len(match.blocks) // self.width, self._trimmed(match.blocks)) + revived
-
-    def shared(self, match: Match) -> int:
-        """Logical blocks of ``match`` that have an owner already, or that the window has left behind: they cost nothing."""
-        counts = self.pool.ref_counts
-        return sum(block < 0 or counts[block] > 0 for block in match.blocks[:: self.width])
-
-    def need_fork(self, seq: Sequence) -> int:
-        """Free blocks that ``seq`` takes until all its known tokens are computed, if it starts as a fork at the end of its prompt;
-        one logical block is for the copy of the partly filled one."""
-        begun = self.blocks_for(seq.num_prompt)
-        trimmed = self.groups.first_visible(seq.num_prompt) // self.block_size
-        return self._to_come(seq.num_tokens, begun, trimmed) + self.width * (seq.num_prompt % self.block_size > 0)
-
-    def lacking(self, seq: Sequence, num_positions: int | None = None) -> int:
-        """Free blocks that a running ``seq`` takes until all its known tokens, or ``num_positions``, are computed."""
-        return self._to_come(num_positions or len(seq.tokens), len(seq.block_table) // self.width, seq.num_trimmed)
+        blocks = match.blocks.copy()
+        for at in range(0, trimmed * self.width, self.width):  # its window has gone on
+            blocks[at + full : at + self.width] = [-1] * self.groups.windowed
+        return Match(match.node, blocks, None, match.whole_positions)
 
     def missing(self, seq: Sequence, num_positions: int) -> int:
         """Blocks that ``seq``'s table lacks to cover ``num_positions`` in one step."""
         return max(0, -(-num_positions // self.block_size) - len(seq.block_table) // self.width) * self.width
-
-    def _to_come(self, num_positions: int, have: int, trimmed: int) -> int:
-        """Blocks that a sequence with ``have`` logical blocks, of which windows have left ``trimmed``, takes up to ``num_positions``."""
-        groups, size = self.groups, self.block_size
-        more = -(-num_positions // size) - have
-        blocks = groups.full * more
-        if groups.windowed:  # it never has more of them at a time than the longest of its steps needs
-            most = groups.most_windowed(size, min(self._step, (more + 1) * size))
-            blocks += groups.windowed * max(0, min(more, most - (have - trimmed)))
-        return blocks
-
-    def _trimmed(self, table: list[int]) -> int:
-        """Logical blocks of a table that windows have left behind."""
-        return table.count(-1) // self.groups.windowed if self.groups.windowed else 0
 
     def can_fork(self, parent: Sequence, num_positions: int) -> bool:
         """``parent`` still has all of its first ``num_positions`` positions that a query after them sees."""
@@ -138,24 +107,24 @@ class BlockManager:
     # Commands.
 
     def start(self, seq: Sequence, match: Match) -> None:
-        """``seq`` owns what ``match`` holds, or gets back what was swapped out. The pool must have ``need(seq, match)`` blocks."""
+        """``seq`` owns what ``match`` holds, or gets back what was swapped out. The pool must have ``needs.start(seq, match)``
+        blocks."""
         if self.caching:  # before a block is taken: evictions prune what nobody holds
-            seq.node = match.node or self.cache.root(seq.request.salt)
-            self.cache.hold(seq.node)
+            self._publisher.hold(seq, match.node or self.cache.root(seq.request.salt), len(match.blocks) // self.width)
         self.pool.share([block for block in match.blocks if block >= 0])
         self.cache.found(match.blocks)
         for block in match.blocks:
-            self._retain(seq, block)
+            self._publisher.retain(seq, block)
         seq.block_table.extend(match.blocks)
-        seq.num_borrowed = seq.num_published = len(match.blocks) // self.width
-        seq.num_trimmed = self._trimmed(match.blocks)
+        seq.num_borrowed = len(match.blocks) // self.width
+        seq.num_trimmed = self.groups.num_trimmed(match.blocks)
         seq.num_computed = match.num_positions
         self._tell_shared(match.blocks)
         if seq.host_blocks is not None:
             self._swap_in(seq, seq.host_blocks)
         elif match.tail is not None:
             seq.block_table.extend(self._copies_of(match.tail[0]))
-        self._publish(seq)
+        self._publisher.publish(seq)
 
     def grow(self, seq: Sequence, num_positions: int) -> bool:
         """Make ``seq``'s table cover ``num_positions`` positions, the last of them writable.
@@ -200,20 +169,12 @@ class BlockManager:
         child.num_computed = num_positions
         if num_positions % self.block_size:
             parent.shared_tail = child.shared_tail = True
-        child.num_published = min(parent.num_published, num_positions // self.block_size)
-        if parent.node is not None:
-            node: Node = parent.node
-            for _ in range(parent.num_published - child.num_published):
-                assert node.parent is not None
-                node = node.parent
-            child.node = node
-            self.cache.hold(node)
+        self._publisher.fork(parent, child, num_positions)
         self._tell_shared(table)
-        self._set_advance(child)
 
     def advance(self, seq: Sequence) -> None:
         """``seq.num_computed`` has reached ``seq.publish_at``: publish what is whole and known, give back what left the window."""
-        self._publish(seq)
+        self._publisher.publish(seq)
         groups = self.groups
         if groups.windowed:
             table, width = seq.block_table, self.width
@@ -236,26 +197,22 @@ class BlockManager:
         """Give back every block of ``seq``. The one path that frees: finish, abort, preempt and error come here."""
         self._vacate(seq)
         if seq.host_blocks is not None:
-            self._host_free.extend(block for block in seq.host_blocks if block >= 0)
+            self.swap_pool.give(seq.host_blocks)
             seq.host_blocks = None
             seq.num_swapped = 0
 
-    def shrink(self, seq: Sequence) -> int:
-        """Give back ``seq``'s last block; returns the computed positions that went with it."""
+    def shrink(self, seq: Sequence) -> int | None:
+        """Give back ``seq``'s last block; returns the computed positions that went with it. None, with nothing changed, where a window has
+        left what the positions from there on see."""
         keep = len(seq.block_table) // self.width - 1
         lost = max(0, seq.num_computed - keep * self.block_size)
+        if not self.can_fork(seq, seq.num_computed - lost):
+            return None
         seq.num_computed -= lost
         seq.num_borrowed = min(seq.num_borrowed, keep)
         seq.shared_tail = False
-        while seq.num_published > keep:
-            seq.num_published -= 1
-            if (node := seq.node) is not None:
-                assert node.parent is not None
-                seq.node = node.parent
-                self.cache.hold(seq.node)
-                self.cache.drop(node)
+        self._publisher.go_back(seq, keep)
         self._cut(seq, keep)
-        self._set_advance(seq)
         return lost
 
     def trim(self, seq: Sequence) -> None:
@@ -272,26 +229,23 @@ class BlockManager:
 
     def swap_out(self, seq: Sequence) -> bool:
         """Move ``seq``'s blocks to the swap pool. False, with nothing changed, where it has too few."""
-        need = len(seq.block_table) - seq.num_trimmed * self.groups.windowed
-        if need > len(self._host_free) or not seq.num_computed:
+        places = self.swap_pool.take(seq.block_table) if seq.num_computed else None
+        if places is None:
             return False
-        host = [self._host_free.pop() if block >= 0 else -1 for block in seq.block_table]
-        for block, place in zip(seq.block_table, host, strict=True):
+        for block, place in zip(seq.block_table, places, strict=True):
             if block >= 0:
                 self._copy(block, place)
+                self.counters.blocks_swapped_out += 1
         seq.num_swapped = seq.num_computed
         self._vacate(seq)
-        seq.host_blocks = host
-        self.counters.blocks_swapped_out += need
+        seq.host_blocks = places
         return True
 
     def reset(self, sequences: Iterable[Sequence]) -> None:
         """Forget all cached content: what was computed before is not found any more. ``sequences``: all that are live; those
         that run go on, and publish nothing."""
         for seq in sequences:
-            if seq.node is not None:
-                self.cache.drop(seq.node)
-                seq.node = None
+            self._publisher.drop(seq)
         for block in self.cache.clear():
             self.pool.discard(block)
 
@@ -299,154 +253,26 @@ class BlockManager:
 
     def stats(self, running: Iterable[Sequence]) -> KVStats:
         """Counts of the pool; ``running`` are the sequences that own blocks."""
-        size, width = self.block_size, self.width
-        last: dict[int, tuple[int, int]] = {}  # last block of tables → positions filled, tables that end with it
-        for seq in running:
-            filled = seq.num_computed - (len(seq.block_table) // width - 1) * size
-            for block in seq.block_table[-width:]:
-                if block >= 0:
-                    fill, tables = last.get(block, (0, 0))
-                    last[block] = max(fill, filled), tables + 1
-        counts = self.pool.ref_counts
-        # Where a table goes on behind the block, the block is full.
-        empty = sum(size - fill for block, (fill, tables) in last.items() if tables == counts[block])
-        pool, counters = self.pool, self.counters
-        return KVStats(
-            num_blocks=pool.num_blocks,
-            block_size=size,
-            free_blocks=pool.num_free,
-            cached_blocks=self.cache.num_idle,
-            shared_blocks=pool.num_shared,
-            saved_blocks=pool.num_references - pool.num_owned,
-            positions_used=pool.num_owned * size - empty,
-            largest_free_run=pool.largest_free_run(),
-            host_blocks=self.num_host_blocks,
-            host_blocks_used=self.num_host_blocks - len(self._host_free),
-            groups=self.width,
-            counters=counters.copy(),
-        )
+        return accounts.stats(self, running)
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Prove the counts against the tables of all live sequences. Raises AssertionError."""
-        self.pool.check()
-        self.cache.check()
-        owners = [0] * self.pool.num_blocks
-        writers: dict[int, Sequence] = {}
-        users: dict[int, int] = {}
-        held: list[int] = []
-        full, width = self.groups.full, self.width
-        for seq in sequences:
-            table = seq.block_table
-            have, part = divmod(len(table), width)
-            assert not part, "a group lacks a block"
-            assert have >= self.blocks_for(seq.num_computed), f"{have} blocks hold {seq.num_computed} computed positions"
-            tokens = seq.num_tokens + seq.in_flight
-            assert have <= self.blocks_for(tokens), f"{have} blocks for {tokens} tokens"
-            assert all((block < 0) == (i % width >= full and i // width < seq.num_trimmed) for i, block in enumerate(table)), (
-                "a hole in a block table"
-            )
-            own = [block for block in table if block >= 0]
-            assert len(set(own)) == len(own), "a block is twice in a table"
-            for block in own:
-                owners[block] += 1
-            if not seq.shared_tail and seq.num_computed < have * self.block_size:
-                for block in table[-width:]:
-                    assert block not in writers, f"block {block} has two writers"
-                    writers[block] = seq
-            if seq.node is not None:
-                users[id(seq.node)] = users.get(id(seq.node), 0) + 1
-                assert seq.node.users >= users[id(seq.node)]
-            self.cache.check_holds(seq.tokens, table, seq.num_computed)
-            held += [block for block in seq.host_blocks or () if block >= 0]
-            assert not (table and seq.host_blocks), "a sequence is both in the pool and in the swap pool"
-        assert owners == self.pool.ref_counts, "reference counts differ from the tables' owners"
-        for block in writers:
-            assert owners[block] == 1, f"block {block} is written by one of {owners[block]} owners"
-        places = held + self._host_free
-        assert len(places) == len(set(places)) == self.num_host_blocks, "a block of the swap pool is lost, or has two owners"
-
-    def _publish(self, seq: Sequence) -> None:
-        size, computed = self.block_size, min(seq.num_computed, len(seq.tokens))
-        node = seq.node
-        if node is not None:
-            if not node.complete and (seq.num_published + 1) * size <= computed:
-                self._restore(seq)
-            while (seq.num_published + 1) * size <= computed:
-                start = seq.num_published * size
-                blocks = seq.block_table[seq.num_published * self.width : (seq.num_published + 1) * self.width]
-                parent, node = node, self.cache.publish(node, self.cache.key(seq.tokens, start), blocks)
-                self.cache.hold(node)
-                self.cache.drop(parent)
-                if node.blocks != blocks:  # two have computed the same
-                    self._take_over(node, blocks)
-                if seq.request.retention is not None:
-                    self._retain(seq, max(node.blocks))
-                seq.num_published += 1
-            seq.node = node
-            if seq.num_computed == seq.num_prompt:
-                self._publish_tail(seq)
-        else:
-            seq.num_published = computed // size
-        self._set_advance(seq)
-
-    def _take_over(self, node: Node, blocks: list[int]) -> None:
-        """What ``node``'s content is in, where that is idle, gives it to ``blocks``: it would be evicted while these are in use, and the
-        content be lost."""
-        for group, (block, other) in enumerate(zip(blocks, node.blocks, strict=True)):
-            if 0 <= other != block >= 0 and not self.pool.ref_counts[other]:
-                self.pool.discard(self.cache.move(node, group, block))
-
-    def _restore(self, seq: Sequence) -> None:
-        """What ``seq`` has made others made too, and theirs was evicted: from here on its own is found."""
-        node, i = seq.node, seq.num_published - 1
-        gone: list[tuple[Node, list[int]]] = []
-        table, width = seq.block_table, self.width
-        while node is not None and node.parent is not None and max(blocks := table[i * width : (i + 1) * width]) >= 0:
-            if min(node.blocks) < 0 and node.blocks != blocks:
-                gone.append((node, blocks))
-            node, i = node.parent, i - 1
-        for node, blocks in reversed(gone):
-            assert node.parent is not None
-            self.cache.publish(node.parent, node.key, blocks)
-
-    def _publish_tail(self, seq: Sequence) -> None:
-        """Publish the partly filled last block, unless another owner may go on to write it."""
-        computed = min(seq.num_computed, len(seq.tokens))
-        filled = computed % self.block_size
-        if seq.node is None or not filled or seq.num_published != computed // self.block_size:
-            return
-        blocks = seq.block_table[seq.num_published * self.width : (seq.num_published + 1) * self.width]
-        if all(block >= 0 and self.pool.ref_counts[block] == 1 for block in blocks):
-            start = computed - filled
-            self.cache.publish(seq.node, self.cache.key(seq.tokens[:computed], start), blocks)
-            self._retain(seq, blocks[0])
-
-    def _set_advance(self, seq: Sequence) -> None:
-        at = (seq.num_published + 1) * self.block_size
-        seq.publish_at = min(at, seq.num_prompt) if seq.num_computed < seq.num_prompt else at
-
-    def _retain(self, seq: Sequence, block: int) -> None:
-        if (wish := seq.request.retention) is not None:
-            self.cache.retain(block, wish.priority, wish.seconds)
+        accounts.check(self, sequences)
 
     def _vacate(self, seq: Sequence) -> None:
         """Give back the blocks of the pool, the last first: it goes first when memory is needed."""
         if seq.block_table:
-            self._restore(seq)
-            self._publish_tail(seq)
+            self._publisher.publish_rest(seq)
             self.pool.release([block for block in reversed(seq.block_table) if block >= 0])
             seq.block_table.clear()
-        if seq.node is not None:
-            self.cache.drop(seq.node)
-            seq.node = None
-        seq.num_computed = seq.num_sent = seq.num_trimmed = seq.num_borrowed = seq.num_published = 0
+        self._publisher.leave(seq)
+        seq.num_computed = seq.num_sent = seq.num_trimmed = seq.num_borrowed = 0
         seq.shared_tail = False
-        seq.publish_at = NEVER
 
     def _swap_in(self, seq: Sequence, host: list[int]) -> None:
         """The rest of what was swapped out, after what is in the table already."""
         table = seq.block_table
-        seq.num_trimmed += self._trimmed(host[len(table) :])
+        seq.num_trimmed += self.groups.num_trimmed(host[len(table) :])
         for place in host[len(table) :]:
             if place < 0:
                 table.append(-1)
@@ -454,7 +280,7 @@ class BlockManager:
                 table += self._take(1)
                 self._copy(place, table[-1])
                 self.counters.blocks_swapped_in += 1
-        self._host_free.extend(place for place in host if place >= 0)
+        self.swap_pool.give(host)
         seq.num_computed = max(seq.num_borrowed * self.block_size, seq.num_swapped)
         seq.host_blocks = None
         seq.num_swapped = 0
@@ -477,7 +303,7 @@ class BlockManager:
 
     def _take(self, count: int) -> list[int]:
         blocks = self.pool.take(count)
-        assert blocks is not None, "start() was called without looking at need()"
+        assert blocks is not None, "start() was called without looking at needs.start()"
         return blocks
 
     def _copy(self, source: int, destination: int) -> None:

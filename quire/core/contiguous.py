@@ -19,6 +19,8 @@ from dataclasses import replace
 from quire.core.admission import Footprint
 from quire.core.block_manager import BlockManager
 from quire.core.block_pool import BlockPool
+from quire.core.groups import ONE_GROUP
+from quire.core.needs import Needs
 from quire.core.prefix_cache import Match, PrefixCache
 from quire.core.sequence import Sequence
 from quire.core.stats import KVStats
@@ -254,6 +256,22 @@ class _Runs(BlockPool):
         assert self.num_owned == self.num_references == sum(self.ref_counts) == self.num_blocks - self.allocator.free_units
 
 
+class _RunNeeds(Needs):
+    """What a sequence needs is one run, and it gets all of that when it starts. reserve: see ContiguousManager."""
+
+    def __init__(self, pool: _Runs, block_size: int, reserve: Callable[[Sequence], int]) -> None:
+        super().__init__(pool, block_size, ONE_GROUP, 1 << 30)
+        self._pool, self._reserve = pool, reserve
+
+    def start(self, seq: Sequence, match: Match) -> int:
+        """Blocks of the run that ``seq`` asks for; more than the pool has where no free run is long enough."""
+        need = -(-self._reserve(seq) // self._block_size)
+        return need if need <= self._pool.allocator.largest_free_run else self._pool.num_blocks + 1
+
+    def rest(self, seq: Sequence, num_positions: int | None = None) -> int:
+        return 0
+
+
 class ContiguousManager(BlockManager):
     """One run of blocks for each sequence, from its start to its end. Nothing is shared, cached or swapped, and no sequence is
     ever preempted: what it may need is there.
@@ -264,19 +282,12 @@ class ContiguousManager(BlockManager):
 
     def __init__(self, allocator: ContiguousAllocator, block_size: int, reserve: Callable[[Sequence], int]) -> None:
         super().__init__(allocator.size, block_size, caching=False)
-        self.pool = self._pool = _Runs(allocator, self.cache)
+        self.pool = self._pool = _Runs(allocator, self.cache)  # nothing is published, so the publisher needs none
+        self.needs = _RunNeeds(self._pool, block_size, reserve)
         self._reserve = reserve
         self._runs: dict[Sequence, range] = {}
 
     # Queries.
-
-    def need(self, seq: Sequence, match: Match) -> int:
-        """Blocks of the run that ``seq`` asks for; more than the pool has where no free run is long enough."""
-        need = self.blocks_for(self._reserve(seq))
-        return need if need <= self._pool.allocator.largest_free_run else self.pool.num_blocks + 1
-
-    def lacking(self, seq: Sequence, num_positions: int | None = None) -> int:
-        return 0
 
     def can_fork(self, parent: Sequence, num_positions: int) -> bool:
         return False
@@ -285,7 +296,7 @@ class ContiguousManager(BlockManager):
 
     def start(self, seq: Sequence, match: Match) -> None:
         run = self._pool.take_run(self.blocks_for(self._reserve(seq)))
-        assert run is not None, "start() was called without looking at need()"
+        assert run is not None, "start() was called without looking at needs.start()"
         self._runs[seq] = run
 
     def grow(self, seq: Sequence, num_positions: int) -> bool:

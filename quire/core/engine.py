@@ -79,8 +79,8 @@ class Engine:
 
     clock: seconds from any start; retention hints decay by it, and steps and queues are timed by it. manager, policy: take the place
     of paged memory and of the configured admission. constraints: for requests whose tokens are constrained; without it they are
-    refused. Raises CapacityError where the backend's pool can't hold one sequence of ``max_model_len`` tokens, or one block for each
-    of ``max_num_seqs`` sequences.
+    refused. Raises CapacityError where the backend's pool can't hold one sequence of ``max_model_len`` tokens, or one block of each
+    group of layers for each of ``max_num_seqs`` sequences.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Engine:
             clock=clock,
         )
         _check_pool(backend, config)
-        self._max_num_seqs = config.num_seqs(backend.num_blocks)
+        self._max_num_seqs = config.num_seqs(backend.num_blocks, backend.groups.width)
         self.limits = RequestLimits(
             backend.max_model_len, backend.spec.vocab_size, self._max_num_seqs, backend.num_blocks, backend.block_size, backend.groups
         )
@@ -356,8 +356,11 @@ def _check_pool(backend: Executor, config: EngineConfig) -> None:
             f"{pool}, but one request may need {backend.max_model_len:,}: raise --kv-memory, or lower --max-model-len to at most "
             f"{positions:,}"
         )
-    if config.num_seqs(backend.num_blocks) > backend.num_blocks:
+    width = backend.groups.width
+    fits = backend.num_blocks // width
+    if config.num_seqs(backend.num_blocks, width) > fits:
+        each = "one block" if width == 1 else f"{width} blocks, one of each group of layers,"
         raise CapacityError(
-            f"{pool}, less than one block for each of {config.max_num_seqs:,} sequences: raise --kv-memory, or lower --max-num-seqs to "
-            f"at most {backend.num_blocks:,}"
+            f"{pool}, less than {each} for each of {config.max_num_seqs:,} sequences: raise --kv-memory, or lower --max-num-seqs to "
+            f"at most {fits:,}"
         )

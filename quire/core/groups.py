@@ -37,6 +37,10 @@ class KVGroups:
         again."""
         return max(0, position - self.window) if self.windowed else 0
 
+    def num_trimmed(self, table: list[int]) -> int:
+        """Logical blocks of a sequence's block table that windows have left behind."""
+        return table.count(-1) // self.windowed if self.windowed else 0
+
     def blocks(self, positions: int, block_size: int, step: int = 1) -> int:
         """Blocks that a sequence of ``positions`` holds at most, where a step computes up to ``step`` of them: of windowed groups those
         in sight of the step's first position, and those that it writes."""

@@ -79,6 +79,18 @@ class CouldStart:
         return True
 
 
+def shorten_early(scheduler: Scheduler, early: Sequence, i: int) -> int:
+    """The one that started early gives its last block back for running[i]; all of them where windows have left what it would see again.
+    Returns where the other is among the running ones then."""
+    lost = scheduler.manager.shrink(early)
+    if lost is not None:
+        scheduler.manager.counters.tokens_recomputed += lost
+        return i
+    at, request = scheduler.running.index(early), scheduler.running[i].request
+    scheduler.preempt(at, "memory", f"it had started early, in memory that request {request.request_id} needs now")
+    return i - (at < i)
+
+
 def choose_victim(scheduler: Scheduler, i: int) -> int:
     """Whom to preempt for running[i]: of those behind it with the lowest priority, the one that has least to compute again;
     itself where nobody is behind it."""

@@ -26,7 +26,7 @@ from quire.core.events import Listener, Preempted, PreemptionCause
 from quire.core.flight import Flight, brings, commit, launch, should_read
 from quire.core.holding import KnownToWait
 from quire.core.plan import RowStart, RowWork, StepPlan, StepResult
-from quire.core.preemption import choose_victim, make_way
+from quire.core.preemption import choose_victim, make_way, shorten_early
 from quire.core.sequence import Sequence, Status
 from quire.core.speculation import Speculation
 from quire.core.stats import Queue, StepCounters, WaitsFor
@@ -88,7 +88,7 @@ class Scheduler:
         """Steps that were planned and not read, the oldest first: at most one when the next is planned."""
         self.early: Sequence | None = None
         """A running sequence that has not room for all of its prompt: it computes what it can in memory that nobody is expected
-        to need soon, and gives it back, the last block first, before anybody is preempted. Nobody comes in before it fits."""
+        to need soon, and gives it back, the last block first, before anybody else is preempted. Nobody comes in before it fits."""
         self.short = False
         """The last plan left a sequence waiting for want of memory."""
         self.refused: Sequence | None = None
@@ -253,7 +253,7 @@ class Scheduler:
             if (start + count) * width > len(seq.block_table) * size or seq.shared_tail:
                 while not manager.grow(seq, start + count):
                     if self.early is not None and self.early.block_table:
-                        manager.counters.tokens_recomputed += manager.shrink(self.early)
+                        i = shorten_early(self, self.early, i)
                         continue
                     victim = choose_victim(self, i)
                     self.preempt(victim, "memory", f"no free block was left for request {seq.request.request_id}")

@@ -269,7 +269,7 @@ class Speculation:
     def _all_fit(self, running: list[Sequence]) -> bool:
         """The blocks that all of ``running`` may still come to need are free."""
         manager = self._manager
-        need = sum(manager.lacking(seq, seq.num_prompt + seq.max_tokens) for seq in running)
+        need = sum(manager.needs.rest(seq, seq.num_prompt + seq.max_tokens) for seq in running)
         return need <= manager.pool.num_free
 
 

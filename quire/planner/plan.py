@@ -123,9 +123,9 @@ def plan(config: EngineConfig, whole: TransformerSpec, machine: Machine, demand:
     blocks, note, length, misfit = _pool(config, spec, asked, room)
     if length < prompt + output:
         prompt, output = Demand().lengths(max(2, length))
-    cost, rows = planned_cost(config, whole), config.num_seqs(blocks or 1 << 30)
     layout = kv_layout(spec, length, size)
     block = layout.block_bytes(config, spec)
+    cost, rows = planned_cost(config, whole), config.num_seqs(blocks or 1 << 30, layout.groups.width)
 
     def held(tokens: float) -> int:
         """Blocks of a sequence."""

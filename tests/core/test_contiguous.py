@@ -190,7 +190,7 @@ def test_a_sequence_waits_for_its_run() -> None:
     assert run.scheduler.short
     assert run.stats().kv.positions_allocated == 64, "what is reserved has an owner"
     assert run.stats().kv.positions_used == 8
-    assert manager.need(run.scheduler.waiting[0], NOTHING) > 64
+    assert manager.needs.start(run.scheduler.waiting[0], NOTHING) > 64
     for _ in range(5):
         run.step()
     assert [seq.request.request_id for seq in run.scheduler.running] == ["1", "2"], "in order, as runs come back"

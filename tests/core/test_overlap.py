@@ -15,7 +15,7 @@ from core.fake_backend import FakeBackend, LateBackend, ScriptedDrafter, expecte
 from core.test_constraint import FORM, Rules
 from core.test_constraint import Outcome as Guesses
 from core.test_constraint import expected as expected_form
-from core.test_properties import CoreMachine
+from core.test_properties import DEPTH, CoreMachine
 from quire.config import EngineConfig
 from quire.core.engine import Engine
 from quire.core.plan import StepPlan, StepResult
@@ -382,7 +382,7 @@ def run(workload: Workload, backend: FakeBackend) -> tuple[Engine, dict[tuple[st
     return engine, found
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400 * DEPTH, deadline=None, suppress_health_check=list(HealthCheck))
 @given(workloads())
 def test_outputs_are_those_of_steps_one_by_one(workload: Workload) -> None:
     one_by_one, expected = run(workload, FakeBackend(**workload.backend))
@@ -414,4 +414,4 @@ class OverlappedMachine(CoreMachine):
 
 
 TestOverlapped = OverlappedMachine.TestCase
-TestOverlapped.settings = settings(max_examples=500, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+TestOverlapped.settings = settings(max_examples=500 * DEPTH, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))

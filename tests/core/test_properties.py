@@ -79,7 +79,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.backend = self.device(blocks, block_size, longest, VOCAB, num_host_blocks=host, window=window, groups=groups)
         config = EngineConfig(
-            max_num_seqs=min(rows, blocks),
+            max_num_seqs=max(1, min(rows, blocks // kinds.width)),
             max_num_batched_tokens=budget,
             prefix_caching=caching,
             admission=admission,

@@ -54,7 +54,7 @@ class CpuBackend:
         self.max_model_len = max_model_len
         self.groups, self.kv_layers = layout.groups, layout.slots
         self._poison = config.kv_debug
-        self._rows = Rows(config.num_seqs(memory.num_blocks), max_model_len, config.block_size, self.groups.width)
+        self._rows = Rows(config.num_seqs(memory.num_blocks, self.groups.width), max_model_len, config.block_size, self.groups.width)
         self._sampler = Sampler(self._rows, spec.vocab_size)
         self._scorer = Scorer(self._rows, decoder)
 
@@ -89,7 +89,7 @@ class CpuBackend:
                     layout=layout,
                     kv_dtype=config.kv_width(spec.dtype),
                     max_tokens=config.max_num_batched_tokens,
-                    max_rows=max(config.num_seqs(memory.num_blocks), config.speculation_positions),
+                    max_rows=max(config.num_seqs(memory.num_blocks, layout.groups.width), config.speculation_positions),
                     max_model_len=max_model_len,
                     packer=Packer(
                         None if config.dtype == "auto" else config.dtype, quantization, cache, progress, model.release, model.blocks

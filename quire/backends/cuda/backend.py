@@ -77,7 +77,7 @@ class CudaBackend:
         layout = kv_layout(spec, max_model_len, config.block_size)
         self.groups, self.kv_layers = layout.groups, layout.slots
         self._ops, self._poison, self._same = ops, config.kv_debug, config.deterministic
-        rows = config.num_seqs(memory.num_blocks)
+        rows = config.num_seqs(memory.num_blocks, self.groups.width)
         local = decoder.spec
         kv_dtype = config.kv_width(spec.dtype)
         self._pool = KVPool(layout.slots, memory.num_blocks, local.num_kv_heads, config.block_size, spec.head_dim, kv_dtype, device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quire.backends.cuda.decoder import Decoder
-from quire.backends.memory import GPU_SHARE, KVMemory, Room, host_room
+from quire.backends.memory import GPU_SHARE, KVMemory, Room, host_room, kv_layout
 from quire.config import EngineConfig
 from quire.core.plan import RowStart, RowWork, StepPlan
 from quire.sampling_params import SamplingParams
@@ -17,24 +17,25 @@ if TYPE_CHECKING:
     from quire.backends.cuda.backend import CudaBackend
 
 
-def device_room(config: EngineConfig, decoder: Decoder, device: torch.device, make: Callable[..., CudaBackend]) -> Room:
+def device_room(config: EngineConfig, decoder: Decoder, max_model_len: int, device: torch.device, make: Callable[..., CudaBackend]) -> Room:
     """After the weights are loaded. make: a backend with such a ``memory``."""
     if device.type != "cuda":
         room = host_room(config, decoder.spec)
         return Room(room.available, 0, room.buffers)
-    buffers = _step_bytes(config, device, make)
+    width = kv_layout(decoder.spec, max_model_len, config.block_size).groups.width
+    buffers = _step_bytes(config, width, device, make)
     decoder.forget_pool()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return Room(free, 0, buffers, GPU_SHARE, holds_swap=False)
 
 
-def _step_bytes(config: EngineConfig, device: torch.device, make: Callable[..., CudaBackend]) -> int:
+def _step_bytes(config: EngineConfig, width: int, device: torch.device, make: Callable[..., CudaBackend]) -> int:
     """Bytes that steps take beside weights and KV pool: tables and scratch, the activations of the longest prefill, and once more of the
-    largest decode step, since captured steps have memory of their own."""
+    largest decode step, since captured steps have memory of their own. width: groups of layers."""
     before = torch.cuda.memory_allocated(device)
     rows = config.num_seqs(1 << 30)
-    backend = make(memory=KVMemory(rows, 0))
+    backend = make(memory=KVMemory(rows * width, 0))  # enough for all rows, see EngineConfig.num_seqs
     pool = torch.cuda.memory_allocated(device) - before - backend.table_bytes()
     peaks = []
     for plan in (_prefill(rows, config.max_num_batched_tokens, backend), _decode(rows, backend)):

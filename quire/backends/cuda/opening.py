@@ -94,7 +94,7 @@ def _open_rank(config: EngineConfig, rank: int, folder: Path | None, report: Rep
     tell("load the weights", perf_counter() - start)
     start = perf_counter()
     make = partial(CudaBackend, spec, model.folder, decoder, ops, config, max_model_len=max_model_len, device=device, group=group)
-    memory = kv_memory(config, local, max_model_len, device_room(config, decoder, device, make))
+    memory = kv_memory(config, local, max_model_len, device_room(config, decoder, max_model_len, device, make))
     if group is not None:
         memory = KVMemory(group.least(memory.num_blocks), group.least(memory.num_host_blocks), memory.note)
     backend = make(memory=memory)

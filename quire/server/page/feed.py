@@ -164,7 +164,7 @@ class Feed:
         }  # fmt: skip
 
     def _facts(self, snapshot: Snapshot) -> dict[str, Any]:
-        now, stats, kv = time.monotonic(), snapshot.stats, snapshot.stats.kv
+        now, stats, kv, layers = time.monotonic(), snapshot.stats, snapshot.stats.kv, self._client.limits.groups
         return {
             "now": snapshot.now,
             "running": stats.running,
@@ -172,6 +172,7 @@ class Feed:
             "waiting_for": {reason: count for reason, count in asdict(stats.queue).items() if count},
             "kv": {
                 "num_blocks": kv.num_blocks, "block_size": kv.block_size, "groups": kv.groups,
+                "full_groups": layers.full, "window": layers.window,
                 "used": kv.used_blocks, "cached": kv.cached_blocks, "shared": kv.shared_blocks, "saved": kv.saved_blocks,
                 "positions_used": kv.positions_used, "empty_tail": kv.empty_tail, "host_blocks": kv.host_blocks,
                 "host_blocks_used": kv.host_blocks_used,

@@ -48,7 +48,8 @@ class View:
         self.owners = {}
         for sequence in self.sequences:
             for block in sequence["blocks"]:
-                self.owners[block] = self.owners.get(block, 0) + 1
+                if block >= 0:
+                    self.owners[block] = self.owners.get(block, 0) + 1
 
     def kind(self, block: int) -> str:
         if block >= len(self.states) or self.states[block] == EMPTY:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -16,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from quire.models import embedded
+from sample_models import GEMMA3, write_model
 from server.browser import DOWN, ENTER, ESCAPE, MISSING, RIGHT, TAB, Browser
 from server.harness import Gate, Process, http, wait_until
 
@@ -491,5 +495,49 @@ def test_a_pool_of_many_blocks_is_shown_in_proportion(window: Browser) -> None:
         window.wait("/Each square is \\d+ blocks/.test(document.querySelector('#scale').innerText)", "squares of several blocks")
         window.move("#map", 3, 3)
         window.wait("/^Blocks 0 to \\d+/.test(document.querySelector('#tip').innerText)", "several blocks are described")
+    finally:
+        process.kill()
+
+
+def test_blocks_of_several_groups_of_layers(window: Browser, tmp_path: Path) -> None:
+    """Layers that see everything beside others with a window: a square is a block of one group, a table has one of each side by side."""
+    ours = {"vocab_size": 4096, "num_hidden_layers": 6, "sliding_window_pattern": 3, "sliding_window": 64, "eos_token_id": 0}
+    folder = write_model(tmp_path / "model", GEMMA3 | ours)
+    for name in "tokenizer.json", "tokenizer_config.json":
+        shutil.copy(Path(embedded.__file__).parent / name, folder / name)
+    process = Process(str(folder), "--kv-memory", "3MiB", "--max-model-len", "1024", "--max-num-seqs", "8")
+    squares = [(x, y) for y in range(12, 200, 24) for x in range(12, 600, 24)] * 20
+    said: list[str] = []
+
+    def pointed_at(*wanted: str) -> bool:
+        """Blocks change all the time; so one after the other is looked at."""
+        window.move("#map", *squares.pop())
+        said.append(window.text("#tip"))
+        return all(any(re.search(each, text) for text in said) for each in wanted)
+
+    def looked_at() -> bool:
+        with contextlib.suppress(AssertionError):  # it ended between being found and being clicked
+            window.click(".sequence")
+        table = window.run("return document.querySelector('.sequence .table:not([hidden])')?.innerText")
+        return bool(table and re.match(r"block table of 3 groups of layers: \d+/·/· → .*\d+/\d+/\d+$", table))
+
+    try:
+        window.complaints()
+        window.size(1280, 800)
+        window.open(process.url + "/")
+        window.wait(f"{STATE} === 'running'", "the page shows the engine")
+        with load(process, 3):
+            window.wait(
+                "/ in use, each for 16 tokens in 1 of 3 groups of layers/.test(document.querySelector('#map-summary').innerText)",
+                "what a block is",
+            )
+            wait_until(looked_at, "a table is shown whose beginning its window has left")
+            everything, last = (
+                r"block \d+ of \d+, for layers that see everything \(group 1 of 3\)",
+                r"see the last 64 tokens \(group 3 of 3\)",
+            )
+            wait_until(lambda: pointed_at(everything, last), "blocks of both kinds of layers are described")
+        wait_until(lambda: pointed_at("cached\n.*, where all that its windows show is there too"), "and what is cached")
+        assert not window.complaints()
     finally:
         process.kill()

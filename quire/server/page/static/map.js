@@ -186,13 +186,12 @@ export class BlockMap {
     }
   }
 
-  /** Lines from block to block, in the order of the chosen sequences' tables. */
+  /** Lines from block to block, in the order of the chosen sequences' tables: one for each group of layers. */
   #drawPaths(size) {
     const context = this.#context;
     context.strokeStyle = context.fillStyle = this.#colours.path;
     context.lineWidth = 1;
-    for (const sequence of this.selection.sequences(this.view)) {
-      const blocks = sequence.blocks.filter((block) => block >= 0);
+    for (const blocks of this.selection.sequences(this.view).flatMap((sequence) => this.#paths(sequence))) {
       if (!blocks.length) continue;
       context.globalAlpha = 0.55;
       context.beginPath();
@@ -207,6 +206,11 @@ export class BlockMap {
       context.arc(x + size / 2, y + size / 2, Math.max(2, Math.min(4, size / 4)), 0, 2 * Math.PI);
       context.fill();
     }
+  }
+
+  #paths({ blocks }) {
+    const { groups } = this.view.facts.kv;
+    return Array.from({ length: groups }, (_, group) => blocks.filter((block, i) => i % groups === group && block >= 0));
   }
 
   #drawFlashes(size) {
@@ -234,7 +238,8 @@ export class BlockMap {
     const { kv } = this.view.facts, free = kv.num_blocks - kv.used - kv.cached;
     const owned = kv.used - kv.shared;
     const saved = kv.saved ? `, sharing saves ${count(kv.saved)}` : "";
-    setText($("map-summary"), `${count(kv.used)} of ${plural(kv.num_blocks, "block")} of ${kv.block_size} tokens in use${saved}`);
+    const held = kv.groups > 1 ? ` in use, each for ${kv.block_size} tokens in 1 of ${kv.groups} groups of layers` : ` of ${kv.block_size} tokens in use`;
+    setText($("map-summary"), `${count(kv.used)} of ${plural(kv.num_blocks, "block")}${held}${saved}`);
     const share = $("share");
     const parts = [["owned", owned], ["shared", kv.shared], ["cached", kv.cached]];
     if (!share.children.length) share.append(...parts.map(([kind]) => make("i", { className: kind })));
@@ -279,9 +284,12 @@ export class BlockMap {
     const owners = view.ownersOf(block);
     if (block >= view.touched) return [`Block ${count(block)}: free`, "never used"];
     if (kind === "free") return [`Block ${count(block)}: free`, `for ${age}`];
-    if (kind === "cached") return [`Block ${count(block)}: cached`, `no owner for ${age}; a prompt that begins like its content finds it`];
-    const { block_size: size, groups } = view.facts.kv, layers = (at) => (groups > 1 ? `, layers ${(at % groups) + 1} of ${groups}` : "");
-    const where = ({ blocks }, at) => `its block ${Math.floor(at / groups) + 1} of ${blocks.length / groups}${layers(at)}`;
+    const { block_size: size, groups, full_groups: full, window } = view.facts.kv;
+    const there = window ? ", where all that its windows show is there too" : "";
+    if (kind === "cached") return [`Block ${count(block)}: cached`, `no owner for ${age}; a prompt that begins like its content finds it${there}`];
+    const sees = (group) => (group < full ? "see everything" : `see the last ${count(window)} tokens`);
+    const layers = (group) => (groups > 1 ? `, for layers that ${sees(group)} (group ${group + 1} of ${groups})` : "");
+    const where = ({ blocks }, at) => `its block ${Math.floor(at / groups) + 1} of ${blocks.length / groups}${layers(at % groups)}`;
     const who = owners.slice(0, 4).map((s) => `${shortId(s.id)}, sequence ${s.index + 1}, ${where(s, s.blocks.indexOf(block))}`);
     if (owners.length > 4) who.push(`and ${owners.length - 4} more`);
     return [`Block ${count(block)}: ${owners.length > 1 ? `shared by ${owners.length}` : "owned"}`, ...who, `${view.fill[block]} of ${size} positions filled, for ${age}`];

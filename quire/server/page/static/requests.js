@@ -61,6 +61,18 @@ export class Selection {
   }
 }
 
+/** Its beginning and its end. Blocks with a / between them are those of the same tokens, one of each group of layers; a dot is one that a
+ * window has left behind. */
+function tableInWords(blocks, groups) {
+  const logical = Array.from({ length: blocks.length / groups }, (_, i) => blocks.slice(i * groups, (i + 1) * groups));
+  const left = Math.max(0, logical.findIndex((each) => each.some((block) => block >= 0)));
+  const words = logical.slice(left).map((each) => each.map((block) => (block < 0 ? "·" : block)).join("/"));
+  const half = Math.ceil(MOST_BLOCKS / groups / 2), rest = words.length - 2 * half;
+  if (rest > 0) words.splice(half, rest, `${count(rest)} more`);
+  if (left) words.unshift(`${count(left)} that the window has left`);
+  return `block table${groups > 1 ? ` of ${groups} groups of layers` : ""}: ${words.join(" → ")}`;
+}
+
 export class Sequences {
   #rows = new Map(); // key → elements
 
@@ -122,8 +134,7 @@ export class Sequences {
     const pinned = this.selection.pinned === s.key;
     row.table.hidden = !pinned;
     if (pinned) {
-      const rest = s.blocks.length - MOST_BLOCKS, name = (block) => (block < 0 ? "·" : block);
-      setText(row.table, `block table: ${s.blocks.slice(0, MOST_BLOCKS).map(name).join(" → ")}${rest > 0 ? ` … ${rest} more` : ""}`);
+      setText(row.table, tableInWords(s.blocks, this.view.facts.kv.groups));
     }
   }
 
