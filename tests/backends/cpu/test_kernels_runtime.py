@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,3 +238,21 @@ def test_limits_are_measured():
             native.measure_read_bandwidth(*wrong)
     for together in (False, True):
         assert 0 < native.measure_region(together) < 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_memory_of_weights_is_given_back_to_the_last_page() -> None:
+    """A process may have some 65,000 mappings: a page that stays mapped beside the weights of each expert of a large model uses them up."""
+
+    def mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    def weights() -> list[native.PackedLinear]:
+        return [native.pack_linear(np.zeros((64 + i, 64), np.float32)) for i in range(100)]
+
+    weights()
+    before = mappings()
+    kept = weights()
+    assert mappings() - before < 120
+    del kept
+    assert abs(mappings() - before) < 20

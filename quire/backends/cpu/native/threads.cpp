@@ -204,6 +204,8 @@ thread_local Buffer scratch[kScratchSlots];
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
+size_t whole_pages(size_t bytes) { return (bytes + 4095) & ~size_t{4095}; }
+
 }  // namespace
 
 void run_tasks(int64_t n, TaskFn fn, const void* context) {
@@ -234,22 +236,22 @@ void* thread_scratch(Scratch slot, size_t bytes) {
     return buffer.data;
 }
 
+// Only the pages that are written cost memory, so the alignment is free. What lies around it is unmapped, to the last page: a process may
+// have 65,530 mappings, and a mixture has tens of thousands of linears.
 void* allocate_large(size_t bytes) {
-    // Only the pages that are written cost memory, so the alignment is free.
-    const size_t mapped = bytes + kHugePage + sizeof(void*);
+    const size_t size = whole_pages(bytes), mapped = size + kHugePage;
     void* base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) throw std::bad_alloc();
     const auto address = reinterpret_cast<uintptr_t>(base);
-    const uintptr_t aligned = (address + kHugePage - 1) & ~(kHugePage - 1);
+    const uintptr_t aligned = (address + kHugePage - 1) & ~(kHugePage - 1), end = aligned + size;
     if (aligned > address) munmap(base, aligned - address);
-    const size_t tail = address + mapped - (aligned + ((bytes + 4095) & ~size_t{4095}));
-    if (tail >= 4096) munmap(reinterpret_cast<void*>(aligned + ((bytes + 4095) & ~size_t{4095})), tail & ~size_t{4095});
-    madvise(reinterpret_cast<void*>(aligned), bytes, MADV_HUGEPAGE);
+    if (address + mapped > end) munmap(reinterpret_cast<void*>(end), address + mapped - end);
+    madvise(reinterpret_cast<void*>(aligned), size, MADV_HUGEPAGE);
     return reinterpret_cast<void*>(aligned);
 }
 
 void free_large(void* p, size_t bytes) {
-    if (p) munmap(p, (bytes + 4095) & ~size_t{4095});
+    if (p) munmap(p, whole_pages(bytes));
 }
 
 }  // namespace quire
