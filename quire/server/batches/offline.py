@@ -146,12 +146,16 @@ def run(
             batches=runner,
         )  # fmt: skip
         create_app(context)
-        return asyncio.run(_run(job, runner, client, Supervisor(engine, engine_config, server_config.engine_timeout)))
+        batch = asyncio.run(_run(job, runner, client, Supervisor(engine, engine_config, server_config.engine_timeout)))
+        if batch is None:  # asked only now, when no answer is kept any more
+            raise InterruptedRunError(job.store.batch(job.batch.id, ""))
+        return batch
     finally:
         engine.kill()
 
 
-async def _run(job: Job, runner: Runner, client: EngineClient, link: Supervisor) -> Batch:
+async def _run(job: Job, runner: Runner, client: EngineClient, link: Supervisor) -> Batch | None:
+    """None: a signal came first."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for sig in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sig, stop.set)
@@ -161,13 +165,12 @@ async def _run(job: Job, runner: Runner, client: EngineClient, link: Supervisor)
     try:
         while not finished.done() and not stopped.done() and client.dead is None:
             await asyncio.wait((finished, stopped), timeout=DEAD_S, return_when=asyncio.FIRST_COMPLETED)
-        batch = await runner.on_disk(job.store.batch, job.batch.id, "")
         if finished.done():
             finished.result()
-            return batch
+            return await runner.on_disk(job.store.batch, job.batch.id, "")
         if client.dead is not None:
             raise EngineError(client.dead)
-        raise InterruptedRunError(batch)
+        return None
     finally:
         finished.cancel()
         stopped.cancel()
