@@ -44,7 +44,7 @@ DECODE: dict[tuple[str, int] | tuple[str, int, int], Config] = {
     ("float32", 256): Config(16, 8, 3, 2),
     ("float32 converted", 64): Config(16, 8, 1, 2),
     ("float32 converted", 128): Config(16, 8, 1, 2),
-    ("float32 converted", 256): Config(16, 8, 1, 2),
+    ("float32 converted", 256): Config(16, 8, 1, 1),
 }
 PREFILL: dict[tuple[str, int] | tuple[str, int, int], Config] = {
     ("same", 64): Config(64, 8, 3, 2, 128),
